@@ -1,0 +1,18 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the Hub
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real data that CAPTION_TEST_DATA names."""
+    folder = os.environ.get("CAPTION_TEST_DATA")
+    if not folder:
+        pytest.skip("CAPTION_TEST_DATA is not set: tests on real data need it")
+    return Path(folder)
