@@ -1,0 +1,22 @@
+"""Captioning data: sources (one function a format), records and their checks, images, augmentation.
+
+dataset = data.load("ariG23498/flickr8k")        # DatasetDict: train / validation / test, one record an image
+picture = data.open_image(record["image"])       # RGB, late, in the worker
+"""
+
+from data.augmentation import Augmentation
+from data.images import MAX_PIXELS, ImageError, open_image
+from data.records import DataError, check_images, fingerprint
+from data.sources import FORMATS, load
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "Augmentation",
+    "DataError",
+    "ImageError",
+    "check_images",
+    "fingerprint",
+    "load",
+    "open_image",
+]

@@ -1,0 +1,194 @@
+"""Image augmentation on PIL images, from a list of plain words in a recipe, seeded for each image.
+
+The recipe of BLIP's paper (section 4.1; data/__init__.py and transform/randaugment.py of github.com/salesforce/BLIP):
+
+    augmentation: ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
+"""
+
+import hashlib
+import math
+import random
+import re
+
+from PIL import Image, ImageEnhance, ImageOps
+
+GRAY = (128, 128, 128)  # what the official RandAugment fills bared corners with
+LEFT_RIGHT = re.compile(r"\b(left|right)(most|ward|wards|-?hand|-?handed)?\b", re.IGNORECASE)
+
+
+class Augmentation:
+    """Callable that augments one image: `Augmentation(spec, size)(image, (seed, epoch, image_id), captions)`.
+
+    Every random choice comes from the seed tuple, so a resumed run sees the very images of an unbroken one, with any
+    number of workers and processes.
+
+    Args:
+        spec: operations, in order:
+            `random_resized_crop:LOW:HIGH`: a crop of that share of the area, sides 3:4 to 4:3, resized (bicubic) to
+            `size`; LOW and HIGH are .5 and 1 in BLIP's recipe.
+            `flip`: mirrored with probability 1/2. The official recipe mirrors every image; ours leaves those alone
+            whose captions speak of left or right, which mirroring would make false.
+            `randaugment:N:M`: N operations drawn (with repetition) from BLIP's ten, each applied with probability
+            1/2 at magnitude M of 10.
+            `rotation:DEGREES`: by an angle drawn from -DEGREES to DEGREES.
+            `color_jitter:BRIGHTNESS:CONTRAST:SATURATION`: each factor drawn from 1 - x to 1 + x, in random order.
+            `grayscale:P`: with probability P.
+        size: (height, width) in pixels of the result.
+
+    Raises:
+        ValueError: an unknown operation or wrong numbers, naming it.
+    """
+
+    def __init__(self, spec: list[str], size: tuple[int, int]):
+        self.size = size
+        self.operations = [parse_operation(text) for text in spec]
+
+    def __call__(self, image: Image.Image, seed: tuple, captions: list[str] = ()) -> Image.Image:
+        """Augment one RGB image.
+
+        Args:
+            image: of any size.
+            seed: what the random choices depend on, e.g. (seed, epoch, image_id); ints and strings.
+            captions: of the image, for `flip`.
+
+        Returns:
+            RGB image of `size`.
+        """
+        # Not hash(): that differs between processes.
+        rng = random.Random(hashlib.sha256(repr(tuple(seed)).encode()).digest())
+        for name, numbers in self.operations:
+            if name == "random_resized_crop":
+                image = random_resized_crop(image, self.size, *numbers, rng)
+            elif name == "flip":
+                mirrored = rng.random() < 0.5  # drawn in any case: the choices after it are then the same
+                if mirrored and not any(LEFT_RIGHT.search(caption) for caption in captions):
+                    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            elif name == "randaugment":
+                image = randaugment(image, *numbers, rng)
+            elif name == "rotation":
+                degrees = rng.uniform(-numbers[0], numbers[0])
+                image = image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=GRAY)
+            elif name == "color_jitter":
+                image = color_jitter(image, *numbers, rng)
+            elif name == "grayscale" and rng.random() < numbers[0]:
+                image = image.convert("L").convert("RGB")
+        height, width = self.size
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return image
+
+    @property
+    def decode_size(self) -> tuple[int, int]:
+        """(height, width) that `open_image` may be told: a square image of it gives crops not below `size`."""
+        share = min((numbers[0] for name, numbers in self.operations if name == "random_resized_crop"), default=None)
+        factor = 1.0 if share is None else 1 / math.sqrt(share * 3 / 4)
+        return math.ceil(self.size[0] * factor), math.ceil(self.size[1] * factor)
+
+
+def parse_operation(text: str) -> tuple[str, list]:
+    """ "randaugment:2:5" -> ("randaugment", [2, 5])."""
+    forms = {
+        "random_resized_crop": ("LOW:HIGH", 2, lambda low, high: 0 < low <= high <= 1, "0 < LOW <= HIGH <= 1"),
+        "flip": ("", 0, lambda: True, ""),
+        "randaugment": ("N:M", 2, lambda n, m: n == int(n) and n >= 1 and 0 <= m <= 10, "N >= 1 whole, M from 0 to 10"),
+        "rotation": ("DEGREES", 1, lambda degrees: 0 <= degrees <= 180, "DEGREES from 0 to 180"),
+        "color_jitter": ("B:C:S", 3, lambda *factors: all(0 <= factor <= 1 for factor in factors), "each from 0 to 1"),
+        "grayscale": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
+    }
+    name, *numbers = str(text).strip().split(":")
+    if name not in forms:
+        raise ValueError(f"augmentation {text!r}: unknown operation {name!r}. Known: {', '.join(forms)}")
+    form, number, valid, rule = forms[name]
+    expected = f"{name}:{form}" if form else name
+    try:
+        values = [float(value) for value in numbers]
+    except ValueError:
+        raise ValueError(f"augmentation {text!r}: expected numbers, {expected}") from None
+    if len(values) != number or not valid(*values):
+        raise ValueError(f"augmentation {text!r}: expected {expected}{', with ' + rule if rule else ''}")
+    return name, values
+
+
+def random_resized_crop(image: Image.Image, size, low: float, high: float, rng: random.Random) -> Image.Image:
+    """A crop of a share low..high of the area and of sides 3:4 to 4:3 (even in their logarithm), resized to `size`.
+
+    As torchvision's RandomResizedCrop: ten tries, then the largest centred crop of a permitted shape.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(low, high)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            break
+    else:
+        ratio = min(max(width / height, 3 / 4), 4 / 3)
+        w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+        left, top = (width - w) // 2, (height - h) // 2
+    box = (left, top, left + w, top + h)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+
+
+def affine(image: Image.Image, a, b, c, d, e, f) -> Image.Image:
+    """Pixel (x, y) of the result is pixel (ax + by + c, dx + ey + f) of the image."""
+    return image.transform(
+        image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR, fillcolor=GRAY
+    )
+
+
+RANDAUGMENT_OPERATIONS = (
+    "identity",
+    "auto_contrast",
+    "brightness",
+    "sharpness",
+    "equalize",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+)
+
+
+def randaugment(image: Image.Image, number: float, magnitude: float, rng: random.Random) -> Image.Image:
+    """RandAugment with BLIP's ten operations and magnitudes (of 10): shear .3, translation 10 pixels, rotation 30
+    degrees, each in either direction; brightness and sharpness by .1 + 1.8 of the magnitude, which at BLIP's setting
+    of 5 is 1: these two then change nothing, in the official code as here."""
+    level = magnitude / 10
+    for name in rng.choices(RANDAUGMENT_OPERATIONS, k=int(number)):
+        applied, sign = rng.random() < 0.5, rng.choice((-1, 1))
+        if not applied:
+            continue
+        if name == "auto_contrast":
+            image = ImageOps.autocontrast(image)
+        elif name == "brightness":
+            image = ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * level)
+        elif name == "sharpness":
+            image = ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level)
+        elif name == "equalize":
+            image = ImageOps.equalize(image)
+        elif name == "shear_x":
+            image = affine(image, 1, sign * 0.3 * level, 0, 0, 1, 0)
+        elif name == "shear_y":
+            image = affine(image, 1, 0, 0, sign * 0.3 * level, 1, 0)
+        elif name == "translate_x":
+            image = affine(image, 1, 0, sign * 10 * level, 0, 1, 0)
+        elif name == "translate_y":
+            image = affine(image, 1, 0, 0, 0, 1, sign * 10 * level)
+        elif name == "rotate":
+            image = image.rotate(sign * 30 * level, Image.Resampling.BILINEAR, fillcolor=GRAY)
+    return image
+
+
+def color_jitter(image: Image.Image, brightness, contrast, saturation, rng: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation by factors of 1 - x to 1 + x, in random order, as torchvision's ColorJitter."""
+    enhancers = [
+        (ImageEnhance.Brightness, rng.uniform(1 - brightness, 1 + brightness)),
+        (ImageEnhance.Contrast, rng.uniform(1 - contrast, 1 + contrast)),
+        (ImageEnhance.Color, rng.uniform(1 - saturation, 1 + saturation)),
+    ]
+    rng.shuffle(enhancers)
+    for enhancer, factor in enhancers:
+        image = enhancer(image).enhance(factor)
+    return image
