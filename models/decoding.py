@@ -1,0 +1,71 @@
+"""Decoding BLIP with the image's keys and values shared by its beams, samples and candidates.
+
+The loop is transformers' own `generate`, so every option means what it means there, scores included. Only two of its
+habits change, for decoders with fast attention (`models.blip_attention`): it no longer copies the image embeddings for
+every beam, and a step reorders the self-attention cache alone. benchmarks/NOTES.md has the measurements behind this.
+"""
+
+import torch
+from transformers import BlipForConditionalGeneration
+from transformers.utils import ModelOutput
+
+
+def generate(
+    model: BlipForConditionalGeneration,
+    pixel_values: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+    input_ids: torch.LongTensor | None = None,
+    attention_mask: torch.LongTensor | None = None,
+    **generation_kwargs,
+) -> torch.LongTensor | ModelOutput:
+    """What `model.generate` returns for the same arguments, from a model that `use_fast_attention` has seen.
+
+    Args:
+        pixel_values: (images, 3, height, width).
+        image_embeds: (images, patches + 1, hidden) from `encode_images`, instead of `pixel_values`: one encoding can
+            then serve several decodings (SCST's sample and its greedy baseline, DiCO's candidates).
+        input_ids: (images, length) prompt tokens as BLIP's processor makes them: the last one, [SEP], is dropped and
+            the first becomes the decoder's start token. Left as they are for the caller.
+        attention_mask: (images, length), 0 at the prompt's padding, which must be on the left.
+        generation_kwargs: anything transformers' `generate` takes (num_beams, do_sample, num_return_sequences, ...).
+
+    Returns:
+        (images * num_return_sequences, length) token ids, start token and prompt included, or with
+        `return_dict_in_generate=True` transformers' output object. Its cache holds the cross-attention keys and values
+        once an image.
+    """
+    if (pixel_values is None) == (image_embeds is None):
+        raise ValueError("generate needs either pixel_values or image_embeds, and not both.")
+    if generation_kwargs.get("output_attentions"):
+        raise ValueError("Fast attention keeps no attention maps: call use_fast_attention(model, False) first.")
+    return model.generate(
+        pixel_values=pixel_values if image_embeds is None else image_embeds,
+        input_ids=None if input_ids is None else input_ids.clone(),  # the library writes its start token into them
+        attention_mask=attention_mask,
+        **generation_kwargs,
+    )
+
+
+@torch.no_grad()
+def encode_images(model: BlipForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(images, patches + 1, hidden) embeddings of (images, 3, height, width) images, without gradients."""
+    return model.vision_model(pixel_values=pixel_values).last_hidden_state
+
+
+class SharedBeams:
+    """What a text decoder needs for `generate` to keep one set of image keys and values an image.
+
+    Its cross-attention must take (images, ...) keys and values for (images * beams, ...) queries.
+    """
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs
+    ):
+        # The mask is all ones and BLIP's attention never reads it; its (images * beams) copy would not fit the images.
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return input_ids, {**model_kwargs, "encoder_hidden_states": encoder_hidden_states}
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        # A beam only ever follows another of its image, so the image's keys and values stay where they are.
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
