@@ -8,15 +8,20 @@ from data.augmentation import Augmentation
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.records import DataError, check_images, fingerprint
 from data.sources import FORMATS, load
+from data.training import CaptionPairs, CaptionStream, check_training_images, take
 
 __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "Augmentation",
+    "CaptionPairs",
+    "CaptionStream",
     "DataError",
     "ImageError",
     "check_images",
+    "check_training_images",
     "fingerprint",
     "load",
     "open_image",
+    "take",
 ]

@@ -17,10 +17,10 @@ LEFT_RIGHT = re.compile(r"\b(left|right)(most|ward|wards|-?hand|-?handed)?\b", r
 
 
 class Augmentation:
-    """Callable that augments one image: `Augmentation(spec, size)(image, (seed, epoch, image_id), captions)`.
+    """Augments one image: `Augmentation(spec, size, seed)(image, epoch, image_id, captions)`.
 
-    Every random choice comes from the seed tuple, so a resumed run sees the very images of an unbroken one, with any
-    number of workers and processes.
+    Every random choice comes from (seed, epoch, image_id), so a resumed run sees the very images of an unbroken one,
+    with any number of workers and processes.
 
     Args:
         spec: operations, in order:
@@ -33,29 +33,26 @@ class Augmentation:
             `rotation:DEGREES`: by an angle drawn from -DEGREES to DEGREES.
             `color_jitter:BRIGHTNESS:CONTRAST:SATURATION`: each factor drawn from 1 - x to 1 + x, in random order.
             `grayscale:P`: with probability P.
-        size: (height, width) in pixels of the result.
+        size: (height, width) in pixels that a crop is resized to, and the result. None leaves resizing to whoever
+            comes after; BLIP's recipe resizes at the crop, so that translations are pixels of the model's input.
+        seed: of the run.
 
     Raises:
         ValueError: an unknown operation or wrong numbers, naming it.
     """
 
-    def __init__(self, spec: list[str], size: tuple[int, int]):
-        self.size = size
+    def __init__(self, spec: list[str], size: tuple[int, int] | None = None, seed: int = 42):
+        self.size, self.seed = size, seed
         self.operations = [parse_operation(text) for text in spec]
 
-    def __call__(self, image: Image.Image, seed: tuple, captions: list[str] = ()) -> Image.Image:
-        """Augment one RGB image.
+    def __call__(self, image: Image.Image, epoch: int, image_id: str, captions: list[str] = ()) -> Image.Image:
+        """Augment one RGB image of any size, and return an RGB image.
 
         Args:
-            image: of any size.
-            seed: what the random choices depend on, e.g. (seed, epoch, image_id); ints and strings.
-            captions: of the image, for `flip`.
-
-        Returns:
-            RGB image of `size`.
+            captions: those that are learnt with the image, for `flip`.
         """
         # Not hash(): that differs between processes.
-        rng = random.Random(hashlib.sha256(repr(tuple(seed)).encode()).digest())
+        rng = random.Random(hashlib.sha256(f"{self.seed} {epoch} {image_id}".encode()).digest())
         for name, numbers in self.operations:
             if name == "random_resized_crop":
                 image = random_resized_crop(image, self.size, *numbers, rng)
@@ -72,17 +69,9 @@ class Augmentation:
                 image = color_jitter(image, *numbers, rng)
             elif name == "grayscale" and rng.random() < numbers[0]:
                 image = image.convert("L").convert("RGB")
-        height, width = self.size
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if self.size is not None and image.size != self.size[::-1]:
+            image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
         return image
-
-    @property
-    def decode_size(self) -> tuple[int, int]:
-        """(height, width) that `open_image` may be told: a square image of it gives crops not below `size`."""
-        share = min((numbers[0] for name, numbers in self.operations if name == "random_resized_crop"), default=None)
-        factor = 1.0 if share is None else 1 / math.sqrt(share * 3 / 4)
-        return math.ceil(self.size[0] * factor), math.ceil(self.size[1] * factor)
 
 
 def parse_operation(text: str) -> tuple[str, list]:
@@ -127,6 +116,8 @@ def random_resized_crop(image: Image.Image, size, low: float, high: float, rng: 
         w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
         left, top = (width - w) // 2, (height - h) // 2
     box = (left, top, left + w, top + h)
+    if size is None:
+        return image.crop(box)
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
 
 
