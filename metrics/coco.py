@@ -1,0 +1,258 @@
+"""All scores of a set of captions: what `coco_metrics.json` holds about them."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+
+from metrics.bleu import bleu_from_statistics, bleu_statistics
+from metrics.cider import cider
+from metrics.java import Unavailable, meteor_from_statistics, meteor_statistics
+from metrics.java import spice as spice_scores
+from metrics.rouge import rouge_l
+from metrics.tokenizer import tokenize
+
+logger = logging.getLogger(__name__)
+
+_BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
+
+# A caption that ends in one of these was broken off: what rewards without an end-of-sequence token teach a model.
+_DETERMINERS = "a an the this that these those my your his her its our their"
+_PREPOSITIONS = (
+    "about above across after against along among around as at before behind below beneath beside between beyond by down "
+    "during for from in inside into near next of off on onto outside over past through to toward towards under until up "
+    "upon with within without"
+)
+_CONNECTIVES = "and but nor or so than because while if when where which who whose"
+_UNFINISHED = "is are was were be being been has have very some"
+BAD_ENDINGS = frozenset(f"{_DETERMINERS} {_PREPOSITIONS} {_CONNECTIVES} {_UNFINISHED}".split())
+
+
+class MismatchedImages(ValueError):
+    """Predictions and references are not about the same images."""
+
+
+def score(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    meteor: bool = True,
+    spice: bool = True,
+    spice_samples: int | None = 1500,
+    spice_heap: str = "8G",
+    java_timeout: float = 3600,
+    bootstrap_samples: int = 1000,
+    seed: int = 42,
+    sacrebleu_lowercase: bool = True,
+    training_captions: Iterable[str] | None = None,
+) -> tuple[dict, dict[str, dict[str, float]]]:
+    """Score one caption an image against all its references.
+
+    Args:
+        predictions: {image id: caption}. Empty captions are allowed and score low.
+        references: {image id: captions}, at least one each, any number each. Images are scored in this order.
+        meteor, spice: False leaves them out; otherwise, where they cannot be had, the score is None with the reason.
+        spice_samples: SPICE is slow, so it takes a seeded sample of so many images; None takes all.
+        spice_heap: Java heap of SPICE, as `java -Xmx` takes it.
+        java_timeout: seconds after which METEOR and SPICE are given up.
+        bootstrap_samples: resamples of the images for the 95 % intervals; 0 leaves the intervals out.
+        seed: of the resamples and of SPICE's sample.
+        sacrebleu_lowercase: sacreBLEU ignores case, as it should for models with an uncased vocabulary.
+        training_captions: the captions trained on, to tell how many predictions are copies.
+
+    Returns:
+        (metrics, per_image). `metrics`: Bleu_1..4, METEOR, ROUGE_L, CIDEr, SPICE as the COCO code prints them (SPICE and
+        METEOR None where not had), "sacrebleu" (0 to 100) with "sacrebleu_signature", "unavailable" {metric: reason},
+        "counts", "intervals" {metric: [low, high]} and "corpus" facts. `per_image`: {image id: {metric: value}}.
+
+    Raises:
+        MismatchedImages: the ids differ; the message lists the difference.
+        ValueError: no images, an image without references, or a caption that is no text.
+    """
+    _check(predictions, references)
+    images = list(references)
+    if len(images) < 50:
+        logger.warning(
+            "Only %d image(s) to score. CIDEr weighs words by how many of the scored images mention them, so it means "
+            "little on small sets, and on one image it is always 0.",
+            len(images),
+        )
+    flat = iter(tokenize(caption for image in images for caption in references[image]))
+    reference_tokens = [[next(flat) for _ in references[image]] for image in images]
+    tokens = tokenize(predictions[image] for image in images)
+
+    sample = np.arange(len(images))
+    if spice_samples is not None and len(images) > spice_samples:
+        sample = np.sort(np.random.default_rng(seed).choice(len(images), spice_samples, replace=False))
+    unavailable = {}
+    with ThreadPoolExecutor(2) as pool:  # Java works in processes of its own while numpy works here
+        meteor_job = pool.submit(meteor_statistics, tokens, reference_tokens, java_timeout) if meteor else None
+        spice_job = None
+        if spice:
+            sampled = [tokens[i] for i in sample], [reference_tokens[i] for i in sample]
+            spice_job = pool.submit(spice_scores, *sampled, heap=spice_heap, timeout=java_timeout)
+        bleu_counts = bleu_statistics(tokens, reference_tokens)
+        per_metric = {"ROUGE_L": rouge_l(tokens, reference_tokens), "CIDEr": cider(tokens, reference_tokens)}
+        sacrebleu = BLEU(lowercase=sacrebleu_lowercase)
+        sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
+        corpus = _corpus_facts(tokens, training_captions)
+        meteor_counts = _result(meteor_job, "METEOR", unavailable)
+        spice_f = _result(spice_job, "SPICE", unavailable)
+
+    metrics: dict = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts.sum(axis=0)).tolist(), strict=True))
+    metrics["METEOR"] = None if meteor_counts is None else float(meteor_from_statistics(meteor_counts.sum(axis=0)))
+    metrics["ROUGE_L"] = float(per_metric["ROUGE_L"].mean())
+    metrics["CIDEr"] = float(per_metric["CIDEr"].mean())
+    metrics["SPICE"] = None if spice_f is None else float(np.nanmean(spice_f))
+    metrics["sacrebleu"] = _sacrebleu_score(sacrebleu_counts.sum(axis=0))
+    metrics["sacrebleu_signature"] = str(sacrebleu.get_signature())
+    metrics["unavailable"] = unavailable
+    metrics["counts"] = {"images": len(images), "references": sum(map(len, reference_tokens))}
+    if spice_f is not None:
+        metrics["counts"]["spice_images"] = len(sample)
+    metrics["intervals"] = {}
+    if bootstrap_samples:
+        metrics["intervals"] = _intervals(
+            bleu_counts, meteor_counts, sacrebleu_counts, per_metric, spice_f, bootstrap_samples, seed
+        )
+    metrics["corpus"] = corpus
+
+    per_metric |= dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts).T, strict=True))
+    if meteor_counts is not None:
+        per_metric["METEOR"] = meteor_from_statistics(meteor_counts)
+    per_image = {
+        image: {name: float(values[index]) for name, values in per_metric.items()} for index, image in enumerate(images)
+    }
+    if spice_f is not None:
+        for index, value in zip(sample, spice_f, strict=True):
+            per_image[images[index]]["SPICE"] = float(value)
+    return metrics, per_image
+
+
+def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    if not references:
+        raise ValueError("There are no references, so there is nothing to score against.")
+    missing = [image for image in references if image not in predictions]
+    extra = [image for image in predictions if image not in references]
+    if missing or extra:
+        parts = []
+        for images, what in (
+            (missing, "have references but no prediction"),
+            (extra, "are predicted without references"),
+        ):
+            if images:
+                shown = ", ".join(map(repr, images[:5])) + (", ..." if len(images) > 5 else "")
+                parts.append(f"{len(images)} image(s) {what}: {shown}")
+        raise MismatchedImages(
+            f"Predictions ({len(predictions)} images) and references ({len(references)} images) do not match. "
+            + "; ".join(parts)
+            + ". Every image of the references needs exactly one prediction, and no other image may have one."
+        )
+    for image, captions in references.items():
+        if isinstance(captions, str):
+            raise ValueError(f"The references of image {image!r} are one text; a list of captions is needed.")
+        if not captions:
+            raise ValueError(f"Image {image!r} has no reference captions.")
+        for caption in (predictions[image], *captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"A caption of image {image!r} is no text: {caption!r:.80}")
+
+
+def _result(job: Future | None, name: str, unavailable: dict[str, str]):
+    """What a Java job gave; None and a reason where it failed."""
+    if job is None:
+        unavailable[name] = "not asked for"
+        return None
+    try:
+        return job.result()
+    except Unavailable as error:
+        unavailable[name] = str(error)
+        logger.warning("%s is not available: %s", name, error)
+        return None
+
+
+def _sacrebleu_statistics(
+    sacrebleu: BLEU, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> np.ndarray:
+    """sacreBLEU's counts, one row an image: hypothesis length, reference length, 4 matches, 4 totals."""
+    most = max(map(len, references.values()))
+    # One stream for first references, one for second ones and so on; None where an image has fewer.
+    streams = [
+        [" ".join(captions[n].split()) if n < len(captions) else None for captions in references.values()]
+        for n in range(most)
+    ]
+    hypotheses = [" ".join(predictions[image].split()) for image in references]
+    return np.array(sacrebleu._extract_corpus_statistics(hypotheses, streams), dtype=float)
+
+
+def _sacrebleu_score(statistics: np.ndarray) -> float:
+    hypothesis_length, reference_length, *counts = (int(number) for number in statistics)
+    return BLEU.compute_bleu(
+        correct=counts[:4], total=counts[4:], sys_len=hypothesis_length, ref_len=reference_length, smooth_method="exp"
+    ).score
+
+
+def _intervals(
+    bleu_counts: np.ndarray,
+    meteor_counts: np.ndarray | None,
+    sacrebleu_counts: np.ndarray,
+    per_metric: dict[str, np.ndarray],
+    spice_f: np.ndarray | None,
+    samples: int,
+    seed: int,
+) -> dict[str, list[float]]:
+    """95 % percentile bootstrap over images.
+
+    Every resample draws as many images as there are, with replacement, and scores them as a corpus: counts are added up
+    for BLEU, METEOR and sacreBLEU, the others are means. CIDEr's document frequencies stay those of the whole set.
+    """
+    columns = [bleu_counts, sacrebleu_counts, *(values[:, None] for values in per_metric.values())]
+    if meteor_counts is not None:
+        columns.append(meteor_counts)
+    sums = _resampled_sums(np.concatenate(columns, axis=1), samples, seed)
+    images = len(bleu_counts)
+    bleu_sums, sacrebleu_sums, rest = np.split(sums, [10, 20], axis=1)
+    resampled = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_sums).T, strict=True))
+    resampled["sacrebleu"] = np.array([_sacrebleu_score(row) for row in np.rint(sacrebleu_sums)])
+    for column, name in enumerate(per_metric):
+        resampled[name] = rest[:, column] / images
+    if meteor_counts is not None:
+        resampled["METEOR"] = meteor_from_statistics(rest[:, len(per_metric) :])
+    if spice_f is not None:
+        known = spice_f[~np.isnan(spice_f)]
+        resampled["SPICE"] = _resampled_sums(known[:, None], samples, seed)[:, 0] / len(known)
+    return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items()}
+
+
+def _resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Column sums of each resample of the rows: (images, columns) to (samples, columns)."""
+    images = len(table)
+    generator = np.random.default_rng(seed)
+    sums = np.empty((samples, table.shape[1]))
+    block = max(1, 10_000_000 // images)  # some 160 MB
+    for begin in range(0, samples, block):
+        rows = min(block, samples - begin)
+        drawn = generator.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
+        times = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images)
+        sums[begin : begin + rows] = times.astype(float) @ table
+    return sums
+
+
+def _corpus_facts(tokens: list[list[str]], training_captions: Iterable[str] | None) -> dict:
+    captions = [" ".join(caption) for caption in tokens]
+    seen = None
+    if training_captions is not None:
+        training = {" ".join(caption) for caption in tokenize(training_captions)}
+        seen = sum(caption in training for caption in captions) / len(captions)
+    return {
+        "mean_length": sum(map(len, tokens)) / len(tokens),
+        "vocabulary": len(Counter(token for caption in tokens for token in caption)),
+        "distinct": len(set(captions)) / len(captions),
+        "seen_in_training": seen,
+        "bad_endings": sum(bool(caption) and caption[-1] in BAD_ENDINGS for caption in tokens) / len(tokens),
+        "repeated_words": sum(any(map(str.__eq__, caption, caption[1:])) for caption in tokens) / len(tokens),
+        "empty": sum(not caption for caption in tokens) / len(tokens),
+    }
