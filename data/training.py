@@ -1,0 +1,90 @@
+"""What training makes of records: a checked subset, in samples of an image and the captions that share its encoding."""
+
+import itertools
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+
+from data.records import check_images
+
+
+def take(splits, train: int | None = None, validation: int | None = None, test: int | None = None):
+    """The splits, each cut to its first so many records. The evaluated splits of a stream are read into memory."""
+    limits = {"train": train, "validation": validation, "test": test}
+    if isinstance(splits, datasets.IterableDatasetDict):
+        taken = {name: split if limits[name] is None else split.take(limits[name]) for name, split in splits.items()}
+        return {
+            name: split if name == "train" else datasets.Dataset.from_list(list(split), features=split.features)
+            for name, split in taken.items()
+        }
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"The number of {name} images must be at least 1, not {limit}.")
+    return datasets.DatasetDict(
+        {name: split.select(range(min(limits[name] or len(split), len(split)))) for name, split in splits.items()}
+    )
+
+
+def check_training_images(splits, *, skip_bad_samples: bool):
+    """(splits, bad samples): every image is decoded once. Unreadable ones leave the training split when told to; in a
+    split that is evaluated they are always an error, as a score must be that of the whole split."""
+    if not isinstance(splits, datasets.DatasetDict):
+        return splits, []
+    checked, bad = check_images(datasets.DatasetDict(train=splits["train"]), skip_bad_samples=skip_bad_samples)
+    rest, _ = check_images(datasets.DatasetDict({k: v for k, v in splits.items() if k != "train"}))
+    return datasets.DatasetDict({**checked, **rest}), bad
+
+
+class CaptionPairs(torch.utils.data.Dataset):
+    """Every caption of every record once an epoch, in samples of up to `captions_per_image` captions of one image.
+
+    A sample is `{"image_id", "image", "captions", "epoch"}`. At 1 caption an image it is the classic list of pairs.
+    """
+
+    def __init__(self, records, captions_per_image: int = 1):
+        if captions_per_image < 1:
+            raise ValueError(f"captions_per_image must be at least 1, not {captions_per_image}.")
+        self.records, self.captions_per_image = records, captions_per_image
+        counts = pyarrow.compute.list_value_length(records.with_format("arrow")["captions"][:]).to_numpy()
+        starts = [np.arange(0, count, captions_per_image) for count in counts]
+        self.record_of = np.repeat(np.arange(len(counts)), [len(s) for s in starts])
+        self.start_of = np.concatenate(starts) if starts else np.empty(0, int)
+        # Shared, so that worker processes that outlive an epoch see it move.
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.record_of)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[int(self.record_of[index])]
+        start = int(self.start_of[index])
+        return {
+            "image_id": record["image_id"],
+            "image": record["image"],
+            "captions": record["captions"][start : start + self.captions_per_image],
+            "epoch": int(self.epoch),
+        }
+
+
+class CaptionStream(torch.utils.data.IterableDataset):
+    """CaptionPairs of a streamed split, shuffled within a buffer."""
+
+    def __init__(self, records, captions_per_image: int, seed: int, buffer_size: int = 1000):
+        self.records = records.shuffle(seed=seed, buffer_size=buffer_size)
+        self.captions_per_image = captions_per_image
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.records.set_epoch(epoch)
+
+    def __iter__(self):
+        for record in self.records:
+            captions = iter(record["captions"])
+            while chunk := list(itertools.islice(captions, self.captions_per_image)):
+                yield {**record, "captions": chunk, "epoch": self.epoch}

@@ -1,0 +1,69 @@
+"""Caption a split and score it, or score captions that exist already.
+
+    python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
+    python evaluate.py --predictions P.json --references R.json --output_dir OUT
+"""
+
+import logging
+
+from accelerate import PartialState
+
+import data
+from arguments import DataArguments, EvaluateArguments, GenerationArguments, MetricArguments, ModelArguments, parse, run
+from metrics import results
+from metrics.io import load_predictions, load_references
+from models.captioner import Captioner
+
+logger = logging.getLogger("evaluate")
+
+
+def main():
+    model_args, data_args, generation_args, metric_args, args = parse(
+        (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
+    )
+    folder = results.output_folder(args.output_dir)
+    results.warn_of_missing_scores(metric_args)
+    if bool(args.predictions) != bool(args.references):
+        raise ValueError("--predictions and --references go together: captions, and what to score them against.")
+
+    if args.predictions:
+        predictions, references = load_predictions(args.predictions), load_references(args.references)
+        scores, _ = results.score_captions(predictions, references, metric_args, args.seed)
+        source = {"predictions": args.predictions, "references": args.references}
+    else:
+        state = PartialState()
+        with state.main_process_first():
+            splits = data.load(**data_args.source())
+        if args.split not in splits:
+            raise ValueError(f"{data_args.dataset_name} has no split '{args.split}'. It has: {', '.join(splits)}.")
+        records = data.take(splits, **{args.split: args.max_samples})[args.split]
+        captioner = Captioner.from_pretrained(
+            model_args.model_name_or_path,
+            bf16=args.bf16,
+            fast_attention=model_args.fast_attention,
+            revision=model_args.model_revision,
+            **vars(generation_args),
+        )
+        predictions = captioner.caption_split(
+            records, batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers
+        )
+        if not state.is_main_process:
+            return
+        results.write_predictions(folder, predictions)
+        captions = None
+        if "train" in splits and args.split != "train" and not data_args.streaming:
+            captions = [text for group in splits["train"]["captions"] for text in group]
+        scores, _ = results.score_records(predictions, records, metric_args, args.seed, training_captions=captions)
+        source = {
+            "split": args.split,
+            "dataset_name": data_args.dataset_name,
+            "dataset_fingerprint": data.fingerprint(records),
+            "model": model_args.model_name_or_path,
+            "generation": captioner.description(),
+        }
+    results.write_scores(folder, scores, **source)
+    logger.info("scores of %d images, in %s:\n%s", len(predictions), folder, results.summary(scores))
+
+
+if __name__ == "__main__":
+    run(main)

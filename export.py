@@ -1,0 +1,58 @@
+"""Make a self-contained model folder with its card out of a training run or checkpoint, and upload it if asked.
+
+    python export.py DIR [--output_dir OUT] [--push_to_hub user/name]
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from arguments import ExportArguments, parse, run
+from metrics.results import output_folder
+from models.loading import load_model
+from models.card import write_card
+
+logger = logging.getLogger("export")
+
+
+def main():
+    args, paths = parse((ExportArguments,), positional="folder")
+    if len(paths) != 1:
+        raise ValueError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
+    source = Path(paths[0])
+    folder = output_folder(args.output_dir) if args.output_dir else source
+
+    model, processor = load_model(str(source))
+    if folder != source:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        # A checkpoint's scores and history are those of its run, one folder up.
+        run_folder = source if (source / "run.json").is_file() else source.parent
+        for name in ("run.json", "coco_metrics.json", "validation/coco_metrics.json", "training_curves.svg"):
+            if (run_folder / name).is_file() and run_folder == source:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(run_folder / name, folder / name)
+        exported, _ = load_model(str(folder))
+        for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
+            if not torch.equal(one, other):
+                raise ValueError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
+    write_card(folder, args.push_to_hub)
+    logger.info("%s loads by itself, with its card in README.md", folder)
+
+    if args.push_to_hub:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(args.push_to_hub, exist_ok=True)
+        api.upload_folder(
+            repo_id=args.push_to_hub,
+            folder_path=folder,
+            ignore_patterns=["checkpoint-*", "**/optimizer.pt", "training_args.bin", "**/*.pth", "bad_samples.jsonl"],
+        )
+        logger.info("uploaded to https://huggingface.co/%s", args.push_to_hub)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,182 @@
+"""Caption images: files, folders, globs, or lists of them.
+
+    python infer.py photo.jpg                          prints path<TAB>caption
+    python infer.py photos/ --output captions.jsonl    writes {"image": ..., "caption": ...} a line, in order
+    torchrun --nproc_per_node 2 infer.py photos/ --output captions.jsonl
+
+With --output a stopped run goes on where it was when the same command is given again, each image once and none lost,
+in any number of processes.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+
+import data
+from arguments import GenerationArguments, InferArguments, ModelArguments, parse, run
+from metrics.results import write_json
+from models.captioner import Captioner, show_progress
+
+logger = logging.getLogger("infer")
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}
+
+
+def main():
+    model_args, generation_args, args, paths = parse(
+        (ModelArguments, GenerationArguments, InferArguments), positional="paths"
+    )
+    state = PartialState()
+    images = find_images(paths)
+    captioner = Captioner.from_pretrained(
+        model_args.model_name_or_path,
+        bf16=args.bf16,
+        fast_attention=model_args.fast_attention,
+        revision=model_args.model_revision,
+        **vars(generation_args),
+    )
+    if not args.output:
+        if state.num_processes > 1:
+            raise ValueError("Several processes need --output, a file to bring their captions together in.")
+        for path, captions in caption(captioner, images, args):
+            print(f"{path}\t{f'error: {captions}' if isinstance(captions, data.ImageError) else captions[0]}", flush=True)
+        return
+
+    output = Path(args.output)
+    settings = {"model": model_args.model_name_or_path, "revision": model_args.model_revision} | captioner.description()
+    with state.main_process_first():
+        prepare_output(output, settings, state)
+    done = {key(json.loads(line)["image"]) for part in parts(output) for line in whole_lines(part)}
+    left = [path for path in images if key(path) not in done]
+    logger.info("%d images, %d of them captioned before", len(images), len(images) - len(left))
+    state.wait_for_everyone()  # all have read what was done before anyone adds to it
+    with open(part_of(output, state.process_index), "a", encoding="utf-8") as file:
+        for path, captions in caption(captioner, left[state.process_index :: state.num_processes], args):
+            failed = isinstance(captions, data.ImageError)
+            row = {"image": path, "error": str(captions)} if failed else {"image": path, "caption": captions[0]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        bring_together(output, images)
+
+
+def caption(captioner, images: list[str], args):
+    """(path, [caption]) of each image in order; (path, ImageError) of an unreadable one if these are to be skipped."""
+    samples = [{"image": path, "image_id": path} for path in images]
+    stream = captioner.stream(
+        samples,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        skip_bad_images=args.skip_bad_images,
+    )
+    return show_progress(stream, len(samples))
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """The images that files, folders (searched through), globs and lists (.txt, .jsonl) name, each once, in order."""
+    if not paths:
+        raise ValueError("Name what to caption: image files, folders, globs, or a .txt or .jsonl list of images.")
+    found: dict[str, None] = {}
+    for path in paths:
+        if os.path.isdir(path):
+            inside = (os.path.join(folder, name) for folder, _, names in sorted(os.walk(path)) for name in sorted(names))
+            images = [file for file in inside if os.path.splitext(file)[1].lower() in EXTENSIONS]
+            if not images:
+                raise ValueError(f"{path}: there is no image in this folder ({' '.join(sorted(EXTENSIONS))}).")
+        elif path.endswith((".txt", ".jsonl")) and os.path.isfile(path):
+            images = read_list(path)
+        elif os.path.exists(path):
+            images = [path]
+        else:
+            images = sorted(glob.glob(path, recursive=True))
+            if not images:
+                raise ValueError(f"{path}: there is no such file or folder, and no file that fits it as a pattern.")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def read_list(path: str) -> list[str]:
+    """Images named in a list, a line each: a path, or in .jsonl an object with "image". Relative to the list."""
+    folder, images = os.path.dirname(path), []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if line := line.strip():
+            try:
+                name = json.loads(line)["image"] if path.endswith(".jsonl") else line
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{path}, line {number}: expected an object with "image", got {line[:80]}') from None
+            images.append(name if os.path.exists(name) else os.path.join(folder, name))
+    if not images:
+        raise ValueError(f"{path}: the list is empty.")
+    return images
+
+
+def part_of(output: Path, process: int) -> Path:
+    return output.with_name(f"{output.name}.part-{process}")
+
+
+def parts(output: Path) -> list[Path]:
+    """The finished file, if it is there, and those that processes were still writing."""
+    return [path for path in (output, *sorted(output.parent.glob(f"{output.name}.part-*"))) if path.exists()]
+
+
+def prepare_output(output: Path, settings: dict, state) -> None:
+    """Refuses to add to captions of another model or other settings, which stand in OUTPUT.settings.json, and removes
+    the line that a kill cut in two."""
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"--output {output}: name a file in a folder that exists.")
+    beside = output.with_name(output.name + ".settings.json")
+    if parts(output):
+        before = json.loads(beside.read_text()) if beside.exists() else {}
+        differ = [k for k in settings if before.get(k) != settings[k]]
+        if differ:
+            what = "; ".join(f"{k} was {before.get(k)!r}, is {settings[k]!r}" for k in differ)
+            raise ValueError(f"{output} was begun with other settings: {what}. Name another --output.")
+    if state.is_main_process:
+        write_json(beside, settings)
+        for part in parts(output):
+            with open(part, "r+b") as file:
+                content_end = sum(len(line) for line in file if line.endswith(b"\n"))
+                file.truncate(content_end)
+
+
+def whole_lines(path: Path):
+    with open(path, encoding="utf-8") as file:
+        yield from (line for line in file if line.endswith("\n"))
+
+
+def key(path: str) -> bytes:
+    """A short stand-in for a path, so that a million of them fit in little memory."""
+    return hashlib.blake2b(os.fsencode(path), digest_size=12).digest()
+
+
+def bring_together(output: Path, images: list[str]) -> None:
+    """One file of all parts, in the order of `images`, then of what earlier runs captioned besides."""
+    places: dict[bytes, tuple[int, int]] = {}
+    files = [open(path, "rb") for path in parts(output)]
+    for number, file in enumerate(files):
+        position = 0
+        for line in file:
+            places[key(json.loads(line)["image"])] = (number, position)
+            position += len(line)
+    temporary = output.with_name(output.name + ".new")
+    with open(temporary, "wb") as merged:
+        wanted = dict.fromkeys(map(key, images))
+        for name in (*wanted, *(name for name in places if name not in wanted)):
+            number, position = places[name]
+            files[number].seek(position)
+            merged.write(files[number].readline())
+    for file in files:
+        file.close()
+    temporary.replace(output)
+    for part in parts(output)[1:]:
+        part.unlink()
+    logger.info("%d captions in %s", len(places), output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""What a run leaves behind: predictions.json and coco_metrics.json, with where they came from."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from metrics.coco import preflight, score
+from metrics.scene_facts import score_scene_facts
+
+logger = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "sacrebleu", "pycocoevalcap", "pillow")
+
+
+def write_text(path, text: str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, then a rename."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def output_folder(path: str) -> Path:
+    """The folder, made if need be; ValueError if it is a file or cannot be written to."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"output_dir: {path} is a file, or lies under one. Name a folder.") from None
+    except OSError as error:
+        raise ValueError(f"output_dir: {path} cannot be written to: {error.strerror}.") from None
+    return folder
+
+
+def environment() -> dict:
+    """Versions, hardware, commit and command of this process."""
+
+    def git(*args):
+        try:
+            run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return run.stdout.strip()
+
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += " with uncommitted changes"
+    return {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "commit": commit,
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus},
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_predictions(folder: Path, predictions: dict[str, str]) -> None:
+    """predictions.json in COCO's results format. Written before anything is scored, so that no scorer can lose it."""
+    rows = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
+    write_json(folder / "predictions.json", rows)
+
+
+def write_bad_samples(folder: Path, samples: list[dict]) -> None:
+    """bad_samples.jsonl: the training samples that were left out, with the reason; nothing if there are none."""
+    if samples:
+        write_text(folder / "bad_samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+        logger.warning("left out %d bad training samples, listed in %s", len(samples), folder / "bad_samples.jsonl")
+
+
+def write_scores(folder: Path, scores: dict, **source) -> None:
+    """coco_metrics.json: the scores, then what was scored (`source`) and where."""
+    write_json(folder / "coco_metrics.json", {**scores, **source, **environment()})
+
+
+def warn_of_missing_scores(metric_args) -> None:
+    """Says before hours of captioning which scores will be missing, and why."""
+    for name, reason in preflight(meteor=metric_args.meteor, spice=metric_args.spice).items():
+        logger.warning("%s will be null: %s", name, reason)
+
+
+def flat(scores: dict, prefix: str) -> dict:
+    """The plain numbers of `scores`, as the Trainer's own result files hold them."""
+    return {f"{prefix}_{name}": value for name, value in scores.items() if isinstance(value, int | float)}
+
+
+def score_records(predictions: dict[str, str], records, metric_args, seed: int, *, training_captions=None):
+    """(metrics, per_image) of the captions of a split's records; drawn scenes are checked for truth as well."""
+    references = dict(zip(records["image_id"], records["captions"], strict=True))
+    metrics, per_image = score_captions(predictions, references, metric_args, seed, training_captions=training_captions)
+    if "facts" in records.column_names:
+        metrics["scene_facts"] = score_scene_facts(predictions, dict(zip(references, records["facts"], strict=True)))
+    return metrics, per_image
+
+
+def score_captions(predictions, references, metric_args, seed: int, *, training_captions=None):
+    """metrics.score with the flags of MetricArguments."""
+    return score(
+        predictions,
+        references,
+        meteor=metric_args.meteor,
+        spice=metric_args.spice,
+        spice_samples=metric_args.spice_samples,
+        java_timeout=metric_args.java_timeout,
+        bootstrap_samples=metric_args.bootstrap_samples,
+        seed=seed,
+        training_captions=training_captions,
+    )
+
+
+def summary(metrics: dict) -> str:
+    """The scores in lines for people: each with its interval, or with the reason why it is missing."""
+    lines = []
+    names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "sacrebleu")
+    for name in names:
+        value, interval = metrics.get(name), metrics.get("intervals", {}).get(name)
+        if value is None:
+            lines.append(f"  {name:<10} -       {metrics.get('unavailable', {}).get(name, 'not asked for')}")
+        else:
+            between = f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+            lines.append(f"  {name:<10} {value:.4f}{between}")
+    if facts := metrics.get("scene_facts"):
+        lines.append(
+            f"  scene_facts {facts['scene_facts']:.4f}  "
+            + ", ".join(f"{k} {v:.3f}" for k, v in facts.items() if k != "scene_facts" and isinstance(v, float))
+        )
+    return "\n".join(lines)

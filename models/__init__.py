@@ -1,0 +1,1 @@
+"""Captioner families, loading, fast BLIP attention and decoding, and the Captioner that turns images into captions."""

@@ -1,0 +1,224 @@
+"""The model card: README.md of a model folder, made of the files that the run left there. Nothing is typed by hand."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from metrics.results import write_json, write_text
+
+# Score name in coco_metrics.json: (name shown, metric id of the Hub)
+SCORES = {
+    "sacrebleu": ("sacreBLEU", "sacrebleu"),
+    "Bleu_1": ("BLEU-1", "bleu"),
+    "Bleu_4": ("BLEU-4", "bleu"),
+    "METEOR": ("METEOR", "meteor"),
+    "ROUGE_L": ("ROUGE-L", "rouge"),
+    "CIDEr": ("CIDEr", "cider"),
+    "SPICE": ("SPICE", "spice"),
+}
+
+
+def finish_run(folder: Path, trainer, splits, examples: list[dict]) -> None:
+    """Adds to run.json what is known at the end of a training run: sizes, time, memory, best checkpoint, examples."""
+    run = _read(folder / "run.json")
+    state, config = trainer.state, trainer.model.config
+    run["data"] = {name: _sizes(split) for name, split in splits.items()}
+    run["model"] = {
+        "class": type(trainer.model).__name__,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "image_size": config.vision_config.image_size,
+    }
+    run["training"] = {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "processes": trainer.accelerator.num_processes,
+        "precision": str(trainer.args.autocast_dtype or "float32").removeprefix("torch."),
+        "best_step": state.best_global_step,
+        "best_validation_score": state.best_metric,
+        **_read(folder / "train_results.json"),
+    }
+    run["examples"] = examples
+    write_json(folder / "run.json", run)
+
+
+def write_card(folder: Path, repo_id: str | None = None) -> None:
+    """README.md of `folder`, from run.json, coco_metrics.json, validation/coco_metrics.json and config.json there."""
+    run, config = _read(folder / "run.json"), _read(folder / "config.json")
+    flags = run.get("flags", {})
+    reported = [s for s in (_read(folder / "coco_metrics.json"), _read(folder / "validation/coco_metrics.json")) if s]
+    name = repo_id or folder.resolve().name
+    from_scratch = flags.get("model_config")
+    base = None if from_scratch or Path(flags.get("model_name_or_path", "/")).exists() else flags["model_name_or_path"]
+    dataset = flags.get("dataset_name")
+    on_hub = dataset and dataset.count("/") == 1 and not Path(dataset).exists()
+    metadata = ModelCardData(
+        language="en",
+        license=flags.get("license", "other"),
+        base_model=base,
+        datasets=[dataset] if on_hub else None,
+        pipeline_tag="image-to-text",
+        library_name="transformers",
+        tags=["image-captioning"],
+        model_name=name if reported else None,
+        eval_results=_eval_results(reported) if reported else None,
+    )
+    sections = [
+        f"# {name}",
+        _summary(run, base),
+        "## How to use it",
+        _snippet(name, reported),
+        "## Scores",
+        _scores(reported) or "Not scored yet: `python evaluate.py` scores it.",
+        "## Captions it gives",
+        _examples(run) or "None recorded.",
+        "## Intended use, limits and risks",
+        _limits(flags, reported),
+        "## Training",
+        _training(run, flags),
+    ]
+    content = "\n\n".join(sections) + "\n"
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{content}")
+    write_text(folder / "README.md", str(card))
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _sizes(split) -> dict:
+    try:
+        return {"images": len(split), "captions": sum(len(captions) for captions in split["captions"])}
+    except TypeError:  # a stream has no length
+        return {"images": None, "captions": None}
+
+
+def _eval_results(reported: list[dict]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-to-text",
+            task_name="Image captioning",
+            dataset_type=scores["dataset_name"],
+            dataset_name=scores["dataset_name"],
+            dataset_split=scores["split"],
+            metric_type=metric_id,
+            metric_name=shown,
+            metric_value=round(scores[key], 4),
+        )
+        for scores in reported
+        for key, (shown, metric_id) in SCORES.items()
+        if scores.get(key) is not None
+    ]
+
+
+def _summary(run: dict, base: str | None) -> str:
+    flags, model, sizes = run.get("flags", {}), run.get("model", {}), run.get("data", {})
+    if not flags:
+        return "An image captioner: it gives an English caption to an image."
+    start = f"fine-tuned from `{base}`" if base else "trained"
+    if flags.get("model_config"):
+        start = "trained from random weights"
+    millions = f"{model['parameters'] / 1e6:.1f} million parameters, " if model else ""
+    rows = "".join(f"| {name} | {s['images']} | {s['captions']} |\n" for name, s in sizes.items())
+    return (
+        f"An image captioner ({millions}`{model.get('class', 'model')}`), {start} on `{flags['dataset_name']}`.\n\n"
+        f"| split | images | captions |\n|---|---|---|\n{rows}\n"
+        "No image is in two splits: images are told apart by name and by content."
+    )
+
+
+def _snippet(name: str, reported: list[dict]) -> str:
+    generation = reported[0].get("generation", {}) if reported else {}
+    kept = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty")
+    settings = {k: generation[k] for k in kept if generation.get(k) is not None} or {"num_beams": 5, "max_new_tokens": 30}
+    prompt = generation.get("prompt", "")
+    inputs = f'images=image, text="{prompt.strip()}"' if prompt else "images=image"
+    return f"""```python
+from PIL import Image
+from transformers import AutoProcessor, BlipForConditionalGeneration
+
+processor = AutoProcessor.from_pretrained("{name}")
+model = BlipForConditionalGeneration.from_pretrained("{name}")
+
+image = Image.open("photo.jpg").convert("RGB")
+inputs = processor({inputs}, return_tensors="pt")
+tokens = model.generate(**inputs, {", ".join(f"{k}={v}" for k, v in settings.items())})
+print(processor.decode(tokens[0], skip_special_tokens=True))
+```"""
+
+
+def _scores(reported: list[dict]) -> str:
+    parts = []
+    for scores in reported:
+        rows = []
+        for key, (shown, _) in SCORES.items():
+            if scores.get(key) is None:
+                reason = scores.get("unavailable", {}).get(key)
+                if reason:
+                    rows.append(f"| {shown} | not computed | {reason} |")
+                continue
+            low, high = scores.get("intervals", {}).get(key) or (None, None)
+            rows.append(f"| {shown} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |")
+        facts = scores.get("scene_facts")
+        if facts:
+            rows.append(f"| share of true facts | {facts['scene_facts']:.4f} | |")
+        generation = ", ".join(f"{k} {v}" for k, v in scores["generation"].items() if v not in (None, ""))
+        parts.append(
+            f"On the {scores['split']} split of `{scores['dataset_name']}` ({scores['counts']['images']} images, one "
+            f"caption each, all references; no reference is ever shown to the model).\n\n"
+            "| metric | score | 95 % interval over images |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
+            f"Generated with: {generation}. sacreBLEU signature: `{scores.get('sacrebleu_signature')}`. "
+            f"Dataset fingerprint: `{scores.get('dataset_fingerprint')}`."
+        )
+    return "\n\n".join(parts)
+
+
+def _examples(run: dict) -> str:
+    lines = []
+    for example in run.get("examples", []):
+        references = "; ".join(example["references"][:2])
+        lines.append(f"- `{example['image_id']}`: **{example['caption']}** (people said: {references})")
+    return "\n".join(lines)
+
+
+def _limits(flags: dict, reported: list[dict]) -> str:
+    facts = next((s["corpus"] for s in reported if "corpus" in s), None)
+    said = ""
+    if facts:
+        said = (
+            f" On the {reported[0]['split']} split {facts['distinct_captions']:.0%} of its captions are distinct and "
+            f"{facts['bad_endings']:.1%} end in the middle of a phrase."
+        )
+    return (
+        "For describing photographs like those it was trained on, as a draft that a person checks. A caption can name "
+        "things that are not there, miscount, and guess at gender, age or occupation from looks, as its training "
+        f"captions do; it should not be used to identify or judge people, nor where a wrong caption does harm.{said} "
+        "N-gram scores reward captions that sound like the references, which is not the same as being right."
+    )
+
+
+def _training(run: dict, flags: dict) -> str:
+    training, lines = run.get("training"), []
+    if training:
+        hardware = run["hardware"]
+        device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']} ({hardware['cores']} cores)"
+        gpu_memory = training.get("train_peak_gpu_memory_gib")
+        peak = f"{gpu_memory} GiB on the GPU" if gpu_memory else f"{training['train_peak_host_memory_gib']} GiB"
+        lines.append(
+            f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['train_runtime'] / 3600:.2f} hours "
+            f"(of the last start, if it was resumed) in {training['processes']} process(es) on {device}, "
+            f"{training['precision']}, peak memory {peak}. "
+        )
+        if training.get("best_step"):
+            lines.append(
+                f"The checkpoint kept is that of step {training['best_step']}: the best {flags['metric_for_best_model']} "
+                f"on the validation split ({training['best_validation_score']:.4f})."
+            )
+    if not flags:
+        return "Not recorded."
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(flags.items()) if value not in (None, "", []))
+    lines.append(f"\n\nCommit `{run['commit']}`; {versions}.\n\n```\n{run['command']}\n```\n\n")
+    lines.append(f"<details><summary>Every setting</summary>\n\n| setting | value |\n|---|---|\n{rows}\n\n</details>")
+    return "".join(lines)

@@ -1,0 +1,121 @@
+"""Models and their processors: from a folder, from the Hub, or from scratch by a config file."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoProcessor, BertTokenizer, BlipConfig, BlipImageProcessor, BlipProcessor
+
+from models.blip_attention import use_fast_attention
+from models.families import family_of
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(model_name_or_path: str, fast_attention: bool = True, revision: str = "main"):
+    """A captioner and its processor, from a local folder or the Hub.
+
+    Weights are read from safetensors only, and no code of the repository is run. ValueError if there is no model, if
+    its family is not known, or if some weights of the captioner are missing from it.
+    """
+    folder = Path(model_name_or_path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        inside = "it is a file" if folder.is_file() else "it has no config.json"
+        hint = ""
+        if folder.is_dir() and (checkpoints := sorted(folder.glob("checkpoint-*"))):
+            hint = f" It holds checkpoints: try {checkpoints[-1]}."
+        raise ValueError(f"{model_name_or_path} is not a model folder: {inside}.{hint}")
+    options = {"trust_remote_code": False, "revision": revision}
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, **options)
+        family = family_of(config, model_name_or_path)
+        processor = AutoProcessor.from_pretrained(model_name_or_path, **options)
+        model, info = family.model_class.from_pretrained(
+            model_name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+    except OSError as error:
+        raise ValueError(
+            f"Could not load a model from '{model_name_or_path}'. Neither a local folder nor a reachable, "
+            f"safetensors-holding model of the Hub. The library says: {str(error).splitlines()[0]}"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{model_name_or_path} lacks {len(missing)} weights of {family.model_class.__name__} "
+            f"(first: {missing[0]}): it is a checkpoint of another kind of model."
+        )
+    return use_fast_attention(model, fast_attention), processor
+
+
+def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_attention: bool = True):
+    """A BLIP with random weights and its processor, from a BlipConfig JSON file.
+
+    The tokenizer has the words of `tokenizer_vocab` (a vocab.txt of BERT's; BLIP's own [DEC] and [ENC] are added), or,
+    without one, is trained on `captions` (an iterable of str). Sizes and ids that follow from it are set in the config.
+    Call after the seed is set.
+    """
+    settings = read_model_config(config_path)
+    tokenizer = _tokenizer(tokenizer_vocab, captions)
+    config = BlipConfig.from_dict(settings)
+    text = config.text_config
+    text.vocab_size = len(tokenizer)
+    text.bos_token_id = tokenizer.convert_tokens_to_ids("[DEC]")
+    text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
+    text.pad_token_id = tokenizer.pad_token_id
+    text.encoder_hidden_size = config.vision_config.hidden_size
+    side = config.vision_config.image_size
+    image_processor = BlipImageProcessor(size={"height": side, "width": side})
+    model = family_of(config).model_class(config)
+    _spread_vision_weights(model)
+    return use_fast_attention(model, fast_attention), BlipProcessor(image_processor, tokenizer)
+
+
+def read_model_config(config_path: str) -> dict:
+    """The settings of a BlipConfig JSON file; ValueError if it is not one."""
+    try:
+        settings = json.loads(Path(config_path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model_config: there is no file {config_path}.") from None
+    except ValueError as error:
+        raise ValueError(f"model_config: {config_path} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or not {"vision_config", "text_config"} <= set(settings):
+        raise ValueError(f"model_config: {config_path} must hold a BlipConfig with a vision_config and a text_config.")
+    return settings
+
+
+def _spread_vision_weights(model) -> None:
+    """BlipVisionConfig's initializer_range is 1e-10, meant to be overwritten by a checkpoint: from scratch it leaves a
+    vision encoder that sees nothing. A range that was set on purpose is kept."""
+    vision = model.config.vision_config
+    if vision.initializer_range > 1e-6:
+        return
+    for parameter in model.vision_model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.trunc_normal_(parameter, std=0.02)
+
+
+def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
+    if vocab_file is None:
+        from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
+        from tokenizers.models import WordPiece
+
+        trained = Tokenizer(WordPiece(unk_token="[UNK]"))
+        trained.normalizer = normalizers.BertNormalizer(lowercase=True)
+        trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        trainer = trainers.WordPieceTrainer(vocab_size=8000, special_tokens=special, show_progress=False)
+        trained.train_from_iterator(captions, trainer)
+        # Sorted, so that the ids do not hang on the trainer's threads.
+        words = sorted(set(trained.get_vocab()) - set(special))
+        vocab = {word: index for index, word in enumerate([*special, *words])}
+    else:
+        try:
+            lines = Path(vocab_file).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ValueError(f"tokenizer_vocab: {vocab_file} cannot be read: {error}") from None
+        vocab = {word: index for index, word in enumerate(lines)}
+        if absent := {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(vocab):
+            raise ValueError(f"tokenizer_vocab: {vocab_file} lacks {', '.join(sorted(absent))}: not a BERT vocab.txt.")
+    tokenizer = BertTokenizer(vocab=vocab, do_lower_case=True)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer

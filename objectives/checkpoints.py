@@ -1,0 +1,77 @@
+"""The output folder of a training run: whose it is, and where to go on from."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from metrics.results import environment, write_json
+
+logger = logging.getLogger(__name__)
+
+# Flags that may differ between two starts of one run: they do not change what is learnt.
+FREE = {
+    "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm", "skip_memory_metrics",
+    "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "save_total_limit",
+    "log_level_replica", "log_on_each_node", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_revision",
+    "hub_private_repo", "hub_always_push", "local_rank", "ddp_timeout", "ddp_backend", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "license", "meteor",
+    "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp",
+    "per_device_eval_batch_size", "max_test_samples", "feature_cache_dir",
+}  # fmt: skip
+
+
+def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | None) -> str | None:
+    """The checkpoint to go on from, or None to start anew.
+
+    ValueError if `folder` holds a run with other flags, or if a named checkpoint is not a whole one. A checkpoint that
+    a kill left unfinished is passed over.
+    """
+    if resume_from_checkpoint:
+        if not _is_whole(Path(resume_from_checkpoint)):
+            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint of train.py.")
+        return resume_from_checkpoint
+    flags = _binding(flags)
+    if (folder / "run.json").is_file():
+        before = json.loads((folder / "run.json").read_text())["flags"]
+        differ = sorted(name for name in before.keys() | flags.keys() if before.get(name) != flags.get(name))
+        if differ:
+            what = "; ".join(f"{name} was {before.get(name)!r}, is {flags.get(name)!r}" for name in differ[:5])
+            more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
+            raise ValueError(
+                f"output_dir {folder} holds another run: {what}{more}. Name another --output_dir, or delete that one."
+            )
+    elif stray := sorted(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"output_dir {folder} holds {stray[0].name}, but no run.json that says what run it is of. "
+            f"Name another --output_dir, or pass --resume_from_checkpoint {stray[0]} to go on from it all the same."
+        )
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    whole = [path for path in checkpoints if _is_whole(path)]
+    for path in checkpoints:
+        if path not in whole:
+            logger.warning("%s is unfinished (the run was stopped while it was written) and is not used", path)
+    if whole:
+        logger.info("going on from %s", whole[-1])
+    return str(whole[-1]) if whole else None
+
+
+def record_run(folder: Path, flags: dict) -> None:
+    """run.json: the flags that make the run what it is, and where it was started. Removes unfinished checkpoints."""
+    write_json(folder / "run.json", {"flags": _binding(flags), **environment()})
+    for path in folder.glob("checkpoint-*"):
+        if not _is_whole(path):
+            shutil.rmtree(path)
+
+
+def _binding(flags: dict) -> dict:
+    """The flags that a second start must share, as JSON would give them back."""
+    return json.loads(json.dumps({k: v for k, v in flags.items() if k not in FREE}, default=str))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The Trainer writes trainer_state.json last, so a checkpoint that has it in full has everything."""
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False

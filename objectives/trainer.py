@@ -1,0 +1,106 @@
+"""The one trainer: transformers' Seq2SeqTrainer, with an objective for a loss and captions for an evaluation."""
+
+import resource
+import time
+
+import torch
+from transformers import Seq2SeqTrainer
+
+from metrics import score
+from objectives.cross_entropy import caption_loss
+
+
+class CaptionTrainer(Seq2SeqTrainer):
+    """Trains by `objective(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`.
+
+    An evaluation captions the records of `validation` through `captioner` and scores them against all their
+    references (`eval_sacrebleu`, `eval_CIDEr`); `eval_loss` is the unsmoothed cross-entropy of `eval_dataset`, the
+    pairs of the same records, batched by `eval_collator` (which does not augment). In several processes each captions
+    its share, and all get the same scores.
+    """
+
+    def __init__(self, *, objective, captioner, eval_collator=None, validation=None, **kwargs):
+        super().__init__(**kwargs)
+        self.objective, self.captioner = objective, captioner
+        self.eval_collator, self.validation = eval_collator, validation
+        # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
+        self.model_accepts_loss_kwargs = True
+        self.label_smoother = None  # the objective's own
+        # Tied weights are saved once; without this the Trainer warns of "missing" ones when it reloads a checkpoint.
+        self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or [])
+        self._waited, self._logged_at = 0.0, time.perf_counter()
+        self._scalars: dict[str, list] = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = self.objective(model, inputs, num_items_in_batch)
+        for name, value in result.items():
+            if name != "loss":
+                self._scalars.setdefault(name, []).append(torch.as_tensor(value).detach())
+        loss = result["loss"]
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients; the sum is wanted
+        return (loss, result) if return_outputs else loss
+
+    def get_batch_samples(self, *args, **kwargs):
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - start
+        return batches
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["data_wait"] = round(self._waited / (now - self._logged_at), 4)
+            self._waited, self._logged_at = 0.0, now
+            for name, values in self._scalars.items():
+                logs[name] = self.accelerator.reduce(torch.stack(values).float().mean(), "mean").item()
+            self._scalars = {}
+        super().log(logs, start_time)
+
+    def peak_memory(self) -> dict:
+        """Peak memory of this process in GiB: of its GPU where it has one, and of the host."""
+        peak = {"train_peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        if torch.cuda.is_available():
+            peak["train_peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return {name: round(value, 2) for name, value in peak.items()}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        start = time.perf_counter()
+        self.model.eval()
+        metrics = {"loss": self._pairs_loss(self.eval_dataset if eval_dataset is None else eval_dataset)}
+        with self.compute_loss_context_manager():
+            predictions = self.captioner.caption_split(
+                self.validation,
+                batch_size=self.args.eval_batch_size,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        references = dict(zip(self.validation["image_id"], self.validation["captions"], strict=True))
+        scores, _ = score(predictions, references, meteor=False, spice=False, bootstrap_samples=0)
+        metrics |= {name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")}
+        metrics["runtime"] = round(time.perf_counter() - start, 3)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train()
+        self._logged_at = time.perf_counter()
+        return metrics
+
+    @torch.no_grad()
+    def _pairs_loss(self, pairs) -> float:
+        """Mean unsmoothed cross-entropy over all target tokens of `pairs`."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # summed loss, tokens
+        # Not the Trainer's loader: it repeats samples until all processes have as many.
+        share = torch.utils.data.Subset(pairs, range(self.args.process_index, len(pairs), self.args.world_size))
+        loader = torch.utils.data.DataLoader(
+            share,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.eval_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        for batch in loader:
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                total[0] += caption_loss(self.model, batch, num_items_in_batch=1).double()
+            total[1] += batch["labels"][:, 1:].ne(-100).sum()
+        total = self.accelerator.reduce(total, "sum")
+        return (total[0] / total[1]).item()

@@ -1,0 +1,89 @@
+"""Small models built with the real classes, and how the tests start the scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+CONFIG = {
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "initializer_range": 0.02,
+    },
+    "text_config": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+# The words of the tests' own captions.
+VOCABULARY = """a the two three red green blue yellow circle square star dog cat man woman child runs sits jumps on in
+with of and near under grass water road ball . , ##s picture small large left right""".split()
+
+
+def write_vocabulary(folder: Path) -> Path:
+    path = folder / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *VOCABULARY]))
+    return path
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def build(folder: Path, seed: int = 0, fast_attention: bool = True):
+    """(model, processor) of the tiny config."""
+    import torch
+
+    from models.loading import build_model
+
+    torch.manual_seed(seed)
+    return build_model(str(write_config(folder)), str(write_vocabulary(folder)), [], fast_attention)
+
+
+def build_folder(folder: Path, seed: int = 0) -> Path:
+    """A saved tiny model."""
+    model, processor = build(folder, seed)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def write_photos(folder: Path, captions: dict[str, list[str]], splits: dict[str, str] | None = None) -> Path:
+    """A JSONL set of noise pictures; splits gives each name its split."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (name, texts) in enumerate(captions.items()):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{name}.png")
+        row = {"image": f"{name}.png", "captions": texts}
+        lines.append(json.dumps(row | ({"split": splits[name]} if splits else {})))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"
+
+
+def start(script: str, *arguments, processes: int = 1, **environment) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def run(script: str, *arguments, fails: bool = False, **options) -> subprocess.CompletedProcess:
+    """A script run to its end; asserts that it succeeds, or with `fails` that it exits with 2 and no traceback."""
+    process = start(script, *arguments, **options)
+    out, err = process.communicate(timeout=600)
+    if fails:
+        assert process.returncode == 2, f"exit {process.returncode}\n{err}"
+        assert "Traceback" not in err, err
+    else:
+        assert process.returncode == 0, f"exit {process.returncode}\n{err}\n{out}"
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -1,0 +1,143 @@
+"""Fine-tune an image captioner.
+
+    python train.py [RECIPE.yaml] [--flag value ...]
+    torchrun --nproc_per_node 2 train.py RECIPE.yaml
+
+Leaves in the output folder a model that from_pretrained loads, its scores on the validation and the test split, its
+captions, its training curves and its model card. Started again after a kill, it goes on from the last checkpoint.
+"""
+
+import logging
+
+from transformers import set_seed
+
+import data
+from arguments import (
+    GenerationArguments,
+    MetricArguments,
+    ModelArguments,
+    ScratchArguments,
+    TrainArguments,
+    TrainDataArguments,
+    parse,
+    run,
+)
+from collator import CaptionCollator
+from metrics import results
+from metrics.curves import plot_curves
+from models.captioner import Captioner
+from models.card import finish_run, write_card
+from models.families import family_of
+from models.loading import build_model, load_model
+from objectives import CaptionTrainer, CrossEntropy
+from objectives.checkpoints import find_checkpoint, record_run
+
+logger = logging.getLogger("train")
+
+
+def main():
+    groups = parse(
+        (ModelArguments, ScratchArguments, TrainDataArguments, GenerationArguments, MetricArguments, TrainArguments)
+    )
+    model_args, scratch_args, data_args, generation_args, metric_args, args = groups
+    flags = {name: value for group in groups for name, value in vars(group).items() if not name.startswith("_")}
+    folder = results.output_folder(args.output_dir)
+    checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
+    results.warn_of_missing_scores(metric_args)
+    set_seed(args.seed)
+
+    # Data: records, one an image
+    with args.main_process_first(desc="preparing the dataset"):
+        splits = data.load(**data_args.source())
+        splits = data.take(splits, data_args.max_train_samples, data_args.max_eval_samples, data_args.max_test_samples)
+        splits, bad_samples = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
+    train, validation, test = (splits.get(name) for name in ("train", "validation", "test"))
+    if validation is None and args.eval_strategy != "no":
+        raise ValueError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
+
+    # Model
+    if scratch_args.model_config:
+        vocab, captions = scratch_args.tokenizer_vocab, (text for row in train for text in row["captions"])
+        model, processor = build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention)
+    else:
+        model, processor = load_model(
+            model_args.model_name_or_path, model_args.fast_attention, model_args.model_revision
+        )
+    if scratch_args.freeze_vision:
+        model.get_submodule(family_of(model.config).vision).requires_grad_(False)
+    captioner = Captioner(model, processor, autocast=args.autocast_dtype, **vars(generation_args))
+    captioner.save_settings()
+
+    # Train
+    collating = {"max_txt_len": data_args.max_txt_len, "prompt": captioner.prompt}
+    augmentation = data.Augmentation(data_args.augment, seed=args.seed) if data_args.augment else None
+    if data_args.streaming:
+        pairs = data.CaptionStream(train, data_args.captions_per_image, seed=args.seed)
+    else:
+        pairs = data.CaptionPairs(train, data_args.captions_per_image)
+    trainer = CaptionTrainer(
+        model=model,
+        args=args,
+        processing_class=processor,
+        objective=CrossEntropy(args.label_smoothing_factor),
+        captioner=captioner,
+        data_collator=CaptionCollator(processor, model.config, augmentation=augmentation, **collating),
+        eval_collator=CaptionCollator(processor, model.config, **collating),
+        train_dataset=pairs,
+        eval_dataset=data.CaptionPairs(validation, data_args.captions_per_image) if validation else None,
+        validation=validation,
+    )
+    if trainer.is_world_process_zero():
+        record_run(folder, flags)
+        results.write_bad_samples(folder, bad_samples)
+    trainer.accelerator.wait_for_everyone()
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_metrics("train", outcome.metrics | trainer.peak_memory(), combined=False)
+    trainer.save_state()
+
+    # Evaluate
+    known = None if data_args.streaming else [text for group in train["captions"] for text in group]
+    examples = []
+    for name, records in (("validation", validation), ("test", test)):
+        if records is None:
+            continue
+        predictions = captioner.caption_split(
+            records, batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers
+        )
+        if not trainer.is_world_process_zero():
+            continue
+        target = folder if name == "test" or test is None else results.output_folder(folder / name)
+        results.write_predictions(target, predictions)
+        scores, _ = results.score_records(predictions, records, metric_args, args.seed, training_captions=known)
+        results.write_scores(
+            target,
+            scores,
+            split=name,
+            dataset_name=data_args.dataset_name,
+            dataset_fingerprint=data.fingerprint(records),
+            model=str(folder),
+            generation=captioner.description(),
+        )
+        logger.info("%s:\n%s", name, results.summary(scores))
+        if name == "validation":
+            trainer.save_metrics("eval", results.flat(scores, "eval"), combined=False)
+        first = records.select(range(min(5, len(records))))
+        examples = [
+            {"image_id": row["image_id"], "caption": predictions[row["image_id"]], "references": row["captions"]}
+            for row in first.select_columns(["image_id", "captions"])
+        ]
+
+    # Save
+    if trainer.is_world_process_zero():
+        plot_curves(trainer.state.log_history, folder)
+        finish_run(folder, trainer, splits, examples)
+        write_card(folder)
+        logger.info("the model, its scores, captions, curves and card are in %s", folder)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)
