@@ -9,6 +9,7 @@ from data.images import MAX_PIXELS, ImageError, open_image
 from data.records import DataError, check_images, fingerprint
 from data.sources import FORMATS, load
 from data.training import CaptionPairs, CaptionStream, check_training_images, take
+from data.training import CaptionPairs, CaptionStream, check_training_images, take
 
 __all__ = [
     "FORMATS",
@@ -16,12 +17,16 @@ __all__ = [
     "Augmentation",
     "CaptionPairs",
     "CaptionStream",
+    "CaptionPairs",
+    "CaptionStream",
     "DataError",
     "ImageError",
     "check_images",
     "check_training_images",
+    "check_training_images",
     "fingerprint",
     "load",
     "open_image",
+    "take",
     "take",
 ]
