@@ -108,7 +108,7 @@ def score(
     metrics["CIDEr"] = float(per_metric["CIDEr"].mean())
     metrics["SPICE"] = None if spice_f is None else float(np.nanmean(spice_f))
     metrics["sacrebleu"] = _sacrebleu_score(sacrebleu_counts.sum(axis=0))
-    metrics["sacrebleu_signature"] = str(sacrebleu.get_signature())
+    metrics["sacrebleu_signature"] = _sacrebleu_signature(sacrebleu, references)
     metrics["unavailable"] = unavailable
     metrics["counts"] = {"images": len(images), "references": sum(map(len, reference_tokens))}
     if spice_f is not None:
@@ -177,19 +177,28 @@ def _result(job: Future | None, name: str, unavailable: dict[str, str]):
 def _sacrebleu_statistics(
     sacrebleu: BLEU, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> np.ndarray:
-    """sacreBLEU's counts, one row an image: hypothesis length, reference length, 4 matches, 4 totals."""
-    most = max(map(len, references.values()))
-    # One stream for first references, one for second ones and so on; None where an image has fewer.
-    streams = [
-        [" ".join(captions[n].split()) if n < len(captions) else None for captions in references.values()]
-        for n in range(most)
-    ]
-    hypotheses = [" ".join(predictions[image].split()) for image in references]
-    return np.array(sacrebleu._extract_corpus_statistics(hypotheses, streams), dtype=float)
+    """sacreBLEU's counts, one row an image, as `bleu_statistics`: only the tokenizer differs, and it is sacreBLEU's."""
+
+    def tokens(caption: str) -> list[str]:
+        caption = " ".join(caption.split())
+        return sacrebleu.tokenizer(caption.lower() if sacrebleu.lowercase else caption).split()
+
+    return bleu_statistics(
+        [tokens(predictions[image]) for image in references],
+        [[tokens(caption) for caption in captions] for captions in references.values()],
+    )
+
+
+def _sacrebleu_signature(sacrebleu: BLEU, references: Mapping[str, Sequence[str]]) -> str:
+    """sacreBLEU's own description of the settings. It asks for a scoring first, to see how many references there are."""
+    fewest, most = min(references.values(), key=len), max(references.values(), key=len)
+    streams = [[fewest[n] if n < len(fewest) else None, most[n]] for n in range(len(most))]
+    sacrebleu.corpus_score(["", ""], streams)
+    return str(sacrebleu.get_signature())
 
 
 def _sacrebleu_score(statistics: np.ndarray) -> float:
-    hypothesis_length, reference_length, *counts = (int(number) for number in statistics)
+    hypothesis_length, reference_length, *counts = (round(number) for number in statistics)
     return BLEU.compute_bleu(
         correct=counts[:4], total=counts[4:], sys_len=hypothesis_length, ref_len=reference_length, smooth_method="exp"
     ).score
@@ -216,7 +225,7 @@ def _intervals(
     images = len(bleu_counts)
     bleu_sums, sacrebleu_sums, rest = np.split(sums, [10, 20], axis=1)
     resampled = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_sums).T, strict=True))
-    resampled["sacrebleu"] = np.array([_sacrebleu_score(row) for row in np.rint(sacrebleu_sums)])
+    resampled["sacrebleu"] = np.array([_sacrebleu_score(row) for row in sacrebleu_sums])
     for column, name in enumerate(per_metric):
         resampled[name] = rest[:, column] / images
     if meteor_counts is not None:

@@ -33,10 +33,17 @@ def _codepoints(ranges: str) -> set[int]:
     return {codepoint for bound in bounds for codepoint in range(bound[0], bound[-1] + 1)}
 
 
-# The scanner knows the letters and digits of Unicode 6.1 in the basic plane; later ones it drops as unknown.
-_LATER_LETTERS = _codepoints("")
-_LETTERS = {c for c in range(0x10000) if unicodedata.category(chr(c))[0] == "L"} - _LATER_LETTERS
-_DIGITS = {c for c in range(0x10000) if unicodedata.category(chr(c)) == "Nd"}
+# The scanner knows the letters and digits of Unicode 6.1 in the basic plane. These came later: it drops them.
+_LATER = _codepoints(
+    "37F 528-52F 560 588 5EF 860-86A 870-887 889-88E 8A1 8AD-8C9 978 980 9FC AF9 C34 C5A C5D C80 CDD D04 D54-D56"
+    " D5F DE6-DEF E86 E89 E8C E8E-E93 E98 EA0 EA8-EA9 EAC 13F5 13F8-13FD 16F1-16F8 170D 171F 1878 191D-191E"
+    " 19B0-19C0 19C8-19C9 1B4C 1C80-1C8A 1C90-1CBA 1CBD-1CBF 1CF2-1CF3 1CFA 2C2F 2C5F 312E-312F 31BB-31BF"
+    " 4DB6-4DBF 9FCD-9FFF A698-A69D A78F A794-A79F A7AB-A7DC A7F1-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9FE AA7E-AA7F"
+    " AB30-AB5A AB5C-AB69 AB70-ABBF"
+)
+_LETTERS = {c for c in range(0x10000) if unicodedata.category(chr(c))[0] == "L"} - _LATER
+_LETTERS |= {0x1885, 0x1886}  # letters then, marks now
+_DIGITS = {c for c in range(0x10000) if unicodedata.category(chr(c)) == "Nd"} - _LATER
 # Signs that may stand inside a word although they are no letters: soft hyphen, modifiers, combining marks.
 _WORD_SIGNS = _codepoints(
     "AD 237-24F 2C2-2C5 2D2-2DF 2E5-2FF 300-36F 370-37D 384-385 3CF 3F6 3FC-3FF 483-487 4CF 4F6-4FF 510-525 55A-55F"
@@ -48,10 +55,11 @@ _FILE_TYPES = (
     "bat|bmp|c|class|cgi|cpp|dll|doc|docx|exe|gif|gz|h|htm|html|jar|java|jpeg|jpg|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|"
     "tar|txt|wav|x|xml|zip"
 )
-# After "U." these words begin a new sentence, so that its period is a full stop.
+# After "U." these words, capitalized, begin a new sentence, so that its period is a full stop.
 _SENTENCE_OPENERS = (
-    "About|According|Additionally|After|An|A|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|Mr\\.|Ms\\.|"
-    "Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Then|There|These|They|This|We|When|While|What|Yet|You"
+    r"(?=[A-Z])(?i:about|according|additionally|after|an|a|as|at|but|earlier|he|her|here|however|if|in|it|last|many|more|"
+    r"mr\.|ms\.|now|once|one|other|our|she|since|so|some|such|that|their|the|then|there|these|they|this|we|when|while|"
+    r"what|yet|you)"
 )
 _SYMBOLS = (
     "+%&~^|\\\\\u00a6-\u00a9\u00ac\u00ae-\u00b4\u00b5-\u00ba\u00d7\u00f7\u0387\u05be\u05c0\u05c3\u05c6\u05f3\u05f4"
@@ -68,7 +76,8 @@ _SPACE_OR_END = "[ \\t\u00a0\u2000-\u200a\u3000\n]"
 _APOSTROPHE = "(?:['\u0092\u2019]|&apos;)"
 _INNER_APOSTROPHE = "(?:['`\u0092\u2019\u0091\u2018\u201b]|&apos;)"
 _WORD_CHAR = f"(?:[{_L}{_char_class(_WORD_SIGNS)}]|&[aeiouAEIOU](?i:acute|grave|uml);)"
-_WORD = f"{_WORD_CHAR}+(?:[.!?]{_WORD_CHAR}+)*"
+_WORD_PIECE = f"{_WORD_CHAR}(?:{_WORD_CHAR}|{_DIGIT})*"
+_WORD = f"{_WORD_PIECE}(?:[.!?]{_WORD_PIECE})*"
 _CLITIC = f"{_APOSTROPHE}(?i:[msd]|re|ve|ll)"
 _NUMBER = f"(?:{_DIGIT}+(?:[.:,\u00ad\u066b\u066c]{_DIGIT}+)*|(?:[.:,\u00ad\u066b\u066c]{_DIGIT}+)+)"
 _ACRONYM = r"(?:(?i:canada|sino|korean|eu|japan|non)-(?i:u\.s)|(?i:u\.s\.-(?:u\.s\.s\.r|u\.k))|[A-Za-z](?:\.[A-Za-z])+)"
@@ -79,21 +88,22 @@ _HYPHENATED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9\u
 _INITIALS = "[A-Z]+(?:(?:&(?i:amp;)|[+&])[A-Z]+)+"
 _PAUSE = "[,;:\u3001]"
 
-# Abbreviations that keep their period. A bracketed capital must be a capital: "Miss." is a state, "miss." is not.
+# Abbreviations that keep their period. Some must begin with a capital ("Miss." is a state, "miss." is not), and in a few
+# one letter must be small, for no reason but that the original has it so.
 _ABBREVIATIONS = (
     # months, days, states
-    "(?i:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|ala|ariz|calif|colo|conn|dak|del|"
-    "fla|ga|ind|kans?|ky|la|md|mich|minn|mo|mont|neb|nev|okla|pa|penn|tenn|tex|va|vt|wisc?|wyo)|A(?i:z|rk)|I(?i:ll)|"
-    "M(?i:ass|iss)|O(?i:re)|W(?i:ash)|"
-    # companies, numbers, degrees
-    "(?i:inc|cos?|corp|pp?tys?|ltd|plc|bancorp|dept|bhd|assn|univ|intl|sys|ph|tel|est|ext|sq|ft|jr|sr|bros|"
-    r"ed\.d|ph\.d|blvd|rd|esq|etc|al|seq|"
-    # titles and names
-    "mrs?|ms|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm|rev|maj|sgt|cpl|pvt|mt|capt|ste?|ave|pres|"
-    "lieut|hon|brig|co?mdr|pfc|spc|supts?|det|vs|alex|wm|jos|cie|cf|treas|invt|elec|natl|m[ft]g)"
-    rf"|(?i:a\.k\.a)|{_ACRONYM}|[A-Za-z]"
+    "(?i:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|ala|ariz|calif|colo|conn|ct|dak|fla|"
+    "ga|ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo)|"
+    "A(?i:z|rk)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass|iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash)|"
+    # companies, measures, degrees
+    "(?i:inc|cos?|corp|ltd|plc|bancorp|bhd|assn|univ|intl|sys|rt|bldg|tel|est|ext|sq|jr|sr|bros|"
+    r"ed\.d|ph\.d|blvd|rd|esq|etc|al|seq)|(?i:pp?t)[ye](?i:s)?"
 )
-
+_TITLES = (
+    "(?i:mrs?|ms|mlle|mme|drs?|profs?|sens?|reps?|attys?|asst|assoc|adj|adv|ens|insp|lt|col|gen|messrs|msgr|govs?|adm|rev|"
+    "maj|sgt|sfc|cpl|pvt|mt|capt|ste?|ave|pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|vs|alex|wm|jos|cie|cf|treas|"
+    rf"invt|elec|natl|dept|ph|ft|a\.k\.a)|(?i:m)[ft](?i:g)|{_ACRONYM}|[A-Za-z]"
+)
 _BEFORE_NUMBERS = "ca|figs?|prop|nos?|art|bldg|pp|op"
 
 _APOSTROPHE_WORDS = (
@@ -103,7 +113,7 @@ _APOSTROPHE_WORDS = (
     rf"(?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)"
 )
 
-_NAME = "[A-Za-z][A-Za-z0-9:.-]*"
+_NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
 _QUOTED = r"""['"][^\r\n'"]*['"]"""
 _TAG = rf"<(?:[!?][A-Za-z-][^>\r\n]*|/?{_NAME}(?: +(?:{_NAME} *= *{_QUOTED}|{_NAME}|{_QUOTED}| */))*/? *)>"
 _SMILEY = r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]"
@@ -205,7 +215,7 @@ _RULE_TABLE = [
         "",
         _as_is,
     ),
-    (f"@[a-zA-Z_][a-zA-Z_0-9]*|#{_WORD}", "", _as_is),
+    (f"@[a-zA-Z_][a-zA-Z_0-9]*|#{_WORD_CHAR}+", "", _as_is),
     (_CLITIC, "[^A-Za-z]", _quote),
     (f"(?i:n){_INNER_APOSTROPHE}(?i:t)", "", _quote),
     (f"{_DIGIT}{{1,2}}[-/]{_DIGIT}{{1,2}}[-/]{_DIGIT}{{2,4}}", "", _as_is),
@@ -224,7 +234,8 @@ _RULE_TABLE = [
     ("[\u00a2-\u00a5\u0080\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", "", _currency),
     ("[A-Za-z]", rf"\.{_SPACE_OR_END}+(?:{_SENTENCE_OPENERS}){_SPACE_OR_END}", _as_is),
     (rf"(?i:{_BEFORE_NUMBERS})\.", f"{_SPACE_OR_END}?{_DIGIT}", _as_is),
-    (rf"(?:{_ABBREVIATIONS})\.", "", _as_is),
+    (rf"(?:{_ABBREVIATIONS})\.", "(?s:.{0,2})", _as_is),  # beats "Nov.s" as one word, but not "Nov.su"
+    (rf"(?:{_TITLES})\.", "", _as_is),
     (_ACRONYM, _SPACE_OR_END, _as_is),
     (f"{_APOSTROPHE}[0-9][0-9]", _SPACE_OR_END, _as_is),
     (rf"{_ALNUM}+(?:\.{_ALNUM}+)*\.(?i:{_FILE_TYPES})", r"[ \t\u00a0\u2000-\u200a\u3000\n.?!,]", _as_is),
@@ -259,12 +270,12 @@ _RULE_TABLE = [
     (_INITIALS, "", _ampersand),
     ("'", "[A-Za-z][^ \\t\\n\\r\u00a0]", _opening_quote),
     (_CLITIC, "", _quote),
-    (f"{_APOSTROPHE}|''|[`\u2018-\u201f\u0091-\u0094\u2039\u203a\u00ab\u00bb]{{1,2}}", "", _quote),
+    (f"[`\u2018-\u201f\u0091-\u0094\u2039\u203a\u00ab\u00bb]{{1,2}}|''|{_APOSTROPHE}", "", _quote),
     ("<<|>>", "", _as_is),
     (f"[{_SYMBOLS}]", "", _as_is),
     (f"{_SPACE}+|(?i:&nbsp;)", "", None),
 ]
-_RULES = [(re.compile(f"({body}){context}"), action) for body, context, action in _RULE_TABLE]
+_RULES = [(re.compile(f"({body}){context}", re.ASCII), action) for body, context, action in _RULE_TABLE]
 
 
 def _scan(text: str, next_line: str = "") -> list[str]:
