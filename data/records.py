@@ -75,7 +75,9 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
         if isinstance(caption, str) and caption.strip():
             cleaned.append(" ".join(caption.split()))
             continue
-        fault = "is empty" if isinstance(caption, str) else f"is {type(caption).__name__}, not text"
+        fault = f"is {type(caption).__name__}, not text"
+        if caption is None or isinstance(caption, str):
+            fault = "is empty"
         message = f"{where}: a caption of image {image} {fault} ({caption!r})"
         if report is None:
             raise DataError(f"{message}. Correct the file, or pass --skip_bad_samples to drop such captions")
@@ -134,18 +136,23 @@ def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dro
     missing = [record for record, size in zip(records, sizes, strict=True) if size is None]
     if missing and (not skip_bad_samples or len(missing) == len(records)):
         raise ImageError(
-            f"{len(missing)} of {len(records)} images are missing, the first: {missing[0].image} "
+            f"{len(missing)} of {len(records)} images are missing, the first: {described(missing[0])} "
             f"(named in {missing[0].where}). Check --image_dir"
             + ("" if len(missing) == len(records) else ", or pass --skip_bad_samples to drop them")
         )
     for record in missing:
         dropped["missing images"] += 1
-        image = str(record.image)
+        image = described(record)
         bad_samples.append(
             {"image_id": record.image_id or record.name, "image": image, "reason": f"{image}: the image is missing"}
         )
     kept = [(record, size) for record, size in zip(records, sizes, strict=True) if size is not None]
     return [record for record, _ in kept], [size for _, size in kept]
+
+
+def described(record: Record) -> str:
+    """The image of a record in a message: the path of its file, else its name or number in the table."""
+    return record.image if isinstance(record.image, str) else record.name or f"of row {record.image}"
 
 
 def same_content(images: list, sizes: list[int], read) -> list[int]:
@@ -228,8 +235,9 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
             else:
                 known.captions += [caption for caption in record.captions if caption not in known.captions]
                 dropped["renamed copies of an image"] += 1
-        kept += by_name.values()
-    return kept
+        kept += map(id, by_name.values())
+    kept = set(kept)
+    return [record for record in records if id(record) in kept]  # in the source's order
 
 
 def name_records(records: list[Record]) -> None:

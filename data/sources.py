@@ -93,7 +93,7 @@ def load(
             captions and paths) and keep every check.
         skip_bad_samples: drop missing images and bad captions instead of raising.
         cache_dir: cache of `datasets`, and of the COCO images that are fetched.
-        splits: these splits only. Of COCO-Karpathy, the images of no other split are then fetched.
+        splits: these splits only. Images of other splits are then neither fetched (COCO-Karpathy) nor compared.
         max_samples: at most so many records of a split, e.g. {"train": 1000}: the first ones.
         bad_samples: a list that receives {"image_id", "image", "reason"} for each row skipped.
 
@@ -108,7 +108,8 @@ def load(
     dataset_name, options = str(dataset_name), (image_column, caption_column)
     if data_format not in FORMATS:
         raise DataError(f"data_format {data_format!r} is unknown. Known: {', '.join(FORMATS)}")
-    for split in [*(splits or ()), *(max_samples or {})]:
+    wanted = [*(splits or ()), *(max_samples or {})]
+    for split in wanted:
         if split not in SPLITS:
             raise DataError(f"there is no split {split!r}. Splits are called {', '.join(SPLITS)}")
     source = detect_format(dataset_name) if data_format == "auto" else data_format
@@ -129,12 +130,14 @@ def load(
     table = None
     if source in TABLES:
         tables = load_tables(dataset_name, source, dataset_config_name, cache_dir, streaming)
-        if is_karpathy(tables):
+        karpathy = is_karpathy(tables)
+        only_paths = karpathy or image_column_holds_paths(tables, *options)
+        if streaming and only_paths:  # small, so it is loaded like other annotations
+            tables = load_tables(dataset_name, source, dataset_config_name, cache_dir, streaming=False)
+        if karpathy:
             source = "karpathy"
-            if streaming:
-                tables = load_tables(dataset_name, source, dataset_config_name, cache_dir, streaming=False)
-            rows = karpathy_rows((row for split in tables.values() for row in split), dataset_name)
-        elif streaming:
+            rows = karpathy_rows((row for table in tables.values() for row in table), dataset_name)
+        elif streaming and not only_paths:
             dataset = stream_records(tables, *options, split_seed, skip_bad_samples, dataset_name)
             dataset = choose(dataset, splits, max_samples, dataset_name)
             logger.info(
@@ -160,14 +163,14 @@ def load(
     records = rec.merge(rows, skip_bad_samples, dropped, bad_samples)
     official, complete = rec.splits_of_source(records)
     if official and complete:  # before images are looked for: those of unwanted splits need not be there
+        require_splits(wanted, [split for split in SPLITS if any(r.split == split for r in records)], dataset_name)
         records = [record for record in records if splits is None or record.split in splits]
         if max_samples:
             records = first_of_each_split(records, max_samples)
     if source == "karpathy":
         locate_karpathy_images(records, image_dir, path, rec.cache_folder(cache_dir))
     if not records:
-        wanted = f" in {', '.join(splits)}" if splits and official else ""
-        raise DataError(f"{dataset_name}: no captioned image found{wanted}{in_words(dropped)}")
+        raise DataError(f"{dataset_name}: no captioned image found{in_words(dropped)}")
 
     if table is None:
         sizes, read = rec.file_sizes(records), rec.read_file
@@ -224,7 +227,12 @@ def detect_format(dataset_name: str) -> str:
         raise DataError(f"{dataset_name}: no captions of a known format in this folder. {format_choices()}")
     if dataset_name.endswith(".tar"):
         return "webdataset"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset_name) or path.suffix in (".json", ".jsonl", ".csv", ".parquet"):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset_name) or path.suffix in (
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".parquet",
+    ):
         raise DataError(f"{dataset_name}: no such file or folder, and not the id of a Hub data set")
     return "hub"
 
@@ -353,13 +361,13 @@ def locate_karpathy_images(records: list[Record], image_dir, path: Path, cache: 
     COCO images are first fetched."""
     base = path if path.is_dir() else path.parent
     roots = [Path(image_dir)] if image_dir else [base / folder for folder in IMAGE_FOLDERS]
-    find = finder([*roots, cache / "coco"])
+    find, find_flat = finder([*roots, cache / "coco"]), finder(roots)
     wanted = []
     for record in records:
         folder, name = os.path.split(record.image)
         found = find(record.image)
-        if not os.path.exists(found) and os.path.exists(finder(roots)(name)):  # a flat folder
-            found = finder(roots)(name)
+        if not os.path.exists(found) and os.path.exists(find_flat(name)):
+            found = find_flat(name)
         if not os.path.exists(found) and not image_dir and COCO_FOLDER.fullmatch(folder) and COCO_FILE.fullmatch(name):
             found = str(cache / "coco" / folder / name)
             wanted.append(f"{folder}/{name}")
@@ -575,7 +583,7 @@ def dict_rows(rows, source: str, image_column, caption_column, find, split: str 
         yield Record(
             where,
             find(image),
-            captions_of(row, caption_names),
+            captions_of(row, caption_names, where),
             name=os.path.basename(image) if os.path.isabs(image) else image,
             image_id=None if image_id is None else str(image_id),
             split=split if own_split is None else rec.split_name(own_split, f"{source}, {where}"),
@@ -608,7 +616,7 @@ def find_columns(columns: list[str], image_column, caption_column, source: str, 
     return image, captions
 
 
-def captions_of(row: dict, names: list[str]) -> list:
+def captions_of(row: dict, names: list[str], where: str) -> list:
     """The raw captions of a row, whether in one column or several, a string, a list, or inside WebDataset's json."""
     captions = []
     for name in names:
@@ -620,7 +628,7 @@ def captions_of(row: dict, names: list[str]) -> list:
             value = value or {}
             inner = next((key for key in CAPTION_COLUMNS if value.get(key) is not None), None)
             if inner is None:
-                raise DataError(f"the json of a sample has no caption. Its keys: {', '.join(value)}")
+                raise DataError(f"{where}: the json of this sample has no caption. Its keys: {', '.join(value)}")
             value = value[inner]
         captions += value if isinstance(value, (list, tuple)) else [value]
     return captions
@@ -732,6 +740,8 @@ def load_tables(dataset_name: str, source: str, config: str | None, cache_dir, s
                 f"{dataset_name}: split {name!r} is none of train, validation, test. Splits present: "
                 f"{', '.join(loaded)}. Save a copy with renamed splits (save_to_disk), or choose another configuration"
             )
+        if streaming and table.features is None:  # not said by the source: taken from its first rows
+            table = table._resolve_features()
         tables.setdefault(SPLIT_NAMES[name], []).append(table)
     join = datasets.concatenate_datasets
     return {split: parts[0] if len(parts) == 1 else join(parts) for split, parts in tables.items()}
@@ -756,6 +766,12 @@ def image_and_caption_columns(table, image_column, caption_column, source: str):
     return find_columns(list(table.column_names), image_column, caption_column, source, typed)
 
 
+def image_column_holds_paths(tables: dict, image_column, caption_column) -> bool:
+    table = next(iter(tables.values()))
+    image_name, _ = image_and_caption_columns(table, image_column, caption_column, "the data set")
+    return table.features[image_name].dtype in ("string", "large_string")
+
+
 def table_rows(
     tables: dict, image_column, caption_column, image_dir
 ) -> tuple[Iterable[Record], datasets.Dataset | None]:
@@ -763,32 +779,30 @@ def table_rows(
 
     Where the image column holds paths, records have these and the table is None.
     """
-    first = next(iter(tables.values()))
-    image_name, caption_names = image_and_caption_columns(first, image_column, caption_column, "the data set")
-    if isinstance(first.features[image_name], datasets.Value) and "string" in first.features[image_name].dtype:
-        find = finder([image_dir])
-        return (
-            record
-            for split, table in tables.items()
-            for record in dict_rows(
-                ((row, f"{split} row {number}") for number, row in enumerate(table)),
-                "the data set",
-                image_column,
-                caption_column,
-                find,
-                None if "split" in table.column_names else split,
-            )
-        ), None
-
     parts = [part.flatten_indices() if part._indices is not None else part for part in tables.values()]
     table = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    if image_name != "image":
-        if "image" in table.column_names:
-            table = table.remove_columns("image")
-        table = table.rename_column(image_name, "image")
-    table = table.cast_column("image", datasets.Image(decode=False))
-    split_of_row = [split for split, one in tables.items() for _ in range(len(one))]
-    names = rec.table_images(table)[1]
+    image_name, caption_names = image_and_caption_columns(table, image_column, caption_column, "the data set")
+    split_of_row = [split for split, part in zip(tables, parts, strict=True) for _ in range(len(part))]
+    if image_column_holds_paths(tables, image_column, caption_column):
+        paths = table[image_name]
+    else:
+        names_apart = [name for name in ("image", "captions") if name in table.column_names]
+        table = table.remove_columns([name for name in names_apart if name not in (image_name, *caption_names)])
+        table = table.rename_column(image_name, "image") if image_name != "image" else table
+        table = table.cast_column("image", datasets.Image(decode=False))
+        sizes, names, _ = rec.table_images(table)
+        paths = table["image"] if all(size is None for size in sizes) else None
+    if paths is not None:
+        rows = table.remove_columns([name for name in (image_name, "image") if name in table.column_names])
+        paths = (image["path"] if isinstance(image, dict) else image for image in paths)
+        named = (
+            (row | {image_name: path}, f"{split} row {number}")
+            for number, (row, path, split) in enumerate(zip(rows, paths, split_of_row, strict=True))
+        )
+        find = finder([image_dir])
+        records = dict_rows(named, "the data set", image_name, caption_column, find, None)
+        return with_splits(records, split_of_row), None
+
     wanted = [name for name in (*caption_names, "image_id", "split") if name in table.column_names]
     rows = table.select_columns(wanted)
 
@@ -799,13 +813,20 @@ def table_rows(
             yield Record(
                 where,
                 number,
-                captions_of(row, caption_names),
+                captions_of(row, caption_names, where),
                 name=names[number],
                 image_id=None if image_id is None else str(image_id),
                 split=split_of_row[number] if own_split is None else rec.split_name(own_split, where),
             )
 
     return records(), table.remove_columns(wanted)
+
+
+def with_splits(records: Iterable[Record], splits: list[str]) -> Iterator[Record]:
+    """Records of table rows, with the table's split for those without one of their own."""
+    for record, split in zip(records, splits, strict=True):
+        record.split = record.split or split
+        yield record
 
 
 # ---------------------------------------------------------------- streams
@@ -834,8 +855,6 @@ def stream_records(tables: dict, image_column, caption_column, seed: int, skip_b
     streams = {}
     for split, (name, low, high) in plan.items():
         table = tables[name]
-        if table.features is None:  # not said by the source: taken from its first rows
-            table = table._resolve_features()
         image, captions = image_and_caption_columns(table, image_column, caption_column, source)
         table = table.cast_column(image, datasets.Image(decode=False))
         extras = {
@@ -877,7 +896,7 @@ def stream_split(shards: list, columns: tuple, bounds: tuple, seed: int, skip_ba
             name = os.path.basename(image["path"] or "") or digest
             image_id = str(row["image_id"]) if row.get("image_id") is not None else name
             captions = rec.clean_captions(
-                captions_of(row, caption_names),
+                captions_of(row, caption_names, f"row {number}"),
                 f"row {number}",
                 image_id,
                 (lambda message: None) if skip_bad_samples else None,
@@ -902,9 +921,7 @@ def as_streams(dataset: datasets.DatasetDict) -> datasets.IterableDatasetDict:
 
 def choose(dataset, splits, max_samples, source: str):
     """The wanted splits, cut to their first `max_samples` records."""
-    for split in [*(splits or ()), *(max_samples or {})]:
-        if split not in dataset:
-            raise DataError(f"{source}: there is no {split} split. Splits present: {', '.join(dataset)}")
+    require_splits([*(splits or ()), *(max_samples or {})], list(dataset), source)
     chosen = {name: rows for name, rows in dataset.items() if splits is None or name in splits}
     for name, number in (max_samples or {}).items():
         if name in chosen:
@@ -914,6 +931,12 @@ def choose(dataset, splits, max_samples, source: str):
             else:
                 chosen[name] = rows.select(range(min(number, len(rows))))
     return type(dataset)(chosen)
+
+
+def require_splits(wanted: list[str], present: list[str], source: str) -> None:
+    for split in wanted:
+        if split not in present:
+            raise DataError(f"{source}: there is no {split} split. Splits present: {', '.join(present)}")
 
 
 def first_of_each_split(records: list[Record], max_samples: dict[str, int]) -> list[Record]:

@@ -1,0 +1,164 @@
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import Augmentation
+from data.augmentation import GRAY, RANDAUGMENT_OPERATIONS, randaugment, random_resized_crop
+
+BLIP = ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    rows, columns = np.mgrid[0:60, 0:80]
+    return Image.fromarray(np.stack([rows * 4, columns * 3, (rows + columns) % 256], -1).astype(np.uint8))
+
+
+class Scripted:
+    """A random number generator that draws what it is told."""
+
+    def __init__(self, operation, applied=True, sign=1):
+        self.operation, self.applied, self.sign = operation, applied, sign
+
+    def choices(self, options, k):
+        assert self.operation in options
+        return [self.operation] * k
+
+    def random(self):
+        return 0.0 if self.applied else 0.99
+
+    def choice(self, options):
+        return self.sign
+
+
+def test_the_same_seed_epoch_and_image_give_the_same_pixels(image):
+    one, two = Augmentation(BLIP, (32, 48), seed=1), Augmentation(BLIP, (32, 48), seed=1)
+    results = [one(image, 3, f"image{i}") for i in range(20)]
+    assert all(result.size == (48, 32) and result.mode == "RGB" for result in results)
+    again = [two(image, 3, f"image{i}") for i in reversed(range(20))][::-1]  # in whatever order they come
+    assert all(first.tobytes() == second.tobytes() for first, second in zip(results, again, strict=True))
+    assert len({result.tobytes() for result in results}) == 20
+
+
+def test_seed_epoch_and_image_each_make_another_picture(image):
+    pictures = {
+        Augmentation(BLIP, (32, 32), seed)(image, epoch, name).tobytes()
+        for seed in (1, 2)
+        for epoch in (0, 1)
+        for name in ("a", "b")
+    }
+    assert len(pictures) == 8
+
+
+def test_another_process_draws_the_same():
+    code = (
+        "import hashlib, numpy as np; from PIL import Image; from data import Augmentation\n"
+        "image = Image.fromarray(np.arange(7500, dtype=np.uint8).reshape(50, 50, 3))\n"
+        f"augment = Augmentation({BLIP!r}, (24, 24))\n"
+        "print(hashlib.md5(b''.join(augment(image, 1, str(i)).tobytes() for i in range(10))).hexdigest())"
+    )
+    root = Path(__file__).resolve().parent.parent
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=120)
+        for _ in range(2)
+    ]
+    assert runs[0].stdout == runs[1].stdout != ""
+
+
+def test_the_input_is_not_changed(image):
+    before = image.tobytes()
+    for name in range(30):
+        Augmentation([*BLIP, "color_jitter:0.2:0.2:0.2", "rotation:10", "grayscale:1"], (32, 32))(image, 0, str(name))
+    assert image.tobytes() == before
+
+
+def test_crops_keep_to_their_share_and_shape(image):
+
+    rng = random.Random(0)
+    for _ in range(200):
+        crop = random_resized_crop(image, None, 0.5, 1.0, rng)
+        assert 0.49 <= crop.width * crop.height / (80 * 60) <= 1
+        assert 0.73 <= crop.width / crop.height <= 1.37
+
+
+def test_a_crop_of_a_very_long_image_is_its_middle():
+
+    strip = Image.new("RGB", (1000, 10), "white")
+    strip.paste("red", (494, 0, 506, 10))
+    crop = random_resized_crop(strip, None, 1.0, 1.0, random.Random(0))
+    assert crop.size == (13, 10)
+    assert np.asarray(crop)[:, 1:-1].reshape(-1, 3).tolist() == [[255, 0, 0]] * 110
+
+
+def test_half_of_the_images_are_flipped_but_none_that_speaks_of_left_or_right(image):
+    augment, mirrored = Augmentation(["flip"]), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
+    flipped = [augment(image, 0, str(i), ["a dog on a bright leftover"]).tobytes() == mirrored for i in range(400)]
+    assert 160 < sum(flipped) < 240
+    for caption in ("a dog left of a cat", "The RIGHT hand.", "the leftmost door", "a right-handed man"):
+        assert all(augment(image, 0, str(i), ["a dog", caption]).tobytes() == image.tobytes() for i in range(30))
+
+
+def test_a_flip_withheld_changes_nothing_after_it(image):
+    augment = Augmentation(["flip", "rotation:30"])
+    pairs = [(augment(image, 0, str(i), ["left"]), augment(image, 0, str(i))) for i in range(30)]
+    same = [left.tobytes() == free.tobytes() for left, free in pairs]
+    assert 5 < sum(same) < 25  # the angle is the same; where a flip was due, only one has it
+
+
+def test_randaugment_has_blips_ten_operations_at_blips_magnitudes(image):
+    assert set(RANDAUGMENT_OPERATIONS) == {
+        *("identity", "auto_contrast", "brightness", "sharpness", "equalize"),
+        *("shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
+    }
+    pixels = np.asarray(image)
+    for name in RANDAUGMENT_OPERATIONS:
+        assert randaugment(image, 1, 5, Scripted(name, applied=False)).tobytes() == image.tobytes()
+        changed = randaugment(image, 1, 5, Scripted(name)).tobytes() != image.tobytes()
+        assert changed == (name not in ("identity", "brightness", "sharpness"))  # factor 1 at magnitude 5
+
+    moved = np.asarray(randaugment(image, 1, 5, Scripted("translate_x")))  # 5 pixels
+    np.testing.assert_array_equal(moved[:, :-5], pixels[:, 5:])
+    assert (moved[:, -4:] == GRAY).all()
+    moved = np.asarray(randaugment(image, 1, 5, Scripted("translate_y", sign=-1)))
+    np.testing.assert_array_equal(moved[5:], pixels[:-5])
+    assert (moved[:4] == GRAY).all()
+    brighter = np.asarray(randaugment(image, 1, 10, Scripted("brightness"))).astype(int)  # .1 + 1.8 = 1.9
+    assert np.abs(brighter - np.minimum(pixels * 1.9, 255)).max() <= 1
+    sheared = np.asarray(randaugment(image, 1, 5, Scripted("shear_x")))  # .15: the last row moves by 59 * .15
+    assert abs(int(sheared[59, 10, 1]) - int(pixels[59, 10 + 9, 1])) <= 3
+    turned = randaugment(image, 1, 5, Scripted("rotate"))
+    assert turned.tobytes() == image.rotate(15, Image.Resampling.BILINEAR, fillcolor=GRAY).tobytes()
+
+
+def test_other_operations(image):
+    assert Augmentation(["grayscale:0"])(image, 0, "a").tobytes() == image.tobytes()
+    gray = np.asarray(Augmentation(["grayscale:1"])(image, 0, "a"))
+    assert (gray[..., 0] == gray[..., 1]).all()
+    assert (gray[..., 1] == gray[..., 2]).all()
+    assert Augmentation(["color_jitter:0:0:0"])(image, 0, "a").tobytes() == image.tobytes()
+    assert Augmentation(["color_jitter:0.2:0.2:0.2"])(image, 0, "a").tobytes() != image.tobytes()
+    assert Augmentation(["rotation:0"])(image, 0, "a").tobytes() == image.tobytes()
+    assert Augmentation([], (10, 20))(image, 0, "a").size == (20, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("flop", "unknown operation 'flop'.*flip"),
+        ("flip:0.5", "expected flip"),
+        ("randaugment:2", "expected randaugment:N:M"),
+        ("randaugment:two:5", "expected numbers, randaugment:N:M"),
+        ("randaugment:2:50", "M from 0 to 10"),
+        ("random_resized_crop:0:1", "LOW"),
+        ("random_resized_crop:1:0.5", "LOW <= HIGH"),
+        ("grayscale:nan", "P from 0 to 1"),
+    ],
+)
+def test_a_wrong_specification_is_named(text, says):
+    with pytest.raises(ValueError, match=says):
+        Augmentation([text])

@@ -1,0 +1,370 @@
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import DataError, ImageError, check_images, fingerprint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def jpeg(number: int, size=(16, 12)) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG")
+    return content.getvalue()
+
+
+def write_set(folder: Path, rows: list[dict], images: dict[str, bytes]) -> str:
+    """A JSONL file and its images. Returns the file's path."""
+    for name, content in images.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    file = folder / "all.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def plain_set(folder: Path, number: int = 40, **columns) -> str:
+    names = [f"{i:02d}.jpg" for i in range(number)]
+    rows = [{"image": name, "captions": [f"picture {name}", f"once more {name}"]} for name in names]
+    for row in rows:
+        row.update(columns)
+    return write_set(folder, rows, {name: jpeg(i) for i, name in enumerate(names)})
+
+
+def ids(dataset) -> dict:
+    return {split: list(rows["image_id"]) for split, rows in dataset.items()}
+
+
+def contents(dataset) -> dict:
+    return {split: [Path(row["image"]["path"]).read_bytes() for row in rows] for split, rows in dataset.items()}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+# ---- one record an image, and splits over images
+
+
+def test_rows_of_one_image_are_one_record_wherever_they_stand(tmp_path):
+    names = [f"{i}.jpg" for i in range(20)]
+    rows = [{"image": name, "caption": f"{name} {i}"} for i in range(5) for name in names]  # all first captions first
+    dataset = data.load(write_set(tmp_path, rows, {name: jpeg(i) for i, name in enumerate(names)}))
+    assert sum(map(len, dataset.values())) == 20
+    for split in dataset.values():
+        for row in split:
+            assert row["captions"] == [f"{row['image_id']} {i}" for i in range(5)]
+
+
+def test_the_random_split_is_90_5_5_over_sorted_ids_whatever_the_order_of_rows(tmp_path):
+    (tmp_path / "a").mkdir()
+    file = Path(plain_set(tmp_path / "a", 60))
+    first = data.load(str(file))
+    assert {split: len(rows) for split, rows in first.items()} == {"train": 54, "validation": 3, "test": 3}
+    assert all(names == sorted(names) for names in ids(first).values())
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(reversed(lines)) + "\n")
+    assert ids(data.load(str(file))) == ids(first)
+    assert ids(data.load(str(file), split_seed=1)) != ids(first)
+    # Pinned, so that a published score stays comparable: every version must draw the same.
+    order = list(range(60))
+    random.Random(42).shuffle(order)
+    assert ids(first)["validation"] == sorted(f"{i:02d}.jpg" for i in order[:3])
+    assert ids(first)["test"] == sorted(f"{i:02d}.jpg" for i in order[3:6]) == ["11.jpg", "16.jpg", "20.jpg"]
+
+
+def test_renamed_copies_are_one_image_and_in_one_split(tmp_path, caplog):
+    names = [f"{i:02d}.jpg" for i in range(40)]
+    images = {name: jpeg(i) for i, name in enumerate(names)}
+    images |= {f"copies/{name}": images[name] for name in names[:20]}
+    rows = [{"image": name, "captions": [f"one {Path(name).name}", f"of {name}"]} for name in images]
+    with caplog.at_level(logging.INFO, "data"):
+        dataset = data.load(write_set(tmp_path, rows, images))
+    found = contents(dataset)
+    assert sum(map(len, found.values())) == 40
+    assert len({content for split in found.values() for content in split}) == 40
+    captions = {row["image_id"]: row["captions"] for rows in dataset.values() for row in rows}
+    assert captions["03.jpg"] == ["one 03.jpg", "of 03.jpg", "of copies/03.jpg"]  # the same caption once
+    assert "dropped: 20 renamed copies of an image" in caplog.text
+
+
+def test_equal_size_is_not_equal_content(tmp_path):
+    """Files of one size that differ in a byte that no quick look sees."""
+    base = bytearray(jpeg(1, (300, 200)) + bytes(40000))
+    images = {}
+    for i in range(10):
+        base[9000 + i] ^= 255
+        images[f"{i}.jpg"] = bytes(base)
+    assert len({len(content) for content in images.values()}) == 1
+    images["same.jpg"] = images["4.jpg"]
+    rows = [{"image": name, "caption": f"of {name}"} for name in images]
+    dataset = data.load(write_set(tmp_path, rows, images))
+    captions = {row["image_id"]: row["captions"] for rows in dataset.values() for row in rows}
+    assert len(captions) == 10
+    assert captions["4.jpg"] == ["of 4.jpg", "of same.jpg"]
+
+
+def test_bytes_in_two_official_splits_leave_the_training_side(tmp_path, caplog):
+    images = {f"{i}.jpg": jpeg(i) for i in range(6)}
+    images |= {"t.jpg": images["0.jpg"], "v.jpg": images["1.jpg"], "w.jpg": images["0.jpg"]}
+    images["twin.jpg"] = images["5.jpg"]
+    splits = {"t.jpg": "test", "v.jpg": "val", "w.jpg": "val", "4.jpg": "val"}
+    rows = [{"image": name, "caption": name, "split": splits.get(name, "train")} for name in images]
+    with caplog.at_level(logging.INFO, "data"):
+        dataset = data.load(write_set(tmp_path, rows, images))
+    assert ids(dataset) == {
+        "train": ["2.jpg", "3.jpg", "5.jpg", "twin.jpg"],  # twins inside a published split stay: its size is known
+        "validation": ["4.jpg", "v.jpg"],
+        "test": ["t.jpg"],
+    }
+    for words in (
+        "1 train images also in test",
+        "1 train images also in validation",
+        "1 validation images also in test",
+    ):
+        assert words in caplog.text
+
+
+def test_train_and_test_only_get_a_validation_split_out_of_train(tmp_path, caplog):
+    images = {f"{i:02d}.jpg": jpeg(i) for i in range(45)}
+    rows = [{"image": n, "caption": n, "split": "test" if n < "05" else "train"} for n in images]
+    with caplog.at_level(logging.INFO, "data"):
+        dataset = data.load(write_set(tmp_path, rows, images))
+    assert {split: len(rows) for split, rows in dataset.items()} == {"train": 38, "validation": 2, "test": 5}
+    assert ids(dataset)["test"] == [f"{i:02d}.jpg" for i in range(5)]
+    assert "validation drawn from train" in caplog.text
+    assert ids(data.load(str(tmp_path / "all.jsonl"), splits=("validation",))) == {
+        "validation": ids(dataset)["validation"]
+    }
+
+
+def test_train_and_validation_stay_as_they_are(tmp_path):
+    images = {f"{i}.jpg": jpeg(i) for i in range(5)}
+    rows = [{"image": n, "caption": n, "split": "val" if n < "2" else "train"} for n in images]
+    assert set(data.load(write_set(tmp_path, rows, images))) == {"train", "validation"}
+
+
+def test_one_image_in_two_splits_and_rows_without_a_split_are_errors(tmp_path):
+    images = {"a.jpg": jpeg(0), "b.jpg": jpeg(1)}
+    rows = [{"image": "a.jpg", "caption": "x", "split": "train"}, {"image": "a.jpg", "caption": "y", "split": "test"}]
+    with pytest.raises(DataError, match=r"line 2: image a.jpg is in split 'test', and in 'train' at all.jsonl line 1"):
+        data.load(write_set(tmp_path, rows, images))
+    rows[1] = {"image": "b.jpg", "caption": "y"}
+    rows.append({"image": "b.jpg", "caption": "y"})
+    rows[0]["split"] = "test"
+    with pytest.raises(DataError, match=r"image b.jpg has no split, others have"):
+        data.load(write_set(tmp_path, rows, images))
+
+
+def test_too_few_images_to_split(tmp_path):
+    with pytest.raises(DataError, match="2 images are too few"):
+        data.load(plain_set(tmp_path, 2))
+    assert {split: len(rows) for split, rows in data.load(plain_set(tmp_path, 3)).items()} == {
+        "train": 1,
+        "validation": 1,
+        "test": 1,
+    }
+
+
+# ---- ids
+
+
+def test_an_id_of_two_different_images_is_an_error(tmp_path):
+    images = {f"{i}.jpg": jpeg(i) for i in range(5)}
+    rows = [{"image": name, "caption": "x", "image_id": i % 4} for i, name in enumerate(images)]
+    with pytest.raises(
+        DataError, match=r"image_id '0' names two different images: 0.jpg \(all.jsonl line 1\) and 4.jpg"
+    ):
+        data.load(write_set(tmp_path, rows, images))
+    images["4.jpg"] = images["0.jpg"]  # the same image twice is no contradiction
+    assert sum(map(len, data.load(write_set(tmp_path, rows, images)).values())) == 4
+
+
+# ---- captions
+
+
+@pytest.mark.parametrize(
+    ("caption", "says"),
+    [
+        ("", "is empty"),
+        (" \n\t ", "is empty"),
+        (None, "is empty"),
+        (5, "is int, not text"),
+        (["fine", ""], "is empty"),
+        (["fine", 2.5], "is float, not text"),
+        ([{"raw": "x"}], "is dict, not text"),
+        ([], "no captions"),
+    ],
+)
+def test_a_bad_caption_names_image_and_row_unless_it_may_be_skipped(tmp_path, caption, says, caplog):
+    images = {f"{i:02d}.jpg": jpeg(i) for i in range(10)}
+    rows = [{"image": name, "captions": ["good"]} for name in images]
+    rows[3]["captions"] = caption
+    file = write_set(tmp_path, rows, images)
+    with pytest.raises(DataError, match=says) as error:
+        data.load(file)
+    for part in ("all.jsonl line 4", "03.jpg", "--skip_bad_samples"):
+        assert part in str(error.value)
+    bad = []
+    with caplog.at_level(logging.INFO, "data"):
+        dataset = data.load(file, skip_bad_samples=True, bad_samples=bad)
+    partly = isinstance(caption, list) and "fine" in caption
+    assert sum(map(len, dataset.values())) == (10 if partly else 9)
+    assert "dropped: 1" in caplog.text
+    if caption != []:
+        assert [(sample["image_id"], sample["image"]) for sample in bad] == [("03.jpg", "03.jpg")]
+        assert says in bad[0]["reason"]
+
+
+def test_white_space_in_captions_is_collapsed(tmp_path):
+    images = {f"{i}.jpg": jpeg(i) for i in range(3)}
+    rows = [{"image": name, "captions": ["\u00a0 A\tdog\r\n runs  . "]} for name in images]
+    assert data.load(write_set(tmp_path, rows, images))["test"][0]["captions"] == ["A dog runs ."]
+
+
+# ---- fingerprint
+
+
+def test_the_fingerprint_is_of_ids_and_captions_and_the_same_everywhere(tmp_path):
+    file = plain_set(tmp_path, 40)
+    first = data.load(file)
+    assert fingerprint(first) == fingerprint(data.load(file))
+    assert fingerprint(first["test"]) == fingerprint(data.load(file)["test"].select([1, 0]))  # the order says nothing
+    assert len({fingerprint(first), *(fingerprint(rows) for rows in first.values())}) == 4
+    code = f"import data; print(data.fingerprint(data.load({file!r})))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert run.stdout.strip() == fingerprint(first)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    assert fingerprint(data.load(plain_set(moved, 40))) == fingerprint(first)
+    rows = Path(file).read_text().replace("once more 07", "once  more 08")
+    Path(file).write_text(rows)
+    assert fingerprint(data.load(file)) != fingerprint(first)
+
+
+def test_the_fingerprint_is_a_fixed_function_of_the_content():
+    records = datasets.Dataset.from_dict({"image_id": ["b", "a"], "captions": [["x", "ÿ"], ["z"]]})
+    content = '["test", 2]' + '["a", ["z"]]' + '["b", ["x", "ÿ"]]'
+    expected = hashlib.sha256(content.encode()).hexdigest()[:16]
+    assert fingerprint(datasets.DatasetDict(test=records)) == expected == "db044653eb962657"
+    assert fingerprint(records) != fingerprint(datasets.DatasetDict(test=records))
+
+
+# ---- scanning images
+
+BAD = {
+    "03.jpg": (b"", "empty"),
+    "05.jpg": (b"not an image", "not an image"),
+    "07.jpg": (jpeg(7, (64, 64))[:1500], "truncated"),
+}
+
+
+def damage(folder: Path) -> None:
+    for name, (content, _) in BAD.items():
+        (folder / name).write_bytes(content)
+
+
+def test_unreadable_images_are_found_before_training(tmp_path):
+    file = plain_set(tmp_path, split="train")
+    damage(tmp_path)
+    dataset = datasets.DatasetDict(train=data.load(file, data_format="annotations", splits=None)["train"])
+    broken = sorted(set(BAD) & set(dataset["train"]["image_id"]))
+    assert broken
+    with pytest.raises(ImageError, match=rf"{len(broken)} of {len(dataset['train'])} images cannot be read") as error:
+        check_images(dataset)
+    assert "--skip_bad_samples" in str(error.value)
+    assert all(str(tmp_path / name) in str(error.value) for name in broken)
+    for num_proc in (1, 4):
+        clean, bad = check_images(dataset, num_proc=num_proc, skip_bad_samples=True)
+        assert [sample["image_id"] for sample in bad] == broken
+        assert len(clean["train"]) == len(dataset["train"]) - len(broken)
+        assert not set(broken) & set(clean["train"]["image_id"])
+        for sample in bad:
+            assert sample["split"] == "train"
+            assert BAD[sample["image_id"]][1] in sample["reason"]
+            assert json.dumps(sample)
+
+
+def test_the_scan_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    dataset = data.load(plain_set(tmp_path))
+    victim = dataset["train"][0]["image"]["path"]
+    opened = []
+    real = data.records.open_image
+    monkeypatch.setattr(
+        data.records, "open_image", lambda value, **options: (opened.append(value), real(value, **options))
+    )
+    assert check_images(dataset)[1] == []
+    assert len(opened) == 40
+    assert check_images(data.load(str(tmp_path / "all.jsonl")))[1] == []
+    assert len(opened) == 40
+    before = os.stat(victim)
+    Path(victim).write_bytes(b"x" * before.st_size)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(ImageError, match="not an image"):
+        check_images(dataset)
+
+
+def test_unreadable_images_inside_a_table(tmp_path):
+    values = [jpeg(i) if i != 4 else b"broken" for i in range(10)]
+    rows = [{"image": {"bytes": content, "path": None}, "caption": f"c {i}"} for i, content in enumerate(values)]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    dataset = data.load(str(tmp_path / "a.parquet"))
+    with pytest.raises(
+        ImageError, match=r"1 of 10 images cannot be read:\n  \w+: image 00000004: image bytes: not an image"
+    ):
+        check_images(dataset)
+
+
+def test_a_split_without_a_readable_image_is_an_error_even_when_skipping(tmp_path):
+    file = plain_set(tmp_path, 5)
+    for name in tmp_path.glob("*.jpg"):
+        name.write_bytes(b"no " + name.name.encode())
+    with pytest.raises(ImageError, match="no image of split"):
+        check_images(data.load(file), skip_bad_samples=True)
+
+
+def test_all_images_missing_is_an_error_even_when_skipping(tmp_path):
+    file = plain_set(tmp_path, 5)
+    for name in tmp_path.glob("*.jpg"):
+        name.unlink()
+    with pytest.raises(ImageError, match="5 of 5 images are missing"):
+        data.load(file, skip_bad_samples=True)
+
+
+# ---- scale
+
+
+def test_images_of_equal_size_are_told_apart_by_short_pieces(tmp_path, monkeypatch):
+    """4,000 images of one size: no more than a look at three pieces of each."""
+    block = os.urandom(20000)
+    os.makedirs(tmp_path / "images")
+    rows = []
+    for i in range(4000):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(i.to_bytes(4, "little") + block[4:])
+        rows.append({"image": f"images/{i}.jpg", "captions": [f"caption {j} of {i}" for j in range(5)]})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = []
+    real = data.records.read_file
+    monkeypatch.setattr(
+        data.records, "read_file", lambda path, start, stop: (read.append(stop - start), real(path, start, stop))[1]
+    )
+    dataset = data.load(str(tmp_path / "a.jsonl"))
+    assert sum(map(len, dataset.values())) == 4000
+    assert sum(read) == 4000 * 3 * 4096
