@@ -1,0 +1,139 @@
+"""Captions per second: beam search of transformers' BLIP beside ours, same weights, images and token ids.
+
+    python benchmarks/captioning.py                                        # CPU, batches of 8 and 1
+    python benchmarks/captioning.py --device cuda --dtype bfloat16 --batch_sizes 1 8 32 128
+
+BLIP-base at 384 px with random weights, which never end a caption, so each has --max_new_tokens tokens. The two take
+turns in one process; the result has every time, medians, spread and the machine.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import BlipConfig, BlipForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.blip_attention import use_fast_attention  # noqa: E402
+from models.decoding import generate  # noqa: E402
+
+
+def blip_base() -> BlipForConditionalGeneration:
+    """The architecture of Salesforce/blip-image-captioning-base (12 heads in the text decoder), random weights."""
+    torch.manual_seed(0)
+    config = BlipConfig(
+        text_config={"num_attention_heads": 12}, vision_config={"image_size": 384, "initializer_range": 0.02}
+    )
+    return BlipForConditionalGeneration(config)
+
+
+def machine(device: str) -> dict:
+    """Hardware, library versions, commit and command: what a number means nothing without."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": f"{names[0] if names else platform.processor()} x {os.cpu_count()}",
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit + ("+changes" if changed else ""),
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def summary(seconds: dict[str, list[float]], items: int) -> dict:
+    """Rates (items a second) of the alternating runs of "peer" and "ours": medians, spread, ratio of the medians."""
+    rates = {name: [items / value for value in values] for name, values in seconds.items()}
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+        for name, values in rates.items()
+    } | {"ratio": statistics.median(rates["ours"]) / statistics.median(rates["peer"])}
+
+
+def timed(function, device: str) -> tuple[float, object]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def write_result(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(temporary, path)
+    print(f"Written to {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 1], help="images a batch")
+    parser.add_argument("--num_beams", type=int, default=5)
+    parser.add_argument("--max_new_tokens", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each side, after one warm-up turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "captioning.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    peer = blip_base().eval().to(arguments.device, getattr(torch, arguments.dtype))
+    ours = use_fast_attention(copy.deepcopy(peer, {id(weight): weight for weight in peer.parameters()}))
+    options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
+    result = {"measure": "captions per second", "machine": machine(arguments.device), "options": options, "batches": {}}
+    for batch_size in arguments.batch_sizes:
+        pixel_values = torch.randn(batch_size, 3, 384, 384).to(peer.device, peer.dtype)
+        turns = {
+            "peer": lambda images=pixel_values: peer.generate(pixel_values=images, **options),
+            "ours": lambda images=pixel_values: generate(ours, pixel_values=images, **options),
+        }
+        seconds = {name: [] for name in turns}
+        same_tokens = []
+        for turn in range(arguments.repeats + 1):
+            captions = {}
+            for name, function in turns.items():
+                elapsed, captions[name] = timed(function, arguments.device)
+                if turn > 0:
+                    seconds[name].append(elapsed)
+            # In half precision near-ties fall either way, so there the share is a result and no condition.
+            shapes_agree = captions["peer"].shape == captions["ours"].shape
+            agreement = (captions["peer"] == captions["ours"]).float().mean().item() if shapes_agree else 0.0
+            same_tokens.append(agreement)
+            if arguments.dtype == "float32" and agreement < 1:
+                raise SystemExit(f"Batch {batch_size}: ours and transformers' token ids differ. No result.")
+        numbers = summary(seconds, batch_size) | {"same_tokens": min(same_tokens)}
+        result["batches"][str(batch_size)] = numbers
+        print(
+            f"batch {batch_size}: transformers {numbers['peer']['median']:.3f} captions/s, "
+            f"ours {numbers['ours']['median']:.3f}, {numbers['ratio']:.2f} times, same tokens {min(same_tokens):.3f}"
+        )
+    write_result(arguments.output, result)
+
+
+if __name__ == "__main__":
+    main()
