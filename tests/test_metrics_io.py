@@ -1,0 +1,91 @@
+"""Prediction and reference files: every format, every fault."""
+
+import json
+
+import pytest
+
+from metrics import CaptionFileError, load_predictions, load_references
+
+
+def write(path, content) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("coco.json", [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": ""}]),
+        ("map.json", {"1": "a", "2": ""}),
+        ("lists.json", {"1": ["a"], "2": [""]}),
+        ("p.jsonl", '{"image_id": 1, "caption": "a"}\n\n{"image_id": "2", "caption": ""}\n'),
+        ("p.txt", '{"image": "1", "caption": "a", "score": 3}\n{"image": "2", "captions": [""]}'),
+        ("bom.json", '\ufeff{"1": "a", "2": ""}'),
+        ("annotations.json", {"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": ""}]}),
+    ],
+)
+def test_predictions_are_read_in_every_format(tmp_path, name, content):
+    assert load_predictions(write(tmp_path / name, content)) == {"1": "a", "2": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "coco.json",
+            {"images": [], "annotations": [{"image_id": i, "caption": c} for i, c in [(1, "a"), (2, "c"), (1, "b")]]},
+        ),
+        ("map.json", {"1": ["a", "b"], "2": ["c"]}),
+        ("r.jsonl", '{"image_id": 1, "captions": ["a", "b"]}\n{"image": "2", "caption": "c"}'),
+        ("rows.json", [{"image_id": "1", "captions": ["a", "b"]}, {"image_id": "2", "captions": ["c"]}]),
+    ],
+)
+def test_references_are_read_in_every_format(tmp_path, name, content):
+    assert load_references(write(tmp_path / name, content)) == {"1": ["a", "b"], "2": ["c"]}
+
+
+def test_one_line_of_jsonl_is_no_map(tmp_path):
+    assert load_predictions(write(tmp_path / "p.jsonl", {"image_id": 7, "caption": "a"})) == {"7": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "p.json",
+            [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}],
+            r"\[1\]: image '1' has more than one",
+        ),
+        ("p.json", {"1": ["a", "b"]}, "key '1': image '1' has more than one"),
+        ("p.json", {"1": []}, "empty list"),
+        ("p.json", {"1": None}, "key '1': a caption must be text, found NoneType"),
+        ("p.json", [{"image_id": 1, "caption": 5}], r"\[0\], caption: a caption must be text, found int 5"),
+        (
+            "p.json",
+            [{"image_id": 1, "text": "a"}],
+            r"\[0\]: neither 'caption' nor 'captions'; it has 'image_id', 'text'",
+        ),
+        ("p.json", [{"caption": "a"}], r"\[0\]: no 'image_id'"),
+        ("p.json", [{"image_id": True, "caption": "a"}], r"\[0\]: no 'image_id'"),
+        ("p.json", ["a"], r"\[0\]: expected an object"),
+        ("p.json", "5", "holds a int"),
+        ("p.json", "", "p.json is empty"),
+        ("p.json", '{"1": "a",\n "2" "b"}', "p.json, line 2, column 6: no JSON"),
+        ("p.jsonl", '{"image_id": 1, "caption": "a"}\n{"image_id"', "p.jsonl, line 2: no JSON"),
+        ("p.jsonl", '{"image_id": 1, "caption": "a"}\n{"image_id": 2}', "p.jsonl, line 2: neither"),
+    ],
+)
+def test_a_faulty_file_is_refused_with_its_name_and_place(tmp_path, name, content, message):
+    with pytest.raises(CaptionFileError, match=message) as error:
+        load_predictions(write(tmp_path / name, content))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_an_image_without_reference_captions_is_refused(tmp_path):
+    with pytest.raises(CaptionFileError, match="key '1': image '1' has no reference captions"):
+        load_references(write(tmp_path / "r.json", {"1": []}))
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_predictions(tmp_path / "none.json")
