@@ -142,6 +142,7 @@ class TrainArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else torchrun on CPUs runs lone processes
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and self.fp16 is None:
             self.bf16 = cuda and torch.cuda.is_bf16_supported()

@@ -6,13 +6,12 @@
 
 import logging
 
-from accelerate import PartialState
 
 import data
 from arguments import DataArguments, EvaluateArguments, GenerationArguments, MetricArguments, ModelArguments, parse, run
 from metrics import results
 from metrics.io import load_predictions, load_references
-from models.captioner import Captioner
+from models.captioner import Captioner, processes
 
 logger = logging.getLogger("evaluate")
 
@@ -31,7 +30,7 @@ def main():
         scores, _ = results.score_captions(predictions, references, metric_args, args.seed)
         source = {"predictions": args.predictions, "references": args.references}
     else:
-        state = PartialState()
+        state = processes()
         with state.main_process_first():
             splits = data.load(**data_args.source())
         if args.split not in splits:

@@ -15,12 +15,11 @@ import logging
 import os
 from pathlib import Path
 
-from accelerate import PartialState
 
 import data
 from arguments import GenerationArguments, InferArguments, ModelArguments, parse, run
 from metrics.results import write_json
-from models.captioner import Captioner, show_progress
+from models.captioner import Captioner, processes, show_progress
 
 logger = logging.getLogger("infer")
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}
@@ -30,7 +29,7 @@ def main():
     model_args, generation_args, args, paths = parse(
         (ModelArguments, GenerationArguments, InferArguments), positional="paths"
     )
-    state = PartialState()
+    state = processes()
     images = find_images(paths)
     captioner = Captioner.from_pretrained(
         model_args.model_name_or_path,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from metrics.coco import preflight, score
+from metrics.coco import score
+from metrics.java import preflight
 from metrics.scene_facts import score_scene_facts
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def score_captions(predictions, references, metric_args, seed: int, *, training_
         references,
         meteor=metric_args.meteor,
         spice=metric_args.spice,
-        spice_samples=metric_args.spice_samples,
+        spice_samples=metric_args.spice_samples or None,
         java_timeout=metric_args.java_timeout,
         bootstrap_samples=metric_args.bootstrap_samples,
         seed=seed,

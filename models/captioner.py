@@ -29,6 +29,11 @@ DEFAULTS = {
 }
 
 
+def processes() -> PartialState:
+    """This process among those that torchrun or accelerate launch started; joins them on its first call."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 class Captioner:
     """A model, its processor and the settings it captions with.
 
@@ -53,7 +58,7 @@ class Captioner:
     def from_pretrained(cls, model_name_or_path, *, device=None, bf16=None, fast_attention=True, revision="main", **kw):
         """A captioner on `device` (default: this process's own GPU, else the CPU), in bfloat16 where the GPU can."""
         model, processor = load_model(model_name_or_path, fast_attention=fast_attention, revision=revision)
-        device = torch.device(device) if device else PartialState().device
+        device = torch.device(device) if device else processes().device
         if bf16 is None:
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return cls(model.to(device).eval(), processor, autocast=torch.bfloat16 if bf16 else None, **kw)
@@ -111,7 +116,7 @@ class Captioner:
     def caption_split(self, records, *, batch_size: int = 16, num_workers: int = 0) -> dict[str, str]:
         """`{image_id: caption}` of a whole split, in its order. In several processes each captions every n-th image,
         and all return the whole."""
-        state = PartialState()
+        state = processes()
         share = Subset(records, range(state.process_index, len(records), state.num_processes))
         was_training = self.model.training
         self.model.eval()
@@ -130,7 +135,7 @@ def show_progress(items, total: int):
         items,
         total=total,
         desc="captioning",
-        disable=not PartialState().is_main_process,
+        disable=not processes().is_main_process,
         mininterval=0.1 if sys.stderr.isatty() else 30,
         leave=False,
     )

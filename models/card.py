@@ -187,7 +187,7 @@ def _limits(flags: dict, reported: list[dict]) -> str:
     said = ""
     if facts:
         said = (
-            f" On the {reported[0]['split']} split {facts['distinct_captions']:.0%} of its captions are distinct and "
+            f" On the {reported[0]['split']} split {facts['distinct']:.0%} of its captions are distinct and "
             f"{facts['bad_endings']:.1%} end in the middle of a phrase."
         )
     return (
