@@ -222,7 +222,15 @@ def _meteor(lines: list[str], timeout: float) -> np.ndarray:
         statistics = np.zeros(0)
     if statistics.shape != (len(lines), _METEOR_COLUMNS):
         raise Unavailable(f"METEOR answered {len(answers)} lines to {len(lines)}, the last one: {answers[-1:]}")
+    # A perfect match is one chunk, but nothing is out of order: METEOR leaves that chunk out of its sums.
+    lengths, matches, chunks = statistics[:, 0:2], _matches(statistics).sum(axis=(-3, -2)), statistics[:, 20]
+    statistics[(matches == lengths).all(axis=-1) & (chunks == 1), 20] = 0
     return statistics
+
+
+def _matches(statistics: np.ndarray) -> np.ndarray:
+    """Matched words: (..., 4 modules, content or function words, in hypothesis or reference)."""
+    return statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)
 
 
 def meteor_from_statistics(statistics: np.ndarray) -> np.ndarray:
@@ -234,18 +242,15 @@ def meteor_from_statistics(statistics: np.ndarray) -> np.ndarray:
     alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
     module_weights = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
     lengths, function_words = statistics[..., 0:2], statistics[..., 2:4]  # of hypothesis, reference
-    # Per module: content words matched in hypothesis and reference, then function words in both.
-    matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)
     chunks, matched_words = statistics[..., 20], statistics[..., 21:23]
     weights = np.array([delta, 1 - delta])
-    weighted_matches = np.einsum("...mkh,m,k->...h", matches, module_weights, weights)
+    weighted_matches = np.einsum("...mkh,m,k->...h", _matches(statistics), module_weights, weights)
     weighted_lengths = delta * (lengths - function_words) + (1 - delta) * function_words
     with np.errstate(divide="ignore", invalid="ignore"):
         precision, recall = np.moveaxis(weighted_matches / weighted_lengths, -1, 0)
         f_mean = 1 / ((1 - alpha) / precision + alpha / recall)
         fragmentation = chunks / matched_words.mean(axis=-1)
-        perfect = (matches.sum(axis=(-3, -2)) == lengths).all(axis=-1) & (chunks == 1)
-        penalty = gamma * np.where(perfect, 0.0, fragmentation) ** beta
+        penalty = gamma * fragmentation**beta
         return np.maximum(np.nan_to_num(f_mean * (1 - penalty), nan=0.0), 0.0)
 
 
