@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.blip_attention import use_fast_attention  # noqa: E402
+from models.cpu_linear import onednn_is_faster, use_onednn_linear  # noqa: E402
 from models.decoding import generate  # noqa: E402
 
 
@@ -48,6 +49,7 @@ def machine(device: str) -> dict:
         "cpu": f"{names[0] if names else platform.processor()} x {os.cpu_count()}",
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "threads": torch.get_num_threads(),
+        "onednn_is_faster": onednn_is_faster(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -98,12 +100,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--without_onednn", action="store_true", help="ours with PyTorch's own linear layers")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "captioning.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     peer = blip_base().eval().to(arguments.device, getattr(torch, arguments.dtype))
-    ours = use_fast_attention(copy.deepcopy(peer, {id(weight): weight for weight in peer.parameters()}))
+    ours = copy.deepcopy(peer, {id(weight): weight for weight in peer.parameters()})  # the same weights
+    use_onednn_linear(use_fast_attention(ours), not arguments.without_onednn)
     options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
     result = {"measure": "captions per second", "machine": machine(arguments.device), "options": options, "batches": {}}
     for batch_size in arguments.batch_sizes:

@@ -6,7 +6,8 @@
 Both sides train BLIP-base at 384 px on the same (image, caption) pairs, with the same weights, loss and AdamW:
 
     peer    one caption a row, so an image is encoded once a caption; transformers' eager attention; loss from labels
-    ours    the captions of an image share its encoding; fast attention; logits for target tokens only
+    ours    the captions of an image share its encoding; fast attention; logits for target tokens only; on AMD
+            processors oneDNN's matrix products (--without_onednn: PyTorch's)
 
 With the vision encoder frozen, the peer has `requires_grad=False` there, and ours reads the features that an earlier
 epoch kept. The two take turns in one process. Peak memory is taken in a process of its own for each.
@@ -23,6 +24,7 @@ import torch
 from captioning import ROOT, blip_base, machine, summary, timed, write_result
 
 from models.blip_attention import use_fast_attention
+from models.cpu_linear import use_onednn_linear
 from models.decoding import encode_images
 from objectives.cross_entropy import caption_loss
 
@@ -54,9 +56,8 @@ class Sides:
     def __init__(self, arguments, frozen_vision: bool, only: str | None = None):
         self.arguments = arguments
         self.peer = blip_base().to(arguments.device).train()
-        self.ours = use_fast_attention(
-            copy.deepcopy(self.peer, {id(weight): weight for weight in self.peer.parameters()})
-        )
+        self.ours = copy.deepcopy(self.peer, {id(weight): weight for weight in self.peer.parameters()})
+        use_onednn_linear(use_fast_attention(self.ours), not arguments.without_onednn)
         self.peer.vision_model.requires_grad_(not frozen_vision)
         if arguments.gradient_checkpointing:
             for model in (self.peer, self.ours):
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--skip_memory", action="store_true")
+    parser.add_argument("--without_onednn", action="store_true", help="ours with PyTorch's own linear layers")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training_step.json")
     parser.add_argument("--memory_of", choices=["peer", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)

@@ -1,0 +1,77 @@
+"""Float32 linear layers through oneDNN on AMD processors, where PyTorch's default, Intel's MKL, runs at half speed.
+
+On an EPYC with AVX-512 one thread of MKL gives 60 to 90 GFLOP/s on BLIP's layers and oneDNN, which every PyTorch for
+x86 has inside, 130 to 200 (benchmarks/NOTES.md). BLIP is nearly all linear layers, so captioning and training on such a
+CPU take about 0.6 of the time. The products differ by float32's rounding of another order of summation, no more.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def use_onednn_linear(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Switches the linear layers of `model` to oneDNN, in place, or back; on processors other than AMD's does nothing.
+
+    Weights, state dict and modules stay as they are: only the class of plain `nn.Linear` modules changes. A call takes
+    PyTorch's usual way whenever it is not on the CPU, not float32, empty, under autocast, or compiled.
+    """
+    if onednn_is_faster():
+        before, after = (nn.Linear, OneDnnLinear) if enabled else (OneDnnLinear, nn.Linear)
+        for module in model.modules():
+            if type(module) is before:
+                module.__class__ = after
+    return model
+
+
+def onednn_is_faster() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and cpu.exists()
+        and "AuthenticAMD" in cpu.read_text()
+    )
+
+
+class OneDnnLinear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if (
+            input.device.type != "cpu"
+            or input.dtype != torch.float32
+            or self.weight.dtype != torch.float32
+            or input.numel() == 0
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        ):
+            return super().forward(input)
+        return _OneDnnLinearFunction.apply(input, self.weight, self.bias)
+
+
+class _OneDnnLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias):
+        ctx.save_for_backward(input, weight)
+        return _product(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        input, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_input = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_input = _product(rows, weight.t()).view(input.shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = _product(rows.t(), input.reshape(-1, input.shape[-1]).t())
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(dim=0)
+        return of_input, of_weight, of_bias
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`left @ right.T + bias`. The operator has no gradient of its own; torch.compile's CPU code calls it as well."""
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
