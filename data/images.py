@@ -2,11 +2,13 @@
 
 import io
 import os
+import warnings
 
 import numpy as np
 from PIL import Image, ImageFile
 
 Image.init()
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at its limit, `max_pixels` makes an error of it
 # An explicit list: Pillow would otherwise also open EPS (which runs Ghostscript) and other formats nobody trains on.
 FORMATS = tuple(
     name

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from tqdm import tqdm
 
 from data.images import MAX_PIXELS, ImageError, open_image
 
@@ -35,6 +36,9 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 HELD_OUT = 0.05  # share of images of the validation and of the test split when we draw them
+
+
+SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"
 
 
 class DataError(ValueError):
@@ -73,6 +77,7 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
     cleaned = []
     for caption in captions:
         if isinstance(caption, str) and caption.strip():
+            caption = caption.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text for Arrow
             cleaned.append(" ".join(caption.split()))
             continue
         fault = f"is {type(caption).__name__}, not text"
@@ -80,9 +85,14 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
             fault = "is empty"
         message = f"{where}: a caption of image {image} {fault} ({caption!r})"
         if report is None:
-            raise DataError(f"{message}. Correct the file, or pass --skip_bad_samples to drop such captions")
+            raise DataError(f"{message}. Correct the file. {SKIPPING}")
         report(message)
     return cleaned
+
+
+def may_skip(record: Record) -> bool:
+    """A split that scores are reported on is never cut in silence: bad samples of it stay errors."""
+    return record.split in (None, "train")
 
 
 def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> list[Record]:
@@ -98,9 +108,8 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
             dropped["bad captions"] += 1
             bad_samples.append({"image_id": row.image_id or image, "image": image, "reason": message})
 
-        captions = clean_captions(row.captions, row.where, image, skip if skip_bad_samples else None)
-        if not row.captions and not skip_bad_samples:
-            raise DataError(f"{row.where}: image {image} has no captions. Add one, or pass --skip_bad_samples")
+        skippable = skip_bad_samples and may_skip(row)
+        captions = clean_captions(row.captions or [None], row.where, image, skip if skippable else None)
         if not captions:
             dropped["images without captions"] += 1
             continue
@@ -118,6 +127,18 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
     return list(records.values())
 
 
+def in_threads(function, items, threads: int, progress: str | None = None) -> list:
+    """[function(item) for item in items] on so many threads, in pieces, as a future an item would cost more than most
+    of the items do. `progress` names a bar."""
+    pieces = [items[start : start + 256] for start in range(0, len(items), 256)]
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=progress, disable=not progress) as bar:
+        results = []
+        for piece in pool.map(lambda piece: [*map(function, piece)], pieces):
+            results += piece
+            bar.update(len(piece))
+    return results
+
+
 def file_sizes(records: list[Record]) -> list[int | None]:
     """Bytes of each image file, None where it is missing."""
 
@@ -127,18 +148,18 @@ def file_sizes(records: list[Record]) -> list[int | None]:
         except OSError:
             return None
 
-    with ThreadPoolExecutor(16) as pool:  # threads: on a network disk each stat is a wait
-        return list(pool.map(size, records))
+    return in_threads(size, records, 16)  # on a network disk each is a wait
 
 
 def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dropped: Counter, bad_samples: list):
     """Records whose image is not there (size None): an error, or dropped. Returns the other records and sizes."""
     missing = [record for record, size in zip(records, sizes, strict=True) if size is None]
-    if missing and (not skip_bad_samples or len(missing) == len(records)):
+    unskippable = missing if not skip_bad_samples else [record for record in missing if not may_skip(record)]
+    if unskippable or (missing and len(missing) == len(records)):
+        first = (unskippable or missing)[0]
         raise ImageError(
-            f"{len(missing)} of {len(records)} images are missing, the first: {described(missing[0])} "
-            f"(named in {missing[0].where}). Check --image_dir"
-            + ("" if len(missing) == len(records) else ", or pass --skip_bad_samples to drop them")
+            f"{len(missing)} of {len(records)} images are missing, the first: {described(first)} (named in "
+            f"{first.where}). Check --image_dir. {SKIPPING}"
         )
     for record in missing:
         dropped["missing images"] += 1
@@ -169,26 +190,29 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
     first = list(range(len(sizes)))
     groups: dict = {}
     for index, size in enumerate(sizes):
-        groups.setdefault(size, []).append(index)
+        if size > 0:  # empty files are no images, let alone the same one
+            groups.setdefault(size, []).append(index)
+
+    def digest(index, parts):
+        try:
+            content = [bytes(read(images[index], start, stop)) for start, stop in parts]
+        except OSError:  # `check_images` finds it, and says so
+            return index
+        return xxhash.xxh3_128_digest(b"".join(content))
 
     def pieces(index):
-        size = sizes[index]
-        if size <= 12288:
-            return xxhash.xxh3_128_digest(read(images[index], 0, size))
-        middle = size // 2
-        parts = (read(images[index], start, start + 4096) for start in (0, middle, size - 4096))
-        return xxhash.xxh3_128_digest(b"".join(bytes(part) for part in parts))
+        starts = (0, sizes[index] // 2, max(0, sizes[index] - 4096))
+        return digest(index, [(start, min(start + 4096, sizes[index])) for start in starts])
 
     def whole(index):
-        return xxhash.xxh3_128_digest(read(images[index], 0, sizes[index]))
+        return digest(index, [(0, sizes[index])])
 
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for digest in (pieces, whole):
-            indices = [index for group in groups.values() if len(group) > 1 for index in group]
-            finer: dict = {}
-            for index, value in zip(indices, pool.map(digest, indices), strict=True):
-                finer.setdefault((sizes[index], value), []).append(index)
-            groups = finer
+    for look in (pieces, whole):
+        indices = [index for group in groups.values() if len(group) > 1 for index in group]
+        finer: dict = {}
+        for index, value in zip(indices, in_threads(look, indices, 16), strict=True):
+            finer.setdefault((sizes[index], value), []).append(index)
+        groups = finer
     for group in groups.values():
         for index in group:
             first[index] = group[0]
@@ -377,7 +401,7 @@ def fingerprint(dataset) -> str | None:
     digest = hashlib.sha256()
     for split in sorted(splits):
         rows = splits[split]
-        records = sorted(zip(rows["image_id"], rows["captions"], strict=True), key=lambda record: record[0])
+        records = sorted(zip(rows["image_id"][:], rows["captions"][:], strict=True), key=lambda record: record[0])
         digest.update(json.dumps([split, len(rows)]).encode())
         for image_id, captions in records:
             digest.update(json.dumps([image_id, list(captions)], ensure_ascii=False).encode("utf-8", "surrogatepass"))
@@ -428,7 +452,9 @@ def check_images(
 
 
 def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path) -> list[dict]:
-    column = pa.chunked_array([chunk.field("path") for chunk in rows.data.column("image").chunks], pa.string())
+    column = pa.chunked_array(
+        [pc.struct_field(chunk, "path") for chunk in rows.data.column("image").chunks], pa.string()
+    )
     if rows._indices is not None:
         column = column.take(rows._indices.column(0))
     key = hashlib.sha256(f"{split} {max_pixels} {rows._fingerprint}".encode())
@@ -459,8 +485,8 @@ def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pi
         return None
 
     # Threads, not processes: Pillow decodes without holding the interpreter's lock.
-    with ThreadPoolExecutor(num_proc or os.cpu_count() or 1) as pool:
-        bad = [sample for sample in pool.map(check, range(len(rows))) if sample is not None]
+    found = in_threads(check, range(len(rows)), num_proc or os.cpu_count() or 1, f"checking {split} images")
+    bad = [sample for sample in found if sample is not None]
     write_atomically(kept, json.dumps(bad).encode())
     return bad
 

@@ -91,7 +91,8 @@ def load(
         streaming: return an IterableDatasetDict. Parquet, WebDataset and Hub sets are then read as they are needed;
             `stream_records` says what cannot be checked so. Other formats are loaded as ever (they are only
             captions and paths) and keep every check.
-        skip_bad_samples: drop missing images and bad captions instead of raising.
+        skip_bad_samples: drop missing images and bad captions instead of raising, but for those of the source's own
+            validation and test splits.
         cache_dir: cache of `datasets`, and of the COCO images that are fetched.
         splits: these splits only. Images of other splits are then neither fetched (COCO-Karpathy) nor compared.
         max_samples: at most so many records of a split, e.g. {"train": 1000}: the first ones.
@@ -267,11 +268,8 @@ def flickr8k_rows(path: Path, image_dir, dropped: Counter) -> Iterator[Record]:
     if file is None:
         raise DataError(f"{path}: neither Flickr8k.token.txt nor captions.txt is there")
     split_of: dict[str, str] = {}
-    lists = {
-        split: file.parent / f"Flickr_8k.{word}Images.txt"
-        for word, split in SPLIT_NAMES.items()
-        if word in ("train", "dev", "test")
-    }
+    words = {"train": "train", "validation": "dev", "test": "test"}
+    lists = {split: file.parent / f"Flickr_8k.{word}Images.txt" for split, word in words.items()}
     there = [split for split, names in lists.items() if names.exists()]
     if 0 < len(there) < 3:
         absent = ", ".join(str(names) for names in lists.values() if not names.exists())
@@ -856,6 +854,10 @@ def stream_records(tables: dict, image_column, caption_column, seed: int, skip_b
     for split, (name, low, high) in plan.items():
         table = tables[name]
         image, captions = image_and_caption_columns(table, image_column, caption_column, source)
+        if "split" in table.features:
+            raise DataError(
+                f"{source}: its rows name their own split, which a stream cannot follow. Leave out --streaming"
+            )
         table = table.cast_column(image, datasets.Image(decode=False))
         extras = {
             name: feature
@@ -875,7 +877,7 @@ def stream_records(tables: dict, image_column, caption_column, seed: int, skip_b
                 "columns": (image, tuple(captions), tuple(extras)),
                 "bounds": (low, high),
                 "seed": seed,
-                "skip_bad_samples": skip_bad_samples,
+                "skip_bad_samples": skip_bad_samples and split == "train",
             },
         )
     return datasets.IterableDatasetDict(streams)
@@ -951,7 +953,7 @@ def first_of_each_split(records: list[Record], max_samples: dict[str, int]) -> l
 
 def counts(dataset: datasets.DatasetDict) -> str:
     images = {name: len(rows) for name, rows in dataset.items()}
-    captions = {name: sum(map(len, rows["captions"])) for name, rows in dataset.items()}
+    captions = {name: sum(map(len, rows["captions"][:])) for name, rows in dataset.items()}
     by_split = ", ".join(f"{name} {images[name]:,} / {captions[name]:,}" for name in dataset)
     return f"{sum(images.values()):,} images, {sum(captions.values()):,} captions ({by_split})"
 

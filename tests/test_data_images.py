@@ -224,6 +224,13 @@ def test_an_animation_gives_its_first_frame(kind):
     assert (pixels(content) == RED).all()
 
 
+def test_a_phones_multi_picture_jpeg_gives_its_first():
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in (RED, (0, 0, 255))]
+    content = saved(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    assert np.abs(pixels(content).astype(int) - RED).max() <= 2
+
+
 # ---- bad files
 
 

@@ -709,6 +709,16 @@ def test_streams_of_official_splits_and_bad_captions(tmp_path):
     assert len(list(data.load(source, streaming=True, max_samples={"test": 1})["test"])) == 1
 
 
+def test_rows_with_a_split_of_their_own_load_but_do_not_stream(tmp_path):
+    """The shape of nlphuji/flickr30k: one split, called test, whose rows say the real one."""
+    rows = pairs(range(6), named=True)
+    rows = rows.add_column("split", [split for split in ("train",) * 4 + ("val", "test") for _ in range(5)])
+    source = hub_folder(tmp_path, test=rows)
+    assert sizes(data.load(source)) == {"train": 4, "validation": 1, "test": 1}
+    with pytest.raises(DataError, match="Leave out --streaming"):
+        data.load(source, streaming=True)
+
+
 def test_a_local_source_streams_with_every_check(tmp_path):
     names, rows = image_set(20)
     put(tmp_path, names)
