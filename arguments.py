@@ -96,8 +96,12 @@ class GenerationArguments:
     early_stopping: bool | None = flag(
         None, "End an image's search as soon as num_beams captions have ended. Default: the checkpoint's, else true."
     )
-    repetition_penalty: float | None = flag(None, "Above 1 punishes repeated tokens. Default: the checkpoint's, else 1.")
-    no_repeat_ngram_size: int | None = flag(None, "No n-gram of this size occurs twice. Default: the checkpoint's, else 0.")
+    repetition_penalty: float | None = flag(
+        None, "Above 1 punishes repeated tokens. Default: the checkpoint's, else 1."
+    )
+    no_repeat_ngram_size: int | None = flag(
+        None, "No n-gram of this size occurs twice. Default: the checkpoint's, else 0."
+    )
 
 
 @dataclass

@@ -44,7 +44,10 @@ class CaptionCollator:
                 self.augmentation(image, sample["epoch"], sample["image_id"], sample["captions"])
                 for image, sample in zip(images, samples, strict=True)
             ]
-        return {"pixel_values": self.images.pixel_values(images), **self.token_tensors([s["captions"] for s in samples])}
+        return {
+            "pixel_values": self.images.pixel_values(images),
+            **self.token_tensors([s["captions"] for s in samples]),
+        }
 
     def token_tensors(self, captions: list[list[str]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` of the captions of each image, each (I * K, L)."""

@@ -1,7 +1,7 @@
 """Caption a split and score it, or score captions that exist already.
 
-    python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
-    python evaluate.py --predictions P.json --references R.json --output_dir OUT
+python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
+python evaluate.py --predictions P.json --references R.json --output_dir OUT
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Make a self-contained model folder with its card out of a training run or checkpoint, and upload it if asked.
 
-    python export.py DIR [--output_dir OUT] [--push_to_hub user/name]
+python export.py DIR [--output_dir OUT] [--push_to_hub user/name]
 """
 
 import logging

@@ -42,7 +42,9 @@ def main():
         if state.num_processes > 1:
             raise ValueError("Several processes need --output, a file to bring their captions together in.")
         for path, captions in caption(captioner, images, args):
-            print(f"{path}\t{f'error: {captions}' if isinstance(captions, data.ImageError) else captions[0]}", flush=True)
+            print(
+                f"{path}\t{f'error: {captions}' if isinstance(captions, data.ImageError) else captions[0]}", flush=True
+            )
         return
 
     output = Path(args.output)
@@ -83,7 +85,9 @@ def find_images(paths: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
-            inside = (os.path.join(folder, name) for folder, _, names in sorted(os.walk(path)) for name in sorted(names))
+            inside = (
+                os.path.join(folder, name) for folder, _, names in sorted(os.walk(path)) for name in sorted(names)
+            )
             images = [file for file in inside if os.path.splitext(file)[1].lower() in EXTENSIONS]
             if not images:
                 raise ValueError(f"{path}: there is no image in this folder ({' '.join(sorted(EXTENSIONS))}).")

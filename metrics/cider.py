@@ -184,7 +184,7 @@ class CiderD:
             products = np.minimum(weight[at[shared]], reference_weight) * reference_weight
             dot = np.bincount(pair, products, minlength=len(entries))
             norms = norm[hypothesis_of_pair] * norm[reference_of_pair]
-            similarity += np.divide(dot, norms, out=np.zeros_like(dot), where=norms != 0)
+            similarity += np.divide(dot, norms, out=np.zeros(dot.shape), where=norms != 0)
         bigrams = np.maximum(lengths - 1, 0)
         difference = (bigrams[hypothesis_of_pair] - bigrams[reference_of_pair]).astype(float)
         similarity *= np.exp(-(difference**2) / (2 * _SIGMA**2))

@@ -55,7 +55,7 @@ def write_card(folder: Path, repo_id: str | None = None) -> None:
     on_hub = dataset and dataset.count("/") == 1 and not Path(dataset).exists()
     metadata = ModelCardData(
         language="en",
-        license=flags.get("license", "other"),
+        license=run.get("license", "other"),
         base_model=base,
         datasets=[dataset] if on_hub else None,
         pipeline_tag="image-to-text",
@@ -131,7 +131,10 @@ def _summary(run: dict, base: str | None) -> str:
 def _snippet(name: str, reported: list[dict]) -> str:
     generation = reported[0].get("generation", {}) if reported else {}
     kept = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty")
-    settings = {k: generation[k] for k in kept if generation.get(k) is not None} or {"num_beams": 5, "max_new_tokens": 30}
+    settings = {k: generation[k] for k in kept if generation.get(k) is not None} or {
+        "num_beams": 5,
+        "max_new_tokens": 30,
+    }
     prompt = generation.get("prompt", "")
     inputs = f'images=image, text="{prompt.strip()}"' if prompt else "images=image"
     return f"""```python

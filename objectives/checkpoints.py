@@ -58,7 +58,7 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
 
 def record_run(folder: Path, flags: dict) -> None:
     """run.json: the flags that make the run what it is, and where it was started. Removes unfinished checkpoints."""
-    write_json(folder / "run.json", {"flags": _binding(flags), **environment()})
+    write_json(folder / "run.json", {"flags": _binding(flags), "license": flags["license"], **environment()})
     for path in folder.glob("checkpoint-*"):
         if not _is_whole(path):
             shutil.rmtree(path)

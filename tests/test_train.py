@@ -11,7 +11,9 @@ from transformers import AutoProcessor, BlipForConditionalGeneration
 
 CAPTIONS = {
     f"photo{i}": [f"a {colour} {shape} on the grass.", f"the {colour} {shape} near water."]
-    for i, (colour, shape) in enumerate((c, s) for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star", "ball"))
+    for i, (colour, shape) in enumerate(
+        (c, s) for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star", "ball")
+    )
 }
 SPLITS = dict.fromkeys(CAPTIONS, "train") | {
     "photo3": "validation", "photo6": "validation", "photo9": "test", "photo12": "test",
@@ -140,7 +142,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(datas
     assert not unfinished.exists()
     assert equal_weights(whole, broken)
     one, other = (json.loads((f / "coco_metrics.json").read_text()) for f in (whole, broken))
-    assert {k: one[k] for k in ("sacrebleu", "CIDEr", "Bleu_4")} == {k: other[k] for k in ("sacrebleu", "CIDEr", "Bleu_4")}
+    assert {k: one[k] for k in ("sacrebleu", "CIDEr", "Bleu_4")} == {
+        k: other[k] for k in ("sacrebleu", "CIDEr", "Bleu_4")
+    }
 
 
 def test_a_finished_run_started_again_ends_with_the_same_weights(dataset, trained):

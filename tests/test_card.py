@@ -1,0 +1,79 @@
+"""The model card: accepted by the Hub's library, true, and its snippet runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+from huggingface_hub import ModelCard
+from PIL import Image
+from test_train import CAPTIONS, SPLITS, flags
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = tiny.write_photos(folder / "photos", CAPTIONS, SPLITS)
+    tiny.run("train.py", *flags(folder, dataset, folder / "out", num_train_epochs=1))
+    return folder / "out"
+
+
+def test_the_hub_accepts_its_metadata(trained):
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.language == "en"
+    assert card.data.license == "bsd-3-clause"
+    assert card.data.pipeline_tag == "image-to-text"
+    scores = json.loads((trained / "coco_metrics.json").read_text())
+    results = {(r.metric_name, r.dataset_split): r.metric_value for r in card.data.eval_results}
+    assert results["CIDEr", "test"] == round(scores["CIDEr"], 4)
+    assert results["sacreBLEU", "test"] == round(scores["sacrebleu"], 4)
+
+
+def test_it_tells_what_the_run_knows(trained):
+    text = (trained / "README.md").read_text()
+    run = json.loads((trained / "run.json").read_text())
+    assert run["data"]["train"] == {"images": 12, "captions": 24}
+    assert "| train | 12 | 24 |" in text
+    assert "| learning_rate | 0.001 |" in text
+    assert run["examples"][0]["caption"] in text
+    assert run["commit"] in text
+    assert "GiB" in text
+    assert "METEOR" not in text or "not computed" in text
+
+
+def run_snippet(folder, text):
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    Image.new("RGB", (50, 40), "red").save(folder.parent / "photo.jpg")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_its_snippet_runs_and_gives_the_caption_of_infer(trained):
+    text = (trained / "README.md").read_text()
+    caption = run_snippet(trained, text)
+    inferred = tiny.run("infer.py", trained.parent / "photo.jpg", "--model_name_or_path", trained).stdout
+    assert inferred.split("\t")[1].strip() == caption
+
+
+def test_export_of_a_checkpoint_is_a_folder_that_stands_alone(trained, tmp_path):
+    checkpoint = next(trained.glob("checkpoint-*"))
+    tiny.run("export.py", checkpoint, "--output_dir", tmp_path / "exported")
+    assert not list((tmp_path / "exported").glob("*optimizer*"))
+    run_snippet(tmp_path / "exported", (tmp_path / "exported" / "README.md").read_text())
+
+
+def test_export_of_a_run_keeps_its_scores(trained, tmp_path):
+    tiny.run("export.py", trained, "--output_dir", tmp_path / "exported")
+    assert ModelCard.load(tmp_path / "exported" / "README.md").data.eval_results
+    run_snippet(tmp_path / "exported", (tmp_path / "exported" / "README.md").read_text())
+
+
+def test_what_is_no_model_is_not_exported(tmp_path):
+    assert "is not a model folder" in tiny.run("export.py", tmp_path, fails=True).stderr

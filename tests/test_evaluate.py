@@ -1,0 +1,141 @@
+"""evaluate.py: captions a split, or scores captions that exist, and says what does not fit."""
+
+import json
+
+import pytest
+import tiny
+
+CAPTIONS = {
+    f"photo{i}": [f"a {colour} ball.", f"the {colour} circle on grass."]
+    for i, colour in enumerate(("red", "green", "blue", "yellow"))
+}
+SPLITS = {"photo0": "train", "photo1": "validation", "photo2": "test", "photo3": "test"}
+NO_JAVA = ("--meteor", "false", "--spice", "false", "--bootstrap_samples", "20")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
+
+
+def test_a_split_is_captioned_and_scored(model, dataset, tmp_path):
+    tiny.run(
+        "evaluate.py", "--model_name_or_path", model, "--dataset_name", dataset, "--split", "test",
+        "--output_dir", tmp_path, "--num_beams", 2, *NO_JAVA,
+    )  # fmt: skip
+    scores = json.loads((tmp_path / "coco_metrics.json").read_text())
+    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    assert [row["image_id"] for row in predictions] == ["photo2.png", "photo3.png"]
+    assert scores["counts"] == {"images": 2, "references": 4}
+    assert scores["generation"]["num_beams"] == 2
+    assert scores["split"] == "test"
+    assert scores["corpus"]["seen_in_training"] is not None
+    # What was written can be scored again, with the same result.
+    again = tmp_path / "again"
+    references = tmp_path / "references.json"
+    references.write_text(json.dumps({f"{name}.png": CAPTIONS[name] for name in ("photo2", "photo3")}))
+    tiny.run(
+        "evaluate.py", "--predictions", tmp_path / "predictions.json", "--references", references,
+        "--output_dir", again, *NO_JAVA,
+    )  # fmt: skip
+    rescored = json.loads((again / "coco_metrics.json").read_text())
+    assert all(
+        rescored[name] == scores[name] for name in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "sacrebleu", "intervals")
+    )
+
+
+def test_two_processes_give_the_captions_of_one(model, dataset, tmp_path):
+    command = ["--model_name_or_path", model, "--dataset_name", dataset, "--max_new_tokens", 8, *NO_JAVA]
+    tiny.run("evaluate.py", *command, "--output_dir", tmp_path / "one")
+    tiny.run("evaluate.py", *command, "--output_dir", tmp_path / "two", processes=2)
+    assert (tmp_path / "one/predictions.json").read_text() == (tmp_path / "two/predictions.json").read_text()
+
+
+def test_an_untrained_model_scores_nothing_on_real_captions(test_data, tmp_path):
+    from models.loading import build_model
+
+    model, processor = build_model(
+        str(tiny.write_config(tmp_path)), str(test_data / "bert-base-uncased" / "vocab.txt"), []
+    )
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    tiny.run(
+        "evaluate.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", test_data / "flickr8k",
+        "--output_dir", tmp_path / "out", *NO_JAVA,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "out/coco_metrics.json").read_text())["sacrebleu"] < 5
+
+
+def test_scores_of_real_captions_need_no_java(test_data, tmp_path):
+    folder = test_data / "coco_karpathy_test"
+    result = tiny.run(
+        "evaluate.py", "--predictions", folder / "predictions_contrastive.json",
+        "--references", folder / "captions_karpathy_test.json", "--output_dir", tmp_path, "--bootstrap_samples", 20,
+        CAPTION_NO_JAVA="1",
+    )  # fmt: skip
+    scores = json.loads((tmp_path / "coco_metrics.json").read_text())
+    assert scores["counts"]["images"] == 5000
+    assert scores["CIDEr"] > 0
+    assert scores["METEOR"] is None
+    assert scores["SPICE"] is None
+    assert {"METEOR", "SPICE"} <= set(scores["unavailable"])
+    assert "METEOR will be null" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("predictions", "said"),
+    [
+        ({"a": "a dog"}, "'b'"),
+        ({"a": "a dog", "b": "a cat", "c": "a ball"}, "'c'"),
+        (
+            [{"image_id": "a", "caption": "x"}, {"image_id": "a", "caption": "y"}, {"image_id": "b", "caption": "z"}],
+            "a",
+        ),
+        ({"a": "a dog", "b": 3}, "b"),
+        ("{", "predictions.json"),
+    ],
+    ids=["missing id", "extra id", "two captions", "no text", "no JSON"],
+)
+def test_predictions_that_do_not_fit_are_one_clear_message(predictions, said, tmp_path):
+    (tmp_path / "predictions.json").write_text(predictions if isinstance(predictions, str) else json.dumps(predictions))
+    (tmp_path / "references.json").write_text(json.dumps({"a": ["a dog"], "b": ["a cat"]}))
+    result = tiny.run(
+        "evaluate.py", "--predictions", tmp_path / "predictions.json", "--references", tmp_path / "references.json",
+        "--output_dir", tmp_path / "out", *NO_JAVA, fails=True,
+    )  # fmt: skip
+    assert said in result.stderr
+    assert not (tmp_path / "out/coco_metrics.json").exists()
+
+
+def test_a_wrong_split_lists_the_right_ones(model, dataset, tmp_path):
+    result = tiny.run(
+        "evaluate.py", "--model_name_or_path", model, "--dataset_name", dataset, "--split", "tset",
+        "--output_dir", tmp_path, fails=True,
+    )  # fmt: skip
+    assert "has no split 'tset'. It has: train, validation, test" in result.stderr
+
+
+def test_a_folder_that_is_no_model_is_refused(dataset, tmp_path):
+    from transformers import BertConfig
+
+    command = ["--dataset_name", dataset, "--output_dir", tmp_path / "out"]
+    (tmp_path / "empty").mkdir()
+    assert (
+        "is not a model folder"
+        in tiny.run("evaluate.py", "--model_name_or_path", tmp_path / "empty", *command, fails=True).stderr
+    )
+    BertConfig().save_pretrained(tmp_path / "bert")
+    result = tiny.run("evaluate.py", "--model_name_or_path", tmp_path / "bert", *command, fails=True)
+    assert "is of family 'bert'. Known families: blip" in result.stderr
+    assert "no/model" in tiny.run("evaluate.py", "--model_name_or_path", "no/model", *command, fails=True).stderr
+
+
+def test_predictions_without_references_are_refused(tmp_path):
+    (tmp_path / "p.json").write_text("{}")
+    result = tiny.run("evaluate.py", "--predictions", tmp_path / "p.json", "--output_dir", tmp_path, fails=True)
+    assert "go together" in result.stderr

@@ -1,0 +1,147 @@
+"""infer.py: every kind of path, every kind of picture, and a run that can be killed."""
+
+import json
+import signal
+import time
+
+import pytest
+import tiny
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_folder(tmp_path_factory.mktemp("model"))
+
+
+def pictures(folder, count, size=(40, 30)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", size, (number * 7 % 256, number * 31 % 256, number * 57 % 256)).save(
+            folder / f"{number:04}.jpg"
+        )
+    return folder
+
+
+def settings(model):
+    return ["--model_name_or_path", model, "--num_beams", 2, "--max_new_tokens", 6]
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_files_folders_globs_and_lists_are_captioned_once_each_in_order(model, tmp_path):
+    folder = pictures(tmp_path / "a" / "b", 3)
+    pictures(tmp_path / "c", 2)
+    (tmp_path / "list.txt").write_text("c/0000.jpg\n\na/b/0002.jpg\n")
+    (tmp_path / "list.jsonl").write_text('{"image": "c/0001.jpg"}\n')
+    result = tiny.run(
+        "infer.py", folder / "0001.jpg", tmp_path / "a", tmp_path / "list.txt", tmp_path / "list.jsonl",
+        f"{tmp_path}/c/*.jpg", *settings(model),
+    )  # fmt: skip
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [line[0].removeprefix(f"{tmp_path}/") for line in lines] == [
+        "a/b/0001.jpg", "a/b/0000.jpg", "a/b/0002.jpg", "c/0000.jpg", "c/0001.jpg",
+    ]  # fmt: skip
+    assert all(len(line) == 2 for line in lines)
+
+
+def test_a_prompt_is_kept_only_if_asked_for(model, tmp_path):
+    folder = pictures(tmp_path / "a", 1)
+    command = [folder, *settings(model), "--prompt", "a picture of "]
+    kept = tiny.run("infer.py", *command, "--keep_prompt").stdout.split("\t")[1]
+    left = tiny.run("infer.py", *command).stdout.split("\t")[1]
+    assert kept.startswith("a picture of")
+    assert kept.removeprefix("a picture of").strip() == left.strip()
+
+
+def test_pictures_of_every_mode_become_captions(model, tmp_path):
+    folder = tmp_path / "modes"
+    folder.mkdir()
+    for mode, name in (("L", "gray.png"), ("RGBA", "alpha.png"), ("P", "palette.png"), ("CMYK", "cmyk.jpg"),
+                       ("I;16", "deep.png"), ("1", "bits.png")):  # fmt: skip
+        Image.new(mode, (20, 20)).save(folder / name)
+    Image.new("RGB", (20, 20)).save(
+        folder / "moves.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")]
+    )
+    assert len(tiny.run("infer.py", folder, *settings(model)).stdout.splitlines()) == 7
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_with_each_image_once_and_none_lost(model, tmp_path, processes):
+    folder = pictures(tmp_path / "many", 300)
+    output = tmp_path / "captions.jsonl"
+    command = [folder, *settings(model), "--output", output, "--per_device_eval_batch_size", 4]
+    for _ in range(2):
+        before = sum(len(part.read_text().splitlines()) for part in tmp_path.glob("captions.jsonl.part-*"))
+        process = tiny.start("infer.py", *command, processes=processes)
+        deadline = time.time() + 200
+        while sum(len(part.read_text().splitlines()) for part in tmp_path.glob("captions.jsonl.part-*")) < before + 30:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.time() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL if processes == 1 else signal.SIGTERM)
+        process.communicate()
+        # A kill in the middle of a line leaves half of it.
+        with open(tmp_path / "captions.jsonl.part-0", "a") as part:
+            part.write('{"image": "ha')
+    result = tiny.run("infer.py", *command, processes=processes)
+    assert "captioned before" in result.stderr
+    assert [row["image"] for row in rows(output)] == [str(path) for path in sorted(folder.iterdir())]
+    whole = tmp_path / "whole.jsonl"
+    tiny.run("infer.py", folder, *settings(model), "--output", whole, "--per_device_eval_batch_size", 4)
+    assert rows(whole) == rows(output)
+    assert not list(tmp_path.glob("captions.jsonl.part-*"))
+
+
+def test_new_images_are_added_to_a_finished_file(model, tmp_path):
+    folder = pictures(tmp_path / "a", 3)
+    output = tmp_path / "captions.jsonl"
+    tiny.run("infer.py", folder / "0001.jpg", *settings(model), "--output", output)
+    result = tiny.run("infer.py", folder, *settings(model), "--output", output)
+    assert "3 images, 1 of them captioned before" in result.stderr
+    assert [row["image"][-8:] for row in rows(output)] == ["0000.jpg", "0001.jpg", "0002.jpg"]
+
+
+def test_captions_of_other_settings_are_not_mixed(model, tmp_path):
+    folder = pictures(tmp_path / "a", 1)
+    output = tmp_path / "captions.jsonl"
+    tiny.run("infer.py", folder, *settings(model), "--output", output)
+    result = tiny.run(
+        "infer.py", folder, "--model_name_or_path", model, "--num_beams", 3, "--output", output, fails=True
+    )
+    assert "num_beams was 2, is 3" in result.stderr
+
+
+def test_a_bad_image_is_named_or_written_down_as_told(model, tmp_path):
+    folder = pictures(tmp_path / "a", 3)
+    (folder / "0001.jpg").write_bytes((folder / "0001.jpg").read_bytes()[:300])
+    command = [folder, *settings(model), "--output", tmp_path / "captions.jsonl"]
+    assert "0001.jpg" in tiny.run("infer.py", *command, fails=True).stderr
+    tiny.run("infer.py", *command, "--skip_bad_images")
+    found = rows(tmp_path / "captions.jsonl")
+    assert ["error" in row for row in found] == [False, True, False]
+    assert (
+        tiny.run("infer.py", folder, *settings(model), "--dataloader_num_workers", 1, fails=True).stderr.count(
+            "0001.jpg"
+        )
+        >= 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Name what to caption"),
+        (["nowhere.jpg"], "there is no such file"),
+        (["EMPTY"], "there is no image in this folder"),
+        (["LIST.jsonl"], 'line 1: expected an object with "image"'),
+        (["--num_beam", "3"], "Did you mean 'num_beams'?"),
+    ],
+)
+def test_what_cannot_be_captioned_is_one_clear_message(arguments, said, model, tmp_path):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "LIST.jsonl").write_text("[]\n")
+    arguments = [str(tmp_path / word) if word.isupper() or word.startswith("LIST") else word for word in arguments]
+    assert said in tiny.run("infer.py", *arguments, "--model_name_or_path", model, fails=True).stderr
