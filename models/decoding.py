@@ -36,7 +36,7 @@ def generate(
     """
     if (pixel_values is None) == (image_embeds is None):
         raise ValueError("generate needs either pixel_values or image_embeds, and not both.")
-    if generation_kwargs.get("output_attentions"):
+    if generation_kwargs.get("output_attentions") and isinstance(getattr(model, "text_decoder", None), SharedBeams):
         raise ValueError("Fast attention keeps no attention maps: call use_fast_attention(model, False) first.")
     return model.generate(
         pixel_values=pixel_values if image_embeds is None else image_embeds,

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -75,6 +76,15 @@ def random_captions(rows: int, length: int, seed: int = 0, padding_side: str = "
 
 def random_images(images: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def photo_paths(test_data: Path) -> list[Path]:
+    return sorted((test_data / "flickr8k" / "Flicker8k_Dataset").glob("*.jpg"))
+
+
+def real_photos(test_data: Path, count: int) -> torch.Tensor:
+    photos = [Image.open(path).convert("RGB").resize((32, 32)) for path in photo_paths(test_data)[:count]]
+    return torch.stack([torch.from_numpy(numpy.array(photo)) for photo in photos]).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -342,17 +352,12 @@ def test_two_processes_get_the_gradients_of_one(tmp_path):
 
 
 def test_real_photos_and_captions_give_eager_results(test_data):
-    folder = test_data / "flickr8k"
-    lines = (folder / "Flickr8k.token.txt").read_text().splitlines()
+    photos = real_photos(test_data, 20)
     captions_of: dict[str, list[str]] = {}
-    for line in lines:
+    for line in (test_data / "flickr8k" / "Flickr8k.token.txt").read_text().splitlines():
         name, caption = line.split("\t")
         captions_of.setdefault(name.split("#")[0], []).append(caption)
-    names = [name for name in sorted(captions_of) if (folder / "Flicker8k_Dataset" / name).is_file()][:20]
-    photos = [Image.open(folder / "Flicker8k_Dataset" / name).convert("RGB").resize((32, 32)) for name in names]
-    pixel_values = (
-        torch.stack([torch.from_numpy(numpy.array(photo)) for photo in photos]).permute(0, 3, 1, 2) / 127.5 - 1
-    )
+    names = [path.name for path in photo_paths(test_data)[:20]]
     # Word lengths stand in for token ids: the lengths and repetitions of real captions, no tokenizer needed.
     rows = [
         [START, *[4 + len(word) for word in caption.split()], SEP] for name in names for caption in captions_of[name]
@@ -366,7 +371,7 @@ def test_real_photos_and_captions_give_eager_results(test_data):
         "labels": input_ids.masked_fill(input_ids == 0, -100),
     }
     eager, fast = eager_and_fast()
-    theirs = eager(pixel_values=pixel_values.repeat_interleave(5, dim=0), **captions)
-    ours = fast(pixel_values=pixel_values, **captions)
+    theirs = eager(pixel_values=photos.repeat_interleave(5, dim=0), **captions)
+    ours = fast(pixel_values=photos, **captions)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)

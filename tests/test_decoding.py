@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_blip_attention import SEP, START, eager_and_fast, random_images, tiny_blip
+from test_blip_attention import SEP, START, eager_and_fast, random_images, real_photos, tiny_blip
 
 from models.blip_attention import use_fast_attention
 from models.decoding import encode_images, generate
@@ -131,3 +131,24 @@ def test_attention_maps_are_refused_with_the_way_to_get_them():
     _, fast = eager_and_fast()
     with pytest.raises(ValueError, match="use_fast_attention"):
         generate(fast, pixel_values=random_images(1), output_attentions=True, return_dict_in_generate=True)
+
+
+def test_eager_attention_still_gives_its_maps():
+    model = use_fast_attention(use_fast_attention(tiny_blip()), False)
+    output = generate(
+        model,
+        pixel_values=random_images(2),
+        max_new_tokens=4,
+        output_attentions=True,
+        return_dict_in_generate=True,
+    )
+    assert output.attentions[0][0].shape[:2] == (2, 4)  # images, heads
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 5}], ids=["greedy", "beam 5"])
+def test_real_photos_get_identical_captions(test_data, options):
+    eager, fast = eager_and_fast()
+    photos = real_photos(test_data, 100)
+    theirs = eager.generate(pixel_values=photos, max_new_tokens=12, **options)
+    assert torch.equal(generate(fast, pixel_values=photos, max_new_tokens=12, **options), theirs)
+    assert len({tuple(caption) for caption in theirs.tolist()}) > 50
