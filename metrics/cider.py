@@ -146,7 +146,8 @@ class CiderD:
             raise ValueError(f"image {int(np.argmin(counts))} of the batch has no reference captions.")
         candidates = len(hypotheses) // images
         captions = self._words(hypotheses) + self._words(caption for image in references for caption in image)
-        vocabulary = dict(self.vocabulary) if self._has_new_words(captions) else self.vocabulary
+        all_known = set().union(*captions) <= self.vocabulary.keys()
+        vocabulary = self.vocabulary if all_known else dict(self.vocabulary)  # new words are for this call only
         ids, lengths = encode(captions, vocabulary)
 
         # A pair is one hypothesis and one reference of its image. References are stored image by image, so a
@@ -193,9 +194,6 @@ class CiderD:
     def _words(self, captions) -> list[list[str]]:
         split = words(captions)
         return [[*caption, END_OF_SEQUENCE] for caption in split] if self.end_of_sequence else split
-
-    def _has_new_words(self, captions: list[list[str]]) -> bool:
-        return not all(map(self.vocabulary.__contains__, {word for caption in captions for word in caption}))
 
     def _numbers(self, ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         """For each order, the corpus's number of the n-gram that begins at each position; -1 where it has none."""

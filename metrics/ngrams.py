@@ -16,7 +16,10 @@ def words(captions: Iterable[list[str]]) -> list[list[str]]:
 
 def encode(captions: list[list[str]], vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
     """Word ids of all captions one after the other, and each caption's length. New words are added to `vocabulary`."""
-    ids = [vocabulary.setdefault(word, len(vocabulary)) for caption in captions for word in caption]
+    flat = [word for caption in captions for word in caption]
+    for word in dict.fromkeys(flat):
+        vocabulary.setdefault(word, len(vocabulary))
+    ids = [vocabulary[word] for word in flat]
     return np.array(ids, dtype=np.int64), np.array([len(caption) for caption in captions], dtype=np.int64)
 
 

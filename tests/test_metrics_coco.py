@@ -163,6 +163,25 @@ def test_meteor_takes_empty_captions_and_its_own_separator():
     np.testing.assert_allclose(scores[[1, 2, 4, 5]], 1)
 
 
+def test_meteor_keeps_its_values_on_odd_captions_though_it_loads_few_paraphrases(test_data, tmp_path, monkeypatch):
+    if find_java() is None:
+        pytest.skip("no Java: pycocoevalcap cannot be asked")
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))  # a cache folder that cannot be made
+    (tmp_path / "file").write_text("")
+    rows = json.loads((test_data / "capsfusion/example_data.json").read_text())[:600]
+    hypotheses = metrics.tokenize(row["capsfuion_official"] for row in rows)
+    references = [metrics.tokenize([row["laion_2b"], row["laion_coco"]]) for row in rows]
+    gts = {n: [" ".join(tokens) for tokens in captions] for n, captions in enumerate(references)}
+    res = {n: [" ".join(tokens)] for n, tokens in enumerate(hypotheses)}
+    corpus, each = Meteor().compute_score(gts, res)
+    statistics = meteor_statistics(hypotheses, references, timeout=120)
+    np.testing.assert_allclose(meteor_from_statistics(statistics), each, atol=1e-12)
+    assert meteor_from_statistics(statistics.sum(axis=0)) == pytest.approx(corpus, abs=1e-12)
+
+
 @pytest.fixture
 def fake_java(tmp_path, monkeypatch):
     """JAVA_HOME with a `java` that answers -version, then does as told."""
