@@ -168,8 +168,8 @@ def _result(job: Future | None, name: str, unavailable: dict[str, str]):
         return None
     try:
         return job.result()
-    except Unavailable as error:
-        unavailable[name] = str(error)
+    except Exception as error:  # whatever it was, hours of generation and the other scores must not be lost to it
+        unavailable[name] = str(error) if isinstance(error, Unavailable) else repr(error)
         logger.warning("%s is not available: %s", name, error)
         return None
 
