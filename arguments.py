@@ -82,6 +82,19 @@ class TrainDataArguments(DataArguments):
     max_eval_samples: int | None = flag(None, "Use only the first so many validation images.")
     max_test_samples: int | None = flag(None, "Use only the first so many test images.")
 
+    @property
+    def max_samples(self) -> dict[str, int]:
+        """The limits that are set, as data.load takes them."""
+        limits = {
+            "train": self.max_train_samples,
+            "validation": self.max_eval_samples,
+            "test": self.max_test_samples,
+        }
+        for split, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"The number of {split} images to use must be at least 1, not {limit}.")
+        return {split: limit for split, limit in limits.items() if limit is not None}
+
 
 @dataclass
 class GenerationArguments:
@@ -191,6 +204,9 @@ class EvaluateArguments:
     output_dir: str = flag("evaluation", "Folder for coco_metrics.json and predictions.json.")
     split: str = flag("test", "Split to caption and score.")
     max_samples: int | None = flag(None, "Use only the first so many images of the split.")
+    seen_in_training: bool = flag(
+        False, "Load the training split too, and tell how many captions stand there word for word."
+    )
     predictions: str | None = flag(None, "Score this file of captions instead of captioning; needs references.")
     references: str | None = flag(None, "Reference captions for predictions: COCO JSON, JSONL or {id: [captions]}.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
@@ -247,7 +263,7 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
     first = f"{positional.upper()} ..." if positional else "[RECIPE.yaml]"
     usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
     parser = HfArgumentParser(dataclasses_, allow_abbrev=False, usage=usage)
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in reversed(parser._actions)}  # a switch stands before its --no_ twin
     for name in REPLACED:
         if name in actions:
             actions[name].help = SUPPRESS

@@ -6,7 +6,6 @@ python evaluate.py --predictions P.json --references R.json --output_dir OUT
 
 import logging
 
-
 import data
 from arguments import DataArguments, EvaluateArguments, GenerationArguments, MetricArguments, ModelArguments, parse, run
 from metrics import results
@@ -32,10 +31,12 @@ def main():
     else:
         state = processes()
         with state.main_process_first():
-            splits = data.load(**data_args.source())
-        if args.split not in splits:
-            raise ValueError(f"{data_args.dataset_name} has no split '{args.split}'. It has: {', '.join(splits)}.")
-        records = data.take(splits, **{args.split: args.max_samples})[args.split]
+            splits = data.load(
+                **data_args.source(),
+                splits=(args.split, "train") if args.seen_in_training else (args.split,),
+                max_samples={args.split: args.max_samples} if args.max_samples is not None else None,
+            )
+        records = data.in_memory(splits[args.split])
         captioner = Captioner.from_pretrained(
             model_args.model_name_or_path,
             bf16=args.bf16,
@@ -49,9 +50,7 @@ def main():
         if not state.is_main_process:
             return
         results.write_predictions(folder, predictions)
-        captions = None
-        if "train" in splits and args.split != "train" and not data_args.streaming:
-            captions = [text for group in splits["train"]["captions"] for text in group]
+        captions = (text for row in splits["train"] for text in row["captions"]) if args.seen_in_training else None
         scores, _ = results.score_records(predictions, records, metric_args, args.seed, training_captions=captions)
         source = {
             "split": args.split,

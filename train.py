@@ -48,10 +48,12 @@ def main():
 
     # Data: records, one an image
     with args.main_process_first(desc="preparing the dataset"):
-        splits = data.load(**data_args.source())
-        splits = data.take(splits, data_args.max_train_samples, data_args.max_eval_samples, data_args.max_test_samples)
-        splits, bad_samples = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
-    train, validation, test = (splits.get(name) for name in ("train", "validation", "test"))
+        bad_rows = []
+        splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
+        splits, bad_images = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
+    if "train" not in splits:
+        raise ValueError(f"{data_args.dataset_name} has no training split. It has: {', '.join(splits)}.")
+    train, validation, test = splits["train"], *(data.in_memory(splits.get(name)) for name in ("validation", "test"))
     if validation is None and args.eval_strategy != "no":
         raise ValueError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
 
@@ -70,7 +72,9 @@ def main():
 
     # Train
     collating = {"max_txt_len": data_args.max_txt_len, "prompt": captioner.prompt}
-    augmentation = data.Augmentation(data_args.augment, seed=args.seed) if data_args.augment else None
+    size = processor.image_processor.size
+    size = (size["height"], size["width"])
+    augmentation = data.Augmentation(data_args.augment, size, args.seed) if data_args.augment else None
     if data_args.streaming:
         pairs = data.CaptionStream(train, data_args.captions_per_image, seed=args.seed)
     else:
@@ -89,7 +93,7 @@ def main():
     )
     if trainer.is_world_process_zero():
         record_run(folder, flags)
-        results.write_bad_samples(folder, bad_samples)
+        results.write_bad_samples(folder, bad_rows + bad_images)
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

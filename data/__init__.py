@@ -8,8 +8,7 @@ from data.augmentation import Augmentation
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.records import DataError, check_images, fingerprint
 from data.sources import FORMATS, load
-from data.training import CaptionPairs, CaptionStream, check_training_images, take
-from data.training import CaptionPairs, CaptionStream, check_training_images, take
+from data.training import CaptionPairs, CaptionStream, check_training_images, in_memory
 
 __all__ = [
     "FORMATS",
@@ -17,16 +16,12 @@ __all__ = [
     "Augmentation",
     "CaptionPairs",
     "CaptionStream",
-    "CaptionPairs",
-    "CaptionStream",
     "DataError",
     "ImageError",
     "check_images",
     "check_training_images",
-    "check_training_images",
     "fingerprint",
+    "in_memory",
     "load",
     "open_image",
-    "take",
-    "take",
 ]

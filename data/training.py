@@ -10,21 +10,11 @@ import torch
 from data.records import check_images
 
 
-def take(splits, train: int | None = None, validation: int | None = None, test: int | None = None):
-    """The splits, each cut to its first so many records. The evaluated splits of a stream are read into memory."""
-    limits = {"train": train, "validation": validation, "test": test}
-    if isinstance(splits, datasets.IterableDatasetDict):
-        taken = {name: split if limits[name] is None else split.take(limits[name]) for name, split in splits.items()}
-        return {
-            name: split if name == "train" else datasets.Dataset.from_list(list(split), features=split.features)
-            for name, split in taken.items()
-        }
-    for name, limit in limits.items():
-        if limit is not None and limit < 1:
-            raise ValueError(f"The number of {name} images must be at least 1, not {limit}.")
-    return datasets.DatasetDict(
-        {name: split.select(range(min(limits[name] or len(split), len(split)))) for name, split in splits.items()}
-    )
+def in_memory(split) -> datasets.Dataset:
+    """A split that is evaluated, which is gone through more than once, of a stream or not."""
+    if isinstance(split, datasets.IterableDataset):
+        return datasets.Dataset.from_list(list(split), features=split.features)
+    return split
 
 
 def check_training_images(splits, *, skip_bad_samples: bool):
@@ -64,7 +54,8 @@ class CaptionPairs(torch.utils.data.Dataset):
         record = self.records[int(self.record_of[index])]
         start = int(self.start_of[index])
         return {
-            "image_id": record["image_id"],
+            # Each sample of an image is augmented by a draw of its own.
+            "image_id": f"{record['image_id']}#{start}",
             "image": record["image"],
             "captions": record["captions"][start : start + self.captions_per_image],
             "epoch": int(self.epoch),

@@ -44,8 +44,8 @@ def finish_run(folder: Path, trainer, splits, examples: list[dict]) -> None:
 
 
 def write_card(folder: Path, repo_id: str | None = None) -> None:
-    """README.md of `folder`, from run.json, coco_metrics.json, validation/coco_metrics.json and config.json there."""
-    run, config = _read(folder / "run.json"), _read(folder / "config.json")
+    """README.md of `folder`, from run.json, coco_metrics.json and validation/coco_metrics.json there."""
+    run = _read(folder / "run.json")
     flags = run.get("flags", {})
     reported = [s for s in (_read(folder / "coco_metrics.json"), _read(folder / "validation/coco_metrics.json")) if s]
     name = repo_id or folder.resolve().name

@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoProcessor, BertTokenizer, BlipConfig, BlipImageProcessor, BlipProcessor
+import transformers
+from transformers import AutoConfig, AutoProcessor, BertTokenizer, BlipConfig, BlipProcessor
 
 from models.blip_attention import use_fast_attention
 from models.families import family_of
@@ -64,7 +65,7 @@ def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_at
     text.pad_token_id = tokenizer.pad_token_id
     text.encoder_hidden_size = config.vision_config.hidden_size
     side = config.vision_config.image_size
-    image_processor = BlipImageProcessor(size={"height": side, "width": side})
+    image_processor = transformers.BlipImageProcessor(size={"height": side, "width": side})
     model = family_of(config).model_class(config)
     _spread_vision_weights(model)
     return use_fast_attention(model, fast_attention), BlipProcessor(image_processor, tokenizer)

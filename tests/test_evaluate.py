@@ -26,7 +26,7 @@ def dataset(tmp_path_factory):
 def test_a_split_is_captioned_and_scored(model, dataset, tmp_path):
     tiny.run(
         "evaluate.py", "--model_name_or_path", model, "--dataset_name", dataset, "--split", "test",
-        "--output_dir", tmp_path, "--num_beams", 2, *NO_JAVA,
+        "--output_dir", tmp_path, "--num_beams", 2, "--seen_in_training", *NO_JAVA,
     )  # fmt: skip
     scores = json.loads((tmp_path / "coco_metrics.json").read_text())
     predictions = json.loads((tmp_path / "predictions.json").read_text())
@@ -117,7 +117,7 @@ def test_a_wrong_split_lists_the_right_ones(model, dataset, tmp_path):
         "evaluate.py", "--model_name_or_path", model, "--dataset_name", dataset, "--split", "tset",
         "--output_dir", tmp_path, fails=True,
     )  # fmt: skip
-    assert "has no split 'tset'. It has: train, validation, test" in result.stderr
+    assert "there is no split 'tset'. Splits are called train, validation, test" in result.stderr
 
 
 def test_a_folder_that_is_no_model_is_refused(dataset, tmp_path):
