@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 
@@ -360,6 +361,7 @@ def run(main) -> None:
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(lambda record: "requires torchvision" not in record.getMessage())  # it is not needed
@@ -374,6 +376,8 @@ def run(main) -> None:
             message = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}."
+        elif isinstance(error, ConnectionError | HfHubHTTPError) or type(error).__module__.startswith("http"):
+            message = f"the Hub could not be reached, or refused: {error}. What was written before is kept."
         else:
             raise
         print(f"{script}: {message}", file=sys.stderr, flush=True)

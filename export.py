@@ -11,8 +11,8 @@ import torch
 
 from arguments import ExportArguments, parse, run
 from metrics.results import output_folder
-from models.loading import load_model
 from models.card import write_card
+from models.loading import load_model
 
 logger = logging.getLogger("export")
 

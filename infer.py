@@ -15,7 +15,6 @@ import logging
 import os
 from pathlib import Path
 
-
 import data
 from arguments import GenerationArguments, InferArguments, ModelArguments, parse, run
 from metrics.results import write_json

@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoProcessor, BertTokenizer, BlipConfig, BlipProcessor
 
 from models.blip_attention import use_fast_attention
+from models.cpu_linear import use_onednn_linear
 from models.families import family_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def load_model(model_name_or_path: str, fast_attention: bool = True, revision: s
             f"{model_name_or_path} lacks {len(missing)} weights of {family.model_class.__name__} "
             f"(first: {missing[0]}): it is a checkpoint of another kind of model."
         )
-    return use_fast_attention(model, fast_attention), processor
+    return _speed_up(model, fast_attention), processor
 
 
 def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_attention: bool = True):
@@ -68,7 +69,11 @@ def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_at
     image_processor = transformers.BlipImageProcessor(size={"height": side, "width": side})
     model = family_of(config).model_class(config)
     _spread_vision_weights(model)
-    return use_fast_attention(model, fast_attention), BlipProcessor(image_processor, tokenizer)
+    return _speed_up(model, fast_attention), BlipProcessor(image_processor, tokenizer)
+
+
+def _speed_up(model, fast_attention: bool):
+    return use_onednn_linear(use_fast_attention(model, fast_attention), fast_attention)
 
 
 def read_model_config(config_path: str) -> dict:

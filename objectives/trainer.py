@@ -85,6 +85,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._logged_at = time.perf_counter()
         return metrics
 
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: train.py writes the card (models/card.py), and an upload must not put the Trainer's in its place."""
+
     @torch.no_grad()
     def _pairs_loss(self, pairs) -> float:
         """Mean unsmoothed cross-entropy over all target tokens of `pairs`."""
