@@ -1,5 +1,6 @@
 """All scores of a set of captions: what `coco_metrics.json` holds about them."""
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,11 +76,7 @@ def score(
     _check(predictions, references)
     images = list(references)
     if len(images) < 50:
-        logger.warning(
-            "Only %d image(s) to score. CIDEr weighs words by how many of the scored images mention them, so it means "
-            "little on small sets, and on one image it is always 0.",
-            len(images),
-        )
+        _warn_of_few_images(len(images))
     flat = iter(tokenize(caption for image in images for caption in references[image]))
     reference_tokens = [[next(flat) for _ in references[image]] for image in images]
     tokens = tokenize(predictions[image] for image in images)
@@ -132,6 +129,15 @@ def score(
     return metrics, per_image
 
 
+@functools.cache  # said once, not at every evaluation of a training run
+def _warn_of_few_images(images: int) -> None:
+    logger.warning(
+        "Only %d image(s) to score. CIDEr weighs words by how many of the scored images mention them, so it means "
+        "little on small sets, and on one image it is always 0.",
+        images,
+    )
+
+
 def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
     if not references:
         raise ValueError("There are no references, so there is nothing to score against.")
@@ -170,7 +176,7 @@ def _result(job: Future | None, name: str, unavailable: dict[str, str]):
         return job.result()
     except Exception as error:  # whatever it was, hours of generation and the other scores must not be lost to it
         unavailable[name] = str(error) if isinstance(error, Unavailable) else repr(error)
-        logger.warning("%s is not available: %s", name, error)
+        logger.warning("%s is null; the reason stands under 'unavailable'", name)
         return None
 
 

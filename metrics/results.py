@@ -151,7 +151,8 @@ def summary(metrics: dict) -> str:
     for name in names:
         value, interval = metrics.get(name), metrics.get("intervals", {}).get(name)
         if value is None:
-            lines.append(f"  {name:<10} -       {metrics['unavailable'][name]}")
+            reason = metrics["unavailable"][name]
+            lines.append(f"  {name:<10} null    {reason if len(reason) < 80 else reason[:77] + '...'}")
         else:
             between = f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
             lines.append(f"  {name:<10} {value:.4f}{between}")

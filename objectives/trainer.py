@@ -1,5 +1,6 @@
 """The one trainer: transformers' Seq2SeqTrainer, with an objective for a loss and captions for an evaluation."""
 
+import logging
 import resource
 import time
 
@@ -8,6 +9,8 @@ from transformers import Seq2SeqTrainer
 
 from metrics import score
 from objectives.cross_entropy import caption_loss
+
+logger = logging.getLogger(__name__)
 
 
 class CaptionTrainer(Seq2SeqTrainer):
@@ -76,6 +79,9 @@ class CaptionTrainer(Seq2SeqTrainer):
             )
         references = dict(zip(self.validation["image_id"], self.validation["captions"], strict=True))
         scores, _ = score(predictions, references, meteor=False, spice=False, bootstrap_samples=0)
+        if self.is_world_process_zero():
+            for image_id, caption in list(predictions.items())[:3]:
+                logger.info("%s: %s", image_id, caption)
         metrics |= {name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")}
         metrics["runtime"] = round(time.perf_counter() - start, 3)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
