@@ -8,6 +8,7 @@ With --output a stopped run goes on where it was when the same command is given 
 in any number of processes.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -34,6 +35,7 @@ def main():
         model_args.model_name_or_path,
         bf16=args.bf16,
         fast_attention=model_args.fast_attention,
+        fast_jpeg=model_args.fast_jpeg,
         revision=model_args.model_revision,
         **vars(generation_args),
     )
@@ -159,21 +161,20 @@ def key(path: str) -> bytes:
 def bring_together(output: Path, images: list[str]) -> None:
     """One file of all parts, in the order of `images`, then of what earlier runs captioned besides."""
     places: dict[bytes, tuple[int, int]] = {}
-    files = [open(path, "rb") for path in parts(output)]
-    for number, file in enumerate(files):
-        position = 0
-        for line in file:
-            places[key(json.loads(line)["image"])] = (number, position)
-            position += len(line)
     temporary = output.with_name(output.name + ".new")
-    with open(temporary, "wb") as merged:
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "rb")) for path in parts(output)]
+        for number, file in enumerate(files):
+            position = 0
+            for line in file:
+                places[key(json.loads(line)["image"])] = (number, position)
+                position += len(line)
+        merged = stack.enter_context(open(temporary, "wb"))
         wanted = dict.fromkeys(map(key, images))
         for name in (*wanted, *(name for name in places if name not in wanted)):
             number, position = places[name]
             files[number].seek(position)
             merged.write(files[number].readline())
-    for file in files:
-        file.close()
     temporary.replace(output)
     for part in parts(output)[1:]:
         part.unlink()

@@ -9,26 +9,22 @@ turns in one process; the result has every time, medians, spread and the machine
 
 import argparse
 import copy
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.blip_attention import use_fast_attention  # noqa: E402
-from models.cpu_linear import onednn_is_faster, use_onednn_linear  # noqa: E402
-from models.decoding import generate  # noqa: E402
+from metrics.results import environment, write_json
+from models.blip_attention import use_fast_attention
+from models.cpu_linear import use_onednn_linear
+from models.decoding import generate
 
 
 def blip_base() -> BlipForConditionalGeneration:
@@ -38,30 +34,6 @@ def blip_base() -> BlipForConditionalGeneration:
         text_config={"num_attention_heads": 12}, vision_config={"image_size": 384, "initializer_range": 0.02}
     )
     return BlipForConditionalGeneration(config)
-
-
-def machine(device: str) -> dict:
-    """Hardware, library versions, commit and command: what a number means nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": f"{names[0] if names else platform.processor()} x {os.cpu_count()}",
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "onednn_is_faster": onednn_is_faster(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit + ("+changes" if changed else ""),
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def summary(seconds: dict[str, list[float]], items: int) -> dict:
@@ -84,10 +56,7 @@ def timed(function, device: str) -> tuple[float, object]:
 
 
 def write_result(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {**result, "load_average": os.getloadavg()[0], **environment()})
     print(f"Written to {path}")
 
 
@@ -109,7 +78,11 @@ def main() -> None:
     ours = copy.deepcopy(peer, {id(weight): weight for weight in peer.parameters()})  # the same weights
     use_onednn_linear(use_fast_attention(ours), not arguments.without_onednn)
     options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
-    result = {"measure": "captions per second", "machine": machine(arguments.device), "options": options, "batches": {}}
+    result = {
+        "measure": "captions per second",
+        "settings": {k: v for k, v in vars(arguments).items() if k != "output"},
+        "batches": {},
+    }
     for batch_size in arguments.batch_sizes:
         pixel_values = torch.randn(batch_size, 3, 384, 384).to(peer.device, peer.dtype)
         turns = {

@@ -44,7 +44,9 @@ def reference_as_prompt(model, processor, records, **settings) -> dict[str, str]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=os.environ.get("CAPTION_TEST_DATA"), help="folder with flickr8k and the vocab")
+    parser.add_argument(
+        "--data", default=os.environ.get("CAPTION_TEST_DATA"), help="folder with flickr8k and the vocab"
+    )
     folder = Path(parser.parse_args().data)
 
     torch.manual_seed(0)

@@ -11,14 +11,11 @@ The two sides take turns, in fresh state; equal results are checked in every rep
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +23,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from metrics import CiderD, load_references, tokenize  # noqa: E402
-from metrics import tokenizer as tokenizer_module  # noqa: E402
-from metrics.coco import score  # noqa: E402
-from metrics.java import find_java  # noqa: E402
+from metrics import CiderD, load_references, tokenize
+from metrics import tokenizer as tokenizer_module
+from metrics.coco import score
+from metrics.java import find_java
+from metrics.results import environment, write_json
 
 
 def pycocoevalcap_scores(predictions: dict, references: dict) -> dict[str, float]:
@@ -132,36 +130,14 @@ def main() -> None:
     result_reward = summary(theirs, ours)
     print(f"scores: {result_scores['speedup']:.2f}x, reward: {result_reward['speedup']:.1f}x")
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     java = subprocess.run([find_java(), "-version"], capture_output=True, text=True).stderr.splitlines()[-1]
     record = {
         "coco_karpathy_test_scores": result_scores | {"images": len(references), "target": 2.5},
         "cider_d_reward": result_reward | {"candidates": 5, "images": 64, "references": 5, "target": 20},
-        "hardware": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "java": java,
-            **{name: version(name) for name in ("numpy", "sacrebleu", "pycocoevalcap")},
-        },
-        "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
+        "java": java,
+        **environment(),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, arguments.output)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    write_json(arguments.output, record)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from metrics.scene_facts import score_scene_facts
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "sacrebleu", "pycocoevalcap", "pillow")
+PACKAGES = ["torch", "transformers", "datasets", "accelerate", "peft", "sacrebleu", "pycocoevalcap", "pillow", "numpy"]
 
 
 def write_text(path, text: str) -> None:
@@ -78,7 +79,8 @@ def environment() -> dict:
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "commit": commit,
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus},
         "versions": versions,
     }
 

@@ -20,7 +20,48 @@ CONFIG = {
 }  # fmt: skip
 
 # The words of the tests' own captions.
-VOCABULARY = ["a", "the", "two", "three", "red", "green", "blue", "yellow", "circle", "square", "star", "dog", "cat", "man", "men", "woman", "child", "dogs", "jumps", "runs", "sits", "on", "in", "with", "of", "and", "near", "under", "grass", "water", "road", "ball", ".", ",", "##s", "picture", "small", "large", "left", "right"]
+VOCABULARY = [
+    "a",
+    "the",
+    "two",
+    "three",
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "circle",
+    "square",
+    "star",
+    "dog",
+    "cat",
+    "man",
+    "men",
+    "woman",
+    "child",
+    "dogs",
+    "jumps",
+    "runs",
+    "sits",
+    "on",
+    "in",
+    "with",
+    "of",
+    "and",
+    "near",
+    "under",
+    "grass",
+    "water",
+    "road",
+    "ball",
+    ".",
+    ",",
+    "##s",
+    "picture",
+    "small",
+    "large",
+    "left",
+    "right",
+]
 
 
 def write_vocabulary(folder: Path) -> Path:

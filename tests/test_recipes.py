@@ -1,0 +1,74 @@
+"""Every recipe is one that train.py takes, the quickstart's runs, and the README says what the results say."""
+
+import json
+import re
+
+import pytest
+import tiny
+from conftest import ROOT
+
+import arguments
+
+RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+GROUPS = (
+    arguments.ModelArguments,
+    arguments.ScratchArguments,
+    arguments.TrainDataArguments,
+    arguments.GenerationArguments,
+    arguments.MetricArguments,
+    arguments.TrainArguments,
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_recipe_is_taken_and_says_what_it_needs_and_how_it_is_launched(recipe, tmp_path):
+    arguments.parse(GROUPS, [str(recipe), "--output_dir", str(tmp_path)])
+    head = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "Needs:" in head
+    assert f"train.py {recipe.relative_to(ROOT)}" in head
+
+
+def test_the_flickr8k_recipe_is_the_defaults_written_out(tmp_path):
+    written = arguments.parse(GROUPS, [str(ROOT / "recipes/blip/flickr8k.yaml"), "--output_dir", str(tmp_path)])
+    default = arguments.parse(GROUPS, ["--output_dir", str(tmp_path)])
+    own = {"num_beams", "max_new_tokens", "length_penalty", "early_stopping"}  # their defaults: models.captioner
+    for one, other in zip(written, default, strict=True):
+        for name, value in vars(other).items():
+            if name not in own | {"distributed_state"}:
+                assert getattr(one, name) == value, name
+    from models.captioner import DEFAULTS
+
+    assert all(getattr(written[3], name) == DEFAULTS[name] for name in own)
+
+
+@pytest.mark.parametrize("control", [[], ["--dataset_config_name", "shuffled"]], ids=["scenes", "shuffled control"])
+def test_the_quickstart_runs_and_measures_truth(control, tmp_path):
+    tiny.run(
+        "train.py", ROOT / "recipes/quickstart/scenes.yaml", "--output_dir", tmp_path, "--max_steps", 4,
+        "--eval_steps", 4, "--save_steps", 4, "--max_train_samples", 200, "--max_eval_samples", 4,
+        "--max_test_samples", 4, "--meteor", "false", *control,
+    )  # fmt: skip
+    facts = json.loads((tmp_path / "coco_metrics.json").read_text())["scene_facts"]
+    assert 0 <= facts["scene_facts"] < 0.8
+    assert {"count", "size", "colour", "shape", "relation"} <= set(facts)
+
+
+def test_every_file_and_script_that_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([\w./-]+)\)|`((?:recipes|benchmarks|docs)/[\w./-]+)`", text):
+        assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+def test_every_flag_that_the_readme_names_exists():
+    known = {field for group in GROUPS for field in group.__dataclass_fields__}
+    for group in (arguments.EvaluateArguments, arguments.InferArguments, arguments.ExportArguments):
+        known |= set(group.__dataclass_fields__)
+    named = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text())) - {"help", "nproc_per_node"}
+    assert named <= known
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("benchmarks/results/*.json")))
+def test_a_result_has_its_evidence(name):
+    """Command, hardware, versions and commit stand in every results file."""
+    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert {"command", "commit", "hardware", "versions"} <= set(result)
