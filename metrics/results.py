@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -77,12 +79,21 @@ def environment() -> dict:
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += " with uncommitted changes"
     return {
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus},
         "versions": versions,
     }
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    """The command line with the value of every token flag left out: results files are published."""
+    hidden = [re.sub(r"(token\S*=).+", r"\1***", word) for word in words]
+    for i, word in enumerate(words[:-1]):
+        if word.startswith("--") and word.endswith("token"):
+            hidden[i + 1] = "***"
+    return hidden
 
 
 def _cpu_name() -> str:

@@ -87,6 +87,11 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _shown(dataset_name: str) -> str:
+    """A Hub id as it is; of a local path the last part, as the rest is nobody else's business."""
+    return Path(dataset_name).name if Path(dataset_name).exists() else dataset_name
+
+
 def _sizes(split) -> dict:
     try:
         return {"images": len(split), "captions": sum(len(captions) for captions in split["captions"])}
@@ -99,8 +104,8 @@ def _eval_results(reported: list[dict]) -> list[EvalResult]:
         EvalResult(
             task_type="image-to-text",
             task_name="Image captioning",
-            dataset_type=scores["dataset_name"],
-            dataset_name=scores["dataset_name"],
+            dataset_type=_shown(scores["dataset_name"]),
+            dataset_name=_shown(scores["dataset_name"]),
             dataset_split=scores["split"],
             metric_type=metric_id,
             metric_name=shown,
@@ -122,7 +127,7 @@ def _summary(run: dict, base: str | None) -> str:
     millions = f"{model['parameters'] / 1e6:.1f} million parameters, " if model else ""
     rows = "".join(f"| {name} | {s['images']} | {s['captions']} |\n" for name, s in sizes.items())
     return (
-        f"An image captioner ({millions}`{model.get('class', 'model')}`), {start} on `{flags['dataset_name']}`.\n\n"
+        f"An image captioner ({millions}`{model.get('class', 'model')}`), {start} on `{_shown(flags['dataset_name'])}`.\n\n"
         f"| split | images | captions |\n|---|---|---|\n{rows}\n"
         "No image is in two splits: images are told apart by name and by content."
     )
@@ -168,7 +173,7 @@ def _scores(reported: list[dict]) -> str:
             rows.append(f"| share of true facts | {facts['scene_facts']:.4f} | |")
         generation = ", ".join(f"{k} {v}" for k, v in scores["generation"].items() if v not in (None, ""))
         parts.append(
-            f"On the {scores['split']} split of `{scores['dataset_name']}` ({scores['counts']['images']} images, one "
+            f"On the {scores['split']} split of `{_shown(scores['dataset_name'])}` ({scores['counts']['images']} images, one "
             f"caption each, all references; no reference is ever shown to the model).\n\n"
             "| metric | score | 95 % interval over images |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
             f"Generated with: {generation}. sacreBLEU signature: `{scores.get('sacrebleu_signature')}`. "
@@ -221,6 +226,7 @@ def _training(run: dict, flags: dict) -> str:
     if not flags:
         return "Not recorded."
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
+    flags = {**flags, "dataset_name": _shown(flags["dataset_name"])}
     rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(flags.items()) if value not in (None, "", []))
     lines.append(f"\n\nCommit `{run['commit']}`; {versions}.\n\n```\n{run['command']}\n```\n\n")
     lines.append(f"<details><summary>Every setting</summary>\n\n| setting | value |\n|---|---|\n{rows}\n\n</details>")

@@ -3,6 +3,7 @@
 import logging
 import resource
 import time
+from pathlib import Path
 
 import torch
 from transformers import Seq2SeqTrainer
@@ -90,6 +91,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.model.train()
         self._logged_at = time.perf_counter()
         return metrics
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle of all flags, the Hub token among them, that nothing reads: run.json says what the run was.
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: train.py writes the card (models/card.py), and an upload must not put the Trainer's in its place."""

@@ -77,3 +77,15 @@ def test_export_of_a_run_keeps_its_scores(trained, tmp_path):
 
 def test_what_is_no_model_is_not_exported(tmp_path):
     assert "is not a model folder" in tiny.run("export.py", tmp_path, fails=True).stderr
+
+
+def test_no_secret_of_the_command_line_is_written_down(trained, tmp_path):
+    dataset = trained.parent / "photos" / "data.jsonl"
+    command = flags(trained.parent, dataset, tmp_path / "out", num_train_epochs=1)
+    tiny.run("train.py", *command, "--hub_token", "hf_secret1")
+    tiny.run(
+        "train.py", *flags(trained.parent, dataset, tmp_path / "two", num_train_epochs=1), "--hub_token=hf_secret2"
+    )
+    for file in [*tmp_path.rglob("*.json"), *tmp_path.rglob("README.md")]:
+        assert "hf_secret" not in file.read_text(), file
+    assert not [file for file in tmp_path.rglob("*.bin") if b"hf_secret" in file.read_bytes()]
