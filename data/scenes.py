@@ -264,28 +264,30 @@ RELATION_TO_PRONOUN = {  # {its} and {it} stand for the group named before
     "below": ("below {it}", "under {it}", "beneath {it}"),
 }
 PLACE_WORDS = {
-    "left of": ("on the left", "at the left"),
-    "right of": ("on the right", "at the right"),
+    "left of": ("on the left", "on the left", "on the left side"),
+    "right of": ("on the right", "on the right", "on the right side"),
     "above": ("at the top", "up top"),
     "below": ("at the bottom", "down below"),
 }
 VERBS = (("is", "are"), ("sits", "sit"), ("lies", "lie"), ("floats", "float"), ("can be seen", "can be seen"))
 TEMPLATES = (  # a: a group, b: the other, and how a lies to b; .._be, .._verb agree with the group's number
     "{a} {to} {b}",
-    "{a} {to} {b}",
-    "{a} {a_verb} {to} {b}",
     "{a} {a_verb} {to} {b}",
     "there {a_be} {a} {to} {b}",
+    "a picture of {a} {to} {b}",
+    "you can see {a} {to} {b}",
     "{to} {b} {a_verb} {a}",
     "{to} {b} there {a_be} {a}",
     "{b} with {a} {to_it}",
     "{b} {b_have} {a} {to_it}",
     "{b}, and {to_it} {a_verb} {a}",
-    "there {b_be} {b} and, {to_it}, {a}",
     "{a} {place} and {b} {other_place}",
+    "{a} {place}, {b} {other_place}",
     "{place} {a_verb} {a}, {other_place} {b}",
-    "a picture of {a} {to} {b}",
-    "you can see {a} {to} {b}",
+    "{place} there {a_be} {a} and {other_place} {b}",
+    "{place} {a}, {other_place} {b}",
+    "{place} {a} and {other_place} {b}",
+    "{place}, {a}, and {other_place}, {b}",
 )
 
 
@@ -328,12 +330,12 @@ def noun_phrase(group: dict, rng: random.Random) -> str:
     colour = rng.choice(COLOUR_WORDS[group["colour"]])
     name = rng.choice(NAMES[group["shape"]])[group["count"] > 1]
     style = rng.random()
-    if style < 0.8:
+    if style < 0.6:
         words = f"{count} {size} {colour} {name}"
     elif style < 0.9:
         words = f"{count} {size} {name} in {colour}"
     else:
-        words = f"{count} {name}, {size} and {colour},"
+        words = f"{count} {name} that {'is' if group['count'] == 1 else 'are'} {size} and {colour}"
     if words.startswith("a ") and words[2] in "aeiou":
         words = "an" + words[1:]
     return words

@@ -9,7 +9,7 @@ from PIL import Image
 from data import scenes
 from metrics.scene_facts import parse, scene_facts, score_scene_facts
 
-DIGEST = "8780c03fe6a7dd7620913779259ede4a53b7134619fb2ba712a73262756fb905"
+DIGEST = "65a1e1561c21a5e15fb4e04a417c7d3147a01ffb1ea0b371b602f485ec7238a5"
 
 TWO_STARS_ABOVE_A_RING = {
     "objects": [
