@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, BertTokenizer, BlipConfig, BlipProcessor
 
 from models.blip_attention import use_fast_attention
@@ -32,10 +33,17 @@ def load_model(model_name_or_path: str, fast_attention: bool = True, revision: s
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **options)
         family = family_of(config, model_name_or_path)
+        wanted = family.model_class.__name__
+        if config.architectures and wanted not in config.architectures:
+            raise ValueError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
         processor = AutoProcessor.from_pretrained(model_name_or_path, **options)
         model, info = family.model_class.from_pretrained(
             model_name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {model_name_or_path} are damaged ({error}): copy or download them again."
+        ) from None
     except OSError as error:
         raise ValueError(
             f"Could not load a model from '{model_name_or_path}'. Neither a local folder nor a reachable, "

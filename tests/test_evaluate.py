@@ -135,6 +135,19 @@ def test_a_folder_that_is_no_model_is_refused(dataset, tmp_path):
     assert "no/model" in tiny.run("evaluate.py", "--model_name_or_path", "no/model", *command, fails=True).stderr
 
 
+def test_damaged_weights_and_a_model_of_another_task_are_refused(model, dataset, tmp_path):
+    import shutil
+
+    command = ["--dataset_name", dataset, "--output_dir", tmp_path / "out", "--model_name_or_path"]
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    assert "are damaged" in tiny.run("evaluate.py", *command, damaged, fails=True).stderr
+    answers = shutil.copytree(model, tmp_path / "answers")
+    config = json.loads((answers / "config.json").read_text())
+    (answers / "config.json").write_text(json.dumps(config | {"architectures": ["BlipForQuestionAnswering"]}))
+    assert "is a BlipForQuestionAnswering" in tiny.run("evaluate.py", *command, answers, fails=True).stderr
+
+
 def test_predictions_without_references_are_refused(tmp_path):
     (tmp_path / "p.json").write_text("{}")
     result = tiny.run("evaluate.py", "--predictions", tmp_path / "p.json", "--output_dir", tmp_path, fails=True)
