@@ -41,6 +41,7 @@ def main():
             model_args.model_name_or_path,
             bf16=args.bf16,
             fast_attention=model_args.fast_attention,
+            fast_jpeg=model_args.fast_jpeg,
             revision=model_args.model_revision,
             **vars(generation_args),
         )

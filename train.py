@@ -28,6 +28,7 @@ from metrics.curves import plot_curves
 from models.captioner import Captioner
 from models.card import finish_run, write_card
 from models.families import family_of
+from models.features import keep_features
 from models.loading import build_model, load_model
 from objectives import CaptionTrainer, CrossEntropy
 from objectives.checkpoints import find_checkpoint, record_run
@@ -67,18 +68,25 @@ def main():
         )
     if scratch_args.freeze_vision:
         model.get_submodule(family_of(model.config).vision).requires_grad_(False)
-    captioner = Captioner(model, processor, autocast=args.autocast_dtype, **vars(generation_args))
+    how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
+    captioner = Captioner(model, processor, **how, **vars(generation_args))
     captioner.save_settings()
 
     # Train
-    collating = {"max_txt_len": data_args.max_txt_len, "prompt": captioner.prompt}
+    collating = {"max_txt_len": data_args.max_txt_len, "prompt": captioner.prompt, "fast_jpeg": model_args.fast_jpeg}
     size = processor.image_processor.size
     size = (size["height"], size["width"])
     augmentation = data.Augmentation(data_args.augment, size, args.seed) if data_args.augment else None
+    # What training goes through: records, or with a frozen encoder these with their encoded images.
+    used = {"train": train, "validation": validation if args.eval_strategy != "no" else None}
+    if scratch_args.freeze_vision:
+        used |= keep_features(
+            scratch_args.feature_cache, captioner, used, args, data_args.captions_per_image, augmentation
+        )
     if data_args.streaming:
         pairs = data.CaptionStream(train, data_args.captions_per_image, seed=args.seed)
     else:
-        pairs = data.CaptionPairs(train, data_args.captions_per_image)
+        pairs = data.CaptionPairs(used["train"], data_args.captions_per_image)
     trainer = CaptionTrainer(
         model=model,
         args=args,
@@ -88,8 +96,8 @@ def main():
         data_collator=CaptionCollator(processor, model.config, augmentation=augmentation, **collating),
         eval_collator=CaptionCollator(processor, model.config, **collating),
         train_dataset=pairs,
-        eval_dataset=data.CaptionPairs(validation, data_args.captions_per_image) if validation else None,
-        validation=validation,
+        eval_dataset=used["validation"] and data.CaptionPairs(used["validation"], data_args.captions_per_image),
+        validation=used["validation"],
     )
     if trainer.is_world_process_zero():
         record_run(folder, flags)

@@ -8,7 +8,7 @@ from data.augmentation import Augmentation
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.records import DataError, check_images, fingerprint
 from data.sources import FORMATS, load
-from data.training import CaptionPairs, CaptionStream, check_training_images, in_memory
+from data.training import CaptionPairs, CaptionStream, EncodedRecords, check_training_images, in_memory
 
 __all__ = [
     "FORMATS",
@@ -17,6 +17,7 @@ __all__ = [
     "CaptionPairs",
     "CaptionStream",
     "DataError",
+    "EncodedRecords",
     "ImageError",
     "check_images",
     "check_training_images",

@@ -27,17 +27,33 @@ def check_training_images(splits, *, skip_bad_samples: bool):
     return datasets.DatasetDict({**checked, **rest}), bad
 
 
+class EncodedRecords(torch.utils.data.Dataset):
+    """Records with "features", `features[i]` of record i, in place of their image, which is never read."""
+
+    def __init__(self, records, features):
+        self.records, self.features = records.select_columns(["image_id", "captions"]), features
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | str):
+        """A record by its number, or a column by its name, as of a datasets.Dataset."""
+        return self.records[key] if isinstance(key, str) else {**self.records[key], "features": self.features[key]}
+
+
 class CaptionPairs(torch.utils.data.Dataset):
     """Every caption of every record once an epoch, in samples of up to `captions_per_image` captions of one image.
 
     A sample is `{"image_id", "image", "captions", "epoch"}`. At 1 caption an image it is the classic list of pairs.
+    Of EncodedRecords it has "features" in place of "image".
     """
 
     def __init__(self, records, captions_per_image: int = 1):
         if captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, not {captions_per_image}.")
         self.records, self.captions_per_image = records, captions_per_image
-        counts = pyarrow.compute.list_value_length(records.with_format("arrow")["captions"][:]).to_numpy()
+        table = records.records if isinstance(records, EncodedRecords) else records
+        counts = pyarrow.compute.list_value_length(table.with_format("arrow")["captions"][:]).to_numpy()
         starts = [np.arange(0, count, captions_per_image) for count in counts]
         self.record_of = np.repeat(np.arange(len(counts)), [len(s) for s in starts])
         self.start_of = np.concatenate(starts) if starts else np.empty(0, int)
@@ -53,10 +69,11 @@ class CaptionPairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         record = self.records[int(self.record_of[index])]
         start = int(self.start_of[index])
+        kind = "image" if "image" in record else "features"
         return {
             # Each sample of an image is augmented by a draw of its own.
             "image_id": f"{record['image_id']}#{start}",
-            "image": record["image"],
+            kind: record[kind],
             "captions": record["captions"][start : start + self.captions_per_image],
             "epoch": int(self.epoch),
         }

@@ -39,11 +39,12 @@ class Captioner:
 
     `settings` are those of `generate`; one that is None or absent is the checkpoint's own (its generation_config.json),
     else that of DEFAULTS. `prompt` None is the prompt that the checkpoint was trained with. The prompt's words are left
-    out of the captions, unless `keep_prompt`.
+    out of the captions, unless `keep_prompt`. `fast_jpeg` is ImageCollator's.
     """
 
-    def __init__(self, model, processor, *, prompt: str | None = None, keep_prompt=False, autocast=None, **settings):
+    def __init__(self, model, processor, *, prompt=None, keep_prompt=False, autocast=None, fast_jpeg=False, **settings):
         self.model, self.processor, self.keep_prompt, self.autocast = model, processor, keep_prompt, autocast
+        self.fast_jpeg = fast_jpeg
         self.prompt = prompt if prompt is not None else getattr(model.config, "caption_prompt", "")
         own = model.generation_config
         self.settings = {name: getattr(own, name, None) for name in DEFAULTS}
@@ -71,11 +72,13 @@ class Captioner:
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
         precision = str(self.autocast).removeprefix("torch.") if self.autocast else "float32"
-        return {"prompt": self.prompt, "keep_prompt": self.keep_prompt, **self.settings, "precision": precision}
+        how = {"precision": precision, "fast_jpeg": self.fast_jpeg}
+        return {"prompt": self.prompt, "keep_prompt": self.keep_prompt, **self.settings, **how}
 
     def __call__(self, images: list) -> list[str]:
         """One caption an image, for a list of anything that data.open_image takes."""
-        batch = ImageCollator(self.processor)([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
+        samples = [{"image": image, "image_id": str(i)} for i, image in enumerate(images)]
+        batch = ImageCollator(self.processor, fast_jpeg=self.fast_jpeg)(samples)
         return [captions[0] for captions in self.caption_batch(batch)]
 
     @torch.inference_mode()
@@ -103,7 +106,7 @@ class Captioner:
         loader = DataLoader(
             samples,
             batch_size=batch_size,
-            collate_fn=ImageCollator(self.processor, skip_bad_images),
+            collate_fn=ImageCollator(self.processor, skip_bad_images, self.fast_jpeg),
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
         )
@@ -129,12 +132,12 @@ class Captioner:
         return {image_id: captions[image_id] for image_id in records["image_id"]}
 
 
-def show_progress(items, total: int):
+def show_progress(items, total: int, doing: str = "captioning"):
     """A bar for people, or for a log file a line every half minute; on the main process only."""
     return tqdm(
         items,
         total=total,
-        desc="captioning",
+        desc=doing,
         disable=not processes().is_main_process,
         mininterval=0.1 if sys.stderr.isatty() else 30,
         leave=False,

@@ -1,0 +1,232 @@
+"""Features of a frozen vision encoder, computed once and kept, so that later epochs never touch pixels.
+
+A feature file holds one encoded image, and its name is a hash of everything that it depends on: the encoder's weights
+and config, the processor's settings, the precision, and the image. Runs and processes can therefore share a folder, a
+run that was killed goes on with what is there, and a changed image or encoder is a new file. Files appear whole, by a
+rename, and are read through memory maps, so that the system's page cache is shared by all who read them.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from collator import ImageCollator
+from data import CaptionPairs, EncodedRecords
+from data.records import cache_folder
+from models.captioner import processes, show_progress
+from models.families import family_of
+
+logger = logging.getLogger(__name__)
+SHARE_OF_MEMORY = 0.5  # of the free memory, at most, for features that are kept there
+
+
+def keep_features(place: str, captioner, splits: dict, args, captions_per_image: int = 1, augmentation=None) -> dict:
+    """`{split: data.EncodedRecords}` of `splits`, whose "features" are (patches + 1, hidden), or {} if none are kept.
+
+    Every image of `splits` is encoded here, unless a folder holds its features. They have the precision in which the
+    captioner runs the model, as this is the one in which the decoder first looks at them: the loss stays what it is.
+
+    Args:
+        place: "memory"; a folder; "off"; or "auto": memory if they fit SHARE_OF_MEMORY of what is free and there is one
+            process, else the cache folder if they fit half of its free disk, else off.
+        captioner: has the model, whose vision encoder is frozen, and moves to `args.device`.
+        splits: `{name: records}`, or None for records that are not used.
+        args: TrainArguments. With "auto", nothing is kept if training encodes no more images than keeping would.
+
+    Raises:
+        ValueError: a place is named, but they cannot be kept there: augmentation, a stream, dropout, a full disk.
+    """
+    if place == "off":
+        return {}
+    vision = captioner.model.get_submodule(family_of(captioner.model.config).vision)
+    splits = {name: records for name, records in splits.items() if records is not None}
+    why = _why_not(vision, splits, augmentation)
+    if why is None and place == "auto":
+        drawn = args.samples_drawn(len(CaptionPairs(splits["train"], captions_per_image)))
+        if drawn <= len(splits["train"]):
+            why = f"as training encodes {drawn:.0f} of {len(splits['train'])} images, and none of them twice"
+    if why is None:
+        encoder = Encoder(
+            vision.to(args.device), captioner, args.per_device_eval_batch_size, args.dataloader_num_workers
+        )
+        what = f"{sum(map(len, splits.values())):,} images x {' x '.join(map(str, encoder.shape))} {encoder.dtype}"
+        size = sum(map(len, splits.values())) * encoder.bytes_an_image
+        free = free_memory()
+        if place == "memory" or (place == "auto" and args.world_size == 1 and size <= SHARE_OF_MEMORY * free):
+            logger.info("image features: %s, %s of the %s free memory", what, gib(size), gib(free))
+            return {name: EncodedRecords(records, in_memory(encoder, records)) for name, records in splits.items()}
+
+        folder = Path(cache_folder() / "features" if place == "auto" else place) / encoder.fingerprint()
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {name: FeatureFiles(folder, image_keys(records), encoder) for name, records in splits.items()}
+        to_write = encoder.bytes_an_image * sum(len(found.missing()) for found in files.values())
+        free = shutil.disk_usage(folder).free
+        logger.info("image features: %s, %s in %s, %s of it to write now", what, gib(size), folder, gib(to_write))
+        # All processes have looked before one of them writes, and all come to the same end.
+        if all(gather_object([to_write <= (0.5 if place == "auto" else 1.0) * free])):
+            for name, records in splits.items():
+                files[name].write(records)
+            return {name: EncodedRecords(records, files[name]) for name, records in splits.items()}
+        why = f"as {gib(to_write)} are to be written and {folder} has {gib(free)} free"
+    if place != "auto":
+        raise ValueError(f"feature_cache {place}: image features cannot be kept, {why}. Pass --feature_cache off.")
+    logger.info("image features are not kept, %s", why)
+    return {}
+
+
+def _why_not(vision, splits: dict, augmentation) -> str | None:
+    """Why features cannot stand for the encoder, or None."""
+    if augmentation:
+        return "as augmentation makes another picture of an image each time"
+    if any(isinstance(records, IterableDataset) for records in splits.values()):
+        return "as the records of a stream have no number to keep them under"
+    dropout = any(module.p > 0 for module in vision.modules() if isinstance(module, torch.nn.Dropout))
+    if dropout or getattr(vision.config, "attention_dropout", 0) > 0:
+        return "as dropout in the vision encoder makes other features each time"
+    return None
+
+
+def in_memory(encoder, records) -> torch.Tensor:
+    """(records, patches + 1, hidden)."""
+    features = torch.empty(len(records), *encoder.shape, dtype=encoder.dtype)
+    for row, encoded in encoder.encode(records, range(len(records))):
+        features[row] = encoded
+    return features
+
+
+class FeatureFiles:
+    """`features[i]`, (patches + 1, hidden), each in a file of `folder` that is mapped when it is asked for."""
+
+    def __init__(self, folder: Path, keys: list[str], encoder):
+        self.folder, self.keys, self.encoder = folder, keys, encoder
+        self.shape, self.dtype, self.length = encoder.shape, encoder.dtype, encoder.bytes_an_image
+
+    def path(self, index: int) -> Path:
+        return self.folder / self.keys[index][:2] / self.keys[index]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        size = math.prod(self.shape)
+        return torch.from_file(str(self.path(index)), shared=False, size=size, dtype=self.dtype).view(self.shape)
+
+    def missing(self) -> list[int]:
+        """One row of each image that has no whole file."""
+        rows = {key: row for row, key in enumerate(self.keys)}
+        return [row for row in rows.values() if not is_whole(self.path(row), self.length)]
+
+    def write(self, records) -> None:
+        """Encode what is missing. In several processes each writes a share, and all wait for the last."""
+        state = processes()
+        # Shares of this machine's processes: on the next machine the folder may be another.
+        share = self.missing()[state.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+        for row, encoded in self.encoder.encode(records, share):
+            write_feature(self.path(row), encoded)
+        state.wait_for_everyone()
+
+
+class Encoder:
+    """A frozen vision encoder, run as training runs it. An image's features have `shape` and `dtype`."""
+
+    def __init__(self, vision, captioner, batch_size: int, num_workers: int):
+        self.vision, self.autocast, self.processor = vision, captioner.autocast, captioner.processor
+        self.collator = ImageCollator(captioner.processor, fast_jpeg=captioner.fast_jpeg)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.device = next(vision.parameters()).device
+        one = self(self.collator.pixel_values([Image.new("RGB", (8, 8))]))
+        self.shape, self.dtype, self.bytes_an_image = tuple(one.shape[1:]), one.dtype, one.nbytes
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, patches + 1, hidden) on the CPU, of (images, 3, height, width)."""
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            features = self.vision(pixel_values=pixel_values.to(self.device, non_blocking=True)).last_hidden_state
+        return features.to(self.autocast or features.dtype).cpu()
+
+    def encode(self, records, rows):
+        """Yields (row, features) of these rows of `records`."""
+        if not len(rows):
+            return
+        loader = DataLoader(
+            records.select_columns(["image_id", "image"]).select(rows),
+            batch_size=self.batch_size,
+            collate_fn=self.collator,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        was_training = self.vision.training
+        self.vision.eval()
+        encoded = (features for batch in loader for features in self(batch["pixel_values"]))
+        yield from zip(rows, show_progress(encoded, len(rows), "encoding images"), strict=True)
+        self.vision.train(was_training)
+
+    def fingerprint(self) -> str:
+        """Hash of what the features of an image depend on besides the image."""
+        config = self.vision.config.to_dict()
+        for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+            config.pop(name, None)
+        processor = self.processor.image_processor.to_dict()
+        settings = {"vision": config, "processor": processor, "decoded_size": self.collator.decoded_size}
+        digest = hashlib.blake2b(digest_size=12)
+        digest.update(json.dumps(settings | {"dtype": self.dtype}, sort_keys=True, default=str).encode())
+        for name, weight in self.vision.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def image_keys(records: Dataset) -> list[str]:
+    """A hash of each record's image: of its bytes, or of path, size and time of change of its file."""
+    keys = []
+    for row in records.select_columns(["image"]):
+        path, content = row["image"]["path"], row["image"]["bytes"]
+        if content is None:
+            stat = os.stat(path)
+            content = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
+        keys.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+    return keys
+
+
+def is_whole(path: Path, length: int) -> bool:
+    try:
+        return path.stat().st_size == length
+    except FileNotFoundError:
+        return False
+
+
+def write_feature(path: Path, features: torch.Tensor) -> None:
+    """A file that is there whole or not at all, also when another process writes the same one."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        temporary.write_bytes(features.contiguous().view(torch.uint8).numpy())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def free_memory() -> int:
+    """Bytes that this machine, and the container if it has a limit, have left."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
