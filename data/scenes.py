@@ -37,7 +37,7 @@ COLOURS = {
 }
 SKY, GROUND = (165, 190, 225), (175, 180, 130)  # tints at the top and at the bottom, about; light comes from the left
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
-SIZES = {"small": (11, 14), "large": (19, 22)}  # smallest and largest diameter in pixels
+SIZES = {"small": (13, 15), "large": (20, 23)}  # smallest and largest diameter in pixels
 COUNTS = (1, 2, 3)
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -123,7 +123,7 @@ def draw(facts: dict, rng: random.Random) -> Image.Image:
         for row, column in slots:
             diameter = rng.randrange(smallest, largest + 1)
             free = cell - diameter
-            x, y = (max(0, min(free, free // 2 + rng.randrange(-3, 4))) for _ in range(2))  # off the slot's middle
+            x, y = (max(0, min(free, free // 2 + rng.randrange(-2, 3))) for _ in range(2))  # off the slot's middle
             mask = silhouette(group["shape"], diameter, rng.randrange(-10, 11, 5))
             image.paste((red, green, blue), (column * cell + x, row * cell + y), mask)
     return image

@@ -9,7 +9,7 @@ from PIL import Image
 from data import scenes
 from metrics.scene_facts import parse, scene_facts, score_scene_facts
 
-DIGEST = "65a1e1561c21a5e15fb4e04a417c7d3147a01ffb1ea0b371b602f485ec7238a5"
+DIGEST = "9c3c368671050025637b1f0ef2f899b30dc5b7ecb3ebf2c23dce0ae11d0fc698"
 
 TWO_STARS_ABOVE_A_RING = {
     "objects": [
