@@ -131,8 +131,10 @@ class FeatureFiles:
     def write(self, records) -> None:
         """Encode what is missing. In several processes each writes a share, and all wait for the last."""
         state = processes()
-        # Shares of this machine's processes: on the next machine the folder may be another.
-        share = self.missing()[state.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+        # By the row's number, as files may appear between two looks; and among this machine's processes, as the folder
+        # may be another one on the next machine.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = [row for row in self.missing() if row % here == state.local_process_index]
         for row, encoded in self.encoder.encode(records, share):
             write_feature(self.path(row), encoded)
         state.wait_for_everyone()

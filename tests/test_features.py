@@ -1,0 +1,221 @@
+"""Kept features of a frozen encoder: the training they give is that of the encoder itself, wherever they are kept."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_train import CAPTIONS, SPLITS, flags, weights
+
+import data
+from arguments import TrainArguments
+from collator import CaptionCollator
+from models.captioner import Captioner
+from models.features import image_keys, keep_features
+from objectives import CrossEntropy
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
+
+
+def frozen(folder, **settings):
+    model, processor = tiny.build(folder)
+    model.vision_model.requires_grad_(False)
+    return Captioner(model, processor, **settings)
+
+
+def arguments(tmp_path, **changed):
+    values = {"output_dir": str(tmp_path / "out"), "per_device_eval_batch_size": 1, "bf16": False, "fp16": False}
+    return TrainArguments(**(values | changed))
+
+
+def train_flags(tmp_path, dataset, name, place, **changed):
+    values = {"freeze_vision": "true", "feature_cache": place, "num_train_epochs": 3}
+    return flags(tmp_path, dataset, tmp_path / name, **(values | changed))
+
+
+def log(folder):
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {
+        name: [row[name] for row in rows if name in row] for name in ("loss", "grad_norm", "eval_loss", "eval_CIDEr")
+    }
+
+
+def test_loss_and_gradients_of_features_are_those_of_pixels(dataset, tmp_path):
+    captioner = frozen(tmp_path)
+    splits = data.load(dataset)
+    kept = keep_features("memory", captioner, splits, arguments(tmp_path))
+    results = []
+    for records in (splits["train"], kept["train"]):
+        pairs = data.CaptionPairs(records, 2)
+        batch = CaptionCollator(captioner.processor, captioner.model.config)([pairs[i] for i in range(4)])
+        captioner.model.zero_grad()
+        loss = CrossEntropy(0.1)(captioner.model, batch)["loss"]
+        loss.backward()
+        results.append((loss.item(), {n: p.grad for n, p in captioner.model.named_parameters() if p.grad is not None}))
+    assert batch["pixel_values"].shape == (4, 17, 32)
+    (loss, gradients), (kept_loss, kept_gradients) = results
+    assert kept_loss == pytest.approx(loss, rel=1e-6)
+    assert gradients.keys() == kept_gradients.keys()
+    assert all(gradients[name].allclose(kept_gradients[name], atol=1e-7) for name in gradients)
+
+
+def test_in_bfloat16_the_loss_is_the_same_to_the_bit(dataset, tmp_path):
+    captioner = frozen(tmp_path, autocast=torch.bfloat16)
+    splits = {"train": data.load(dataset)["train"]}
+    # The same images in one batch, so that nothing but the kept precision could make a difference.
+    kept = keep_features("memory", captioner, splits, arguments(tmp_path, per_device_eval_batch_size=12))
+    losses = []
+    for records in (splits["train"], kept["train"]):
+        samples = [data.CaptionPairs(records, 2)[i] for i in range(12)]
+        batch = CaptionCollator(captioner.processor, captioner.model.config)(samples)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(CrossEntropy()(captioner.model, batch)["loss"].item())
+    assert kept["train"].features.dtype == torch.bfloat16
+    assert losses[0] == losses[1]
+
+
+def test_training_on_kept_features_ends_with_the_weights_of_training_on_pixels(dataset, tmp_path):
+    folder = tmp_path / "kept"
+    said = {}
+    for name, place in (("pixels", "off"), ("memory", "auto"), ("files", folder), ("again", folder)):
+        said[name] = tiny.run("train.py", *train_flags(tmp_path, dataset, name, place)).stderr
+    assert "image features: 14 images x 17 x 32 torch.float32" in said["memory"]
+    assert "free memory" in said["memory"]
+    assert "image features" not in said["pixels"]
+    assert "encoding images" not in said["again"]
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 14
+    pixels, expected = weights(tmp_path / "pixels"), log(tmp_path / "pixels")
+    for name in ("memory", "files", "again"):
+        found = weights(tmp_path / name)
+        assert max((pixels[k] - found[k]).abs().max().item() for k in pixels) <= 1e-5, name
+        for row, values in log(tmp_path / name).items():
+            assert values == pytest.approx(expected[row], rel=1e-4), (name, row)
+
+
+def test_pixels_are_not_touched_once_features_are_kept(dataset, tmp_path, monkeypatch):
+    captioner = frozen(tmp_path)
+    splits = data.load(dataset)
+    kept = keep_features(str(tmp_path / "kept"), captioner, splits, arguments(tmp_path))
+    monkeypatch.setattr("collator.open_image", lambda *a, **k: pytest.fail("an image was opened"))
+    kept = keep_features(str(tmp_path / "kept"), captioner, splits, arguments(tmp_path))
+    samples = [data.CaptionPairs(kept["train"], 2)[i] for i in range(3)]
+    CaptionCollator(captioner.processor, captioner.model.config)(samples)
+    assert list(captioner.caption_split(kept["validation"])) == splits["validation"]["image_id"][:]
+
+
+def test_captions_of_features_are_those_of_pixels(dataset, tmp_path):
+    captioner = frozen(tmp_path, num_beams=2, max_new_tokens=8)
+    splits = data.load(dataset)
+    kept = keep_features("memory", captioner, splits, arguments(tmp_path))
+    assert captioner.caption_split(kept["train"]) == captioner.caption_split(splits["train"])
+
+
+def test_two_processes_share_the_work_and_the_files(dataset, tmp_path):
+    folder = tmp_path / "kept"
+    options = {"gradient_accumulation_steps": 1, "num_train_epochs": 2}
+    one = train_flags(tmp_path, dataset, "one", "off", per_device_train_batch_size=4, **options)
+    two = train_flags(tmp_path, dataset, "two", folder, per_device_train_batch_size=2, **options)
+    tiny.run("train.py", *one)
+    tiny.run("train.py", *two, processes=2)
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 14
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(first[name].allclose(second[name], atol=1e-4) for name in first)
+
+
+def test_a_kill_in_the_middle_goes_on_with_what_is_there(tmp_path):
+    captions = {f"photo{i:03}": ["a red ball.", "a dog."] for i in range(400)}
+    splits = {name: "validation" if name < "photo002" else "train" for name in captions}
+    dataset = tiny.write_photos(tmp_path / "photos", captions, splits)
+    folder = tmp_path / "kept"
+    command = train_flags(tmp_path, dataset, "out", folder, num_train_epochs=1, per_device_eval_batch_size=1)
+    process = tiny.start("train.py", *command)
+    deadline = time.time() + 100
+    while not (files := list(folder.rglob("*/??/*"))):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.communicate()
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size == 17 * 32 * 4]
+    assert 0 < len(files) < 400
+    before = {path: path.stat().st_mtime_ns for path in files if "." not in path.name}
+    files[0].write_bytes(b"cut")  # what a full disk or a power cut may leave
+    tiny.run("train.py", *command)
+    whole = [path for path in folder.rglob("*") if path.is_file() and "." not in path.name]
+    assert {path.stat().st_size for path in whole} == {17 * 32 * 4}
+    assert len(whole) == 400
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items() if path != files[0])
+
+
+def test_another_encoder_processor_or_image_has_other_features(dataset, tmp_path):
+    from models.features import Encoder
+
+    captioner = frozen(tmp_path)
+
+    def fingerprint():
+        return Encoder(captioner.model.vision_model, captioner, 1, 0).fingerprint()
+
+    first = fingerprint()
+    assert fingerprint() == first
+    with torch.no_grad():
+        captioner.model.vision_model.post_layernorm.bias[0] += 1e-3
+    changed = fingerprint()
+    captioner.processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    fewer = fingerprint()
+    captioner.autocast = torch.bfloat16
+    assert len({first, changed, fewer, fingerprint()}) == 4
+
+    records = data.load(dataset)["train"]
+    keys = image_keys(records)
+    path = records[0]["image"]["path"]
+    os.utime(path, ns=(1, 1))
+    assert [a == b for a, b in zip(keys, image_keys(records), strict=True)] == [False] + [True] * (len(keys) - 1)
+    content = Path(records[1]["image"]["path"]).read_bytes()
+    inside = [records.select([1]).map(lambda row, b=b: {"image": {"path": None, "bytes": b}}) for b in (content, b"x")]
+    assert len({keys[1], *image_keys(inside[0]), *image_keys(inside[1])}) == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "augment", "dropout"), [("auto", True, 0), ("memory", True, 0), ("auto", False, 0.1), ("x", False, 0.1)]
+)
+def test_augmentation_and_dropout_forbid_it_and_are_named(place, augment, dropout, dataset, tmp_path, caplog):
+    captioner = frozen(tmp_path)
+    captioner.model.config.vision_config.attention_dropout = dropout
+    augmentation = data.Augmentation(["flip"]) if augment else None
+    said = "augmentation makes another picture" if augment else "dropout in the vision encoder"
+    caplog.set_level("INFO")
+    if place == "auto":
+        assert keep_features(place, captioner, data.load(dataset), arguments(tmp_path), 1, augmentation) == {}
+        assert said in caplog.text
+    else:
+        with pytest.raises(ValueError, match=said):
+            keep_features(place, captioner, data.load(dataset), arguments(tmp_path), 1, augmentation)
+
+
+def test_auto_keeps_nothing_that_is_used_once_or_does_not_fit(dataset, tmp_path, caplog, monkeypatch):
+    captioner, splits = frozen(tmp_path), data.load(dataset)
+    caplog.set_level("INFO")
+    args = arguments(tmp_path, num_train_epochs=1)
+    assert keep_features("auto", captioner, splits, args, captions_per_image=2) == {}
+    assert "training encodes 12 of 12 images" in caplog.text
+    assert keep_features("off", captioner, splits, args) == {}
+    # Memory too small for half: files in the cache; a disk too small as well: none.
+    monkeypatch.setattr("models.features.free_memory", lambda: 1000)
+    monkeypatch.setattr("models.features.cache_folder", lambda: tmp_path / "cache")
+    kept = keep_features("auto", captioner, splits, arguments(tmp_path))
+    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == len(SPLITS)
+    assert kept["train"].features[0].shape == (17, 32)
+    monkeypatch.setattr("models.features.cache_folder", lambda: tmp_path / "full")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    assert keep_features("auto", captioner, splits, arguments(tmp_path)) == {}
+    assert "are to be written" in caplog.text
+    with pytest.raises(ValueError, match="are to be written"):
+        keep_features(str(tmp_path / "named"), captioner, splits, arguments(tmp_path))
