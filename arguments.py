@@ -26,6 +26,12 @@ def flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def default_workers() -> int:
+    """Processes that read images for one process with a GPU. Without one they would take the model's own cores."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, (os.cpu_count() or 1) // processes) if torch.cuda.is_available() else 0
+
+
 @dataclass
 class ModelArguments:
     model_name_or_path: str = flag(
@@ -177,8 +183,7 @@ class TrainArguments(Seq2SeqTrainingArguments):
             self.fp16 = cuda and not self.bf16
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         if self.dataloader_num_workers is None:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            self.dataloader_num_workers = min(8, (os.cpu_count() or 1) // processes) if cuda else 0
+            self.dataloader_num_workers = default_workers() if cuda else 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file wants lines, not a bar
@@ -226,18 +231,30 @@ class EvaluateArguments:
     predictions: str | None = flag(None, "Score this file of captions instead of captioning; needs references.")
     references: str | None = flag(None, "Reference captions for predictions: COCO JSON, JSONL or {id: [captions]}.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
-    dataloader_num_workers: int = flag(0, "Processes that read images.")
+    dataloader_num_workers: int | None = flag(
+        None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
+    )
     bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
     seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
+
+    def __post_init__(self):
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_workers()
 
 
 @dataclass
 class InferArguments:
     output: str | None = flag(None, "JSONL file to write; started again, the run goes on where it stopped.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
-    dataloader_num_workers: int = flag(0, "Processes that read images.")
+    dataloader_num_workers: int | None = flag(
+        None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
+    )
     bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
     skip_bad_images: bool = flag(False, "Write unreadable images down with their error instead of stopping at one.")
+
+    def __post_init__(self):
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_workers()
 
 
 @dataclass
