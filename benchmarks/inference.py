@@ -29,11 +29,11 @@ from models.loading import build_model
 
 CONFIG = {
     "vision_config": {
-        "image_size": 384, "patch_size": 32, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
+        "image_size": 384, "patch_size": 32, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
         "num_attention_heads": 4, "initializer_range": 0.02,
     },
     "text_config": {
-        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
         "max_position_embeddings": 64, "initializer_range": 0.1,
     },
 }  # fmt: skip
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_beams", type=int, default=5)
-    parser.add_argument("--max_new_tokens", type=int, default=12)
+    parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/inference.json")
     arguments = parser.parse_args()
