@@ -29,11 +29,11 @@ from models.loading import build_model
 
 CONFIG = {
     "vision_config": {
-        "image_size": 384, "patch_size": 32, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "image_size": 384, "patch_size": 24, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
         "num_attention_heads": 4, "initializer_range": 0.02,
     },
     "text_config": {
-        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 64, "initializer_range": 0.1,
     },
 }  # fmt: skip
