@@ -103,9 +103,11 @@ def _spread_vision_weights(model) -> None:
     vision = model.config.vision_config
     if vision.initializer_range > 1e-6:
         return
-    for parameter in model.vision_model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.trunc_normal_(parameter, std=0.02)
+    for name, parameter in model.vision_model.named_parameters():
+        if name.endswith("position_embedding"):
+            torch.nn.init.normal_(parameter)  # as strong as the patches: weaker, positions take long to be heard
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
