@@ -204,6 +204,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/scaling.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/scaling.png")
     arguments = parser.parse_args()
+    if arguments.training_images % 40:
+        # accelerate fills the last batches of an epoch up with samples of its beginning, in two processes more of them.
+        parser.error("--training_images must be a multiple of 40, so that the last batch of 32 is a whole one")
     with tempfile.TemporaryDirectory() as temporary:
         results = cost_of_images(Path(temporary), arguments.images)
         processes = cost_of_processes(Path(temporary), arguments.training_images, arguments.repeats)
