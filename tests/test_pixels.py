@@ -39,7 +39,12 @@ def test_pixel_values_are_the_processors_own_to_the_bit(settings):
     processor = BlipImageProcessor(**settings)
     if processor.backend != "pil":
         pytest.skip("torchvision is installed: its resize differs from Pillow's, which ours is")
-    images = [noise(90, 60), noise(40, 77), noise(processor.size["width"], processor.size["height"]), Image.new("RGB", (1, 1), "red")]
+    images = [
+        noise(90, 60),
+        noise(40, 77),
+        noise(processor.size["width"], processor.size["height"]),
+        Image.new("RGB", (1, 1), "red"),
+    ]
     ours = collator(processor)
     assert ours.size is not None
     assert ours.pixel_values(images).equal(processor(images=images, return_tensors="pt")["pixel_values"].float())
