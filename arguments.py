@@ -400,6 +400,9 @@ def run(main) -> None:
     script = Path(sys.argv[0]).name
     try:
         main()
+        if torch.distributed.is_initialized():  # leave together: a group that is left open at exit can abort or hang
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except Exception as error:
         if "No space left" in str(error):
             message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"

@@ -148,8 +148,6 @@ def main():
         logger.info("the model, its scores, captions, curves and card are in %s", folder)
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()  # who leaves while another still scores can leave it hanging
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
