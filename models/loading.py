@@ -2,11 +2,14 @@
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoConfig, AutoProcessor, BertTokenizer, BlipConfig, BlipProcessor
 
 from models.blip_attention import use_fast_attention
@@ -112,18 +115,17 @@ def _spread_vision_weights(model) -> None:
 
 def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
     if vocab_file is None:
-        from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
-        from tokenizers.models import WordPiece
-
-        trained = Tokenizer(WordPiece(unk_token="[UNK]"))
-        trained.normalizer = normalizers.BertNormalizer(lowercase=True)
-        trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        # The most frequent words, and all characters for the rest. Counted here, as the tokenizers library's own
+        # WordPiece trainer gives another vocabulary each time.
+        normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+        words = Counter(
+            word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+        )
+        frequent = sorted(words, key=lambda word: (-words[word], word))[:8000]
+        characters = sorted(set("".join(words)))
+        pieces = [*frequent, *characters, *(f"##{character}" for character in characters)]
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        trainer = trainers.WordPieceTrainer(vocab_size=8000, special_tokens=special, show_progress=False)
-        trained.train_from_iterator(captions, trainer)
-        # Sorted, so that the ids do not hang on the trainer's threads.
-        words = sorted(set(trained.get_vocab()) - set(special))
-        vocab = {word: index for index, word in enumerate([*special, *words])}
+        vocab = {word: index for index, word in enumerate(dict.fromkeys([*special, *pieces]))}
     else:
         try:
             lines = Path(vocab_file).read_text(encoding="utf-8").splitlines()
