@@ -54,7 +54,7 @@ class ScratchArguments:
         None, "A BlipConfig as JSON: train from random weights of this shape instead of model_name_or_path."
     )
     tokenizer_vocab: str | None = flag(
-        None, "With model_config: a vocab.txt of BERT's. Without it a tokenizer is trained on the training captions."
+        None, "With model_config: a vocab.txt of BERT's. Without it the training captions' words are counted."
     )
     freeze_vision: bool = flag(False, "Train the text decoder only; the vision encoder stays as it is.")
     feature_cache: str = flag(

@@ -17,6 +17,7 @@ from models.cpu_linear import use_onednn_linear
 from models.families import family_of
 
 logger = logging.getLogger(__name__)
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of every BERT vocabulary, and first in our own
 
 
 def load_model(model_name_or_path: str, fast_attention: bool = True, revision: str = "main"):
@@ -64,7 +65,7 @@ def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_at
     """A BLIP with random weights and its processor, from a BlipConfig JSON file.
 
     The tokenizer has the words of `tokenizer_vocab` (a vocab.txt of BERT's; BLIP's own [DEC] and [ENC] are added), or,
-    without one, is trained on `captions` (an iterable of str). Sizes and ids that follow from it are set in the config.
+    without one, those counted in `captions` (an iterable of str). Sizes and ids that follow from it are set in the config.
     Call after the seed is set.
     """
     settings = read_model_config(config_path)
@@ -124,15 +125,14 @@ def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
         frequent = sorted(words, key=lambda word: (-words[word], word))[:8000]
         characters = sorted(set("".join(words)))
         pieces = [*frequent, *characters, *(f"##{character}" for character in characters)]
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        vocab = {word: index for index, word in enumerate(dict.fromkeys([*special, *pieces]))}
+        vocab = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *pieces]))}
     else:
         try:
             lines = Path(vocab_file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ValueError(f"tokenizer_vocab: {vocab_file} cannot be read: {error}") from None
         vocab = {word: index for index, word in enumerate(lines)}
-        if absent := {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(vocab):
+        if absent := set(SPECIAL) - set(vocab):
             raise ValueError(f"tokenizer_vocab: {vocab_file} lacks {', '.join(sorted(absent))}: not a BERT vocab.txt.")
     tokenizer = BertTokenizer(vocab=vocab, do_lower_case=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
