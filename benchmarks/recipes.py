@@ -10,6 +10,7 @@ photos       recipes/photos/small.yaml on the Flickr8k photographs of the test d
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="folder for the trained models")
     arguments = parser.parse_args()
     for name in arguments.what:
+        shutil.rmtree(arguments.runs / name, ignore_errors=True)  # a run that is there would be gone on with
         choices[name](arguments.runs.resolve() / name)
 
 
