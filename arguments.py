@@ -93,7 +93,9 @@ class TrainDataArguments(DataArguments):
         1, "Captions that share one encoding of their image. The batch size counts images, each with so many captions."
     )
     augment: list[str] = flag(
-        [], "Image augmentations in order, such as random_resized_crop:0.5:1.0 flip randaugment:2:5."
+        [],
+        "Image augmentations in order, such as random_resized_crop:0.5:1.0 flip randaugment:2:5 jpeg:30:0.1. All of "
+        "them are described in data/augmentation.py.",
     )
     max_train_samples: int | None = flag(None, "Use only the first so many training images.")
     max_eval_samples: int | None = flag(None, "Use only the first so many validation images.")
@@ -227,6 +229,11 @@ class EvaluateArguments:
     max_samples: int | None = flag(None, "Use only the first so many images of the split.")
     seen_in_training: bool = flag(
         False, "Load the training split too, and tell how many captions stand there word for word."
+    )
+    corrupt: list[str] = flag(
+        [],
+        "Caption the images with this done to them, to tell how robust a model is: gaussian_noise:STD (of 255), "
+        "blur:RADIUS (pixels), jpeg:QUALITY (1 to 100), one or several. The same noise at every evaluation.",
     )
     predictions: str | None = flag(None, "Score this file of captions instead of captioning; needs references.")
     references: str | None = flag(None, "Reference captions for predictions: COCO JSON, JSONL or {id: [captions]}.")

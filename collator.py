@@ -89,10 +89,12 @@ class ImageCollator:
     looked at, so that nothing generated from such a batch has seen its reference.
 
     With `fast_jpeg`, large JPEGs are decoded at the smallest of libjpeg's scales that is twice what the model sees.
+    `corruption` is data.corruption's: noise on every image, drawn by its id.
     """
 
-    def __init__(self, processor, skip_bad_images: bool = False, fast_jpeg: bool = False):
+    def __init__(self, processor, skip_bad_images: bool = False, fast_jpeg: bool = False, corruption=None):
         self.image_processor, self.skip_bad_images = processor.image_processor, skip_bad_images
+        self.corruption = corruption
         self.size = _plain_size(self.image_processor)
         if self.size:
             # What the processor makes of each of a channel's 256 values, (3, 256): its own rounding, bit for bit.
@@ -112,7 +114,8 @@ class ImageCollator:
         images, errors = [], {}
         for sample in samples:
             try:
-                images.append(self.open(sample["image"]))
+                image = self.open(sample["image"])
+                images.append(self.corruption(image, 0, sample["image_id"]) if self.corruption else image)
             except ImageError as error:
                 if not self.skip_bad_images:
                     raise

@@ -1,6 +1,7 @@
 """Caption a split and score it, or score captions that exist already.
 
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
+python evaluate.py --model_name_or_path DIR --dataset_name NAME --corrupt jpeg:10 --output_dir OUT    (robustness)
 python evaluate.py --predictions P.json --references R.json --output_dir OUT
 """
 
@@ -23,6 +24,9 @@ def main():
     results.warn_of_missing_scores(metric_args)
     if bool(args.predictions) != bool(args.references):
         raise ValueError("--predictions and --references go together: captions, and what to score them against.")
+    if args.predictions and args.corrupt:
+        raise ValueError("--corrupt changes the images that are captioned, and with --predictions none is.")
+    corruption = data.corruption(args.corrupt)
 
     if args.predictions:
         predictions, references = load_predictions(args.predictions), load_references(args.references)
@@ -43,6 +47,7 @@ def main():
             fast_attention=model_args.fast_attention,
             fast_jpeg=model_args.fast_jpeg,
             revision=model_args.model_revision,
+            corruption=corruption,
             **vars(generation_args),
         )
         predictions = captioner.caption_split(

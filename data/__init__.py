@@ -4,7 +4,7 @@ dataset = data.load("ariG23498/flickr8k")        # DatasetDict: train / validati
 picture = data.open_image(record["image"])       # RGB, late, in the worker
 """
 
-from data.augmentation import Augmentation
+from data.augmentation import Augmentation, corruption
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.records import DataError, check_images, fingerprint
 from data.sources import FORMATS, load
@@ -21,6 +21,7 @@ __all__ = [
     "ImageError",
     "check_images",
     "check_training_images",
+    "corruption",
     "fingerprint",
     "in_memory",
     "load",

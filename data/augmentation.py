@@ -2,17 +2,25 @@
 
 The recipe of BLIP's paper (section 4.1; data/__init__.py and transform/randaugment.py of github.com/salesforce/BLIP):
 
-    augmentation: ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
+    augment: ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
+
+docs/augmentation.png shows what each operation makes of a picture; `python benchmarks/augmentation.py PHOTO...` draws
+that of yours.
 """
 
 import hashlib
+import io
 import math
 import random
 import re
 
-from PIL import Image, ImageEnhance, ImageOps
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from data.images import open_image
 
 GRAY = (128, 128, 128)  # what the official RandAugment fills bared corners with
+NOISE = ("gaussian_noise", "blur", "jpeg")  # what a camera or a website does to a picture; its caption stays true
 LEFT_RIGHT = re.compile(r"\b(left|right)(most|ward|wards|-?hand|-?handed)?\b", re.IGNORECASE)
 
 
@@ -33,6 +41,11 @@ class Augmentation:
             `rotation:DEGREES`: by an angle drawn from -DEGREES to DEGREES.
             `color_jitter:BRIGHTNESS:CONTRAST:SATURATION`: each factor drawn from 1 - x to 1 + x, in random order.
             `grayscale:P`: with probability P.
+            `gaussian_noise:STD[:P]`: normal noise of that standard deviation, in units of 255, on every channel.
+            `blur:RADIUS[:P]`: a Gaussian of that standard deviation in pixels.
+            `jpeg:QUALITY[:P]`: the artefacts of a JPEG file of that quality, from 1 to 100.
+            These three are of one strength, and are applied with probability P (1 if left out), to the picture as it is
+            at that place of the list: before a crop to the photograph's own pixels, after it to the model's.
         size: (height, width) in pixels that a crop is resized to, and the result. None leaves resizing to whoever
             comes after; BLIP's recipe resizes at the crop, so that translations are pixels of the model's input.
         seed: of the run.
@@ -43,6 +56,7 @@ class Augmentation:
 
     def __init__(self, spec: list[str], size: tuple[int, int] | None = None, seed: int = 42):
         self.size, self.seed = size, seed
+        self.spec = list(spec)
         self.operations = [parse_operation(text) for text in spec]
 
     def __call__(self, image: Image.Image, epoch: int, image_id: str, captions: list[str] = ()) -> Image.Image:
@@ -69,9 +83,25 @@ class Augmentation:
                 image = color_jitter(image, *numbers, rng)
             elif name == "grayscale" and rng.random() < numbers[0]:
                 image = image.convert("L").convert("RGB")
+            elif name in NOISE and rng.random() < numbers[1]:
+                image = add_noise(image, name, numbers[0], rng)
         if self.size is not None and image.size != self.size[::-1]:
             image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
         return image
+
+
+def corruption(spec: list[str]) -> Augmentation | None:
+    """What `evaluate.py --corrupt` does to every image: one or more of NOISE, one after the other, at the photograph's
+    own resolution. Called as `corruption(image, 0, image_id)` it does the same to an image at every evaluation.
+
+    Raises:
+        ValueError: an operation that is not in NOISE (what changes a picture's content would make its references
+            false), or wrong numbers.
+    """
+    for text in spec:
+        if (name := text.strip().split(":")[0]) not in NOISE:
+            raise ValueError(f"corrupt {text!r}: unknown operation {name!r}. Known: {', '.join(NOISE)}")
+    return Augmentation(spec) if spec else None
 
 
 def parse_operation(text: str) -> tuple[str, list]:
@@ -83,6 +113,9 @@ def parse_operation(text: str) -> tuple[str, list]:
         "rotation": ("DEGREES", 1, lambda degrees: 0 <= degrees <= 180, "DEGREES from 0 to 180"),
         "color_jitter": ("B:C:S", 3, lambda *factors: all(0 <= factor <= 1 for factor in factors), "each from 0 to 1"),
         "grayscale": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
+        "gaussian_noise": ("STD[:P]", 2, lambda std, p: 0 <= std <= 255 and 0 <= p <= 1, "STD 0 to 255, P 0 to 1"),
+        "blur": ("RADIUS[:P]", 2, lambda radius, p: 0 <= radius <= 100 and 0 <= p <= 1, "RADIUS 0 to 100, P 0 to 1"),
+        "jpeg": ("QUALITY[:P]", 2, lambda q, p: q in range(1, 101) and 0 <= p <= 1, "QUALITY 1 to 100 whole, P 0 to 1"),
     }
     name, *numbers = str(text).strip().split(":")
     if name not in forms:
@@ -93,6 +126,8 @@ def parse_operation(text: str) -> tuple[str, list]:
         values = [float(value) for value in numbers]
     except ValueError:
         raise ValueError(f"augmentation {text!r}: expected numbers, {expected}") from None
+    if name in NOISE and len(values) == 1:
+        values.append(1.0)
     if len(values) != number or not valid(*values):
         raise ValueError(f"augmentation {text!r}: expected {expected}{', with ' + rule if rule else ''}")
     return name, values
@@ -183,3 +218,16 @@ def color_jitter(image: Image.Image, brightness, contrast, saturation, rng: rand
     for enhancer, factor in enhancers:
         image = enhancer(image).enhance(factor)
     return image
+
+
+def add_noise(image: Image.Image, name: str, strength: float, rng: random.Random) -> Image.Image:
+    """One of NOISE; only Gaussian noise draws anything."""
+    if name == "blur":
+        return image.filter(ImageFilter.GaussianBlur(strength))
+    if name == "jpeg":
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(strength))
+        return open_image(file.getvalue())
+    pixels = np.asarray(image)
+    normal = np.random.default_rng(rng.getrandbits(64)).standard_normal(pixels.shape, dtype=np.float32)
+    return Image.fromarray(np.clip(np.rint(pixels + strength * normal), 0, 255).astype(np.uint8))

@@ -39,12 +39,23 @@ class Captioner:
 
     `settings` are those of `generate`; one that is None or absent is the checkpoint's own (its generation_config.json),
     else that of DEFAULTS. `prompt` None is the prompt that the checkpoint was trained with. The prompt's words are left
-    out of the captions, unless `keep_prompt`. `fast_jpeg` is ImageCollator's.
+    out of the captions, unless `keep_prompt`. `fast_jpeg` and `corruption` are ImageCollator's.
     """
 
-    def __init__(self, model, processor, *, prompt=None, keep_prompt=False, autocast=None, fast_jpeg=False, **settings):
+    def __init__(
+        self,
+        model,
+        processor,
+        *,
+        prompt=None,
+        keep_prompt=False,
+        autocast=None,
+        fast_jpeg=False,
+        corruption=None,
+        **settings,
+    ):
         self.model, self.processor, self.keep_prompt, self.autocast = model, processor, keep_prompt, autocast
-        self.fast_jpeg = fast_jpeg
+        self.fast_jpeg, self.corruption = fast_jpeg, corruption
         self.prompt = prompt if prompt is not None else getattr(model.config, "caption_prompt", "")
         own = model.generation_config
         self.settings = {name: getattr(own, name, None) for name in DEFAULTS}
@@ -73,12 +84,14 @@ class Captioner:
         """The settings as coco_metrics.json records them."""
         precision = str(self.autocast).removeprefix("torch.") if self.autocast else "float32"
         how = {"precision": precision, "fast_jpeg": self.fast_jpeg}
+        if self.corruption:
+            how["corrupt"] = self.corruption.spec
         return {"prompt": self.prompt, "keep_prompt": self.keep_prompt, **self.settings, **how}
 
     def __call__(self, images: list) -> list[str]:
         """One caption an image, for a list of anything that data.open_image takes."""
         samples = [{"image": image, "image_id": str(i)} for i, image in enumerate(images)]
-        batch = ImageCollator(self.processor, fast_jpeg=self.fast_jpeg)(samples)
+        batch = ImageCollator(self.processor, fast_jpeg=self.fast_jpeg, corruption=self.corruption)(samples)
         return [captions[0] for captions in self.caption_batch(batch)]
 
     @torch.inference_mode()
@@ -106,7 +119,7 @@ class Captioner:
         loader = DataLoader(
             samples,
             batch_size=batch_size,
-            collate_fn=ImageCollator(self.processor, skip_bad_images, self.fast_jpeg),
+            collate_fn=ImageCollator(self.processor, skip_bad_images, self.fast_jpeg, self.corruption),
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
         )

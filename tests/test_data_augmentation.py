@@ -1,3 +1,4 @@
+import io
 import random
 import subprocess
 import sys
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import Augmentation
-from data.augmentation import GRAY, RANDAUGMENT_OPERATIONS, randaugment, random_resized_crop
+from data import Augmentation, corruption
+from data.augmentation import GRAY, NOISE, RANDAUGMENT_OPERATIONS, randaugment, random_resized_crop
 
 BLIP = ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
+NOISY = ["gaussian_noise:20:0.5", "blur:2:0.5", "jpeg:10:0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_another_process_draws_the_same():
     code = (
         "import hashlib, numpy as np; from PIL import Image; from data import Augmentation\n"
         "image = Image.fromarray(np.arange(7500, dtype=np.uint8).reshape(50, 50, 3))\n"
-        f"augment = Augmentation({BLIP!r}, (24, 24))\n"
+        f"augment = Augmentation({[*BLIP, *NOISY]!r}, (24, 24))\n"
         "print(hashlib.md5(b''.join(augment(image, 1, str(i)).tobytes() for i in range(10))).hexdigest())"
     )
     root = Path(__file__).resolve().parent.parent
@@ -73,7 +75,9 @@ def test_another_process_draws_the_same():
 def test_the_input_is_not_changed(image):
     before = image.tobytes()
     for name in range(30):
-        Augmentation([*BLIP, "color_jitter:0.2:0.2:0.2", "rotation:10", "grayscale:1"], (32, 32))(image, 0, str(name))
+        Augmentation([*BLIP, *NOISY, "color_jitter:0.2:0.2:0.2", "rotation:10", "grayscale:1"], (32, 32))(
+            image, 0, str(name)
+        )
     assert image.tobytes() == before
 
 
@@ -146,6 +150,62 @@ def test_other_operations(image):
     assert Augmentation([], (10, 20))(image, 0, "a").size == (20, 10)
 
 
+def test_gaussian_noise_has_the_asked_standard_deviation_on_every_channel():
+    gray = Image.new("RGB", (200, 150), GRAY)
+    noise = np.asarray(Augmentation(["gaussian_noise:20"])(gray, 0, "a")).astype(float) - 128
+    for channel in range(3):
+        assert abs(noise[..., channel].mean()) < 0.5
+        assert abs(noise[..., channel].std() - 20) < 0.5
+    assert abs(np.corrcoef(noise.reshape(-1, 3).T)[0, 1]) < 0.02
+    # White stays within white: no value wraps around.
+    white = np.asarray(Augmentation(["gaussian_noise:60"])(Image.new("RGB", (50, 50), "white"), 0, "a"))
+    assert white.min() > 0
+    assert (white == 255).mean() > 0.4
+
+
+def test_blur_spreads_a_point_as_a_gaussian_does():
+    point = Image.new("RGB", (41, 41), "black")
+    point.paste((255, 255, 255), (20, 20, 21, 21))
+    spread = np.asarray(Augmentation(["blur:2"])(point, 0, "a")).astype(float)[..., 0]
+    rows = np.arange(41) - 20
+    assert np.sqrt((spread.sum(axis=1) * rows**2).sum() / spread.sum()) == pytest.approx(2, abs=0.3)
+
+
+def test_jpeg_gives_the_pixels_of_a_file_of_that_quality(image):
+    errors = []
+    for quality in (5, 50, 95):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        wanted = np.asarray(Image.open(file))
+        pixels = np.asarray(Augmentation([f"jpeg:{quality}"])(image, 0, "a"))
+        np.testing.assert_array_equal(pixels, wanted)
+        errors.append(np.abs(pixels.astype(int) - np.asarray(image)).mean())
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_noise_of_no_strength_or_probability_changes_nothing(image):
+    for text in ("gaussian_noise:0", "blur:0", "gaussian_noise:50:0", "blur:5:0", "jpeg:1:0"):
+        assert Augmentation([text])(image, 0, "a").tobytes() == image.tobytes()
+    for text in NOISY:
+        changed = [Augmentation([text])(image, 0, str(i)).tobytes() != image.tobytes() for i in range(200)]
+        assert 70 < sum(changed) < 130
+
+
+def test_a_corruption_is_the_same_at_every_evaluation_and_of_an_image_of_its_own(image):
+    assert corruption([]) is None
+    one, two = corruption(["gaussian_noise:30", "jpeg:10"]), corruption(["gaussian_noise:30", "jpeg:10"])
+    assert one(image, 0, "a").tobytes() == two(image, 0, "a").tobytes() != one(image, 0, "b").tobytes()
+    assert one(image, 0, "a").size == image.size
+    both = Augmentation(["jpeg:10"])(Augmentation(["gaussian_noise:30"])(image, 0, "a"), 0, "a")
+    assert one(image, 0, "a").tobytes() == both.tobytes()  # one after the other
+
+
+@pytest.mark.parametrize("text", ["flip", "rotation:10", "pixelate:2"])
+def test_what_is_no_noise_is_no_corruption(text):
+    with pytest.raises(ValueError, match=f"unknown operation '{text.split(':')[0]}'. Known: {', '.join(NOISE)}"):
+        corruption([text])
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -157,6 +217,13 @@ def test_other_operations(image):
         ("random_resized_crop:0:1", "LOW"),
         ("random_resized_crop:1:0.5", "LOW <= HIGH"),
         ("grayscale:nan", "P from 0 to 1"),
+        ("jpeg:0", r"expected jpeg:QUALITY\[:P\], with QUALITY 1 to 100"),
+        ("jpeg:10.5", "QUALITY 1 to 100 whole"),
+        ("jpeg", r"expected jpeg:QUALITY"),
+        ("jpeg:10:2", "P 0 to 1"),
+        ("blur:-1", "RADIUS 0 to 100"),
+        ("gaussian_noise:nan", "STD 0 to 255"),
+        ("gaussian_noise:1:1:1", r"expected gaussian_noise:STD\[:P\]"),
     ],
 )
 def test_a_wrong_specification_is_named(text, says):

@@ -49,6 +49,47 @@ def test_a_split_is_captioned_and_scored(model, dataset, tmp_path):
     )
 
 
+def test_corrupted_images_are_what_the_model_sees_with_any_number_of_workers(model, dataset):
+    import data
+    from collator import ImageCollator
+    from models.captioner import Captioner
+
+    captioner = Captioner.from_pretrained(str(model), corruption=data.corruption(["gaussian_noise:40", "jpeg:10"]))
+    records, seen = data.load(dataset)["test"], []
+    captioner.model.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].clone()), with_kwargs=True
+    )
+    for workers in (0, 1):
+        captioner.caption_split(records, num_workers=workers)
+    assert seen[0].equal(seen[1])
+    plain, collator = ImageCollator(captioner.processor)(list(records)), ImageCollator(captioner.processor)
+    corrupted = [captioner.corruption(data.open_image(row["image"]), 0, row["image_id"]) for row in records]
+    assert seen[0].equal(collator.pixel_values(corrupted))
+    assert (seen[0] - plain["pixel_values"]).abs().mean(dim=(1, 2, 3)).gt(0.1).all()
+    assert captioner.description()["corrupt"] == ["gaussian_noise:40", "jpeg:10"]
+
+
+def test_what_the_images_were_corrupted_with_stands_beside_the_scores(model, dataset, tmp_path):
+    command = ["--model_name_or_path", model, "--dataset_name", dataset, "--max_new_tokens", 4, *NO_JAVA]
+    tiny.run("evaluate.py", *command, "--output_dir", tmp_path, "--corrupt", "jpeg:10", "blur:2")
+    generation = json.loads((tmp_path / "coco_metrics.json").read_text())["generation"]
+    assert generation["corrupt"] == ["jpeg:10", "blur:2"]
+    assert "QUALITY 1 to 100" in tiny.run("evaluate.py", *command, "--corrupt", "jpeg:0", fails=True).stderr
+    assert (
+        "Known: gaussian_noise, blur, jpeg" in tiny.run("evaluate.py", *command, "--corrupt", "fog", fails=True).stderr
+    )
+
+
+def test_finished_captions_cannot_be_corrupted(tmp_path):
+    for name in ("predictions", "references"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"a": "a dog" if name == "predictions" else ["a dog"]}))
+    result = tiny.run(
+        "evaluate.py", "--predictions", tmp_path / "predictions.json", "--references", tmp_path / "references.json",
+        "--output_dir", tmp_path / "out", "--corrupt", "jpeg:10", *NO_JAVA, fails=True,
+    )  # fmt: skip
+    assert "--corrupt changes the images that are captioned" in result.stderr
+
+
 def test_two_processes_give_the_captions_of_one(model, dataset, tmp_path):
     command = ["--model_name_or_path", model, "--dataset_name", dataset, "--max_new_tokens", 8, *NO_JAVA]
     tiny.run("evaluate.py", *command, "--output_dir", tmp_path / "one")
