@@ -18,6 +18,7 @@ from pathlib import Path
 
 import data
 from arguments import GenerationArguments, InferArguments, ModelArguments, parse, run
+from data.parts import check_settings, open_part, parts, settings_file, whole_lines, write_row
 from metrics.results import write_json
 from models.captioner import Captioner, processes, show_progress
 
@@ -52,16 +53,15 @@ def main():
     settings = {"model": model_args.model_name_or_path, "revision": model_args.model_revision} | captioner.description()
     with state.main_process_first():
         prepare_output(output, settings, state)
-    done = {key(json.loads(line)["image"]) for part in parts(output) for line in whole_lines(part)}
+    done = {key(json.loads(line)["image"]) for part in written(output) for line in whole_lines(part)}
     left = [path for path in images if key(path) not in done]
     logger.info("%d images, %d of them captioned before", len(images), len(images) - len(left))
     state.wait_for_everyone()  # all have read what was done before anyone adds to it
-    with open(part_of(output, state.process_index), "a", encoding="utf-8") as file:
+    with open_part(output, state.process_index) as file:
         for path, captions in caption(captioner, left[state.process_index :: state.num_processes], args):
             failed = isinstance(captions, data.ImageError)
             row = {"image": path, "error": str(captions)} if failed else {"image": path, "caption": captions[0]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            write_row(file, row)
     state.wait_for_everyone()
     if state.is_main_process:
         bring_together(output, images)
@@ -119,38 +119,19 @@ def read_list(path: str) -> list[str]:
     return images
 
 
-def part_of(output: Path, process: int) -> Path:
-    return output.with_name(f"{output.name}.part-{process}")
-
-
-def parts(output: Path) -> list[Path]:
-    """The finished file, if it is there, and those that processes were still writing."""
-    return [path for path in (output, *sorted(output.parent.glob(f"{output.name}.part-*"))) if path.exists()]
-
-
 def prepare_output(output: Path, settings: dict, state) -> None:
-    """Refuses to add to captions of another model or other settings, which stand in OUTPUT.settings.json, and removes
-    the line that a kill cut in two."""
+    """Refuses to add to captions of another model or other settings, which stand in OUTPUT.settings.json."""
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"--output {output}: name a file in a folder that exists.")
-    beside = output.with_name(output.name + ".settings.json")
-    if parts(output):
-        before = json.loads(beside.read_text()) if beside.exists() else {}
-        differ = [k for k in settings if before.get(k) != settings[k]]
-        if differ:
-            what = "; ".join(f"{k} was {before.get(k)!r}, is {settings[k]!r}" for k in differ)
-            raise ValueError(f"{output} was begun with other settings: {what}. Name another --output.")
+    if written(output):
+        check_settings(output, settings)
     if state.is_main_process:
-        write_json(beside, settings)
-        for part in parts(output):
-            with open(part, "r+b") as file:
-                content_end = sum(len(line) for line in file if line.endswith(b"\n"))
-                file.truncate(content_end)
+        write_json(settings_file(output), settings)
 
 
-def whole_lines(path: Path):
-    with open(path, encoding="utf-8") as file:
-        yield from (line for line in file if line.endswith("\n"))
+def written(output: Path) -> list[Path]:
+    """The finished file, if it is there, and those that processes were still writing."""
+    return [path for path in (output, *parts(output)) if path.exists()]
 
 
 def key(path: str) -> bytes:
@@ -163,11 +144,12 @@ def bring_together(output: Path, images: list[str]) -> None:
     places: dict[bytes, tuple[int, int]] = {}
     temporary = output.with_name(output.name + ".new")
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "rb")) for path in parts(output)]
+        files = [stack.enter_context(open(path, "rb")) for path in written(output)]
         for number, file in enumerate(files):
             position = 0
             for line in file:
-                places[key(json.loads(line)["image"])] = (number, position)
+                if line.endswith(b"\n"):  # a kill cuts the last one in two
+                    places[key(json.loads(line)["image"])] = (number, position)
                 position += len(line)
         merged = stack.enter_context(open(temporary, "wb"))
         wanted = dict.fromkeys(map(key, images))
@@ -176,7 +158,7 @@ def bring_together(output: Path, images: list[str]) -> None:
             files[number].seek(position)
             merged.write(files[number].readline())
     temporary.replace(output)
-    for part in parts(output)[1:]:
+    for part in parts(output):
         part.unlink()
     logger.info("%d captions in %s", len(places), output)
 
