@@ -143,6 +143,13 @@ class MetricArguments:
     spice_samples: int = flag(1500, "SPICE is computed on a seeded subsample of this many images; 0 for all.")
     java_timeout: int = flag(1800, "Seconds after which a Java scorer is given up.")
     bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
+    clip_metrics: list[str] = flag(
+        [], "CLIP-based scores to add, each with and without references: clip-s pac-s pac-s++."
+    )
+    clip_model: str | None = flag(None, "Folder or Hub id of the CLIP for clip_metrics.")
+    pac_checkpoint: str | None = flag(
+        None, "PAC-S's published .pth file, for pac-s and pac-s++: its weights take the place of clip_model's."
+    )
 
 
 @dataclass

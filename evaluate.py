@@ -3,6 +3,7 @@
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --corrupt jpeg:10 --output_dir OUT    (robustness)
 python evaluate.py --predictions P.json --references R.json --output_dir OUT
+python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
 import logging
@@ -10,7 +11,8 @@ import logging
 import data
 from arguments import DataArguments, EvaluateArguments, GenerationArguments, MetricArguments, ModelArguments, parse, run
 from metrics import results
-from metrics.io import load_predictions, load_references
+from metrics.clip_scores import load_scorers
+from metrics.io import find_images, load_predictions, load_references
 from models.captioner import Captioner, processes
 
 logger = logging.getLogger("evaluate")
@@ -30,7 +32,10 @@ def main():
 
     if args.predictions:
         predictions, references = load_predictions(args.predictions), load_references(args.references)
-        scores, _ = results.score_captions(predictions, references, metric_args, args.seed)
+        looking = {"scorers": load_scorers(metric_args, processes().device), "num_workers": args.dataloader_num_workers}
+        if looking["scorers"]:
+            looking["images"] = find_images(data_args.image_dir, references)
+        scores, _ = results.score_captions(predictions, references, metric_args, args.seed, **looking)
         source = {"predictions": args.predictions, "references": args.references}
     else:
         state = processes()
@@ -41,6 +46,7 @@ def main():
                 max_samples={args.split: args.max_samples} if args.max_samples is not None else None,
             )
         records = data.in_memory(splits[args.split])
+        scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
         captioner = Captioner.from_pretrained(
             model_args.model_name_or_path,
             bf16=args.bf16,
@@ -57,7 +63,15 @@ def main():
             return
         results.write_predictions(folder, predictions)
         captions = (text for row in splits["train"] for text in row["captions"]) if args.seen_in_training else None
-        scores, _ = results.score_records(predictions, records, metric_args, args.seed, training_captions=captions)
+        scores, _ = results.score_records(
+            predictions,
+            records,
+            metric_args,
+            args.seed,
+            training_captions=captions,
+            scorers=scorers,
+            num_workers=args.dataloader_num_workers,
+        )
         source = {
             "split": args.split,
             "dataset_name": data_args.dataset_name,

@@ -24,6 +24,7 @@ from arguments import (
 )
 from collator import CaptionCollator
 from metrics import results
+from metrics.clip_scores import load_scorers
 from metrics.curves import plot_curves
 from models.captioner import Captioner
 from models.card import finish_run, write_card
@@ -45,6 +46,7 @@ def main():
     folder = results.output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
     results.warn_of_missing_scores(metric_args)
+    scorers = load_scorers(metric_args, args.device) if args.process_index == 0 else []
     set_seed(args.seed)
 
     # Data: records, one an image
@@ -121,7 +123,15 @@ def main():
             continue
         target = folder if name == "test" or test is None else results.output_folder(folder / name)
         results.write_predictions(target, predictions)
-        scores, _ = results.score_records(predictions, records, metric_args, args.seed, training_captions=known)
+        scores, _ = results.score_records(
+            predictions,
+            records,
+            metric_args,
+            args.seed,
+            training_captions=known,
+            scorers=scorers,
+            num_workers=args.dataloader_num_workers,
+        )
         results.write_scores(
             target,
             scores,

@@ -227,7 +227,7 @@ def _intervals(
     columns = [bleu_counts, sacrebleu_counts, *(values[:, None] for values in per_metric.values())]
     if meteor_counts is not None:
         columns.append(meteor_counts)
-    sums = _resampled_sums(np.concatenate(columns, axis=1), samples, seed)
+    sums = resampled_sums(np.concatenate(columns, axis=1), samples, seed)
     images = len(bleu_counts)
     bleu_sums, sacrebleu_sums, rest = np.split(sums, [10, 20], axis=1)
     resampled = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_sums).T, strict=True))
@@ -238,11 +238,11 @@ def _intervals(
         resampled["METEOR"] = meteor_from_statistics(rest[:, len(per_metric) :])
     if spice_f is not None:
         known = spice_f[~np.isnan(spice_f)]
-        resampled["SPICE"] = _resampled_sums(known[:, None], samples, seed)[:, 0] / len(known)
+        resampled["SPICE"] = resampled_sums(known[:, None], samples, seed)[:, 0] / len(known)
     return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items()}
 
 
-def _resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:
+def resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Column sums of each resample of the rows: (images, columns) to (samples, columns)."""
     images = len(table)
     generator = np.random.default_rng(seed)

@@ -11,6 +11,7 @@ Image ids are compared as strings: COCO writes numbers, others file names.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,23 @@ def load_references(path: str | os.PathLike) -> dict[str, list[str]]:
             raise CaptionFileError(f"{place}: image {image_id!r} has no reference captions.")
         references.setdefault(image_id, []).extend(captions)
     return references
+
+
+def find_images(image_dir: str | os.PathLike | None, references: dict) -> list[Path]:
+    """The image file of each image id: the file of that name, with any ending, or COCO's, which ends in the number."""
+    if image_dir is None:
+        raise CaptionFileError("CLIP-based scores look at the images: pass --image_dir, the folder they lie in.")
+    files: dict[str, Path] = {}
+    for path in sorted(Path(image_dir).iterdir()):
+        number = re.search(r"(?:^|_)(\d{12})$", path.stem)
+        for name in (path.name, path.stem, str(int(number[1])) if number else path.name):
+            files.setdefault(name, path)
+    if absent := [image_id for image_id in references if image_id not in files]:
+        raise CaptionFileError(
+            f"{image_dir} lacks {len(absent)} of the {len(references)} images (first: {absent[0]!r}). A file must be "
+            "called like its image id, with or without an ending such as .jpg."
+        )
+    return [files[image_id] for image_id in references]
 
 
 def _entries(path: Path) -> Iterator[tuple[str, list[str], str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from metrics.clip_scores import clip_scores
 from metrics.coco import score
 from metrics.java import preflight
 from metrics.scene_facts import score_scene_facts
@@ -133,18 +134,21 @@ def flat(scores: dict, prefix: str) -> dict:
     return {f"{prefix}_{name}": value for name, value in scores.items() if isinstance(value, int | float)}
 
 
-def score_records(predictions: dict[str, str], records, metric_args, seed: int, *, training_captions=None):
+def score_records(predictions: dict[str, str], records, metric_args, seed: int, **options):
     """(metrics, per_image) of the captions of a split's records; drawn scenes are checked for truth as well."""
     references = dict(zip(records["image_id"], records["captions"], strict=True))
-    metrics, per_image = score_captions(predictions, references, metric_args, seed, training_captions=training_captions)
+    metrics, per_image = score_captions(predictions, references, metric_args, seed, images=records["image"], **options)
     if "facts" in records.column_names:
         metrics["scene_facts"] = score_scene_facts(predictions, dict(zip(references, records["facts"], strict=True)))
     return metrics, per_image
 
 
-def score_captions(predictions, references, metric_args, seed: int, *, training_captions=None):
-    """metrics.score with the flags of MetricArguments."""
-    return score(
+def score_captions(
+    predictions, references, metric_args, seed: int, *, training_captions=None, scorers=(), images=(), num_workers=0
+):
+    """(metrics, per_image) of metrics.score with the flags of MetricArguments, and of `scorers` (ClipScorer), which
+    look at `images`, one for each of the references."""
+    metrics, per_image = score(
         predictions,
         references,
         meteor=metric_args.meteor,
@@ -155,6 +159,15 @@ def score_captions(predictions, references, metric_args, seed: int, *, training_
         seed=seed,
         training_captions=training_captions,
     )
+    if scorers:
+        options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed, "num_workers": num_workers}
+        found, clip_per_image = clip_scores(scorers, predictions, references, images, **options)
+        metrics["intervals"] |= found.pop("intervals")
+        metrics |= found
+        for name, values in clip_per_image.items():
+            for image_id, value in zip(references, values.tolist(), strict=True):
+                per_image[image_id][name] = value
+    return metrics, per_image
 
 
 def summary(metrics: dict) -> str:
@@ -162,16 +175,25 @@ def summary(metrics: dict) -> str:
     lines = []
     names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "sacrebleu")
     for name in names:
-        value, interval = metrics.get(name), metrics.get("intervals", {}).get(name)
+        value = metrics.get(name)
         if value is None:
             reason = metrics["unavailable"][name]
             lines.append(f"  {name:<10} null    {reason if len(reason) < 80 else reason[:77] + '...'}")
         else:
-            between = f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
-            lines.append(f"  {name:<10} {value:.4f}{between}")
+            lines.append(f"  {name:<10} {value:.4f}{_between(metrics, name)}")
+    for metric, weights in metrics.get("clip_weights", {}).items():
+        for name in (metric, f"Ref{metric}"):
+            lines.append(f"  {name:<10} {metrics[name]:.4f}{_between(metrics, name)}")
+        file = Path(weights.get("pac_checkpoint", weights["clip_model"])).name
+        lines[-2] += f"  by {file}, sha256 {weights['sha256'][:12]}"
     if facts := metrics.get("scene_facts"):
         lines.append(
             f"  scene_facts {facts['scene_facts']:.4f}  "
             + ", ".join(f"{k} {v:.3f}" for k, v in facts.items() if k != "scene_facts" and isinstance(v, float))
         )
     return "\n".join(lines)
+
+
+def _between(metrics: dict, name: str) -> str:
+    interval = metrics.get("intervals", {}).get(name)
+    return f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""

@@ -168,6 +168,13 @@ def _scores(reported: list[dict]) -> str:
                 continue
             low, high = scores.get("intervals", {}).get(key) or (None, None)
             rows.append(f"| {shown} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |")
+        for metric, weights in scores.get("clip_weights", {}).items():
+            for key in (metric, f"Ref{metric}"):
+                low, high = scores["intervals"].get(key) or (None, None)
+                shown = f"{key} (weights {weights['sha256'][:12]})"
+                rows.append(
+                    f"| {shown} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |"
+                )
         facts = scores.get("scene_facts")
         if facts:
             rows.append(f"| share of true facts | {facts['scene_facts']:.4f} | |")
