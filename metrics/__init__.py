@@ -1,14 +1,14 @@
 from metrics.cider import CiderD
-from metrics.coco import BAD_ENDINGS, MismatchedImages, score
+from metrics.coco import MismatchedImages, ends_badly, score
 from metrics.io import CaptionFileError, load_predictions, load_references
 from metrics.java import preflight
 from metrics.tokenizer import tokenize
 
 __all__ = [
-    "BAD_ENDINGS",
     "CaptionFileError",
     "CiderD",
     "MismatchedImages",
+    "ends_badly",
     "load_predictions",
     "load_references",
     "preflight",

@@ -131,12 +131,19 @@ class CiderD:
             raise ValueError(f"{path} does not hold CIDEr document frequencies ({error}); delete it.") from error
         return cls(vocabulary.split("\n") if vocabulary else [], keys, frequencies, images, bool(end_of_sequence))
 
-    def score(self, hypotheses: Sequence[list[str]], references: Sequence[Sequence[list[str]]]) -> np.ndarray:
+    def score(
+        self,
+        hypotheses: Sequence[list[str]],
+        references: Sequence[Sequence[list[str]]],
+        ended: Sequence[bool] | None = None,
+    ) -> np.ndarray:
         """CIDEr-D of each hypothesis, 10 at most: (hypotheses,).
 
         Args:
             hypotheses: tokens of each caption; k candidates an image stand together, in the images' order.
             references: tokens of each image's reference captions, (images); len(hypotheses) is k * images.
+            ended: with `end_of_sequence`, whether each hypothesis has that token: one that was cut at the greatest
+                length has not. Default: all have.
         """
         images = len(references)
         if not images or len(hypotheses) % images:
@@ -145,7 +152,7 @@ class CiderD:
         if not counts.all():
             raise ValueError(f"image {int(np.argmin(counts))} of the batch has no reference captions.")
         candidates = len(hypotheses) // images
-        captions = self._words(hypotheses) + self._words(caption for image in references for caption in image)
+        captions = self._words(hypotheses, ended) + self._words(caption for image in references for caption in image)
         all_known = set().union(*captions) <= self.vocabulary.keys()
         vocabulary = self.vocabulary if all_known else dict(self.vocabulary)  # new words are for this call only
         ids, lengths = encode(captions, vocabulary)
@@ -191,9 +198,12 @@ class CiderD:
         similarity *= np.exp(-(difference**2) / (2 * _SIGMA**2))
         return 10.0 * np.bincount(hypothesis_of_pair, similarity) / _ORDERS / pairs_of_hypothesis
 
-    def _words(self, captions) -> list[list[str]]:
+    def _words(self, captions, ended=None) -> list[list[str]]:
         split = words(captions)
-        return [[*caption, END_OF_SEQUENCE] for caption in split] if self.end_of_sequence else split
+        if not self.end_of_sequence:
+            return split
+        ended = [True] * len(split) if ended is None else ended
+        return [[*caption, END_OF_SEQUENCE] if end else caption for caption, end in zip(split, ended, strict=True)]
 
     def _numbers(self, ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         """For each order, the corpus's number of the n-gram that begins at each position; -1 where it has none."""

@@ -32,6 +32,11 @@ _UNFINISHED = "is are was were be being been has have very some"
 BAD_ENDINGS = frozenset(f"{_DETERMINERS} {_PREPOSITIONS} {_CONNECTIVES} {_UNFINISHED}".split())
 
 
+def ends_badly(tokens: list[str]) -> bool:
+    """Whether the tokens of a caption end in a word that no caption ends with: "a man with a"."""
+    return bool(tokens) and tokens[-1] in BAD_ENDINGS
+
+
 class MismatchedImages(ValueError):
     """Predictions and references are not about the same images."""
 
@@ -267,7 +272,7 @@ def _corpus_facts(tokens: list[list[str]], training_captions: Iterable[str] | No
         "vocabulary": len(Counter(token for caption in tokens for token in caption)),
         "distinct": len(set(captions)) / len(captions),
         "seen_in_training": seen,
-        "bad_endings": sum(bool(caption) and caption[-1] in BAD_ENDINGS for caption in tokens) / len(tokens),
+        "bad_endings": sum(map(ends_badly, tokens)) / len(tokens),
         "repeated_words": sum(any(map(str.__eq__, caption, caption[1:])) for caption in tokens) / len(tokens),
         "empty": sum(not caption for caption in tokens) / len(tokens),
     }
