@@ -7,6 +7,7 @@ Leaves in the output folder a model that from_pretrained loads, its scores on th
 captions, its training curves and its model card. Started again after a kill, it goes on from the last checkpoint.
 """
 
+import dataclasses
 import logging
 
 from transformers import set_seed
@@ -42,7 +43,7 @@ def main():
         (ModelArguments, ScratchArguments, TrainDataArguments, GenerationArguments, MetricArguments, TrainArguments)
     )
     model_args, scratch_args, data_args, generation_args, metric_args, args = groups
-    flags = {name: value for group in groups for name, value in vars(group).items() if not name.startswith("_")}
+    flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = results.output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
     results.warn_of_missing_scores(metric_args)

@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainer
 
 from metrics import score
 from objectives.cross_entropy import caption_loss
+from objectives.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,14 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or [])
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
+        self._sigterm, self._late = StopOnSigterm(), False
+        self.add_callback(self._sigterm)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        # The checkpoint of a run that was stopped before the evaluation of its last step: evaluate now.
+        self._late = Path(resume_from_checkpoint or "", EVALUATION_DUE).is_file()
+        self.args.eval_on_start |= self._late
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = self.objective(model, inputs, num_items_in_batch)
@@ -70,8 +79,36 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         start = time.perf_counter()
+        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            # Chance in training (dropout, samples) is the same whether an evaluation comes in between or not.
+            with torch.random.fork_rng(devices), self._sigterm.breaking_off():
+                metrics, predictions = self._evaluate_now(pairs)
+        except EvaluationStopped:
+            self._sigterm.stop(self.args, self.state, self.control, evaluation_due=True)
+            self._save_checkpoint(self.model, trial=None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.is_world_process_zero():
+            for image_id, caption in list(predictions.items())[:3]:
+                logger.info("%s: %s", image_id, caption)
+        metrics["runtime"] = round(time.perf_counter() - start, 3)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._late:
+            self._late = False
+            if self._determine_best_metric(metrics, trial=None):
+                checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+                self.state.best_model_checkpoint = str(checkpoint)
+        self.model.train()
+        self._logged_at = time.perf_counter()
+        return metrics
+
+    def _evaluate_now(self, pairs) -> tuple[dict, dict[str, str]]:
+        """(loss and scores, captions) of the validation split."""
         self.model.eval()
-        metrics = {"loss": self._pairs_loss(self.eval_dataset if eval_dataset is None else eval_dataset)}
+        loss = self._pairs_loss(pairs)
         with self.compute_loss_context_manager():
             predictions = self.captioner.caption_split(
                 self.validation,
@@ -80,17 +117,9 @@ class CaptionTrainer(Seq2SeqTrainer):
             )
         references = dict(zip(self.validation["image_id"], self.validation["captions"], strict=True))
         scores, _ = score(predictions, references, meteor=False, spice=False, bootstrap_samples=0)
-        if self.is_world_process_zero():
-            for image_id, caption in list(predictions.items())[:3]:
-                logger.info("%s: %s", image_id, caption)
-        metrics |= {name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")}
-        metrics["runtime"] = round(time.perf_counter() - start, 3)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train()
-        self._logged_at = time.perf_counter()
-        return metrics
+        return {"loss": loss} | {
+            name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")
+        }, predictions
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

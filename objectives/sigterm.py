@@ -1,0 +1,86 @@
+"""SIGTERM in the middle of training: spot machines and batch systems send it some time before they kill."""
+
+import contextlib
+import logging
+import signal
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+EVALUATION_DUE = "evaluation_due"  # a file in a checkpoint that was saved before the evaluation of its step
+
+
+class EvaluationStopped(BaseException):
+    """Raised by the signal handler in the middle of an evaluation. No `except Exception` on the way may take it."""
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM the step in progress is ended, a checkpoint saved, and the run left as by Ctrl-C: the same command
+    goes on from there, to the same weights.
+
+    Several processes stop after the same step. An evaluation that would come first is left to the next start, which
+    finds EVALUATION_DUE in the checkpoint. One in progress is broken off too, but only of a lone process: several
+    cannot leave a collective operation together, and end it first.
+    """
+
+    def __init__(self):
+        self.asked = self.stopping = self.may_break_off = False
+        self.group = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._ask)
+        if args.world_size > 1:  # on the host: asking through the GPU would have every step wait for it
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.epoch != int(state.epoch):  # else on_epoch_end, which knows whether an evaluation is due, comes next
+            self._stop_if_asked(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._stop_if_asked(args, state, control)
+
+    def on_save(self, args, state, control, **kwargs):
+        if not self.stopping:
+            return
+        logger.warning("SIGTERM: saved checkpoint-%d", state.global_step)
+        if self.group is not None:
+            torch.distributed.barrier(self.group)  # the one that writes has written
+            torch.distributed.destroy_process_group()
+        raise KeyboardInterrupt  # arguments.run says what that means
+
+    @contextlib.contextmanager
+    def breaking_off(self):
+        """Inside, SIGTERM raises EvaluationStopped, at once if it came before."""
+        self.may_break_off = signal.getsignal(signal.SIGTERM) == self._ask and self.group is None
+        try:
+            if self.may_break_off and self.asked:
+                raise EvaluationStopped
+            yield
+        finally:
+            self.may_break_off = False
+
+    def _ask(self, *_):
+        self.asked = True
+        if self.may_break_off:
+            self.may_break_off = False
+            raise EvaluationStopped
+
+    def _stop_if_asked(self, args, state, control):
+        asked = torch.tensor(int(self.asked))
+        if self.group is not None:
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        if asked:
+            self.stop(args, state, control, evaluation_due=control.should_evaluate)
+
+    def stop(self, args, state, control, *, evaluation_due: bool) -> None:
+        """Has the Trainer save, and nothing else; on_save then ends the run."""
+        self.stopping, control.should_evaluate, control.should_save = True, False, True
+        if evaluation_due and args.should_save:
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            checkpoint.mkdir(exist_ok=True)
+            (checkpoint / EVALUATION_DUE).touch()
