@@ -116,7 +116,7 @@ class ClipScorer:
         for pixel_values in DataLoader(pictures, batch_size=64, num_workers=num_workers if len(new) > 64 else 0):
             pooled = self.model.vision_model(pixel_values=pixel_values.to(self.model.device)).pooler_output
             features = normalize(self.model.visual_projection(pooled), dim=-1).cpu()
-            self._images |= dict(zip(done, features, strict=False))
+            self._images |= {image_id: feature for feature, image_id in zip(features, done, strict=False)}
         return torch.stack([self._images[image_id] for image_id in image_ids])
 
     @torch.inference_mode()

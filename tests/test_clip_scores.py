@@ -224,7 +224,13 @@ def test_clip_s_is_two_and_a_half_times_the_cosine(clip_folder):
     scorer = ClipScorer.load("clip-s", clip_folder)
     model, images = scorer.model.double(), pictures()
     pixels = torch.stack([torch.from_numpy(preprocess(image, SIDE)).double() for image in images])
-    tokens = scorer.tokenizer([f"A photo depicts {c}" for c in CAPTIONS], padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    tokens = scorer.tokenizer(
+        [f"A photo depicts {c}" for c in CAPTIONS],
+        padding=True,
+        truncation=True,
+        max_length=LENGTH,
+        return_tensors="pt",
+    )
     output = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
     cosines = (output.logits_per_image / model.logit_scale.exp()).diag().numpy(force=True)
     model.float()
@@ -256,6 +262,16 @@ def test_images_and_references_are_encoded_once(clip_folder):
     again = scorer.score("abc", [None] * 3, CAPTIONS, REFERENCES)
     np.testing.assert_array_equal(first, again)
     assert encoded == ["text"]  # the captions' own
+
+
+def test_more_images_than_a_batch_are_scored_as_each_alone(clip_folder):
+    scorer = ClipScorer.load("clip-s", clip_folder)
+    rng = np.random.default_rng(1)
+    images = [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(130)]
+    features = scorer.image_features([str(i) for i in range(130)], images)
+    for number in (0, 63, 64, 65, 128, 129):
+        alone = ClipScorer.load("clip-s", clip_folder).image_features(["x"], [images[number]])
+        torch.testing.assert_close(features[number], alone[0], atol=1e-5, rtol=0)
 
 
 def test_preprocessing_is_that_of_the_published_code():
