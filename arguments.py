@@ -38,6 +38,10 @@ class ModelArguments:
         "Salesforce/blip-image-captioning-base", "Folder or Hub id of the captioner to start from."
     )
     model_revision: str = flag("main", "Branch, tag or commit of the Hub model.")
+    dtype: str = flag(
+        "float32", "Precision that weights are loaded in: float32, bfloat16. Those that are trained become float32."
+    )
+    quantization: str | None = flag(None, "Load the weights in 4bit (NF4) or 8bit, by bitsandbytes; needs a CUDA GPU.")
     fast_attention: bool = flag(
         True, "Scaled-dot-product attention and keys shared by the captions of an image: the same results, sooner."
     )
@@ -46,6 +50,15 @@ class ModelArguments:
         "Decode JPEGs that are several times larger than the model's input at a reduced size: up to six times sooner, "
         "but pixels differ (by 1 to 2 of 255 on average), and so may captions.",
     )
+
+    def loading(self) -> dict:
+        """These flags as models.loading.load_model takes them."""
+        return {
+            "fast_attention": self.fast_attention,
+            "revision": self.model_revision,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+        }
 
 
 @dataclass
@@ -62,6 +75,19 @@ class ScratchArguments:
         "With freeze_vision: where encoded images are kept, so that each is encoded once. memory; a folder, which runs "
         "can share; off; auto: memory if half of what is free is enough, else a folder of the datasets cache.",
     )
+
+
+@dataclass
+class AdapterArguments:
+    use_peft: bool = flag(False, "Train a LoRA adapter, or go on with that of model_name_or_path, and nothing else.")
+    lora_r: int = flag(16, "Rank of the adapter's matrices.")
+    lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = flag(0.05, "Dropout on the adapter's input.")
+    lora_targets: str | None = flag(
+        None,
+        "Regular expression for the names of the linear layers to adapt. Default: the family's (models/families.py).",
+    )
+    modules_to_save: list[str] = flag([], "Modules that are trained whole beside the adapter, and saved with it.")
 
 
 @dataclass
@@ -179,7 +205,9 @@ class TrainArguments(Seq2SeqTrainingArguments):
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
     )
-    license: str = flag("bsd-3-clause", "License of the trained weights, for the model card. BLIP's own is this one.")
+    license: str | None = flag(
+        None, "License of the trained weights, for the model card. Default: that of the family's published weights."
+    )
     resume_from_checkpoint: str | None = flag(
         None, "Checkpoint to go on from. Default: the last whole one in output_dir, if it is of the same run."
     )

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from data import ImageError, open_image
-from models.families import special_tokens
+from models.families import FAMILIES, family_of, is_encoder_decoder, special_tokens
 
 IGNORE = -100  # torch's cross-entropy passes over targets of this value
 
@@ -17,115 +17,199 @@ class CaptionCollator:
     captions being those that share one encoding of the image. With I images and at most K captions an image the batch
     holds `pixel_values` (I, 3, H, W) and `input_ids`, `attention_mask`, `labels` (I * K, L), the captions of an image in
     neighbouring rows. An image with fewer than K captions is filled up with rows that have no label. Samples that have
-    "features" (models/features.py) in place of "image" make `pixel_values` of these: (I, patches + 1, hidden).
+    "features" (models/features.py) in place of "image" make `pixel_values` of these.
 
-    With the prompt "a picture of " and the caption "a dog runs" the row is
+    With BLIP, the prompt "a picture of " and the caption "a dog runs" the row is
 
         tokens          [DEC]    a  picture   of     a   dog  runs  [SEP]  [PAD]
         input_ids       30522 1037     3861 1997  1037  3899  3216    102      0
         attention_mask      1    1        1    1     1     1     1      1      0
         labels           -100 -100     -100 -100  1037  3899  3216    102   -100
 
-    Labels stand at their own token; the objective shifts them, once. A caption longer than `max_txt_len` tokens
-    (prompt and both ends counted in) is cut, and then has no [SEP]: it did not end there.
+    Labels stand at their own token; the objective shifts them, once. Other families have their own prompt in front
+    (models/families.py), image placeholders included; where an encoder reads it (T5), `input_ids` are the prompt alone,
+    and `decoder_input_ids` and `labels` the caption. Chat models take the pixels of an image again for each caption.
+
+    A caption longer than `max_txt_len` tokens (with prompt and both ends, but for placeholders, an encoder's prompt and
+    a chat's) is cut, and then has no end token: it did not end there.
     """
 
     def __init__(
         self, processor, config, *, max_txt_len: int = 40, prompt: str = "", augmentation=None, fast_jpeg: bool = False
     ):
-        self.tokenizer = processor.tokenizer
-        self.images = ImageCollator(processor, fast_jpeg=fast_jpeg)
+        self.images = ImageCollator(processor, config, prompt=prompt, fast_jpeg=fast_jpeg)
         self.augmentation = augmentation
-        self.start, self.end, self.pad = special_tokens(config)
-        self.prompt_ids = prompt_tokens(self.tokenizer, prompt)
-        self.max_txt_len = max_txt_len
-        if len(self.prompt_ids) + 2 >= max_txt_len:
+        self.room = max_txt_len - self.images.words_before
+        if self.room < 2:
             raise ValueError(f"The prompt '{prompt}' leaves no room for a caption in max_txt_len {max_txt_len}.")
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        return {
-            "pixel_values": self._pixel_values(samples),
-            **self.token_tensors([s["captions"] for s in samples]),
-        }
-
-    def _pixel_values(self, samples: list[dict]) -> torch.Tensor:
+    def __call__(self, samples: list[dict]) -> dict:
+        captions = [sample["captions"] for sample in samples]
+        per_image = max(map(len, captions))
         if "features" in samples[0]:
-            return torch.stack([sample["features"] for sample in samples])
-        images = [self.images.open(sample["image"]) for sample in samples]
-        if self.augmentation:
-            images = [
-                self.augmentation(image, sample["epoch"], sample["image_id"], sample["captions"])
-                for image, sample in zip(images, samples, strict=True)
-            ]
-        return self.images.pixel_values(images)
+            inputs = self.images.prompts(len(samples))
+            inputs["pixel_values"] = torch.stack([sample["features"] for sample in samples])
+        else:
+            images = [self.images.pixels.open(sample["image"]) for sample in samples]
+            if self.augmentation:
+                images = [
+                    self.augmentation(image, sample["epoch"], sample["image_id"], sample["captions"])
+                    for image, sample in zip(images, samples, strict=True)
+                ]
+            if self.images.joint:
+                images = [image for image in images for _ in range(per_image)]
+            inputs = self.images.inputs(images)
+        return self._with_captions(inputs, captions, per_image)
 
     def token_tensors(self, captions: list[list[str]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` of the captions of each image, each (I * K, L)."""
-        per_image = max(map(len, captions))
-        rows = [self._row(text) for group in captions for text in [*group, *[None] * (per_image - len(group))]]
-        length = max(len(ids) for ids, _ in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), length), self.pad),
-            "attention_mask": torch.zeros((len(rows), length), dtype=torch.long),
-            "labels": torch.full((len(rows), length), IGNORE),
-        }
-        for i, (ids, labels) in enumerate(rows):
-            batch["input_ids"][i, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][i, : len(ids)] = 1
-            batch["labels"][i, : len(ids)] = torch.tensor(labels)
-        return batch
+        """The batch of the captions of each image, without its pixels. Not for chat models, whose prompt needs them."""
+        return self._with_captions(self.images.prompts(len(captions)), captions, max(map(len, captions)))
 
-    def _row(self, caption: str | None) -> tuple[list[int], list[int]]:
-        if caption is None:
-            return [self.start], [IGNORE]
-        before = [self.start, *self.prompt_ids]
-        targets = [*self.tokenizer(caption, add_special_tokens=False)["input_ids"], self.end]
-        targets = targets[: self.max_txt_len - len(before)]
-        return before + targets, [IGNORE] * len(before) + targets
+    def _with_captions(self, inputs: dict, captions: list[list[str]], per_image: int) -> dict:
+        targets = [
+            self.images.target_ids(text)[: self.room] if text is not None else []
+            for group in captions
+            for text in [*group, *[None] * (per_image - len(group))]
+        ]
+        lengths = torch.tensor([len(ids) for ids in targets])
+        padded = torch.full((len(targets), int(lengths.max())), self.images.pad)
+        for row, ids in zip(padded, targets, strict=True):
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        return with_targets(inputs, padded, lengths, self.images.decoder_start)
+
+
+def with_targets(inputs: dict, targets: torch.Tensor, lengths: torch.Tensor, decoder_start: int | None = None) -> dict:
+    """A training batch: the model inputs of I images with their prompts, and after each prompt its targets.
+
+    inputs: as ImageCollator makes them; its `input_ids` (I, P) and what is shaped like them are repeated K times.
+    targets: (I * K, L) token ids, of which the first `lengths` (I * K,) of a row count. decoder_start: where an encoder
+    reads the prompt, the token that a caption's decoding starts with; else None.
+    """
+    times = len(targets) // len(inputs["input_ids"])
+    counted = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
+    labels = targets.masked_fill(~counted, IGNORE)
+    batch = {}
+    for name, value in inputs.items():
+        behind = {"input_ids": targets, "attention_mask": counted, "token_type_ids": counted, "mm_token_type_ids": None}
+        if name in (*behind, "qformer_input_ids", "qformer_attention_mask"):
+            value = value.repeat_interleave(times, dim=0)
+        if name in behind and decoder_start is None:
+            more = torch.zeros_like(targets) if behind[name] is None else behind[name]
+            value = torch.cat([value, more.to(value.dtype)], dim=1)
+        batch[name] = value
+    if decoder_start is not None:
+        start = torch.full((len(targets), 1), decoder_start, device=targets.device)
+        batch["decoder_input_ids"] = torch.cat([start, targets[:, :-1]], dim=1)
+        batch["labels"] = labels
+    else:
+        prompt = batch["input_ids"][:, : -targets.shape[1]]
+        batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
+    return batch
 
 
 class ImageCollator:
-    """Batches to caption: pixels and the ids of their images. No caption can be in them: the samples' captions are not
-    looked at, so that nothing generated from such a batch has seen its reference.
-
-    With `fast_jpeg`, large JPEGs are decoded at the smallest of libjpeg's scales that is twice what the model sees.
-    `corruption` is data.corruption's: noise on every image, drawn by its id.
+    """Batches to caption: pixels, the prompt, and the ids of the images. No caption can be in them: the samples'
+    captions are not looked at, so that nothing generated from such a batch has seen its reference. `corruption` is
+    data.corruption's: noise on every image, drawn by its id.
     """
 
-    def __init__(self, processor, skip_bad_images: bool = False, fast_jpeg: bool = False, corruption=None):
-        self.image_processor, self.skip_bad_images = processor.image_processor, skip_bad_images
+    def __init__(self, processor, config, *, prompt: str = "", skip_bad_images=False, fast_jpeg=False, corruption=None):
         self.corruption = corruption
-        self.size = _plain_size(self.image_processor)
-        if self.size:
-            # What the processor makes of each of a channel's 256 values, (3, 256): its own rounding, bit for bit.
-            ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
-            self.values = np.asarray(self.image_processor(ramp, do_resize=False, return_tensors="np")["pixel_values"])
-            self.values = np.ascontiguousarray(self.values[0, :, 0], dtype=np.float32)
-        self.decoded_size = tuple(2 * side for side in self.size) if self.size and fast_jpeg else None
+        self.processor, self.pixels = processor, Pixels(processor.image_processor, fast_jpeg)
+        self.skip_bad_images = skip_bad_images
+        family = family_of(config)
+        self.joint, self.words = family.prompt is None, prompt.rstrip()
+        if self.joint:
+            self.lead, self.end = family.answer(processor, prompt)
+            self.pad = processor.tokenizer.pad_token_id
+        else:
+            self.end, self.pad = special_tokens(config)
+        self.decoder_start = config.text_config.decoder_start_token_id if is_encoder_decoder(config) else None
+        if self.joint:
+            self.text = family.joint_prompt(processor, prompt)
+            self.typed = family is FAMILIES["paligemma"]
+            self.words_before = 0
+        else:
+            self.before = family.prompt(processor, config, self.words)
+            image_token = getattr(config, "image_token_id", None)
+            words = [token for token in self.before["input_ids"] if token != image_token]
+            self.words_before = 0 if is_encoder_decoder(config) else len(words)
 
     def __call__(self, samples: list[dict]) -> dict:
-        """`pixel_values` (I, 3, H, W) of the I readable images, `image_ids` of all samples, and `errors`, the ImageError
-        of each that is not readable by its id. Without `skip_bad_images` such an error is raised. Samples with "features"
-        in place of "image" give these as `pixel_values`."""
+        """The model inputs of the I readable images (`pixel_values` (I, 3, H, W), `input_ids` and `attention_mask`
+        (I, P) of the prompt), `image_ids` of all samples, and `errors`, the ImageError of each that is not readable by
+        its id. Without `skip_bad_images` such an error is raised. Samples with "features" in place of "image" give these
+        as `pixel_values`."""
         ids = [sample["image_id"] for sample in samples]
         if "features" in samples[0]:
             pixel_values = torch.stack([sample["features"] for sample in samples])
-            return {"pixel_values": pixel_values, "image_ids": ids, "errors": {}}
+            return {"pixel_values": pixel_values, **self.prompts(len(samples)), "image_ids": ids, "errors": {}}
         images, errors = [], {}
         for sample in samples:
             try:
-                image = self.open(sample["image"])
+                image = self.pixels.open(sample["image"])
                 images.append(self.corruption(image, 0, sample["image_id"]) if self.corruption else image)
             except ImageError as error:
                 if not self.skip_bad_images:
                     raise
                 errors[sample["image_id"]] = error
-        return {"pixel_values": self.pixel_values(images) if images else None, "image_ids": ids, "errors": errors}
+        return {**(self.inputs(images) if images else {}), "image_ids": ids, "errors": errors}
+
+    def inputs(self, images: list) -> dict[str, torch.Tensor]:
+        """What the model takes of RGB PIL images and the prompt."""
+        if not self.joint:
+            return {"pixel_values": self.pixels(images), **self.prompts(len(images))}
+        inputs = self.processor(
+            images=[[image] for image in images],
+            text=[self.text] * len(images),
+            padding=True,
+            padding_side="left",  # a caption goes on right behind its prompt
+            return_tensors="pt",
+        )
+        if self.typed:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        return dict(inputs)
+
+    def prompts(self, images: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` (images, P) of the prompt, which is the same for all."""
+        rows = {name: torch.tensor(ids).repeat(images, 1) for name, ids in self.before.items()}
+        masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in rows.items()}
+        return rows | masks
+
+    def target_ids(self, caption: str) -> list[int]:
+        """Token ids of a caption as it goes on from the prompt, and its end."""
+        tokenizer = self.processor.tokenizer
+        if self.joint:
+            caption = self.lead + caption
+        if self.joint or self.decoder_start is not None or not self.words:
+            return [*tokenizer(caption, add_special_tokens=False)["input_ids"], self.end]
+        # Behind a word, a caption's first one may be other tokens than at the front.
+        words = tokenizer(self.words, add_special_tokens=False)["input_ids"]
+        both = tokenizer(f"{self.words} {caption}", add_special_tokens=False)["input_ids"]
+        return [*both[len(words) :], self.end]
+
+
+class Pixels:
+    """Images -> pixel_values, by a processor's settings.
+
+    With `fast_jpeg`, large JPEGs are decoded at the smallest of libjpeg's scales that is twice what the model sees.
+    """
+
+    def __init__(self, image_processor, fast_jpeg: bool = False):
+        self.image_processor = image_processor
+        self.size = _plain_size(image_processor)
+        if self.size:
+            # What the processor makes of each of a channel's 256 values, (3, 256): its own rounding, bit for bit.
+            ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
+            self.values = np.asarray(image_processor(ramp, do_resize=False, return_tensors="np")["pixel_values"])
+            self.values = np.ascontiguousarray(self.values[0, :, 0], dtype=np.float32)
+        self.decoded_size = tuple(2 * side for side in self.size) if self.size and fast_jpeg else None
 
     def open(self, image) -> Image.Image:
+        """The RGB image of anything data.open_image takes."""
         return open_image(image, size=self.decoded_size)
 
-    def pixel_values(self, images) -> torch.Tensor:
+    def __call__(self, images) -> torch.Tensor:
         """(I, 3, H, W) float32 of RGB PIL images: the values of the processor's Pillow backend, whether or not
         torchvision is there, in half of its time."""
         if not self.size:
@@ -139,6 +223,15 @@ class ImageCollator:
         return torch.from_numpy(batch)
 
 
+def input_size(image_processor) -> tuple[int, int]:
+    """(height, width) that a processor brings images to, for augmentation to aim at."""
+    for size in (getattr(image_processor, "crop_size", None), image_processor.size):
+        for names in (("height", "width"), ("shortest_edge",) * 2, ("longest_edge",) * 2):
+            if size and all(size.get(name) for name in names):
+                return tuple(size[name] for name in names)
+    return 384, 384
+
+
 def _plain_size(image_processor) -> tuple[int, int] | None:
     """(height, width) of a processor that resizes to just this and then maps values one by one, as BLIP's does; None if
     it may do more."""
@@ -148,8 +241,3 @@ def _plain_size(image_processor) -> tuple[int, int] | None:
     if not is_blips or not p.do_resize or more or not isinstance(p.resample, int) or "height" not in size:
         return None
     return (size["height"], size["width"]) if size["height"] and size["width"] else None
-
-
-def prompt_tokens(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, without special tokens."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []

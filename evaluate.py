@@ -50,9 +50,8 @@ def main():
         captioner = Captioner.from_pretrained(
             model_args.model_name_or_path,
             bf16=args.bf16,
-            fast_attention=model_args.fast_attention,
             fast_jpeg=model_args.fast_jpeg,
-            revision=model_args.model_revision,
+            loading=model_args.loading(),
             corruption=corruption,
             **vars(generation_args),
         )

@@ -24,7 +24,7 @@ def main():
     source = Path(paths[0])
     folder = output_folder(args.output_dir) if args.output_dir else source
 
-    model, processor = load_model(str(source))
+    model, processor = load_model(str(source), merge=args.merge)
     if folder != source:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -34,7 +34,7 @@ def main():
             if (run_folder / name).is_file() and run_folder == source:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(run_folder / name, folder / name)
-        exported, _ = load_model(str(folder))
+        exported, _ = load_model(str(folder), merge=args.merge)
         for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
             if not torch.equal(one, other):
                 raise ValueError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 import data
 from arguments import (
+    AdapterArguments,
     GenerationArguments,
     MetricArguments,
     ModelArguments,
@@ -23,15 +24,15 @@ from arguments import (
     parse,
     run,
 )
-from collator import CaptionCollator
+from collator import CaptionCollator, input_size
 from metrics import results
 from metrics.clip_scores import load_scorers
 from metrics.curves import plot_curves
 from models.captioner import Captioner
 from models.card import finish_run, write_card
-from models.families import family_of
+from models.families import vision_encoder
 from models.features import keep_features
-from models.loading import build_model, load_model
+from models.loading import build_model, load_model, make_trainable
 from objectives import CaptionTrainer, CrossEntropy
 from objectives.checkpoints import find_checkpoint, record_run
 
@@ -40,9 +41,17 @@ logger = logging.getLogger("train")
 
 def main():
     groups = parse(
-        (ModelArguments, ScratchArguments, TrainDataArguments, GenerationArguments, MetricArguments, TrainArguments)
+        (
+            ModelArguments,
+            ScratchArguments,
+            AdapterArguments,
+            TrainDataArguments,
+            GenerationArguments,
+            MetricArguments,
+            TrainArguments,
+        )
     )
-    model_args, scratch_args, data_args, generation_args, metric_args, args = groups
+    model_args, scratch_args, adapter_args, data_args, generation_args, metric_args, args = groups
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = results.output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
@@ -67,22 +76,21 @@ def main():
         model, processor = build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention)
     else:
         model, processor = load_model(
-            model_args.model_name_or_path, model_args.fast_attention, model_args.model_revision
+            model_args.model_name_or_path, merge=not adapter_args.use_peft, **model_args.loading()
         )
-    if scratch_args.freeze_vision:
-        model.get_submodule(family_of(model.config).vision).requires_grad_(False)
+    model = make_trainable(model, adapter_args, scratch_args.freeze_vision)
     how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
     captioner = Captioner(model, processor, **how, **vars(generation_args))
     captioner.save_settings()
 
     # Train
     collating = {"max_txt_len": data_args.max_txt_len, "prompt": captioner.prompt, "fast_jpeg": model_args.fast_jpeg}
-    size = processor.image_processor.size
-    size = (size["height"], size["width"])
-    augmentation = data.Augmentation(data_args.augment, size, args.seed) if data_args.augment else None
+    augmentation = None
+    if data_args.augment:
+        augmentation = data.Augmentation(data_args.augment, input_size(processor.image_processor), args.seed)
     # What training goes through: records, or with a frozen encoder these with their encoded images.
     used = {"train": train, "validation": validation if args.eval_strategy != "no" else None}
-    if scratch_args.freeze_vision:
+    if not any(parameter.requires_grad for parameter in vision_encoder(model).parameters()):
         used |= keep_features(
             scratch_args.feature_cache, captioner, used, args, data_args.captions_per_image, augmentation
         )

@@ -29,7 +29,7 @@ def reference_as_prompt(model, processor, records, **settings) -> dict[str, str]
     """Captions of the published evaluation's shape: generate() is given the whole tokenized caption."""
     captions = {}
     for record in records:
-        batch = ImageCollator(processor)([record])
+        batch = ImageCollator(processor, model.config)([record])
         text = processor.tokenizer(record["captions"][0], return_tensors="pt")
         tokens = model.generate(
             pixel_values=batch["pixel_values"],

@@ -25,7 +25,7 @@ from captioning import ROOT, blip_base, summary, timed, write_result
 
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
-from models.decoding import encode_images
+from models.vision import encode_images
 from objectives.cross_entropy import caption_loss
 
 
@@ -69,7 +69,7 @@ class Sides:
             self.our_batch = dict(batch)
             if frozen_vision:
                 self.our_batch["pixel_values"] = torch.cat(
-                    [encode_images(self.ours, image) for image in batch["pixel_values"].split(1)]
+                    [encode_images(self.ours, image).detach() for image in batch["pixel_values"].split(1)]
                 )
         if only != "ours":
             pixel_values = batch["pixel_values"].repeat_interleave(arguments.captions_per_image, dim=0)

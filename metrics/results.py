@@ -77,7 +77,8 @@ def environment() -> dict:
             versions[name] = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     commit = git("rev-parse", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
+    # A benchmark that writes several results does not make the later ones "uncommitted".
+    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
         commit += " with uncommitted changes"
     return {
         "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),

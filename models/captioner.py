@@ -1,6 +1,7 @@
 """Images become captions here, and only here."""
 
 import contextlib
+import copy
 import logging
 import sys
 
@@ -10,9 +11,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from collator import ImageCollator, prompt_tokens
+from collator import ImageCollator, with_targets
 from models.decoding import generate
-from models.families import special_tokens
+from models.families import base_model, family_of
 from models.loading import load_model
 
 logger = logging.getLogger(__name__)
@@ -56,24 +57,29 @@ class Captioner:
     ):
         self.model, self.processor, self.keep_prompt, self.autocast = model, processor, keep_prompt, autocast
         self.fast_jpeg, self.corruption = fast_jpeg, corruption
-        self.prompt = prompt if prompt is not None else getattr(model.config, "caption_prompt", "")
+        default = getattr(model.config, "caption_prompt", family_of(model.config).default_words)
+        self.prompt = default if prompt is None else prompt
+        self.collator = ImageCollator(
+            processor, model.config, prompt=self.prompt, fast_jpeg=fast_jpeg, corruption=corruption
+        )
         own = model.generation_config
         self.settings = {name: getattr(own, name, None) for name in DEFAULTS}
         self.settings = {name: DEFAULTS[name] if value is None else value for name, value in self.settings.items()}
         self.settings |= {name: value for name, value in settings.items() if value is not None}
         if self.settings["num_beams"] == 1:  # they mean nothing without beams, and generate warns of each
             self.settings.pop("length_penalty"), self.settings.pop("early_stopping")
-        self.start, self.end, _ = special_tokens(model.config)
-        self.prompt_ids = prompt_tokens(processor.tokenizer, self.prompt)
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path, *, device=None, bf16=None, fast_attention=True, revision="main", **kw):
-        """A captioner on `device` (default: this process's own GPU, else the CPU), in bfloat16 where the GPU can."""
-        model, processor = load_model(model_name_or_path, fast_attention=fast_attention, revision=revision)
+    def from_pretrained(cls, model_name_or_path, *, device=None, bf16=None, loading=None, **kw):
+        """A captioner on `device` (default: this process's own GPU, else the CPU), in bfloat16 where the GPU can.
+        `loading` is for models.loading.load_model, the rest for the captioner."""
+        model, processor = load_model(model_name_or_path, **loading or {})
         device = torch.device(device) if device else processes().device
         if bf16 is None:
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return cls(model.to(device).eval(), processor, autocast=torch.bfloat16 if bf16 else None, **kw)
+        if not getattr(model, "is_quantized", False):  # that one is where it was loaded to
+            model = model.to(device)
+        return cls(model.eval(), processor, autocast=torch.bfloat16 if bf16 else None, **kw)
 
     def save_settings(self) -> None:
         """Write prompt and settings into the model's configs, so that its checkpoints are captioned alike."""
@@ -90,36 +96,75 @@ class Captioner:
 
     def __call__(self, images: list) -> list[str]:
         """One caption an image, for a list of anything that data.open_image takes."""
-        samples = [{"image": image, "image_id": str(i)} for i, image in enumerate(images)]
-        batch = ImageCollator(self.processor, fast_jpeg=self.fast_jpeg, corruption=self.corruption)(samples)
+        batch = self.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
         return [captions[0] for captions in self.caption_batch(batch)]
 
-    @torch.inference_mode()
     def caption_batch(self, batch: dict) -> list[list[str]]:
         """`num_return_sequences` (default 1) captions for each image of an ImageCollator's batch."""
-        pixel_values = batch["pixel_values"].to(self.model.device, non_blocking=True)
-        images = pixel_values.shape[0]
-        # generate() of BLIP drops the last token, as it expects the prompt to end in [SEP].
-        prompt = torch.tensor([self.start, *self.prompt_ids, self.end], device=pixel_values.device).repeat(images, 1)
-        precision = (
-            torch.autocast(pixel_values.device.type, dtype=self.autocast) if self.autocast else contextlib.nullcontext()
-        )
-        with precision:
-            tokens = generate(self.model, pixel_values=pixel_values, input_ids=prompt, **self.settings)
-        if not self.keep_prompt:
-            tokens = tokens[:, 1 + len(self.prompt_ids) :]
+        tokens = self.generate_tokens(batch)
+        per_image = len(tokens) // len(batch["input_ids"])
+        texts = self.texts(tokens)
+        return [texts[i : i + per_image] for i in range(0, len(texts), per_image)]
+
+    @torch.inference_mode()
+    def generate_tokens(self, batch: dict, **settings) -> torch.LongTensor:
+        """(images * num_return_sequences, L) token ids that go on from the prompt of each image of an ImageCollator's
+        batch: the end token is among them where it was reached, and behind it is padding. `settings` are for generate,
+        before the captioner's own."""
+        inputs = {
+            name: value.to(self.model.device, non_blocking=True)
+            for name, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
+        settings = self.settings | settings
+        end, prompt = self.collator.end, inputs["input_ids"]
+        if self.model.config.model_type == "blip":
+            # Its generate() sets the ends itself, knows no padding, and drops the last token, where it expects [SEP].
+            inputs["input_ids"] = torch.nn.functional.pad(prompt, (0, 1), value=end)
+            del inputs["attention_mask"]
+        else:
+            settings |= {"eos_token_id": end, "pad_token_id": self.collator.pad}
+        with self._precision():
+            output = generate(self.model, **inputs, **settings)
+        before = 1 if self.collator.decoder_start is not None else prompt.shape[1]
+        if isinstance(output, torch.Tensor):
+            return output[:, before:]
+        output.sequences = output.sequences[:, before:]
+        return output
+
+    def texts(self, tokens: torch.LongTensor) -> list[str]:
+        """The captions that rows of generated tokens spell."""
         texts = [" ".join(t.split()) for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
-        per_image = len(texts) // images
-        return [texts[i * per_image : (i + 1) * per_image] for i in range(images)]
+        return [f"{self.collator.words} {text}".strip() for text in texts] if self.keep_prompt else texts
+
+    def training_batch(self, batch: dict, tokens: torch.LongTensor) -> dict:
+        """A batch whose targets are what generate_tokens made of `batch`, end token included: for the log-probabilities
+        of samples and candidates (objectives.cross_entropy.token_log_probs)."""
+        ended = (tokens == self.collator.end).cumsum(dim=1)
+        lengths = ((ended - (tokens == self.collator.end).long()) == 0).sum(dim=1)
+        inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        if self.collator.joint:  # such a model takes an image again for each of its rows
+            expand = base_model(self.model)._expand_inputs_for_generation
+            times = len(tokens) // len(batch["input_ids"])
+            input_ids, inputs = expand(expand_size=times, **inputs)
+            inputs["input_ids"] = input_ids
+        return with_targets(inputs, tokens, lengths, self.collator.decoder_start)
+
+    def _precision(self):
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast)
 
     def stream(self, samples: Dataset, *, batch_size: int = 16, num_workers: int = 0, skip_bad_images: bool = False):
         """Yields (image_id, [captions]) of `samples` (a list or map-style dataset of records) in their order.
 
         An unreadable image raises its ImageError, or with `skip_bad_images` is yielded as (image_id, ImageError)."""
+        collator = copy.copy(self.collator)
+        collator.skip_bad_images = skip_bad_images
         loader = DataLoader(
             samples,
             batch_size=batch_size,
-            collate_fn=ImageCollator(self.processor, skip_bad_images, self.fast_jpeg, self.corruption),
+            collate_fn=collator,
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
         )

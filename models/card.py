@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from metrics.results import write_json, write_text
+from models.families import base_model, family_of
 
 # Score name in coco_metrics.json: (name shown, metric id of the Hub)
 SCORES = {
@@ -22,13 +23,17 @@ SCORES = {
 def finish_run(folder: Path, trainer, splits, examples: list[dict]) -> None:
     """Adds to run.json what is known at the end of a training run: sizes, time, memory, best checkpoint, examples."""
     run = _read(folder / "run.json")
-    state, config = trainer.state, trainer.model.config
+    state, model = trainer.state, base_model(trainer.model)
+    config = model.config
     run["data"] = {name: _sizes(split) for name, split in splits.items()}
     run["model"] = {
-        "class": type(trainer.model).__name__,
+        "class": type(model).__name__,
+        "adapter": model is not trainer.model,
+        "license": family_of(config).license,
+        "chat": family_of(config).prompt is None,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "image_size": config.vision_config.image_size,
+        "image_size": getattr(config.vision_config, "image_size", None),
     }
     run["training"] = {
         "steps": state.global_step,
@@ -55,7 +60,7 @@ def write_card(folder: Path, repo_id: str | None = None) -> None:
     on_hub = dataset and dataset.count("/") == 1 and not Path(dataset).exists()
     metadata = ModelCardData(
         language="en",
-        license=run.get("license", "other"),
+        license=run.get("license") or run.get("model", {}).get("license") or "other",
         base_model=base,
         datasets=[dataset] if on_hub else None,
         pipeline_tag="image-to-text",
@@ -68,7 +73,7 @@ def write_card(folder: Path, repo_id: str | None = None) -> None:
         f"# {name}",
         _summary(run, base),
         "## How to use it",
-        _snippet(name, reported),
+        _snippet(name, run, reported),
         "## Scores",
         _scores(reported) or "Not scored yet: `python evaluate.py` scores it.",
         "## Captions it gives",
@@ -133,24 +138,31 @@ def _summary(run: dict, base: str | None) -> str:
     )
 
 
-def _snippet(name: str, reported: list[dict]) -> str:
+def _snippet(name: str, run: dict, reported: list[dict]) -> str:
     generation = reported[0].get("generation", {}) if reported else {}
     kept = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty")
     settings = {k: generation[k] for k in kept if generation.get(k) is not None} or {
         "num_beams": 5,
         "max_new_tokens": 30,
     }
-    prompt = generation.get("prompt", "")
-    inputs = f'images=image, text="{prompt.strip()}"' if prompt else "images=image"
+    prompt, model = generation.get("prompt", "").strip(), run.get("model", {})
+    kind = model.get("class", "AutoModelForImageTextToText")
+    if model.get("chat"):
+        ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        inputs = f"processor(images=image, text=processor.apply_chat_template({ask}, add_generation_prompt=True), "
+    elif kind in ("BlipForConditionalGeneration", "GitForCausalLM") and not prompt:
+        inputs = "processor(images=image, "
+    else:
+        inputs = f'processor(images=image, text="{prompt}", '
     return f"""```python
 from PIL import Image
-from transformers import AutoProcessor, BlipForConditionalGeneration
+from transformers import AutoProcessor, {kind}
 
 processor = AutoProcessor.from_pretrained("{name}")
-model = BlipForConditionalGeneration.from_pretrained("{name}")
+model = {kind}.from_pretrained("{name}")
 
 image = Image.open("photo.jpg").convert("RGB")
-inputs = processor({inputs}, return_tensors="pt")
+inputs = {inputs}return_tensors="pt")
 tokens = model.generate(**inputs, {", ".join(f"{k}={v}" for k, v in settings.items())})
 print(processor.decode(tokens[0], skip_special_tokens=True))
 ```"""

@@ -6,50 +6,40 @@ every beam, and a step reorders the self-attention cache alone. benchmarks/NOTES
 """
 
 import torch
-from transformers import BlipForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 
 def generate(
-    model: BlipForConditionalGeneration,
-    pixel_values: torch.Tensor | None = None,
-    image_embeds: torch.Tensor | None = None,
+    model: PreTrainedModel,
+    pixel_values: torch.Tensor,
     input_ids: torch.LongTensor | None = None,
     attention_mask: torch.LongTensor | None = None,
     **generation_kwargs,
 ) -> torch.LongTensor | ModelOutput:
-    """What `model.generate` returns for the same arguments, from a model that `use_fast_attention` has seen.
+    """What `model.generate` returns for the same arguments; sooner from a BLIP that `use_fast_attention` has seen.
 
     Args:
-        pixel_values: (images, 3, height, width).
-        image_embeds: (images, patches + 1, hidden) from `encode_images`, instead of `pixel_values`: one encoding can
+        pixel_values: (images, 3, height, width), or what `models.vision.encode_images` made of them: one encoding can
             then serve several decodings (SCST's sample and its greedy baseline, DiCO's candidates).
-        input_ids: (images, length) prompt tokens as BLIP's processor makes them: the last one, [SEP], is dropped and
-            the first becomes the decoder's start token. Left as they are for the caller.
+        input_ids: (images, length) prompt tokens. For BLIP as its processor makes them: the last one, [SEP], is dropped
+            and the first becomes the decoder's start token. Left as they are for the caller.
         attention_mask: (images, length), 0 at the prompt's padding, which must be on the left.
         generation_kwargs: anything transformers' `generate` takes (num_beams, do_sample, num_return_sequences, ...).
 
     Returns:
         (images * num_return_sequences, length) token ids, start token and prompt included, or with
-        `return_dict_in_generate=True` transformers' output object. Its cache holds the cross-attention keys and values
-        once an image.
+        `return_dict_in_generate=True` transformers' output object. BLIP's cache holds the cross-attention keys and
+        values once an image.
     """
-    if (pixel_values is None) == (image_embeds is None):
-        raise ValueError("generate needs either pixel_values or image_embeds, and not both.")
     if generation_kwargs.get("output_attentions") and isinstance(getattr(model, "text_decoder", None), SharedBeams):
         raise ValueError("Fast attention keeps no attention maps: call use_fast_attention(model, False) first.")
     return model.generate(
-        pixel_values=pixel_values if image_embeds is None else image_embeds,
+        pixel_values=pixel_values,
         input_ids=None if input_ids is None else input_ids.clone(),  # the library writes its start token into them
         attention_mask=attention_mask,
         **generation_kwargs,
     )
-
-
-@torch.no_grad()
-def encode_images(model: BlipForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(images, patches + 1, hidden) embeddings of (images, 3, height, width) images, without gradients."""
-    return model.vision_model(pixel_values=pixel_values).last_hidden_state
 
 
 class SharedBeams:

@@ -1,50 +1,195 @@
-"""What differs between captioner families, a row each. Found by the config's `model_type`."""
+"""What differs between captioner families, a row each. Found by the config's `model_type`.
+
+A caption's tokens are laid out alike in all of them: the prompt, made here, then the caption, then the end token. The
+prompt holds the start token, the tokens that stand for the image where a family has such, and the user's words.
+"""
 
 from dataclasses import dataclass
 
-from transformers import BlipForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    Blip2ForConditionalGeneration,
+    BlipForConditionalGeneration,
+    GitForCausalLM,
+    InstructBlipForConditionalGeneration,
+    PaliGemmaForConditionalGeneration,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _blip_prompt(processor, config, words: str) -> dict:
+    # [DEC] starts a caption at generation, so also in training; the plain processor's [CLS] would be a mismatch.
+    return {"input_ids": [config.text_config.bos_token_id, *_words(processor, words)]}
+
+
+def _git_prompt(processor, config, words: str) -> dict:
+    return {"input_ids": [processor.tokenizer.cls_token_id, *_words(processor, words)]}
+
+
+def _blip2_prompt(processor, config, words: str) -> dict:
+    # The tokenizer's own special tokens: OPT's and Llama's start token, or the end that T5 puts behind its input.
+    return {"input_ids": [config.image_token_id] * config.num_query_tokens + processor.tokenizer(words)["input_ids"]}
+
+
+def _instructblip_prompt(processor, config, words: str) -> dict:
+    seen_by_qformer = processor.qformer_tokenizer(words)["input_ids"]
+    return _blip2_prompt(processor, config, words) | {"qformer_input_ids": seen_by_qformer}
+
+
+def _words(processor, words: str) -> list[int]:
+    return processor.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+
+
+def _chat_prompt(processor, words: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": words}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _chat_answer(processor, words: str) -> tuple[str, int]:
+    """What a template puts between its prompt and an answer, and the token that ends the answer."""
+    tokenizer, marker = processor.tokenizer, "ANSWER"
+    content = [{"type": "image"}, {"type": "text", "text": words}]
+    answer = [{"type": "text", "text": marker}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    lead, _, closing = (
+        processor.apply_chat_template(turns).removeprefix(_chat_prompt(processor, words)).rpartition(marker)
+    )
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    closing = [token for token in ids if token in tokenizer.added_tokens_decoder]
+    return lead, closing[0] if closing else tokenizer.eos_token_id
+
+
+def _paligemma_prompt(processor, words: str) -> str:
+    return f"<image>{words}"  # the processor puts start token and line end around it
+
+
+def _paligemma_answer(processor, words: str) -> tuple[str, int]:
+    return "", processor.tokenizer.eos_token_id
 
 
 @dataclass(frozen=True)
 class Family:
     model_class: type
-    # Attribute paths from the model.
-    vision: str
-    # The id that the decoder's input begins with, at training as at generation. For BLIP it is [DEC]; the plain
-    # processor's [CLS] would be a mismatch between training and generation.
-    start_token: str
+    # Attribute paths, from the model: the vision encoder (the first that is there), and from the config: the tokens
+    # that end and that fill up a caption.
+    vision: tuple[str, ...]
     end_token: str
     pad_token: str
+    # (processor, config, words) -> the token ids before every caption, by the name of the model's argument. None where
+    # they depend on the image: then `joint_prompt` (processor, words) is the text that the processor makes them of, with
+    # the image, and `answer` what stands between that and a caption, and the token that ends one.
+    prompt: callable = None
+    joint_prompt: callable = None
+    answer: callable = None
+    default_words: str = ""
+    license: str | None = None  # of the published weights, where all have the same
+    # Modules that LoRA adapts unless told otherwise: a regular expression that the whole name must match.
+    lora_targets: str = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+
+_LANGUAGE = r"language_model\..*\.(q|k|v|o|wi_0|wi_1|wo|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
+_QFORMER = r"qformer\..*\.(query|key|value|dense)"
+_BLIP2 = {
+    "vision": ("vision_model",),
+    "end_token": "text_config.eos_token_id",  # OPT checkpoints name the line end here
+    "pad_token": "text_config.pad_token_id",
+    "lora_targets": rf"({_LANGUAGE}|{_QFORMER})",
+}
+_CHAT = {
+    "vision": ("model.vision_model", "model.visual", "model.vision_tower"),
+    "end_token": "text_config.eos_token_id",
+    "pad_token": "text_config.pad_token_id",
+    "lora_targets": r".*(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+}
 
 FAMILIES = {
     "blip": Family(
         model_class=BlipForConditionalGeneration,
-        vision="vision_model",
-        start_token="text_config.bos_token_id",
+        vision=("vision_model",),
         end_token="text_config.sep_token_id",
         pad_token="text_config.pad_token_id",
+        prompt=_blip_prompt,
+        license="bsd-3-clause",
+        lora_targets=r"text_decoder\..*\.(query|key|value|dense)",
+    ),
+    "git": Family(
+        model_class=GitForCausalLM,
+        vision=("git.image_encoder",),
+        end_token="eos_token_id",
+        pad_token="pad_token_id",
+        prompt=_git_prompt,
+        license="mit",
+        lora_targets=r"git\.encoder\..*\.(query|key|value|dense)",
+    ),
+    "blip-2": Family(Blip2ForConditionalGeneration, prompt=_blip2_prompt, license="mit", **_BLIP2),
+    "instructblip": Family(
+        InstructBlipForConditionalGeneration,
+        prompt=_instructblip_prompt,
+        default_words="A short image description:",
+        **_BLIP2,
+    ),
+    "paligemma": Family(
+        PaliGemmaForConditionalGeneration,
+        joint_prompt=_paligemma_prompt,
+        answer=_paligemma_answer,
+        default_words="caption en",
+        **_CHAT,
     ),
 }
+# Every other model that takes images and text and has a chat template: SmolVLM, Idefics3, Qwen-VL, LLaVA, ...
+CHAT = Family(
+    AutoModelForImageTextToText,
+    joint_prompt=_chat_prompt,
+    answer=_chat_answer,
+    default_words="Describe the image in one sentence.",
+    **_CHAT,
+)
 
 
 def family_of(config, where: str = "the model") -> Family:
     """The row of a model's config; ValueError names the known families if there is none."""
-    try:
+    if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
-    except KeyError:
-        known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{where} is of family '{config.model_type}'. Known families: {known}.") from None
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return CHAT
+    chat = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(FAMILIES))
+    raise ValueError(
+        f"{where} is of family '{config.model_type}'. Known families: {', '.join(FAMILIES)}, and with a chat template "
+        f"{', '.join(chat)}."
+    )
 
 
-def special_tokens(config) -> tuple[int, int, int]:
-    """(start, end, pad) token ids of the text decoder."""
+def special_tokens(config) -> tuple[int, int]:
+    """(end, pad) token ids of a caption."""
     family = family_of(config)
 
     def look_up(path):
         value = config
         for name in path.split("."):
             value = getattr(value, name)
-        return value
+        return value[0] if isinstance(value, list) else value
 
-    return look_up(family.start_token), look_up(family.end_token), look_up(family.pad_token)
+    end, pad = look_up(family.end_token), look_up(family.pad_token)
+    return end, end if pad is None else pad
+
+
+def base_model(model):
+    """The model itself, without what DDP or an adapter put around it."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def vision_encoder(model):
+    """The module that encodes images."""
+    model = base_model(model)
+    for path in family_of(model.config).vision:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    raise ValueError(f"{type(model).__name__} has no vision encoder under a known name.")
+
+
+def is_encoder_decoder(config) -> bool:
+    """Whether the prompt goes to an encoder of its own and the caption alone to the decoder (T5)."""
+    return bool(getattr(getattr(config, "text_config", config), "is_encoder_decoder", False))

@@ -22,11 +22,11 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from collator import ImageCollator
 from data import CaptionPairs, EncodedRecords
 from data.records import cache_folder
 from models.captioner import processes, show_progress
-from models.families import family_of
+from models.families import vision_encoder
+from models.vision import encode_images, takes_encoded
 
 logger = logging.getLogger(__name__)
 SHARE_OF_MEMORY = 0.5  # of the free memory, at most, for features that are kept there
@@ -50,7 +50,7 @@ def keep_features(place: str, captioner, splits: dict, args, captions_per_image:
     """
     if place == "off":
         return {}
-    vision = captioner.model.get_submodule(family_of(captioner.model.config).vision)
+    vision = vision_encoder(captioner.model)
     splits = {name: records for name, records in splits.items() if records is not None}
     why = _why_not(vision, splits, augmentation)
     if why is None and place == "auto":
@@ -88,6 +88,8 @@ def keep_features(place: str, captioner, splits: dict, args, captions_per_image:
 
 def _why_not(vision, splits: dict, augmentation) -> str | None:
     """Why features cannot stand for the encoder, or None."""
+    if not takes_encoded(vision):
+        return f"as this model does not take the features of its {type(vision).__name__}"
     if augmentation:
         return "as augmentation makes another picture of an image each time"
     if any(isinstance(records, IterableDataset) for records in splits.values()):
@@ -145,17 +147,17 @@ class Encoder:
 
     def __init__(self, vision, captioner, batch_size: int, num_workers: int):
         self.vision, self.autocast, self.processor = vision, captioner.autocast, captioner.processor
-        self.collator = ImageCollator(captioner.processor, fast_jpeg=captioner.fast_jpeg)
+        self.collator = captioner.collator
         self.batch_size, self.num_workers = batch_size, num_workers
         self.device = next(vision.parameters()).device
-        one = self(self.collator.pixel_values([Image.new("RGB", (8, 8))]))
+        one = self(self.collator.pixels([Image.new("RGB", (8, 8))]))
         self.shape, self.dtype, self.bytes_an_image = tuple(one.shape[1:]), one.dtype, one.nbytes
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, patches + 1, hidden) on the CPU, of (images, 3, height, width)."""
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            features = self.vision(pixel_values=pixel_values.to(self.device, non_blocking=True)).last_hidden_state
+            features = encode_images(self.vision, pixel_values.to(self.device, non_blocking=True))
         return features.to(self.autocast or features.dtype).cpu()
 
     def encode(self, records, rows):
@@ -181,7 +183,7 @@ class Encoder:
         for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
             config.pop(name, None)
         processor = self.processor.image_processor.to_dict()
-        settings = {"vision": config, "processor": processor, "decoded_size": self.collator.decoded_size}
+        settings = {"vision": config, "processor": processor, "decoded_size": self.collator.pixels.decoded_size}
         digest = hashlib.blake2b(digest_size=12)
         digest.update(json.dumps(settings | {"dtype": self.dtype}, sort_keys=True, default=str).encode())
         for name, weight in self.vision.state_dict().items():

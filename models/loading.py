@@ -7,25 +7,54 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import PeftModel
 from safetensors import SafetensorError
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from transformers import AutoConfig, AutoProcessor, BertTokenizer, BlipConfig, BlipProcessor
+from transformers import AutoConfig, AutoProcessor, BertTokenizer, BitsAndBytesConfig, BlipConfig, BlipProcessor
+from transformers.utils import is_bitsandbytes_available
 
+from models.adapters import add_adapter, find_adapter, load_adapter
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
-from models.families import family_of
+from models.families import FAMILIES, family_of, vision_encoder
+from models.vision import take_encoded_images
 
 logger = logging.getLogger(__name__)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of every BERT vocabulary, and first in our own
 
 
-def load_model(model_name_or_path: str, fast_attention: bool = True, revision: str = "main"):
+def load_model(
+    model_name_or_path: str,
+    fast_attention: bool = True,
+    revision: str = "main",
+    *,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    merge: bool = True,
+):
     """A captioner and its processor, from a local folder or the Hub.
 
-    Weights are read from safetensors only, and no code of the repository is run. ValueError if there is no model, if
-    its family is not known, or if some weights of the captioner are missing from it.
+    Weights are read from safetensors only, and no code of the repository is run. `dtype` is float32 or bfloat16;
+    `quantization` 4bit or 8bit. Of an adapter the base model is loaded first, by the name that the adapter has for it, and
+    the adapter merged into it, or with `merge` False put on it, trainable. ValueError if there is no model, if its family
+    is not known, or if some weights of the captioner are missing from it.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"dtype {dtype}: weights are loaded in float32 or bfloat16. float16 has too small a range to train."
+        )
+    adapter = find_adapter(model_name_or_path, revision)
+    if adapter:
+        base = adapter["base_model_name_or_path"]
+        logger.info("%s is an adapter (LoRA): loading its base model %s", model_name_or_path, base)
+        try:
+            options = {"dtype": dtype, "quantization": quantization}
+            model, processor = load_model(base, fast_attention, adapter.get("revision") or "main", **options)
+        except ValueError as error:
+            raise ValueError(f"{model_name_or_path} is an adapter, and its base model does not load: {error}") from None
+        model = load_adapter(model, model_name_or_path, revision)
+        return (model.merge_and_unload() if merge else model), processor
     folder = Path(model_name_or_path)
     if folder.exists() and not (folder / "config.json").is_file():
         inside = "it is a file" if folder.is_file() else "it has no config.json"
@@ -38,11 +67,13 @@ def load_model(model_name_or_path: str, fast_attention: bool = True, revision: s
         config = AutoConfig.from_pretrained(model_name_or_path, **options)
         family = family_of(config, model_name_or_path)
         wanted = family.model_class.__name__
-        if config.architectures and wanted not in config.architectures:
+        if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
             raise ValueError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
         processor = AutoProcessor.from_pretrained(model_name_or_path, **options)
+        if quantization:
+            options["quantization_config"] = quantization_config(quantization)
         model, info = family.model_class.from_pretrained(
-            model_name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            model_name_or_path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
         )
     except SafetensorError as error:
         raise ValueError(
@@ -55,10 +86,28 @@ def load_model(model_name_or_path: str, fast_attention: bool = True, revision: s
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{model_name_or_path} lacks {len(missing)} weights of {family.model_class.__name__} "
+            f"{model_name_or_path} lacks {len(missing)} weights of {wanted} "
             f"(first: {missing[0]}): it is a checkpoint of another kind of model."
         )
-    return _speed_up(model, fast_attention), processor
+    return ready(model, processor, fast_attention), processor
+
+
+def quantization_config(quantization: str) -> BitsAndBytesConfig:
+    """bitsandbytes' 4-bit NF4 or 8-bit; ValueError where it cannot run."""
+    if quantization not in ("4bit", "8bit"):
+        raise ValueError(f"quantization {quantization}: it is 4bit or 8bit.")
+    if not torch.cuda.is_available():
+        raise ValueError(f"quantization {quantization} needs a CUDA GPU, and there is none here. Leave it out.")
+    if not is_bitsandbytes_available():
+        raise ValueError(f"quantization {quantization} needs bitsandbytes: pip install bitsandbytes")
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
+    )
 
 
 def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_attention: bool = True):
@@ -81,11 +130,51 @@ def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_at
     image_processor = transformers.BlipImageProcessor(size={"height": side, "width": side})
     model = family_of(config).model_class(config)
     _spread_vision_weights(model)
-    return _speed_up(model, fast_attention), BlipProcessor(image_processor, tokenizer)
+    processor = BlipProcessor(image_processor, tokenizer)
+    return ready(model, processor, fast_attention), processor
 
 
-def _speed_up(model, fast_attention: bool):
-    return use_onednn_linear(use_fast_attention(model, fast_attention), fast_attention)
+def make_trainable(model, adapter_args, freeze_vision: bool):
+    """The model with what is to be trained left trainable and in float32: all of it, or with `use_peft` the adapter that
+    it came with or a new one. `adapter_args` are AdapterArguments."""
+    if adapter_args.use_peft and not isinstance(model, PeftModel):
+        a = adapter_args
+        modules = {"targets": a.lora_targets, "modules_to_save": a.modules_to_save}
+        model = add_adapter(model, r=a.lora_r, alpha=a.lora_alpha, dropout=a.lora_dropout, **modules)
+    elif getattr(model, "is_quantized", False):
+        raise ValueError("Quantised weights cannot be trained: pass --use_peft, or leave --quantization out.")
+    if freeze_vision:
+        vision_encoder(model).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def ready(model, processor, fast_attention: bool = True):
+    """The model with its fast paths, and what old checkpoints and their processors lack filled in, in place."""
+    if model.config.model_type in ("blip-2", "instructblip"):
+        _fill_in_image_tokens(model, processor)
+    asks = getattr(processor, "chat_template", None) or model.config.model_type in FAMILIES
+    if not asks:
+        raise ValueError(
+            f"The processor of this {model.config.model_type} model has no chat template: none to ask with."
+        )
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if model.config.model_type == "blip":
+        use_fast_attention(model, fast_attention)
+    return use_onednn_linear(take_encoded_images(model), fast_attention)
+
+
+def _fill_in_image_tokens(model, processor) -> None:
+    """Checkpoints from before transformers 4.46 know neither the placeholder of an image nor how many stand for one."""
+    processor.num_query_tokens = model.config.num_query_tokens
+    tokenizer = processor.tokenizer
+    if getattr(model.config, "image_token_index", None) is None:
+        model.config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")  # the processor added it
+    if model.config.image_token_index >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
 
 
 def read_model_config(config_path: str) -> dict:

@@ -3,22 +3,48 @@
 import torch
 from torch.nn.functional import cross_entropy
 
+from collator import IGNORE
 from models.blip_attention import target_positions
+from models.families import base_model, vision_encoder
+from models.vision import encode_images, takes_encoded
+
+
+def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """((N, vocabulary) logits, (N,) target ids) of all N labels that are not -100, in row order.
+
+    batch: as CaptionCollator or Captioner.training_batch makes it. Labels stand at their own token; the shift to the
+    logits that predict them is made here. Images that are fewer than rows are encoded once for all their rows.
+    """
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels" and isinstance(value, torch.Tensor)}
+    captioner = base_model(model)
+    if captioner.config.model_type == "blip":
+        # Logits are computed where there is a target to predict, and nowhere else.
+        return model(**inputs, logits_to_keep=target_positions(labels)).logits, labels[:, 1:][labels[:, 1:] != IGNORE]
+    times = len(labels) // len(inputs["pixel_values"]) if takes_encoded(vision_encoder(model)) else 1
+    if times > 1:
+        pixel_values = inputs["pixel_values"]
+        encoded = pixel_values if pixel_values.shape[1] == 1 else encode_images(model, pixel_values)
+        inputs["pixel_values"] = encoded.repeat_interleave(times, dim=0)
+    logits = model(**inputs).logits
+    if "decoder_input_ids" not in batch:
+        # Image tokens that stand before the text (GIT) have logits too.
+        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    return logits[labels != IGNORE], labels[labels != IGNORE]
 
 
 def caption_loss(model, batch: dict, *, label_smoothing: float = 0.0, num_items_in_batch=None) -> torch.Tensor:
-    """Summed cross-entropy of the target tokens over `num_items_in_batch` (default: the target tokens of the batch).
-
-    batch: pixel_values (I, 3, H, W); input_ids, attention_mask and labels (I * K, L). Labels stand at their own token;
-    the shift to the logits that predict them is made here.
-    """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    labels = batch["labels"][:, 1:]
-    targets = labels[labels != -100]
-    # Logits are computed where there is a target to predict, and nowhere else.
-    logits = model(**inputs, logits_to_keep=target_positions(batch["labels"])).logits
+    """Summed cross-entropy of the target tokens over `num_items_in_batch` (default: the target tokens of the batch)."""
+    logits, targets = target_logits(model, batch)
     total = cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
     return total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+def token_log_probs(model, batch: dict) -> torch.Tensor:
+    """(rows, L) float32 log-probability of each label, at its own place; 0 where the label is -100."""
+    logits, targets = target_logits(model, batch)
+    chosen = -cross_entropy(logits.float(), targets, reduction="none")
+    return torch.zeros(batch["labels"].shape, device=chosen.device).masked_scatter(batch["labels"] != IGNORE, chosen)
 
 
 class CrossEntropy:

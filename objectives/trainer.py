@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import Seq2SeqTrainer
 
 from metrics import score
+from models.families import base_model
 from objectives.cross_entropy import caption_loss
 from objectives.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
 
@@ -32,7 +34,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         self.label_smoother = None  # the objective's own
         # Tied weights are saved once; without this the Trainer warns of "missing" ones when it reloads a checkpoint.
-        self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or [])
+        base = base_model(self.model)
+        base._keys_to_ignore_on_save = list(base._tied_weights_keys or [])
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
         self._sigterm, self._late = StopOnSigterm(), False
@@ -123,6 +126,10 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):  # how it captions; an adapter's own files do not say
+            base = base_model(self.model)
+            base.config.save_pretrained(output_dir or self.args.output_dir)
+            base.generation_config.save_pretrained(output_dir or self.args.output_dir)
         # A pickle of all flags, the Hub token among them, that nothing reads: run.json says what the run was.
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 

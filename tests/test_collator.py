@@ -88,9 +88,10 @@ def test_a_caption_that_is_cut_has_no_end(model_and_processor):
 
 
 def test_a_batch_to_caption_has_no_caption_in_it(model_and_processor):
-    _, processor = model_and_processor
-    batch = ImageCollator(processor)(samples())
-    assert set(batch) == {"pixel_values", "image_ids", "errors"}
+    model, processor = model_and_processor
+    batch = ImageCollator(processor, model.config)(samples())
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "image_ids", "errors"}
+    assert batch["input_ids"].tolist() == [[model.config.text_config.bos_token_id]] * 10
     assert not any(word in str(batch["image_ids"]) for word in ("dog", "cat"))
 
 
@@ -105,8 +106,10 @@ def test_generation_sees_the_start_token_and_the_prompt_and_nothing_else(model_a
 
     monkeypatch.setattr(model.text_decoder, "generate", record)
     start = model.config.text_config.bos_token_id
-    Captioner(model, processor).caption_batch(ImageCollator(processor)(samples()))
-    Captioner(model, processor, prompt="a picture of ").caption_batch(ImageCollator(processor)(samples()))
+    Captioner(model, processor).caption_batch(ImageCollator(processor, model.config)(samples()))
+    Captioner(model, processor, prompt="a picture of ").caption_batch(
+        ImageCollator(processor, model.config, prompt="a picture of ")(samples())
+    )
     prompt = processor.tokenizer("a picture of", add_special_tokens=False)["input_ids"]
     assert seen[0].tolist() == [[start]] * 10
     assert seen[1].tolist() == [[start, *prompt]] * 10

@@ -62,9 +62,9 @@ def test_corrupted_images_are_what_the_model_sees_with_any_number_of_workers(mod
     for workers in (0, 1):
         captioner.caption_split(records, num_workers=workers)
     assert seen[0].equal(seen[1])
-    plain, collator = ImageCollator(captioner.processor)(list(records)), ImageCollator(captioner.processor)
+    plain = ImageCollator(captioner.processor, captioner.model.config)(list(records))
     corrupted = [captioner.corruption(data.open_image(row["image"]), 0, row["image_id"]) for row in records]
-    assert seen[0].equal(collator.pixel_values(corrupted))
+    assert seen[0].equal(captioner.collator.pixels(corrupted))
     assert (seen[0] - plain["pixel_values"]).abs().mean(dim=(1, 2, 3)).gt(0.1).all()
     assert captioner.description()["corrupt"] == ["gaussian_noise:40", "jpeg:10"]
 

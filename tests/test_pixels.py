@@ -1,7 +1,6 @@
 """Images become pixel values as the processor would make them, only sooner; and memory that runs out."""
 
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +11,9 @@ from transformers import BlipImageProcessor, CLIPImageProcessor
 
 import data
 from arguments import TrainArguments
-from collator import CaptionCollator, ImageCollator
+from collator import CaptionCollator, Pixels
 from models.captioner import Captioner
 from objectives import CaptionTrainer, CrossEntropy
-
-
-def collator(image_processor, **options):
-    return ImageCollator(SimpleNamespace(image_processor=image_processor), **options)
 
 
 def noise(width, height, seed=0):
@@ -45,9 +40,9 @@ def test_pixel_values_are_the_processors_own_to_the_bit(settings):
         noise(processor.size["width"], processor.size["height"]),
         Image.new("RGB", (1, 1), "red"),
     ]
-    ours = collator(processor)
+    ours = Pixels(processor)
     assert ours.size is not None
-    assert ours.pixel_values(images).equal(processor(images=images, return_tensors="pt")["pixel_values"].float())
+    assert ours(images).equal(processor(images=images, return_tensors="pt")["pixel_values"].float())
 
 
 def test_pixel_values_of_photos_are_the_processors_own(test_data):
@@ -55,26 +50,26 @@ def test_pixel_values_of_photos_are_the_processors_own(test_data):
     processor, images = BlipImageProcessor(), [data.open_image(path) for path in paths]
     if processor.backend != "pil":
         pytest.skip("torchvision is installed: its resize differs from Pillow's, which ours is")
-    assert collator(processor).pixel_values(images).equal(processor(images=images, return_tensors="pt")["pixel_values"])
+    assert Pixels(processor)(images).equal(processor(images=images, return_tensors="pt")["pixel_values"])
 
 
 @pytest.mark.parametrize("settings", [{"do_resize": False}, {"do_center_crop": True, "crop_size": 16}])
 def test_a_processor_that_does_more_is_left_to_do_it(settings):
     processor = CLIPImageProcessor(size={"height": 32, "width": 32}, **settings)
-    ours, image = collator(processor), noise(32, 32)
+    ours, image = Pixels(processor), noise(32, 32)
     assert ours.size is None
-    assert ours.pixel_values([image]).equal(processor(images=[image], return_tensors="pt")["pixel_values"])
+    assert ours([image]).equal(processor(images=[image], return_tensors="pt")["pixel_values"])
 
 
 def test_fast_jpeg_keeps_pixels_within_its_tolerance():
     file = io.BytesIO()
     noise(1600, 1200).save(file, "JPEG", quality=90)
     processor = BlipImageProcessor(size={"height": 96, "width": 96})
-    sample = [{"image": file.getvalue(), "image_id": "photo"}]
-    exact = collator(processor)(sample)["pixel_values"]
-    fast = collator(processor, fast_jpeg=True)(sample)["pixel_values"]
+    exact, fast = Pixels(processor), Pixels(processor, fast_jpeg=True)
+    reduced = fast.open(file.getvalue())
+    exact, fast = exact([exact.open(file.getvalue())]), fast([reduced])
     steps = (exact - fast).abs() * torch.tensor(processor.image_std).view(3, 1, 1) * 255
-    assert collator(processor, fast_jpeg=True).open(sample[0]["image"]).size == (400, 300)
+    assert reduced.size == (400, 300)
     assert 0 < steps.mean() < 2
 
 

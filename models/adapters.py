@@ -1,0 +1,84 @@
+"""LoRA: small trainable matrices beside the frozen weights of a trained model (arXiv 2106.09685), through peft."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+from transformers.utils import find_adapter_config_file
+
+from models.families import family_of
+
+logger = logging.getLogger(__name__)
+
+
+def add_adapter(
+    model, *, r: int, alpha: int, dropout: float, targets: str | None = None, modules_to_save=()
+) -> PeftModel:
+    """The model with a new LoRA adapter, which alone is trainable, with the modules of `modules_to_save`.
+
+    `targets` is a regular expression that the whole name of a linear layer must match (default: the family's). ValueError
+    if it matches none, or if a name of `modules_to_save` does not occur.
+    """
+    base = model.config.name_or_path
+    if not base:
+        raise ValueError("An adapter is for a trained model: give --model_name_or_path instead of --model_config.")
+    targets = targets or family_of(model.config).lora_targets
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    matched = [name for name in linear if re.fullmatch(targets, name)]
+    if not matched:
+        some = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})[:12])
+        raise ValueError(f"lora_targets '{targets}' matches no linear layer of {type(model).__name__}. It has: {some}.")
+    names = {name for name, _ in model.named_modules()}
+    for name in modules_to_save:
+        if not any(module == name or module.endswith(f".{name}") for module in names):
+            raise ValueError(f"modules_to_save: {type(model).__name__} has no module {name}.")
+    kinds: dict[str, int] = {}
+    for name in matched:
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    for kind, count in sorted(kinds.items()):
+        logger.info("LoRA adapts %3d x %s", count, kind)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=matched,
+        modules_to_save=list(modules_to_save) or None,
+    )
+    model = get_peft_model(model, config)
+    # The adapter is loaded from other folders than this one.
+    model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
+    logger.info("%s", "trainable: {:,} of {:,} weights".format(*model.get_nb_trainable_parameters()))
+    return model
+
+
+def find_adapter(model_name_or_path: str, revision: str = "main") -> dict | None:
+    """The adapter_config.json of an adapter folder or Hub repository; None if it is a whole model's."""
+    folder = Path(model_name_or_path)
+    if folder.exists():
+        path = folder / "adapter_config.json"
+        path = path if path.is_file() else None
+    else:
+        path = find_adapter_config_file(model_name_or_path, revision=revision)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftModel:
+    """`base` with the adapter put on, trainable, and captioned as the adapter's folder says."""
+    try:
+        model = PeftModel.from_pretrained(base, model_name_or_path, is_trainable=True, revision=revision)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter weights in {model_name_or_path} are damaged ({error}): copy them again."
+        ) from None
+    folder = Path(model_name_or_path)
+    if (folder / "config.json").is_file():  # our own checkpoints have it; others are captioned as their base is
+        base.config.caption_prompt = json.loads((folder / "config.json").read_text()).get("caption_prompt", "")
+    if (folder / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder)
+    return model

@@ -1,0 +1,57 @@
+"""Images that are encoded once for all their captions, in families whose library class encodes them once a caption.
+
+BLIP has this, and more, in models/blip_attention.py.
+"""
+
+import torch
+from transformers import Blip2VisionModel, GitVisionModel, InstructBlipVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from models.blip_attention import VisionModel
+from models.families import vision_encoder
+
+
+class TakesEncoded:
+    """A vision encoder that hands back (images, 1, patches, hidden), what it had returned with a channel put in."""
+
+    def forward(self, pixel_values, **kwargs):
+        if pixel_values.dim() == 4 and pixel_values.shape[1] == 1:
+            return BaseModelOutputWithPooling(last_hidden_state=pixel_values[:, 0])
+        return super().forward(pixel_values, **kwargs)
+
+
+class Blip2Vision(TakesEncoded, Blip2VisionModel):
+    pass
+
+
+class InstructBlipVision(TakesEncoded, InstructBlipVisionModel):
+    pass
+
+
+class GitVision(TakesEncoded, GitVisionModel):
+    pass
+
+
+def take_encoded_images(model):
+    """Lets the model take (images, 1, patches, hidden) encoded images as `pixel_values`, where its family can."""
+    for kind in (Blip2Vision, InstructBlipVision, GitVision):
+        for module in model.modules():
+            if type(module) is kind.__mro__[2]:
+                module.__class__ = kind
+    return model
+
+
+def takes_encoded(vision) -> bool:
+    """Whether a model with this vision encoder takes encoded images in place of pixels."""
+    return isinstance(vision, TakesEncoded | VisionModel)
+
+
+def encode_images(model, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Encoded images, as the model takes them in place of `pixel_values` (images, 3, height, width).
+
+    (images, patches + 1, hidden) for BLIP, (images, 1, patches + 1, hidden) for BLIP-2, InstructBLIP and GIT. Gradients
+    flow if they are enabled. `model` is the captioner or its vision encoder.
+    """
+    vision = model if takes_encoded(model) else vision_encoder(model)
+    encoded = vision(pixel_values=pixel_values).last_hidden_state
+    return encoded[:, None] if isinstance(vision, TakesEncoded) else encoded
