@@ -116,7 +116,9 @@ class DataArguments:
 class TrainDataArguments(DataArguments):
     max_txt_len: int = flag(40, "Longest caption in tokens, prompt and both ends counted; longer ones are cut.")
     captions_per_image: int = flag(
-        1, "Captions that share one encoding of their image. The batch size counts images, each with so many captions."
+        1,
+        "Captions that share one encoding of their image. The batch size counts images, each with so many captions. "
+        "With another objective than cross_entropy, all of the image.",
     )
     augment: list[str] = flag(
         [],
@@ -179,9 +181,51 @@ class MetricArguments:
 
 
 @dataclass
+class ObjectiveArguments:
+    reward: str = flag(
+        "cider:1.0",
+        "With scst: rewards and their weights, such as 'cider:1.0 bleu:0.5'. cider is CIDEr-D with the training split's "
+        "document frequencies, bleu is BLEU-4 of the caption; both on all references, the end of the caption counted.",
+    )
+    ce_weight: float = flag(0.0, "With scst: share of cross-entropy on the references in the loss.")
+    scst_samples: int = flag(5, "With scst: captions that are sampled of each image.")
+    scst_baseline: str = flag(
+        "leave_one_out",
+        "With scst: what a sample's reward is compared with: leave_one_out, the mean of the image's other samples; or "
+        "greedy, the greedy caption.",
+    )
+    scst_temperature: float = flag(1.0, "With scst: temperature of the sampling.")
+    scst_top_p: float = flag(1.0, "With scst: sample from the most likely words that together have this probability.")
+
+    def __post_init__(self):
+        if self.scst_baseline not in ("leave_one_out", "greedy"):
+            raise ValueError(f"scst_baseline: '{self.scst_baseline}' is neither leave_one_out nor greedy.")
+        if self.scst_samples < (2 if self.scst_baseline == "leave_one_out" else 1):
+            raise ValueError(
+                f"scst_samples {self.scst_samples} is too few: leave_one_out compares an image's samples with each "
+                "other and needs 2 or more, greedy needs 1."
+            )
+        if not 0 < self.scst_top_p <= 1:
+            raise ValueError(f"scst_top_p must be above 0 and at most 1, not {self.scst_top_p}.")
+        if self.scst_temperature <= 0:
+            raise ValueError(f"scst_temperature must be above 0, not {self.scst_temperature}.")
+        if not 0 <= self.ce_weight < 1:
+            raise ValueError(f"ce_weight must be at least 0 and below 1, not {self.ce_weight}.")
+
+
+# What makes a checkpoint the best one, where metric_for_best_model is not given.
+BEST = {"cross_entropy": "sacrebleu", "scst": "CIDEr"}
+
+
+@dataclass
 class TrainArguments(Seq2SeqTrainingArguments):
     """transformers' own flags, with the defaults of the published BLIP recipe."""
 
+    objective: str = flag(
+        "cross_entropy",
+        "What is learnt from: cross_entropy on the references, or scst, rewards of the model's own captions. scst goes "
+        "on from a trained captioner, and goes through images: a sample is one with all its captions.",
+    )
     output_dir: str = flag("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
     num_train_epochs: float = flag(4.0, "Passes over the training captions.")
     learning_rate: float = flag(5e-5, "Highest learning rate.")
@@ -200,7 +244,12 @@ class TrainArguments(Seq2SeqTrainingArguments):
     save_total_limit: int | None = flag(2, "Checkpoints to keep, the best one always among them.")
     load_best_model_at_end: bool = flag(True, "End with the best checkpoint instead of the last.")
     metric_for_best_model: str | None = flag(
-        "sacrebleu", "What makes a checkpoint the best: sacrebleu, CIDEr, ... on the validation split, or loss."
+        None,
+        "What makes a checkpoint the best: sacrebleu, CIDEr, ... on the validation split, or loss. Default: sacrebleu, "
+        "with scst CIDEr.",
+    )
+    patience: int | None = flag(
+        None, "End after so many evaluations in a row that were no better than the best before them. Default: go on."
     )
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
@@ -213,6 +262,10 @@ class TrainArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self):
+        if self.objective not in BEST:
+            raise ValueError(f"objective: '{self.objective}' is none of {', '.join(BEST)}.")
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = BEST[self.objective]
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else torchrun on CPUs runs lone processes
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and self.fp16 is None:
@@ -241,6 +294,12 @@ class TrainArguments(Seq2SeqTrainingArguments):
                 self.activation_checkpointing = bool(self.gradient_checkpointing)
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
+        if self.patience and not self.load_best_model_at_end:
+            raise ValueError("patience waits for a better best checkpoint: it needs load_best_model_at_end.")
+        if self.accelerator_config is None:
+            self.accelerator_config = {"dispatch_batches": False}  # of a stream: each process reads its own share
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # all are constants; sent before a forward pass, autograd sees a change
         if self.metric_for_best_model and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         super().__post_init__()

@@ -30,13 +30,25 @@ class CaptionCollator:
     (models/families.py), image placeholders included; where an encoder reads it (T5), `input_ids` are the prompt alone,
     and `decoder_input_ids` and `labels` the caption. Chat models take the pixels of an image again for each caption.
 
+    With `prompts_only` a batch is one to draw captions from: the inputs of I images end in their prompts, and `labels`
+    (I * K, 1 + L) are the references' target tokens behind a first -100.
+
     A caption longer than `max_txt_len` tokens (with prompt and both ends, but for placeholders, an encoder's prompt and
     a chat's) is cut, and then has no end token: it did not end there.
     """
 
     def __init__(
-        self, processor, config, *, max_txt_len: int = 40, prompt: str = "", augmentation=None, fast_jpeg: bool = False
+        self,
+        processor,
+        config,
+        *,
+        max_txt_len: int = 40,
+        prompt: str = "",
+        augmentation=None,
+        fast_jpeg: bool = False,
+        prompts_only: bool = False,
     ):
+        self.prompts_only = prompts_only
         self.images = ImageCollator(processor, config, prompt=prompt, fast_jpeg=fast_jpeg)
         self.augmentation = augmentation
         self.room = max_txt_len - self.images.words_before
@@ -53,13 +65,19 @@ class CaptionCollator:
             images = [self.images.pixels.open(sample["image"]) for sample in samples]
             if self.augmentation:
                 images = [
-                    self.augmentation(image, sample["epoch"], sample["image_id"], sample["captions"])
+                    self.augmentation(image, sample["epoch"], self._draw_id(sample), sample["captions"])
                     for image, sample in zip(images, samples, strict=True)
                 ]
-            if self.images.joint:
+            if self.images.joint and not self.prompts_only:
                 images = [image for image in images for _ in range(per_image)]
             inputs = self.images.inputs(images)
+        inputs["image_ids"] = [sample["image_id"] for sample in samples]
         return self._with_captions(inputs, captions, per_image)
+
+    @staticmethod
+    def _draw_id(sample: dict) -> str:
+        """What an augmentation's chance goes by: each sample of an image gets a draw of its own."""
+        return f"{sample['image_id']}#{sample.get('first_caption', 0)}"
 
     def token_tensors(self, captions: list[list[str]]) -> dict[str, torch.Tensor]:
         """The batch of the captions of each image, without its pixels. Not for chat models, whose prompt needs them."""
@@ -75,6 +93,9 @@ class CaptionCollator:
         padded = torch.full((len(targets), int(lengths.max())), self.images.pad)
         for row, ids in zip(padded, targets, strict=True):
             row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        if self.prompts_only:
+            labels = padded.masked_fill(torch.arange(padded.shape[1]) >= lengths[:, None], IGNORE)
+            return inputs | {"labels": torch.nn.functional.pad(labels, (1, 0), value=IGNORE)}
         return with_targets(inputs, padded, lengths, self.images.decoder_start)
 
 

@@ -10,7 +10,7 @@ captions, its training curves and its model card. Started again after a kill, it
 import dataclasses
 import logging
 
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 import data
 from arguments import (
@@ -18,6 +18,7 @@ from arguments import (
     GenerationArguments,
     MetricArguments,
     ModelArguments,
+    ObjectiveArguments,
     ScratchArguments,
     TrainArguments,
     TrainDataArguments,
@@ -33,7 +34,7 @@ from models.card import finish_run, write_card
 from models.families import vision_encoder
 from models.features import keep_features
 from models.loading import build_model, load_model, make_trainable
-from objectives import CaptionTrainer, CrossEntropy
+from objectives import CaptionTrainer, build_objective, check_objective
 from objectives.checkpoints import find_checkpoint, record_run
 
 logger = logging.getLogger("train")
@@ -47,11 +48,13 @@ def main():
             AdapterArguments,
             TrainDataArguments,
             GenerationArguments,
+            ObjectiveArguments,
             MetricArguments,
             TrainArguments,
         )
     )
-    model_args, scratch_args, adapter_args, data_args, generation_args, metric_args, args = groups
+    model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
+    check_objective(args, objective_args, scratch_args, data_args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = results.output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
@@ -90,25 +93,28 @@ def main():
         augmentation = data.Augmentation(data_args.augment, input_size(processor.image_processor), args.seed)
     # What training goes through: records, or with a frozen encoder these with their encoded images.
     used = {"train": train, "validation": validation if args.eval_strategy != "no" else None}
+    draws = args.objective != "cross_entropy"  # captions of its own; the references are then all of the image
+    per_image = None if draws else data_args.captions_per_image
     if not any(parameter.requires_grad for parameter in vision_encoder(model).parameters()):
-        used |= keep_features(
-            scratch_args.feature_cache, captioner, used, args, data_args.captions_per_image, augmentation
-        )
+        used |= keep_features(scratch_args.feature_cache, captioner, used, args, per_image, augmentation)
     if data_args.streaming:
         pairs = data.CaptionStream(train, data_args.captions_per_image, seed=args.seed)
     else:
-        pairs = data.CaptionPairs(used["train"], data_args.captions_per_image)
+        pairs = data.CaptionPairs(used["train"], per_image)
     trainer = CaptionTrainer(
         model=model,
         args=args,
         processing_class=processor,
-        objective=CrossEntropy(args.label_smoothing_factor),
+        objective=build_objective(args, objective_args, captioner, train),
         captioner=captioner,
-        data_collator=CaptionCollator(processor, model.config, augmentation=augmentation, **collating),
+        data_collator=CaptionCollator(
+            processor, model.config, augmentation=augmentation, prompts_only=draws, **collating
+        ),
         eval_collator=CaptionCollator(processor, model.config, **collating),
         train_dataset=pairs,
         eval_dataset=used["validation"] and data.CaptionPairs(used["validation"], data_args.captions_per_image),
         validation=used["validation"],
+        callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
     )
     if trainer.is_world_process_zero():
         record_run(folder, flags)

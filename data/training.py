@@ -44,16 +44,18 @@ class EncodedRecords(torch.utils.data.Dataset):
 class CaptionPairs(torch.utils.data.Dataset):
     """Every caption of every record once an epoch, in samples of up to `captions_per_image` captions of one image.
 
-    A sample is `{"image_id", "image", "captions", "epoch"}`. At 1 caption an image it is the classic list of pairs.
-    Of EncodedRecords it has "features" in place of "image".
+    A sample is `{"image_id", "first_caption", "image", "captions", "epoch"}`. At 1 caption an image it is the classic
+    list of pairs, with None every sample has all captions of its image. Of EncodedRecords it has "features" in place of
+    "image".
     """
 
-    def __init__(self, records, captions_per_image: int = 1):
-        if captions_per_image < 1:
+    def __init__(self, records, captions_per_image: int | None = 1):
+        if captions_per_image is not None and captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, not {captions_per_image}.")
-        self.records, self.captions_per_image = records, captions_per_image
         table = records.records if isinstance(records, EncodedRecords) else records
         counts = pyarrow.compute.list_value_length(table.with_format("arrow")["captions"][:]).to_numpy()
+        captions_per_image = captions_per_image or int(max(counts, default=1))
+        self.records, self.captions_per_image = records, captions_per_image
         starts = [np.arange(0, count, captions_per_image) for count in counts]
         self.record_of = np.repeat(np.arange(len(counts)), [len(s) for s in starts])
         self.start_of = np.concatenate(starts) if starts else np.empty(0, int)
@@ -71,8 +73,8 @@ class CaptionPairs(torch.utils.data.Dataset):
         start = int(self.start_of[index])
         kind = "image" if "image" in record else "features"
         return {
-            # Each sample of an image is augmented by a draw of its own.
-            "image_id": f"{record['image_id']}#{start}",
+            "image_id": record["image_id"],
+            "first_caption": start,
             kind: record[kind],
             "captions": record["captions"][start : start + self.captions_per_image],
             "epoch": int(self.epoch),

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from collator import ImageCollator, with_targets
 from models.decoding import generate
-from models.families import base_model, family_of
+from models.families import base_model, family_of, vision_encoder
 from models.loading import load_model
+from models.vision import encode_images, takes_encoded
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,15 @@ class Captioner:
             return output[:, before:]
         output.sequences = output.sequences[:, before:]
         return output
+
+    def encode(self, batch: dict) -> dict:
+        """The model inputs of `batch`, its images encoded once for all that is drawn and computed of them, with
+        gradients where the encoder is trained; the pixels themselves in families that cannot take encoded images."""
+        inputs = {n: v.to(self.model.device) for n, v in batch.items() if n != "labels" and isinstance(v, torch.Tensor)}
+        if takes_encoded(vision_encoder(self.model)):
+            with self._precision():
+                inputs["pixel_values"] = encode_images(self.model, inputs["pixel_values"])
+        return inputs
 
     def texts(self, tokens: torch.LongTensor) -> list[str]:
         """The captions that rows of generated tokens spell."""

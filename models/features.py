@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 SHARE_OF_MEMORY = 0.5  # of the free memory, at most, for features that are kept there
 
 
-def keep_features(place: str, captioner, splits: dict, args, captions_per_image: int = 1, augmentation=None) -> dict:
+def keep_features(
+    place: str, captioner, splits: dict, args, captions_per_image: int | None = 1, augmentation=None
+) -> dict:
     """`{split: data.EncodedRecords}` of `splits`, whose "features" are (patches + 1, hidden), or {} if none are kept.
 
     Every image of `splits` is encoded here, unless a folder holds its features. They have the precision in which the

@@ -38,6 +38,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         base._keys_to_ignore_on_save = list(base._tied_weights_keys or [])
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
+        self.args.logging_nan_inf_filter = False  # it would hide such a loss from the log; here it stops the run
         self._sigterm, self._late = StopOnSigterm(), False
         self.add_callback(self._sigterm)
 
@@ -53,6 +54,12 @@ class CaptionTrainer(Seq2SeqTrainer):
             if name != "loss":
                 self._scalars.setdefault(name, []).append(torch.as_tensor(value).detach())
         loss = result["loss"]
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the images "
+                f"{', '.join(inputs['image_ids'])}. Checkpoints before it are kept. Look at these samples; if they are "
+                "sound, lower learning_rate or max_grad_norm, or train in bf16 or float32 instead of fp16."
+            )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients; the sum is wanted
         return (loss, result) if return_outputs else loss
@@ -69,7 +76,8 @@ class CaptionTrainer(Seq2SeqTrainer):
             logs["data_wait"] = round(self._waited / (now - self._logged_at), 4)
             self._waited, self._logged_at = 0.0, now
             for name, values in self._scalars.items():
-                logs[name] = self.accelerator.reduce(torch.stack(values).float().mean(), "mean").item()
+                mean = torch.stack(values).float().mean().to(self.args.device)
+                logs[name] = self.accelerator.reduce(mean, "mean").item()
             self._scalars = {}
         super().log(logs, start_time)
 

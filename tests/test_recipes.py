@@ -15,8 +15,10 @@ GROUPS = (
     arguments.ScratchArguments,
     arguments.TrainDataArguments,
     arguments.GenerationArguments,
+    arguments.ObjectiveArguments,
     arguments.MetricArguments,
     arguments.TrainArguments,
+    arguments.AdapterArguments,
 )
 
 
@@ -57,6 +59,13 @@ def test_every_file_and_script_that_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"\]\(([\w./-]+)\)|`((?:recipes|benchmarks|docs)/[\w./-]+)`", text):
         assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+def test_every_test_that_the_corrections_name_exists():
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs/corrections.md").read_text())
+    assert len(named) > 10
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
 
 
 def test_every_flag_that_the_readme_names_exists():

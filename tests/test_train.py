@@ -178,6 +178,13 @@ def test_two_processes_give_the_scores_and_the_weights_of_one_with_the_doubled_b
     assert all(first[name].allclose(second[name], atol=1e-4) for name in first)
 
 
+def test_two_processes_train_from_a_stream(dataset, tmp_path):
+    values = flags(tmp_path, dataset, tmp_path / "out", streaming="true", max_steps=3, eval_strategy="no")
+    tiny.run("train.py", *values, processes=2)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert len([row for row in log if "loss" in row]) == 3
+
+
 def test_an_untrained_model_scores_nothing_in_training(test_data, tmp_path):
     """The published script's evaluation, with references for prompts, gave such a model BLEU 91."""
     values = flags(

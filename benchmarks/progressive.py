@@ -1,0 +1,127 @@
+"""The three stages of progressive training with small models, over several seeds: what each stage gives.
+
+    python benchmarks/progressive.py scenes                                # the quickstart's scenes; nothing is needed
+    CAPTION_TEST_DATA=... python benchmarks/progressive.py photos          # Flickr8k photographs of the test data
+
+1 cross-entropy   recipes/quickstart/scenes.yaml, recipes/photos/small.yaml
+1 continued       a control: as many more steps of cross-entropy as stage 2 has, without its augmentation
+2 augmented       recipes/progressive/*_2_augment.yaml, from 1
+3 scst            recipes/progressive/*_3_scst.yaml, from 2
+
+Each run is one of train.py in a folder of its own under --runs; one that has finished there is not run again. A model is
+the best of its run by validation CIDEr. The result has every seed's scores, and means and standard deviations over seeds.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from metrics.results import environment, write_json
+
+SCORES = ("CIDEr", "Bleu_4", "ROUGE_L", "sacrebleu")
+CORPUS = ("mean_length", "distinct", "bad_endings", "repeated_words")
+
+
+def stages(what: str) -> dict[str, tuple[str | None, list]]:
+    """Stage -> (the stage whose model it starts from, flags of train.py)."""
+    first = "recipes/quickstart/scenes.yaml"
+    data = []
+    if what == "photos":
+        folder = Path(os.environ["CAPTION_TEST_DATA"])
+        first, data = "recipes/photos/small.yaml", ["--dataset_name", folder / "flickr8k"]
+    recipe = f"recipes/progressive/{what}"
+    first = [first, *data, "--metric_for_best_model", "CIDEr"]
+    every = "100" if what == "scenes" else "45"
+    more = {
+        "model_config": "", "max_steps": 300 if what == "scenes" else 90, "warmup_steps": 0,
+        "learning_rate": 3e-4 if what == "scenes" else 2e-4, "eval_strategy": "steps", "save_strategy": "steps",
+        "eval_steps": every, "save_steps": every,
+    }  # fmt: skip
+    more = first + [word for name, value in more.items() for word in (f"--{name}", value)]
+    if what == "photos":
+        first = [*first, "--tokenizer_vocab", folder / "bert-base-uncased/vocab.txt"]
+    return {
+        "1 cross-entropy": (None, first),
+        "1 continued": ("1 cross-entropy", more),
+        "2 augmented": ("1 cross-entropy", [f"{recipe}_2_augment.yaml", *data]),
+        "3 scst": ("2 augmented", [f"{recipe}_3_scst.yaml", *data]),
+    }
+
+
+def scores_of(folder: Path) -> dict:
+    """Validation and test scores of a finished run, what training logged at its end, and its time."""
+    found = {}
+    for split, path in (("validation", folder / "validation"), ("test", folder)):
+        scores = json.loads((path / "coco_metrics.json").read_text())
+        found[split] = {name: scores[name] for name in SCORES} | {name: scores["corpus"][name] for name in CORPUS}
+        if "scene_facts" in scores:
+            found[split] |= {"scene_facts": scores["scene_facts"]["scene_facts"]}
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    found["log"] = [{k: v for k, v in row.items() if k not in ("data_wait", "epoch")} for row in history]
+    found["commit"] = scores["commit"]
+    found["training_seconds"] = json.loads((folder / "train_results.json").read_text())["train_runtime"]
+    return found
+
+
+def summarize(seeds: dict[str, dict]) -> dict:
+    """Mean and standard deviation over seeds of each score at each stage, and of each stage's gain over its first."""
+    table = {}
+    for stage in next(iter(seeds.values())):
+        for split in ("validation", "test"):
+            for name in next(iter(seeds.values()))[stage][split]:
+                values = [runs[stage][split][name] for runs in seeds.values()]
+                gains = [runs[stage][split][name] - runs["1 cross-entropy"][split][name] for runs in seeds.values()]
+                table.setdefault(stage, {}).setdefault(split, {})[name] = {
+                    "mean": statistics.mean(values),
+                    "sd": statistics.stdev(values) if len(values) > 1 else None,
+                    "gain": statistics.mean(gains),
+                    "gain_sd": statistics.stdev(gains) if len(gains) > 1 else None,
+                }
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["scenes", "photos"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "progressive", help="folder for the trained models"
+    )
+    arguments = parser.parse_args()
+
+    seeds = {}
+    for seed in arguments.seeds:
+        folders = {}
+        for stage, (start, flags) in stages(arguments.what).items():
+            folders[stage] = (arguments.runs / f"{arguments.what}-{seed}-{stage.replace(' ', '-')}").resolve()
+            if not (folders[stage] / "coco_metrics.json").exists():
+                command = [sys.executable, "train.py", *flags, "--seed", seed, "--output_dir", folders[stage]]
+                command += ["--model_name_or_path", folders[start]] if start else []
+                command += ["--meteor", "false", "--spice", "false"]
+                print("$", *command, flush=True)
+                began = time.perf_counter()
+                subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
+                print(f"{time.perf_counter() - began:.0f} s", flush=True)
+            scores = seeds.setdefault(str(seed), {})[stage] = scores_of(folders[stage])
+            print(seed, stage, "CIDEr", scores["validation"]["CIDEr"], scores["test"]["CIDEr"], flush=True)
+    table = summarize(seeds)
+    commands = {stage: " ".join(map(str, flags)) for stage, (_, flags) in stages(arguments.what).items()}
+    write_json(
+        ROOT / f"benchmarks/results/progressive_{arguments.what}.json",
+        {"stages": commands, "table": table, "seeds": seeds, **environment()},
+    )
+    for stage, splits in table.items():
+        row = splits["validation"]["CIDEr"]
+        print(f"{stage:<16} validation CIDEr {row['mean']:.3f} (sd {row['sd'] or 0:.3f}), gain {row['gain']:+.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The captioner as a policy: captions drawn from it, to be rewarded, and the network whose log-probabilities they have.
+
+What objectives share that learn from the model's own captions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor
+
+from collator import with_targets
+from metrics import ends_badly, tokenize
+from models.captioner import processes
+from models.families import base_model, vision_encoder
+from models.vision import takes_encoded
+
+# Settings of generate that decode one caption after the other, and that draw from the model's own distribution (the
+# library's top_k is 50 where nothing is said).
+GREEDY = {"num_beams": 1, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
+SAMPLING = GREEDY | {
+    "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "min_new_tokens": None,
+}  # fmt: skip
+
+
+@dataclass
+class Candidates:
+    """Captions of a batch's images, k an image. `tokens[i * k + j]` are the new token ids of image i's j-th, the end
+    token included if it has one; `texts[i][j]` and `ended[i][j]` its text and whether it has one."""
+
+    tokens: list[list[int]]
+    texts: list[list[str]]
+    ended: list[list[bool]]
+
+    def first(self, count: int) -> "Candidates":
+        """The first `count` of each image."""
+        k = len(self.texts[0])
+        tokens = [row for i, row in enumerate(self.tokens) if i % k < count]
+        return Candidates(tokens, [group[:count] for group in self.texts], [group[:count] for group in self.ended])
+
+
+class LastIsGreedy(LogitsProcessor):
+    """Of every `k` rows that are sampled together, the last takes the most likely token each time: the greedy caption,
+    decoded with the samples instead of after them."""
+
+    def __init__(self, k: int):
+        self.k = k
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        last = scores[self.k - 1 :: self.k]
+        scores[self.k - 1 :: self.k] = torch.full_like(last, -torch.inf).scatter(1, last.argmax(1, keepdim=True), 0.0)
+        return scores
+
+
+def draw(captioner, batch: dict, **settings) -> Candidates:
+    """`num_return_sequences` captions of each image of `batch` (model inputs that end in a prompt, images encoded or
+    not), decoded as evaluation decodes but for `settings`, without dropout or gradients."""
+    model = captioner.model
+    was_training = model.training
+    # Processes start with the same random state: without their number, all would draw by the same chance.
+    seed = int(torch.randint(2**31, ())) + processes().process_index
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.eval()
+        rows = captioner.generate_tokens(batch, **settings).tolist()
+        model.train(was_training)
+    end = captioner.collator.end
+    tokens = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    ended = [row[-1:] == [end] for row in tokens]
+    texts = captioner.texts(tokens)
+    k = settings.get("num_return_sequences", 1)
+    starts = range(0, len(rows), k)
+    return Candidates(tokens, [texts[i : i + k] for i in starts], [ended[i : i + k] for i in starts])
+
+
+def with_captions(captioner, batch: dict, tokens: list[list[int]]) -> dict:
+    """A training batch whose targets are `tokens`, k lists an image, behind the prompts of `batch`. Families that cannot
+    take encoded images get the pixels of an image again for each, as at generation."""
+    model, times = base_model(captioner.model), len(tokens) // len(batch["input_ids"])
+    if times > 1 and not takes_encoded(vision_encoder(model)):
+        ids, batch = model._expand_inputs_for_generation(expand_size=times, **batch)
+        batch["input_ids"] = ids
+    lengths = torch.tensor([len(row) for row in tokens])
+    padded = torch.full((len(tokens), int(lengths.max())), captioner.collator.pad)
+    for row, ids in zip(padded, tokens, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    padded, lengths = padded.to(model.device), lengths.to(model.device)
+    return with_targets(batch, padded, lengths, captioner.collator.decoder_start)
+
+
+def facts(candidates: Candidates) -> dict[str, torch.Tensor]:
+    """What there is to log of any captions drawn: mean length in tokens, the end not counted; shares that end in a word
+    such as "a" or "with", and that were cut at the greatest length."""
+    ended = [end for group in candidates.ended for end in group]
+    words = tokenize(text for group in candidates.texts for text in group)
+    values = {
+        "sample_length": [len(tokens) - end for tokens, end in zip(candidates.tokens, ended, strict=True)],
+        "bad_endings": list(map(ends_badly, words)),
+        "unended": [not end for end in ended],
+    }
+    return {name: torch.tensor(value).float().mean() for name, value in values.items()}
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Every dropout rate of the network to 0, in place; its config, and so its checkpoints, keep theirs.
+
+    Not `model.eval()`: gradient checkpointing works in training mode only.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,356 @@
+"""SCST: the gradient is that of the expected reward, and the run around it is one of train.py's."""
+
+import itertools
+import json
+import math
+import shutil
+from collections import Counter
+
+import datasets
+import families
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import objectives.scst
+from collator import IGNORE, CaptionCollator
+from models.captioner import Captioner
+from models.families import vision_encoder
+from models.loading import build_model
+from objectives import caption_loss
+from objectives.cross_entropy import target_logits
+from objectives.policy import SAMPLING, LastIsGreedy, draw, with_captions
+from objectives.rewards import Rewards
+from objectives.scst import SelfCritical
+
+REFERENCES = {"0": ["a dog", "a red dog"], "1": ["dog", "red"], "2": ["a red", "a a"]}
+LENGTH = 3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def captioner(tmp_path):
+    """A captioner of so few words that every caption can be tried, in training mode, with dropout."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "red"]))
+    rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
+    config = tiny.CONFIG | {"text_config": tiny.CONFIG["text_config"] | rates}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(3)
+    model, processor = build_model(str(tmp_path / "config.json"), str(tmp_path / "vocab.txt"), [])
+    # Some captions are likely and some are not, so that a wrong gradient is far from the right one.
+    model.text_decoder.bert.embeddings.word_embeddings.weight.data.mul_(15)
+    model.train()
+    return Captioner(model, processor, num_beams=3, max_new_tokens=LENGTH)
+
+
+def batch_of(captioner, image_ids, prompts_only=True):
+    collator = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=prompts_only)
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixel_values": torch.randn(len(image_ids), 3, 32, 32, generator=generator),
+        "image_ids": list(image_ids),
+        **collator.token_tensors([REFERENCES[i] for i in image_ids]),
+    }
+
+
+def all_captions(captioner):
+    """Every list of tokens that can be drawn."""
+    others = [token for token in range(len(captioner.processor.tokenizer)) if token != captioner.collator.end]
+    for length in range(LENGTH):
+        yield from ([*words, captioner.collator.end] for words in itertools.product(others, repeat=length))
+    yield from map(list, itertools.product(others, repeat=LENGTH))
+
+
+def true_gradient(captioner, rewards, batch, temperature=1.0, top_p=1.0):
+    """Of the expected reward of one image, by trying every caption, with the library's own forward pass."""
+    model, captions = captioner.model, list(all_captions(captioner))
+    rows = with_captions(captioner, captioner.encode(batch), captions)
+    model.eval()
+    logits = model(pixel_values=batch["pixel_values"], input_ids=rows["input_ids"]).logits / temperature
+    model.train()
+    probabilities = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = probabilities.detach().sort(dim=-1, descending=True)
+        nucleus = torch.zeros_like(ordered).scatter(-1, order, (ordered.cumsum(-1) - ordered < top_p).float())
+        probabilities = probabilities * nucleus
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    texts = captioner.texts(captions)
+    ended = [caption[-1] == captioner.collator.end for caption in captions]
+    reward, _ = rewards(batch["image_ids"], [texts], [ended])
+    each = []
+    for row, caption in enumerate(captions):
+        # Position 0 is the start token, and its output predicts the first token.
+        each.append(torch.stack([probabilities[row, i, token] for i, token in enumerate(caption)]).prod())
+    each = torch.stack(each)
+    assert each.sum().item() == pytest.approx(1, abs=1e-5)
+    return flat_gradient(model, (each * reward[0]).sum())
+
+
+def flat_gradient(model, value):
+    model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def compare(objective, captioner, batch, truth, chunks=40):
+    """(cosine of the mean estimate with the truth, mean squared distance from it in standard errors)."""
+    items = batch["labels"][:, 1:].ne(-100).sum()
+    captions = len(batch["labels"])
+    torch.manual_seed(0)
+    estimates = []
+    for _ in range(chunks):
+        loss = objective(captioner.model, batch)["loss"]
+        estimates.append(flat_gradient(captioner.model, -loss * items / captions))
+    estimates = torch.stack(estimates)
+    mean, error = estimates.mean(dim=0), estimates.std(dim=0) / chunks**0.5
+    moved = error > 1e-3 * error.max()
+    z = (mean - truth)[moved] / error[moved]
+    return torch.cosine_similarity(mean, truth, dim=0).item(), z.square().mean().item()
+
+
+SETTINGS = {
+    "leave one out": {},
+    "greedy baseline": {"baseline": "greedy"},
+    "temperature and top-p": {"temperature": 1.5, "top_p": 0.8},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_the_gradient_is_the_true_policy_gradient(captioner, settings):
+    rewards, batch = Rewards({"cider": 1.0, "bleu": 0.5}, REFERENCES), batch_of(captioner, ["0"])
+    objective = SelfCritical(captioner, rewards, samples=250, **settings)
+    distribution = {name: value for name, value in settings.items() if name != "baseline"}
+    truth = true_gradient(captioner, rewards, batch, **distribution)
+    cosine, distance = compare(objective, captioner, batch, truth)
+    assert cosine > 0.98
+    assert distance < 2  # about 1 where nothing but chance lies between the two
+
+
+def test_log_probs_shifted_by_one_are_far_from_it(captioner, monkeypatch):
+    rewards, batch = Rewards({"cider": 1.0, "bleu": 0.5}, REFERENCES), batch_of(captioner, ["0"])
+    objective = SelfCritical(captioner, rewards, samples=250)
+    truth = true_gradient(captioner, rewards, batch)
+
+    def shifted(model, batch):
+        """The published fault: each token is looked up in the output at its own place, which predicts the next."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        at = batch["labels"] != IGNORE
+        return model(**inputs, logits_to_keep=at).logits, batch["labels"][at]
+
+    monkeypatch.setattr(objectives.scst, "target_logits", shifted)
+    cosine, distance = compare(objective, captioner, batch, truth)
+    assert cosine < 0.7
+    assert distance > 10
+
+
+def test_the_two_parts_of_the_loss_are_weighed_and_accumulate(captioner):
+    """Next to temperature 0 all samples are one caption, so that nothing but the cross-entropy part is left."""
+    rewards = Rewards({"cider": 1.0}, REFERENCES)
+    objective = SelfCritical(captioner, rewards, samples=2, temperature=1e-4, ce_weight=0.3)
+    whole = batch_of(captioner, ["0", "1", "2"])
+    expected = caption_loss(captioner.model, batch_of(captioner, ["0", "1", "2"], prompts_only=False)).item()
+    result = objective(captioner.model, whole)
+    assert result["loss"].item() == pytest.approx(0.3 * expected, rel=1e-5)
+    assert result["ce_loss"].item() == pytest.approx(expected, rel=1e-5)
+    items = whole["labels"][:, 1:].ne(IGNORE).sum()
+    parts = []
+    for images in (slice(0, 2), slice(2, 3)):
+        part = {name: value[images] for name, value in whole.items()}
+        part["labels"] = whole["labels"][2 * images.start : 2 * images.stop]
+        parts.append(objective(captioner.model, part, items)["loss"])
+    assert sum(parts).item() == pytest.approx(result["loss"].item(), rel=1e-5)
+
+
+def test_samples_are_of_the_models_own_distribution_whatever_the_captioner_is_set_to(captioner):
+    """generate's default top_k of 50 and the settings of evaluation would make the samples another policy's."""
+    captioner.settings |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 3}
+    batch = batch_of(captioner, ["0"])
+    drawn = draw(captioner, batch, **SAMPLING, num_return_sequences=4000)
+    captions = list(all_captions(captioner))
+    rows = with_captions(captioner, captioner.encode(batch), captions)
+    captioner.model.eval()
+    with torch.no_grad():
+        logits = captioner.model(pixel_values=batch["pixel_values"], input_ids=rows["input_ids"]).logits
+    log_probs = logits.log_softmax(dim=-1)
+    expected = [sum(log_probs[i, t, token] for t, token in enumerate(c)).exp() * 4000 for i, c in enumerate(captions)]
+    counts = Counter(map(tuple, drawn.tokens))
+    found = [(counts[tuple(c)], e.item()) for c, e in zip(captions, expected, strict=True) if e > 5]
+    assert sum((n - e) ** 2 / e for n, e in found) < 2 * len(found)  # chi-square
+    assert {len(tokens) for tokens in drawn.tokens} == {1, 2, 3}
+    assert drawn.ended[0] == [tokens[-1] == captioner.collator.end for tokens in drawn.tokens]
+
+
+def test_the_greedy_caption_is_decoded_with_the_samples(captioner):
+    batch = captioner.encode(batch_of(captioner, ["0", "1"]))
+    for settings in ({}, {"temperature": 2.0, "top_p": 0.5}):
+        together = SAMPLING | settings | {"logits_processor": [LastIsGreedy(4)], "num_return_sequences": 4}
+        drawn = draw(captioner, batch, **together)
+        greedy = draw(captioner, batch, num_beams=1, early_stopping=False)
+        assert [group[-1] for group in drawn.texts] == [text for (text,) in greedy.texts]
+        assert drawn.tokens[3::4] == greedy.tokens
+        assert drawn.first(3).tokens == [drawn.tokens[i] for i in (0, 1, 2, 4, 5, 6)]
+    assert len({tuple(row) for row in drawn.first(3).tokens}) > 1
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_learns_from_its_own_captions(name):
+    """The samples' gradient reaches the language model and, where it is trained, the encoder; dropout is off."""
+    model, processor = families.build(name)
+    captioner = Captioner(model, processor, num_beams=2, max_new_tokens=6)
+    references = {"0": ["a dog runs on the grass", "a dog"], "1": ["two men in the water"]}
+    images = [Image.effect_noise((40, 32), 100 * (1 + i)).convert("RGB") for i in range(2)]
+    collator = CaptionCollator(processor, model.config, prompt=captioner.prompt, prompts_only=True)
+    batch = collator(
+        [
+            {"image": image, "image_id": i, "captions": references[i], "epoch": 0}
+            for i, image in zip("01", images, strict=True)
+        ]
+    )
+    for module in model.modules():
+        for rate in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.5)
+    rewards = Rewards({"cider": 1.0, "bleu": 1.0}, references)
+    objective = SelfCritical(captioner, rewards, samples=3, ce_weight=0.3)
+    model.train()
+    torch.manual_seed(0)
+    result = objective(model, batch)
+    result["loss"].backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    encoder = {name for name, module in model.named_modules() if module is vision_encoder(model)}
+    assert any(name.startswith(tuple(encoder)) for name in moved)
+    assert math.isfinite(result["loss"].item())
+    # The greedy caption has the highest log-probability at each of its tokens, in training mode too.
+    encoded = captioner.encode(batch)
+    greedy = draw(captioner, encoded, num_beams=1, early_stopping=False)
+    twice = [tokens for tokens in greedy.tokens for _ in range(2)]
+    logits, targets = target_logits(model, with_captions(captioner, encoded, twice))
+    assert logits.argmax(dim=-1).equal(targets)
+
+
+# The run around it
+
+CAPTIONS = {
+    f"photo{i}": [f"a {colour} {shape} on the grass.", f"the {colour} {shape} near water."]
+    for i, (colour, shape) in enumerate(
+        (c, s) for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star", "ball")
+    )
+}
+SPLITS = dict.fromkeys(CAPTIONS, "train") | dict.fromkeys(("photo3", "photo6"), "validation") | {"photo9": "test"}
+LOGGED = {
+    "reward", "reward_cider", "reward_bleu", "reward_baseline", "advantage", "sample_length", "bad_endings", "unended",
+    "entropy", "ce_loss",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A dataset, and the folder of a captioner that was trained on it a little."""
+    folder = tmp_path_factory.mktemp("scst")
+    dataset = tiny.write_photos(folder / "photos", CAPTIONS, SPLITS)
+    tiny.run(
+        "train.py", "--model_config", tiny.write_config(folder), "--tokenizer_vocab", tiny.write_vocabulary(folder),
+        "--num_train_epochs", 15, "--learning_rate", 3e-3, *flags(dataset, folder / "model"),
+    )  # fmt: skip
+    return dataset, folder / "model"
+
+
+def flags(dataset, output, **changed):
+    values = {
+        "dataset_name": dataset, "output_dir": output, "per_device_train_batch_size": 4, "logging_steps": 1,
+        "gradient_accumulation_steps": 1, "gradient_checkpointing": "false", "num_beams": 2, "max_new_tokens": 10,
+        "meteor": "false", "spice": "false", "bootstrap_samples": 0,
+    }  # fmt: skip
+    return [word for name, value in (values | changed).items() for word in (f"--{name}", value)]
+
+
+def scst_flags(started, output, **changed):
+    values = {
+        "model_name_or_path": started[1], "objective": "scst", "reward": "cider:1.0 bleu:0.5", "scst_samples": 3,
+        "ce_weight": 0.3, "num_train_epochs": 2, "learning_rate": 1e-4,
+    }  # fmt: skip
+    return flags(started[0], output, **(values | changed))
+
+
+def log_of(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_run_logs_each_part_and_keeps_the_best_by_cider(started, tmp_path):
+    tiny.run("train.py", *scst_flags(started, tmp_path / "out", gradient_accumulation_steps=2))
+    log = log_of(tmp_path / "out")
+    training = [row for row in log if "loss" in row]
+    assert training
+    assert all(row.keys() >= LOGGED for row in training)
+    for row in training:
+        assert row["reward"] == pytest.approx(row["reward_cider"] + 0.5 * row["reward_bleu"], rel=1e-4)
+        assert row["reward_baseline"] == pytest.approx(row["reward"], rel=1e-4)  # leave one out
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(row["eval_CIDEr"] for row in log if "eval_CIDEr" in row)
+
+
+def test_a_broken_run_goes_on_as_if_it_was_not(started, tmp_path):
+    options = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 3, "eval_steps": 3}
+    tiny.run("train.py", *scst_flags(started, tmp_path / "whole", **options))
+    tiny.run("train.py", *scst_flags(started, tmp_path / "broken", **options))
+    first = min((tmp_path / "broken").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert first.name == "checkpoint-3"
+    for path in (tmp_path / "broken").iterdir():
+        if path.name not in (first.name, "run.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = tiny.run("train.py", *scst_flags(started, tmp_path / "broken", **options))
+    assert "going on from" in result.stderr
+    whole, broken = ([(r["step"], r["loss"], r["reward"]) for r in log_of(tmp_path / f) if "loss" in r]
+                     for f in ("whole", "broken"))  # fmt: skip
+    assert whole == broken
+    one, other = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "broken"))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_two_processes_run_and_draw_by_different_chance(started, tmp_path):
+    tiny.run("train.py", *scst_flags(started, tmp_path / "out", num_train_epochs=1), processes=2)
+    assert all(row.keys() >= LOGGED for row in log_of(tmp_path / "out") if "loss" in row)
+
+
+def test_a_kept_encoding_and_bfloat16_train_too(started, tmp_path):
+    values = scst_flags(started, tmp_path / "out", num_train_epochs=1, scst_baseline="greedy", freeze_vision="true")
+    tiny.run("train.py", *values, "--feature_cache", "memory", "--bf16", "true", "--scst_top_p", "0.9")
+    training = [row for row in log_of(tmp_path / "out") if "loss" in row]
+    assert all(math.isfinite(row["loss"]) for row in training)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_config": "x.json"}, "goes on from a trained captioner"),
+        ({"streaming": "true"}, "leave out --streaming"),
+        ({"reward": "cidre:1"}, "'cidre' is no reward. Known: cider, bleu"),
+        ({"reward": "cider:much"}, "the weight of cider is 'much', not a number"),
+        ({"reward": ""}, "names no reward"),
+        ({"scst_samples": 1}, "scst_samples 1 is too few"),
+        ({"scst_baseline": "none"}, "neither leave_one_out nor greedy"),
+        ({"ce_weight": 1.0}, "below 1"),
+        ({"objective": "xe"}, "'xe' is none of cross_entropy, scst"),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_message(changed, said, tmp_path):
+    result = tiny.run("train.py", *scst_flags(("nowhere", "nothing"), tmp_path / "out", **changed), fails=True)
+    assert said in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(started, tmp_path):
+    broken = shutil.copytree(started[1], tmp_path / "model")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["vision_model.post_layernorm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    values = flags(started[0], tmp_path / "out", model_name_or_path=broken, max_train_samples=2)
+    result = tiny.run("train.py", *values, fails=True)
+    assert "the loss is nan at step 1" in result.stderr
+    assert "photo0.png" in result.stderr
+    assert "photo1.png" in result.stderr
