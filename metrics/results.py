@@ -187,6 +187,9 @@ def summary(metrics: dict) -> str:
             lines.append(f"  {name:<10} {metrics[name]:.4f}{_between(metrics, name)}")
         file = Path(weights.get("pac_checkpoint", weights["clip_model"])).name
         lines[-2] += f"  by {file}, sha256 {weights['sha256'][:12]}"
+    shares = ("distinct", "bad_endings", "repeated_words", "empty")
+    corpus = ", ".join(f"{name} {metrics['corpus'][name]:.3f}" for name in shares)
+    lines.append(f"  captions   {metrics['corpus']['mean_length']:.1f} words on average; shares: {corpus}")
     if facts := metrics.get("scene_facts"):
         lines.append(
             f"  scene_facts {facts['scene_facts']:.4f}  "

@@ -27,9 +27,10 @@ from objectives.policy import SAMPLING, LastIsGreedy, draw, facts, switch_off_dr
 class SelfCritical:
     """The objective of SCST: `(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`.
 
-    The batch is CaptionCollator's with `prompts_only`, of all captions of each image. The images are encoded once, with gradients where
-    the encoder is trained; sampling, the greedy baseline and the pass with gradients all use that encoding, which is
-    exact: one encoding is one function of the weights, whoever looks at it.
+    The batch is CaptionCollator's with `prompts_only`, of all captions of each image. The images are encoded once, with
+    gradients where the encoder is trained; sampling, the greedy baseline and the pass with gradients all use that
+    encoding. That is exact: the encoding is one function of the weights, whoever looks at it. Families that cannot take
+    encoded images (models/vision.py) run the encoder for each.
 
     With `ce_weight` w the loss of an image is w x cross-entropy of its references + (1 - w) x the SCST loss. Both are
     summed over a caption's tokens and averaged over captions; the whole is divided by the references' mean number of
@@ -96,8 +97,8 @@ class SelfCritical:
         log_probs = torch.zeros(len(is_sample), device=labels.device).index_add(0, row[of_sample], log_probs)
         log_probs = log_probs[is_sample].view(images, self.samples)
 
-        captions = references[:, :, 1:].ne(-100).any(dim=2).sum(dim=1)  # (images,)
-        items = labels[:, 1:].ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+        captions = references[:, :, 1:].ne(IGNORE).any(dim=2).sum(dim=1)  # (images,)
+        items = labels[:, 1:].ne(IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         loss = -(captions * (advantage * log_probs).mean(dim=1)).sum() / items
         logged = {
             "reward": rewards.mean(),

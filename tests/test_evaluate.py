@@ -24,7 +24,7 @@ def dataset(tmp_path_factory):
 
 
 def test_a_split_is_captioned_and_scored(model, dataset, tmp_path):
-    tiny.run(
+    result = tiny.run(
         "evaluate.py", "--model_name_or_path", model, "--dataset_name", dataset, "--split", "test",
         "--output_dir", tmp_path, "--num_beams", 2, "--seen_in_training", *NO_JAVA,
     )  # fmt: skip
@@ -35,6 +35,7 @@ def test_a_split_is_captioned_and_scored(model, dataset, tmp_path):
     assert scores["generation"]["num_beams"] == 2
     assert scores["split"] == "test"
     assert scores["corpus"]["seen_in_training"] is not None
+    assert f"bad_endings {scores['corpus']['bad_endings']:.3f}" in result.stderr
     # What was written can be scored again, with the same result.
     again = tmp_path / "again"
     references = tmp_path / "references.json"

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import objectives.scst
+import train
 from collator import IGNORE, CaptionCollator
 from models.captioner import Captioner
 from models.families import vision_encoder
@@ -313,7 +314,7 @@ def test_a_broken_run_goes_on_as_if_it_was_not(started, tmp_path):
     assert all(one[name].equal(other[name]) for name in one)
 
 
-def test_two_processes_run_and_draw_by_different_chance(started, tmp_path):
+def test_two_processes_train(started, tmp_path):
     tiny.run("train.py", *scst_flags(started, tmp_path / "out", num_train_epochs=1), processes=2)
     assert all(row.keys() >= LOGGED for row in log_of(tmp_path / "out") if "loss" in row)
 
@@ -323,6 +324,17 @@ def test_a_kept_encoding_and_bfloat16_train_too(started, tmp_path):
     tiny.run("train.py", *values, "--feature_cache", "memory", "--bf16", "true", "--scst_top_p", "0.9")
     training = [row for row in log_of(tmp_path / "out") if "loss" in row]
     assert all(math.isfinite(row["loss"]) for row in training)
+
+
+def test_an_adapter_goes_through_the_stages_alone(started, tmp_path):
+    first, last = tmp_path / "1", tmp_path / "3"
+    lora = {"num_train_epochs": 1, "use_peft": "true"}
+    tiny.run("train.py", *flags(started[0], first, model_name_or_path=started[1], learning_rate=1e-3, **lora))
+    tiny.run("train.py", *scst_flags(started, last, model_name_or_path=first, learning_rate=1e-3, **lora))
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (first, last))
+    assert one.keys() == other.keys()
+    assert not all(one[name].equal(other[name]) for name in one)
+    assert not (last / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -339,9 +351,12 @@ def test_a_kept_encoding_and_bfloat16_train_too(started, tmp_path):
         ({"objective": "xe"}, "'xe' is none of cross_entropy, scst"),
     ],
 )
-def test_a_wrong_flag_is_one_clear_message(changed, said, tmp_path):
-    result = tiny.run("train.py", *scst_flags(("nowhere", "nothing"), tmp_path / "out", **changed), fails=True)
-    assert said in result.stderr
+def test_a_wrong_flag_is_one_clear_message(changed, said, tmp_path, monkeypatch, capsys):
+    values = scst_flags(("nowhere", "nothing"), tmp_path / "out", **changed)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, values)])
+    with pytest.raises((SystemExit, ValueError)) as error:
+        train.main()
+    assert said in f"{error.value} {capsys.readouterr().err}"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(started, tmp_path):
