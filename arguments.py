@@ -174,7 +174,7 @@ class MetricArguments:
     clip_metrics: list[str] = flag(
         [], "CLIP-based scores to add, each with and without references: clip-s pac-s pac-s++."
     )
-    clip_model: str | None = flag(None, "Folder or Hub id of the CLIP for clip_metrics.")
+    clip_model: str | None = flag(None, "Folder or Hub id of the CLIP for clip_metrics and CLIP-based rewards.")
     pac_checkpoint: str | None = flag(
         None, "PAC-S's published .pth file, for pac-s and pac-s++: its weights take the place of clip_model's."
     )
@@ -184,9 +184,15 @@ class MetricArguments:
 class ObjectiveArguments:
     reward: str = flag(
         "cider:1.0",
-        "With scst: rewards and their weights, such as 'cider:1.0 bleu:0.5'. cider is CIDEr-D with the training split's "
-        "document frequencies, bleu is BLEU-4 of the caption; both on all references, the end of the caption counted.",
+        "With scst and dico: rewards and their weights, such as 'cider:1.0 clip-s:0.5'. cider is CIDEr-D with the "
+        "training split's document frequencies, bleu is BLEU-4 of the caption; both on all references, the end of the "
+        "caption counted. clip-s, pac-s, pac-s++, and with ref- before them the same with references, are clip_metrics, "
+        "as in DiCO's code of the bare caption and not clipped at 0.",
     )
+    dico_beta: float = flag(0.2, "With dico: how closely the model is held to the one that it begins as.")
+    dico_tau: float = flag(300.0, "With dico: how much more a worse candidate counts than a better one.")
+    dico_candidates: int = flag(5, "With dico: candidate captions of each image.")
+    dico_sampled: bool = flag(False, "With dico: sample the candidates instead of taking the beams of a beam search.")
     ce_weight: float = flag(0.0, "With scst: share of cross-entropy on the references in the loss.")
     scst_samples: int = flag(5, "With scst: captions that are sampled of each image.")
     scst_baseline: str = flag(
@@ -214,7 +220,7 @@ class ObjectiveArguments:
 
 
 # What makes a checkpoint the best one, where metric_for_best_model is not given.
-BEST = {"cross_entropy": "sacrebleu", "scst": "CIDEr"}
+BEST = {"cross_entropy": "sacrebleu", "scst": "CIDEr", "dico": "RefPAC-S"}
 
 
 @dataclass
@@ -223,8 +229,8 @@ class TrainArguments(Seq2SeqTrainingArguments):
 
     objective: str = flag(
         "cross_entropy",
-        "What is learnt from: cross_entropy on the references, or scst, rewards of the model's own captions. scst goes "
-        "on from a trained captioner, and goes through images: a sample is one with all its captions.",
+        "What is learnt from: cross_entropy on the references; or rewards of the model's own captions, by scst or dico. "
+        "These go on from a trained captioner, and go through images: a sample is one with all its captions.",
     )
     output_dir: str = flag("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
     num_train_epochs: float = flag(4.0, "Passes over the training captions.")
@@ -246,7 +252,7 @@ class TrainArguments(Seq2SeqTrainingArguments):
     metric_for_best_model: str | None = flag(
         None,
         "What makes a checkpoint the best: sacrebleu, CIDEr, ... on the validation split, or loss. Default: sacrebleu, "
-        "with scst CIDEr.",
+        "with scst CIDEr, with dico RefPAC-S, or RefCLIP-S where the reward is clip-s.",
     )
     patience: int | None = flag(
         None, "End after so many evaluations in a row that were no better than the best before them. Default: go on."

@@ -54,12 +54,12 @@ def main():
         )
     )
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
-    check_objective(args, objective_args, scratch_args, data_args)
+    reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = results.output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
     results.warn_of_missing_scores(metric_args)
-    scorers = load_scorers(metric_args, args.device) if args.process_index == 0 else []
+    scorers = load_scorers(metric_args, args.device, reward_metrics)
     set_seed(args.seed)
 
     # Data: records, one an image
@@ -105,7 +105,7 @@ def main():
         model=model,
         args=args,
         processing_class=processor,
-        objective=build_objective(args, objective_args, captioner, train),
+        objective=build_objective(args, objective_args, captioner, train, scorers),
         captioner=captioner,
         data_collator=CaptionCollator(
             processor, model.config, augmentation=augmentation, prompts_only=draws, **collating
@@ -115,6 +115,8 @@ def main():
         eval_dataset=used["validation"] and data.CaptionPairs(used["validation"], data_args.captions_per_image),
         validation=used["validation"],
         callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
+        scorers=scorers,
+        validation_images=validation["image"] if scorers and validation is not None else None,
     )
     if trainer.is_world_process_zero():
         record_run(folder, flags)

@@ -1,5 +1,5 @@
 from metrics.cider import CiderD
-from metrics.coco import MismatchedImages, ends_badly, score
+from metrics.coco import MismatchedImages, ends_badly, repeated_bigrams, score
 from metrics.io import CaptionFileError, load_predictions, load_references
 from metrics.java import preflight
 from metrics.tokenizer import tokenize
@@ -12,6 +12,7 @@ __all__ = [
     "load_predictions",
     "load_references",
     "preflight",
+    "repeated_bigrams",
     "score",
     "tokenize",
 ]

@@ -107,6 +107,10 @@ class ClipScorer:
         total = torch.where(scores > 0, scores + nearest, 1)
         return scores.numpy(), torch.where(scores > 0, 2 * scores * nearest / total, 0 * scores).numpy()
 
+    def knows(self, image_id: str) -> bool:
+        """Whether the image's features are kept."""
+        return image_id in self._images
+
     @torch.inference_mode()
     def image_features(self, image_ids, images, num_workers: int = 0) -> torch.Tensor:
         """Unit features on the CPU, (images, d) float32; of new images, computed in batches on the model's device."""
@@ -143,11 +147,11 @@ class ClipScorer:
             self._references |= dict(zip(new, self.text_features(new), strict=True))
 
 
-def load_scorers(metric_args, device="cpu") -> list[ClipScorer]:
-    """The scorers that the flags of MetricArguments ask for; ValueError where one cannot be had."""
-    if metric_args.clip_metrics and not metric_args.clip_model:
-        raise ValueError("--clip_metrics needs --clip_model: the folder or Hub id of a CLIP to score with.")
-    names = list(dict.fromkeys(metric_args.clip_metrics))
+def load_scorers(metric_args, device="cpu", also=()) -> list[ClipScorer]:
+    """The scorers that the flags of MetricArguments ask for, and those of `also`; ValueError where one cannot be had."""
+    names = list(dict.fromkeys([*metric_args.clip_metrics, *also]))
+    if names and not metric_args.clip_model:
+        raise ValueError(f"{' '.join(names)} needs --clip_model: the folder or Hub id of a CLIP to score with.")
     return [ClipScorer.load(name, metric_args.clip_model, metric_args.pac_checkpoint, device) for name in names]
 
 

@@ -1,6 +1,7 @@
 """All scores of a set of captions: what `coco_metrics.json` holds about them."""
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,12 @@ BAD_ENDINGS = frozenset(f"{_DETERMINERS} {_PREPOSITIONS} {_CONNECTIVES} {_UNFINI
 def ends_badly(tokens: list[str]) -> bool:
     """Whether the tokens of a caption end in a word that no caption ends with: "a man with a"."""
     return bool(tokens) and tokens[-1] in BAD_ENDINGS
+
+
+def repeated_bigrams(tokens: list[str]) -> float:
+    """The share of a caption's pairs of neighbouring tokens that stood in it before: "a dog and a dog" has 1 of 4."""
+    pairs = list(itertools.pairwise(tokens))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 class MismatchedImages(ValueError):
@@ -274,5 +281,6 @@ def _corpus_facts(tokens: list[list[str]], training_captions: Iterable[str] | No
         "seen_in_training": seen,
         "bad_endings": sum(map(ends_badly, tokens)) / len(tokens),
         "repeated_words": sum(any(map(str.__eq__, caption, caption[1:])) for caption in tokens) / len(tokens),
+        "repeated_bigrams": sum(map(repeated_bigrams, tokens)) / len(tokens),
         "empty": sum(not caption for caption in tokens) / len(tokens),
     }

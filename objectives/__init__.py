@@ -1,18 +1,29 @@
 """Training objectives, and the one trainer that runs them."""
 
+import logging
+
+from metrics.clip_scores import NAMES
 from objectives.cross_entropy import CrossEntropy, caption_loss, token_log_probs
-from objectives.rewards import Rewards, parse_rewards
+from objectives.dico import Dico
+from objectives.rewards import RecordImages, Rewards, clip_metrics_of, parse_rewards
 from objectives.scst import SelfCritical
 from objectives.trainer import CaptionTrainer
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CaptionTrainer", "CrossEntropy", "build_objective", "caption_loss", "check_objective", "token_log_probs"]
 
 
-def check_objective(args, objective_args, scratch_args, data_args) -> None:
-    """ValueError, before anything is loaded, if these flags do not go with `args.objective`."""
+def check_objective(args, objective_args, metric_args, scratch_args, data_args) -> list[str]:
+    """The CLIP-based scores that the objective's rewards need. ValueError, before anything is loaded, if these flags do
+    not go with `args.objective`."""
     if args.objective == "cross_entropy":
-        return
-    parse_rewards(objective_args.reward)
+        return []
+    needed = clip_metrics_of(parse_rewards(objective_args.reward))
+    metrics, best = [*needed, *metric_args.clip_metrics], args.metric_for_best_model
+    if best == "RefPAC-S" and "pac-s" not in metrics:
+        args.metric_for_best_model = f"Ref{NAMES[metrics[0]]}" if metrics else "CIDEr"
+        logger.info("without PAC-S the best checkpoint is chosen by %s", args.metric_for_best_model)
     if scratch_args.model_config:
         raise ValueError(
             f"--objective {args.objective} goes on from a trained captioner: rewards of a random model's captions are "
@@ -24,16 +35,28 @@ def check_objective(args, objective_args, scratch_args, data_args) -> None:
             f"--objective {args.objective} needs the references of the whole training split, for the rewards' document "
             "frequencies: leave out --streaming."
         )
+    return needed
 
 
-def build_objective(args, objective_args, captioner, train):
-    """The objective that `args.objective` names. `train` are the training records, whose references rewards look at."""
+def build_objective(args, objective_args, captioner, train, scorers=()):
+    """The objective that `args.objective` names. `train` are the training records, whose references rewards look at, as
+    `scorers` (ClipScorer) look at their images."""
     if args.objective == "cross_entropy":
         return CrossEntropy(args.label_smoothing_factor)
     references = dict(zip(train["image_id"], train["captions"], strict=True))
+    rewards = Rewards(parse_rewards(objective_args.reward), references, RecordImages(train), scorers)
+    if args.objective == "dico":
+        return Dico(
+            captioner,
+            rewards,
+            candidates=objective_args.dico_candidates,
+            sampled=objective_args.dico_sampled,
+            beta=objective_args.dico_beta,
+            tau=objective_args.dico_tau,
+        )
     return SelfCritical(
         captioner,
-        Rewards(parse_rewards(objective_args.reward), references),
+        rewards,
         samples=objective_args.scst_samples,
         baseline=objective_args.scst_baseline,
         temperature=objective_args.scst_temperature,

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor
 
 from collator import with_targets
-from metrics import ends_badly, tokenize
+from metrics import ends_badly, repeated_bigrams, tokenize
 from models.captioner import processes
 from models.families import base_model, vision_encoder
 from models.vision import takes_encoded
@@ -91,12 +91,13 @@ def with_captions(captioner, batch: dict, tokens: list[list[int]]) -> dict:
 
 def facts(candidates: Candidates) -> dict[str, torch.Tensor]:
     """What there is to log of any captions drawn: mean length in tokens, the end not counted; shares that end in a word
-    such as "a" or "with", and that were cut at the greatest length."""
+    such as "a" or "with", and that were cut at the greatest length; share of repeated pairs of words."""
     ended = [end for group in candidates.ended for end in group]
     words = tokenize(text for group in candidates.texts for text in group)
     values = {
         "sample_length": [len(tokens) - end for tokens, end in zip(candidates.tokens, ended, strict=True)],
         "bad_endings": list(map(ends_badly, words)),
+        "repeated_bigrams": list(map(repeated_bigrams, words)),
         "unended": [not end for end in ended],
     }
     return {name: torch.tensor(value).float().mean() for name, value in values.items()}

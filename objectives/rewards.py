@@ -2,12 +2,12 @@
 
 A reward is a function
 
-    reward(image_ids, images, candidates, references, ended) -> (images, candidates) float tensor
+    reward(image_ids, candidates, references, ended) -> (images, candidates) float tensor
 
-of the ids of a batch's images (list of str), the records' own images if the caller has them (else None), the candidate
-captions of each image and its reference captions (lists of lists of str), and whether each candidate ended by itself
-(lists of lists of bool) or was cut at the greatest length. N-gram rewards count that end as a word: without it,
-"a man with a" is as good a beginning as any other, and self-critical training learns to break off.
+of the ids of a batch's images (list of str), the candidate captions of each image and its reference captions (lists of
+lists of str), and whether each candidate ended by itself (lists of lists of bool) or was cut at the greatest length.
+N-gram rewards count that end as a word: without it, "a man with a" is as good a beginning as any other, and
+self-critical training learns to break off.
 """
 
 import torch
@@ -16,6 +16,7 @@ from data.records import cache_folder
 from metrics import CiderD, tokenize
 from metrics.bleu import bleu_from_statistics, bleu_statistics
 from metrics.cider import END_OF_SEQUENCE
+from metrics.clip_scores import NAMES
 
 
 class CiderReward:
@@ -26,7 +27,7 @@ class CiderReward:
         folder = cache_folder() / "cider"
         self.scorer = CiderD.cached(list(tokens.values()), folder, end_of_sequence=True)
 
-    def __call__(self, image_ids, images, candidates, references, ended) -> torch.Tensor:
+    def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
         flat = _tokens(candidates)
         scores = self.scorer.score(flat, [self.tokens[i] for i in image_ids], [e for group in ended for e in group])
         return torch.from_numpy(scores).float().view(len(image_ids), -1)
@@ -38,7 +39,7 @@ class BleuReward:
     def __init__(self, tokens: dict[str, list[list[str]]]):
         self.tokens = {i: [[*caption, END_OF_SEQUENCE] for caption in captions] for i, captions in tokens.items()}
 
-    def __call__(self, image_ids, images, candidates, references, ended) -> torch.Tensor:
+    def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
         flat = _tokens(candidates)
         ends = [end for group in ended for end in group]
         flat = [[*caption, END_OF_SEQUENCE] if end else caption for caption, end in zip(flat, ends, strict=True)]
@@ -48,8 +49,27 @@ class BleuReward:
         return torch.from_numpy(bleu).float().view(len(image_ids), -1)
 
 
+class ClipReward:
+    """CLIP-S, PAC-S or PAC-S++ as DiCO's published code rewards with it (utils.py at 7a2f740): the bare caption, without
+    "A photo depicts ", and cosines below zero kept. `with_references`: the harmonic mean with the nearest reference's.
+
+    `images` are {image id: anything data.open_image takes}; each is opened once.
+    """
+
+    def __init__(self, scorer, images, with_references: bool):
+        self.scorer, self.images, self.with_references = scorer, images, with_references
+
+    def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
+        images = [None if self.scorer.knows(image_id) else self.images[image_id] for image_id in image_ids]
+        flat = [text for group in candidates for text in group]
+        references = references if self.with_references else None
+        scores, with_references = self.scorer.score(image_ids, images, flat, references, prefix="", clip=False)
+        return torch.from_numpy(with_references if self.with_references else scores).view(len(image_ids), -1)
+
+
 # Made from {image id: tokenized references} of the training split.
 NGRAM_REWARDS = {"cider": CiderReward, "bleu": BleuReward}
+CLIP_REWARDS = {f"{reference}{metric}": metric for reference in ("", "ref-") for metric in NAMES}
 
 
 class Rewards:
@@ -57,21 +77,36 @@ class Rewards:
 
     `references` are {image id: captions} of all images that will be asked about. They are tokenized once, here, by the
     tokenizer that evaluation uses, so a reward is the score that an evaluation would give (end-of-sequence aside).
+    CLIP-based rewards are those of `scorers`, and look at `images`, {image id: image}.
     """
 
-    def __init__(self, weights: dict[str, float], references: dict[str, list[str]]):
-        self.weights, self.references = weights, references
-        flat = iter(_tokens(references.values()))
-        tokens = {image_id: [next(flat) for _ in captions] for image_id, captions in references.items()}
-        self.rewards = {name: NGRAM_REWARDS[name](tokens) for name in weights}
+    def __init__(self, weights: dict[str, float], references: dict[str, list[str]], images=None, scorers=()):
+        self.weights, self.references, self.rewards = weights, references, {}
+        scorers = {scorer.metric: scorer for scorer in scorers}
+        if NGRAM_REWARDS.keys() & weights:
+            flat = iter(_tokens(references.values()))
+            tokens = {image_id: [next(flat) for _ in captions] for image_id, captions in references.items()}
+        for name in weights:
+            if name in NGRAM_REWARDS:
+                self.rewards[name] = NGRAM_REWARDS[name](tokens)
+            else:
+                self.rewards[name] = ClipReward(scorers[CLIP_REWARDS[name]], images, name.startswith("ref-"))
 
-    def __call__(self, image_ids, candidates, ended, images=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, image_ids, candidates, ended) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The reward of each candidate, (images, candidates), and its unweighted parts by name."""
         references = [self.references[image_id] for image_id in image_ids]
-        parts = {
-            name: reward(image_ids, images, candidates, references, ended) for name, reward in self.rewards.items()
-        }
+        parts = {name: reward(image_ids, candidates, references, ended) for name, reward in self.rewards.items()}
         return sum(self.weights[name] * part for name, part in parts.items()), parts
+
+
+class RecordImages:
+    """`images[image_id]` of records, read when it is asked for."""
+
+    def __init__(self, records):
+        self.records, self.row = records, {image_id: row for row, image_id in enumerate(records["image_id"])}
+
+    def __getitem__(self, image_id: str):
+        return self.records[self.row[image_id]]["image"]
 
 
 def _tokens(captions) -> list[list[str]]:
@@ -80,12 +115,12 @@ def _tokens(captions) -> list[list[str]]:
 
 
 def parse_rewards(text: str) -> dict[str, float]:
-    """{name: weight} of "cider:1.0 bleu:0.5"; a name without a weight has 1. ValueError if it is not of that form."""
-    known = ", ".join(NGRAM_REWARDS)
+    """{name: weight} of "cider:1.0 clip-s:0.5"; a name without a weight has 1. ValueError if it is not of that form."""
+    known = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS])
     weights = {}
     for word in text.replace(",", " ").split():
         name, _, weight = word.partition(":")
-        if name not in NGRAM_REWARDS:
+        if name not in NGRAM_REWARDS and name not in CLIP_REWARDS:
             raise ValueError(f"reward: '{name}' is no reward. Known: {known}.")
         if name in weights:
             raise ValueError(f"reward: {name} is named twice in '{text}'.")
@@ -94,5 +129,10 @@ def parse_rewards(text: str) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"reward: the weight of {name} is '{weight}', not a number.") from None
     if not any(weights.values()):
-        raise ValueError(f"reward: '{text}' names no reward. Example: cider:1.0 bleu:0.5. Known: {known}.")
+        raise ValueError(f"reward: '{text}' names no reward. Example: cider:1.0 clip-s:0.5. Known: {known}.")
     return weights
+
+
+def clip_metrics_of(weights: dict[str, float]) -> list[str]:
+    """The CLIP-based scores that rewards need a scorer of."""
+    return [CLIP_REWARDS[name] for name in weights if name in CLIP_REWARDS]

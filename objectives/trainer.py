@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import Seq2SeqTrainer
 
 from metrics import score
+from metrics.clip_scores import clip_scores
 from models.families import base_model
 from objectives.cross_entropy import caption_loss
 from objectives.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
@@ -18,18 +19,31 @@ logger = logging.getLogger(__name__)
 
 
 class CaptionTrainer(Seq2SeqTrainer):
-    """Trains by `objective(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`.
+    """Trains by `objective(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`. The loss is a mean
+    over target tokens, or over what the objective's `items(batch)` counts, if it has that.
 
     An evaluation captions the records of `validation` through `captioner` and scores them against all their
-    references (`eval_sacrebleu`, `eval_CIDEr`); `eval_loss` is the unsmoothed cross-entropy of `eval_dataset`, the
+    references (`eval_sacrebleu`, `eval_CIDEr`, and of `scorers`, which look at the records' `validation_images`,
+    `eval_CLIP-S`, `eval_RefCLIP-S` or their kin); `eval_loss` is the unsmoothed cross-entropy of `eval_dataset`, the
     pairs of the same records, batched by `eval_collator` (which does not augment). In several processes each captions
     its share, and all get the same scores.
     """
 
-    def __init__(self, *, objective, captioner, eval_collator=None, validation=None, **kwargs):
+    def __init__(
+        self,
+        *,
+        objective,
+        captioner,
+        eval_collator=None,
+        validation=None,
+        scorers=(),
+        validation_images=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.objective, self.captioner = objective, captioner
         self.eval_collator, self.validation = eval_collator, validation
+        self.scorers, self.validation_images = scorers, validation_images
         # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
         self.label_smoother = None  # the objective's own
@@ -66,9 +80,13 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         start = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - start
-        return batches
+        if items is not None and hasattr(self.objective, "items"):
+            items = torch.tensor(sum(map(self.objective.items, batches)), device=self.args.device)
+            if self.args.average_tokens_across_devices:
+                items = self.accelerator.reduce(items, "sum")
+        return batches, items
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -128,9 +146,19 @@ class CaptionTrainer(Seq2SeqTrainer):
             )
         references = dict(zip(self.validation["image_id"], self.validation["captions"], strict=True))
         scores, _ = score(predictions, references, meteor=False, spice=False, bootstrap_samples=0)
-        return {"loss": loss} | {
-            name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")
-        }, predictions
+        metrics = {"loss": loss} | {name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")}
+        if self.scorers:
+            found, _ = clip_scores(
+                self.scorers,
+                predictions,
+                references,
+                self.validation_images,
+                bootstrap_samples=0,
+                seed=0,
+                num_workers=self.args.dataloader_num_workers,
+            )
+            metrics |= {name: value for name, value in found.items() if isinstance(value, float)}
+        return metrics, predictions
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -313,7 +313,7 @@ def test_a_long_caption_is_cut_and_keeps_its_end(clip_folder, test_data):
 def test_pac_s_without_its_checkpoint_is_refused(clip_folder):
     with pytest.raises(ValueError, match="pac-s is PAC-S only with its published weights: pass --pac_checkpoint"):
         ClipScorer.load("pac-s", clip_folder)
-    with pytest.raises(ValueError, match="--clip_metrics needs --clip_model"):
+    with pytest.raises(ValueError, match="clip-s needs --clip_model"):
         load_scorers(SimpleNamespace(clip_metrics=["clip-s"], clip_model=None, pac_checkpoint=None))
     with pytest.raises(ValueError, match="'clip_s' is no CLIP-based score"):
         ClipScorer.load("clip_s", clip_folder)

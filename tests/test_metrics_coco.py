@@ -369,8 +369,14 @@ def test_corpus_facts_are_what_they_say():
         "seen_in_training": 0.5,
         "bad_endings": 0.25,
         "repeated_words": 0.5,
+        "repeated_bigrams": 0.0,
         "empty": 0.25,
     }
+
+
+def test_repeated_bigrams_are_those_that_stood_in_the_caption_before():
+    assert metrics.repeated_bigrams(["a", "dog", "and", "a", "dog"]) == 0.25
+    assert metrics.repeated_bigrams(["dog"]) == metrics.repeated_bigrams([]) == 0
 
 
 def test_scores_can_be_written_as_strict_json(held_out_scores):

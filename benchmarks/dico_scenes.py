@@ -1,0 +1,219 @@
+"""DiCO beside cross-entropy and SCST on the quickstart scenes: what each buys in CLIP-S, and what it pays.
+
+    python benchmarks/train_scene_clip.py runs/scene_clip
+    python benchmarks/dico_scenes.py
+
+Of each seed one captioner is trained with cross-entropy (train.py, recipes/quickstart/scenes.yaml, --xe_steps). From it
+four go on for the same number of steps, of the same images, optimiser and learning rate: cross-entropy, SCST on CIDEr,
+SCST on CLIP-S, DiCO on CLIP-S. The reward's CLIP is runs/scene_clip/reward; the other one there, which no training has
+seen, judges. Validation is scored along the way, the test scenes at the end. benchmarks/results/dico_scenes.json has all
+of it, docs/dico_tradeoff.png the way each method takes through CIDEr and CLIP-S.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+from collator import IGNORE, CaptionCollator
+from metrics import score
+from metrics.clip_scores import ClipScorer
+from metrics.results import environment, write_json
+from metrics.scene_facts import score_scene_facts
+from models.captioner import Captioner
+from models.loading import load_model
+from objectives import CrossEntropy
+from objectives.cross_entropy import target_logits
+from objectives.dico import Dico
+from objectives.policy import SAMPLING, draw, with_captions
+from objectives.rewards import RecordImages, Rewards
+from objectives.scst import SelfCritical
+
+METHODS = ("cross-entropy", "SCST on CIDEr", "SCST on CLIP-S", "DiCO on CLIP-S")
+BATCH = 16
+SHOWN = ("CIDEr", "CLIP-S reward", "CLIP-S judge", "kl", "distinct", "repeated_bigrams", "mean_length", "scene_facts")
+
+
+def cross_entropy_model(folder: Path, seed: int, steps: int) -> Path:
+    if not (folder / "coco_metrics.json").is_file():
+        command = [sys.executable, ROOT / "train.py", ROOT / "recipes/quickstart/scenes.yaml", "--output_dir", folder]
+        command += [
+            "--seed",
+            seed,
+            "--max_steps",
+            steps,
+            "--eval_steps",
+            steps,
+            "--save_steps",
+            steps,
+            "--meteor",
+            "false",
+        ]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return folder
+
+
+def objective_of(method: str, captioner, rewards: dict):
+    if method == "cross-entropy":
+        return CrossEntropy()
+    if method == "DiCO on CLIP-S":
+        return Dico(captioner, rewards["clip-s"])
+    return SelfCritical(captioner, rewards["cider" if method == "SCST on CIDEr" else "clip-s"])
+
+
+def train(method, start: Path, seed, splits, rewards, scorers, arguments) -> dict:
+    """One run: the validation scores at each `eval_steps`, the test scores at the end, seconds of training."""
+    model, processor = load_model(str(start))
+    captioner = Captioner(model, processor)
+    first, _ = load_model(str(start))
+    first.eval().requires_grad_(False)
+    torch.manual_seed(seed)
+    objective = objective_of(method, captioner, rewards)
+    draws = method != "cross-entropy"
+    pairs = data.CaptionPairs(splits["train"], None)
+    collator = CaptionCollator(processor, model.config, prompts_only=draws)
+    loader = torch.utils.data.DataLoader(
+        pairs, BATCH, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(seed)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
+    model.train()
+    curve, seconds, step = [], 0.0, 0
+    while step <= arguments.steps:
+        for batch in loader:
+            if step % arguments.eval_steps == 0:
+                found = evaluate(captioner, first, splits["validation"], scorers)
+                curve.append({"step": step, **found})
+                print(
+                    f"seed {seed}, {method}, step {step}: " + ", ".join(f"{k} {found[k]:.4f}" for k in SHOWN),
+                    flush=True,
+                )
+            if step == arguments.steps:
+                step += 1
+                break
+            begin = time.perf_counter()
+            optimizer.zero_grad()
+            objective(model, batch)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            seconds += time.perf_counter() - begin
+            step += 1
+    test = evaluate(captioner, first, splits["test"], scorers)
+    return {"curve": curve, "test": test, "seconds": round(seconds, 1)}
+
+
+def evaluate(captioner, first, records, scorers: dict) -> dict:
+    """Scores of the captions of `records`, and the divergence of the captioner from the model it began as."""
+    predictions = captioner.caption_split(records, batch_size=50)
+    references = dict(zip(records["image_id"], records["captions"], strict=True))
+    found, _ = score(predictions, references, meteor=False, spice=False, bootstrap_samples=0)
+    result = {name: found[name] for name in ("CIDEr", "Bleu_4")} | found["corpus"]
+    for name, scorer in scorers.items():
+        result[f"CLIP-S {name}"] = float(
+            scorer.score(list(references), records["image"], list(predictions.values()))[0].mean()
+        )
+    facts = dict(zip(references, records["facts"], strict=True))
+    result["scene_facts"] = score_scene_facts(predictions, facts)["scene_facts"]
+    result["kl"] = divergence(captioner, first, records)
+    return result
+
+
+@torch.no_grad()
+def divergence(captioner, first, records) -> float:
+    """Nats a caption: KL of the next-token distribution from the starting model's, summed over sampled captions."""
+    rows = [records[i] | {"captions": ["a"], "epoch": 0} for i in range(min(len(records), 200))]
+    batch = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=True)(rows)
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    drawn = draw(captioner, batch, **SAMPLING, num_return_sequences=1)
+    torch.random.set_rng_state(torch_state)
+    passed = with_captions(captioner, batch, drawn.tokens)
+    was_training = captioner.model.training
+    captioner.model.eval()
+    own, other = (target_logits(model, passed)[0].log_softmax(dim=-1) for model in (captioner.model, first))
+    captioner.model.train(was_training)
+    assert len(own) == (passed["labels"] != IGNORE).sum()
+    return ((own.exp() * (own - other)).sum() / len(rows)).item()
+
+
+def table(runs: dict) -> dict:
+    """Mean and range over seeds of the test scores of each method; of the starting models under "start"."""
+    rows = {}
+    for method in METHODS:
+        tests = [run[method]["test"] for run in runs.values()]
+        rows[method] = {
+            name: {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+            for name in tests[0]
+            if (values := [test[name] for test in tests])[0] is not None
+        }
+    return rows
+
+
+def plot(runs: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
+    for axis, name in zip(axes, ("reward", "judge"), strict=True):
+        for colour, method in enumerate(METHODS):
+            for number, run in enumerate(runs.values()):
+                points = [(row["CIDEr"], row[f"CLIP-S {name}"]) for row in run[method]["curve"]]
+                label = method if number == 0 else None
+                axis.plot(*zip(*points, strict=True), color=f"C{colour}", marker="o", ms=2.5, lw=1, label=label)
+                axis.plot(*points[-1], color=f"C{colour}", marker="s", ms=6)
+        for run in runs.values():
+            first = run[METHODS[0]]["curve"][0]
+            axis.plot(first["CIDEr"], first[f"CLIP-S {name}"], color="black", marker="*", ms=9, ls="")
+        axis.set(xlabel="CIDEr, validation scenes", ylabel=f"CLIP-S of the {name}'s CLIP")
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("From the cross-entropy model (star) along training (square: the end), a line a seed", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, default=ROOT / "runs/scene_clip")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/dico_scenes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--xe_steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--eval_steps", type=int, default=50)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/dico_scenes.json")
+    arguments = parser.parse_args()
+
+    splits = data.load("scenes")
+    references = dict(zip(splits["train"]["image_id"], splits["train"]["captions"], strict=True))
+    scorers = {name: ClipScorer.load("clip-s", str(arguments.clips / name)) for name in ("reward", "judge")}
+    images = RecordImages(splits["train"])
+    rewards = {name: Rewards({name: 1.0}, references, images, [scorers["reward"]]) for name in ("cider", "clip-s")}
+    runs: dict = {}
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("folder", "output")
+    }
+    for seed in arguments.seeds:
+        start = cross_entropy_model(arguments.folder / f"xe-{seed}", seed, arguments.xe_steps)
+        runs[str(seed)] = {}
+        for method in arguments.methods:
+            runs[str(seed)][method] = train(method, start, seed, splits, rewards, scorers, arguments)
+            clips = {name: scorer.source["sha256"] for name, scorer in scorers.items()}
+            found = {"settings": settings | {"batch": BATCH}, "clips_sha256": clips, "runs": runs}
+            write_json(arguments.output, found | environment())
+    if set(arguments.methods) == set(METHODS):
+        write_json(arguments.output, {"test": table(runs), **found, **environment()})
+        plot(runs, ROOT / "docs/dico_tradeoff.png")
+
+
+if __name__ == "__main__":
+    main()
