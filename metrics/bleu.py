@@ -15,9 +15,8 @@ def bleu_statistics(hypotheses: list[list[str]], references: list[list[list[str]
     """
     images = len(hypotheses)
     image_of_reference = np.repeat(np.arange(images), [len(captions) for captions in references])
-    vocabulary: dict[str, int] = {}
     captions = words(hypotheses) + words(caption for captions in references for caption in captions)
-    ids, lengths = encode(captions, vocabulary)
+    ids, lengths, vocabulary = encode(captions, {})
     statistics = np.zeros((images, _COLUMNS))
 
     statistics[:, 0] = lengths[:images]

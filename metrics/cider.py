@@ -57,7 +57,7 @@ class CiderD:
         scorer = cls([], [], [], len(references), end_of_sequence)
         captions = scorer._words(caption for image in references for caption in image)
         image_of = np.repeat(np.arange(len(references)), [len(image) for image in references])
-        ids, lengths = encode(captions, scorer.vocabulary)
+        ids, lengths, scorer.vocabulary = encode(captions, scorer.vocabulary)
         size = len(scorer.vocabulary)
         owner = np.repeat(np.arange(len(lengths)), lengths)
         end = np.repeat(np.cumsum(lengths), lengths)
@@ -153,9 +153,7 @@ class CiderD:
             raise ValueError(f"image {int(np.argmin(counts))} of the batch has no reference captions.")
         candidates = len(hypotheses) // images
         captions = self._words(hypotheses, ended) + self._words(caption for image in references for caption in image)
-        all_known = set().union(*captions) <= self.vocabulary.keys()
-        vocabulary = self.vocabulary if all_known else dict(self.vocabulary)  # new words are for this call only
-        ids, lengths = encode(captions, vocabulary)
+        ids, lengths, vocabulary = encode(captions, self.vocabulary)  # new words are for this call only
 
         # A pair is one hypothesis and one reference of its image. References are stored image by image, so a
         # hypothesis's pairs follow each other.
@@ -176,7 +174,7 @@ class CiderD:
             weight = count * (log_images - np.log(np.maximum(frequency, 1.0)))
             norm = np.sqrt(np.bincount(owner, weight**2, minlength=len(captions)))
             # The n-grams of each pair's reference, looked up in its hypothesis.
-            first_entry = np.searchsorted(owner, np.arange(len(captions) + 1))
+            first_entry = np.append(0, np.cumsum(np.bincount(owner, minlength=len(captions))))
             entries = first_entry[reference_of_pair + 1] - first_entry[reference_of_pair]
             pair = np.repeat(np.arange(len(entries)), entries)
             entry = np.arange(len(pair)) - np.repeat(np.cumsum(entries) - entries, entries)
@@ -186,6 +184,7 @@ class CiderD:
             at = find(
                 owner[:hypothesis_entries] * grams + gram[:hypothesis_entries],
                 hypothesis_of_pair[pair] * grams + gram[entry],
+                len(hypotheses) * grams,
             )
             shared = at >= 0
             pair, reference_weight = pair[shared], weight[entry[shared]]

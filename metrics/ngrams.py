@@ -11,16 +11,22 @@ def words(captions: Iterable[list[str]]) -> list[list[str]]:
     It matters for the fractions and phone numbers that the tokenizer keeps whole: "5 1/2" with a no-break space is one
     token for ROUGE-L and two words for BLEU and CIDEr.
     """
+    captions = list(captions)
+    if len("".join([token for tokens in captions for token in tokens]).split()) <= 1:
+        return captions  # no white space in any
     return [" ".join(tokens).split() for tokens in captions]
 
 
-def encode(captions: list[list[str]], vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Word ids of all captions one after the other, and each caption's length. New words are added to `vocabulary`."""
+def encode(captions: list[list[str]], vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Word ids of all captions one after the other, each caption's length, and the vocabulary of these ids: the given
+    one, or if there are new words a copy with these."""
     flat = [word for caption in captions for word in caption]
-    for word in dict.fromkeys(flat):
-        vocabulary.setdefault(word, len(vocabulary))
-    ids = [vocabulary[word] for word in flat]
-    return np.array(ids, dtype=np.int64), np.array([len(caption) for caption in captions], dtype=np.int64)
+    try:
+        ids = [vocabulary[word] for word in flat]
+    except KeyError:
+        vocabulary = dict(vocabulary)
+        ids = [vocabulary.setdefault(word, len(vocabulary)) for word in flat]
+    return np.array(ids, dtype=np.int64), np.array([len(caption) for caption in captions], dtype=np.int64), vocabulary
 
 
 def ngram_counts(
@@ -46,9 +52,13 @@ def ngram_counts(
         yield key // grams, key % grams, count, start[first]
 
 
-def find(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Where each key is in `sorted_keys`, -1 where it is not."""
+def find(sorted_keys: np.ndarray, keys: np.ndarray, bound: int | None = None) -> np.ndarray:
+    """Where each key is in `sorted_keys`, -1 where it is not. All are below `bound`, if it is given."""
     if not len(sorted_keys):
         return np.full(len(keys), -1)
+    if bound is not None and bound <= 1_000_000:  # a table of all keys there could be is sooner than a search
+        table = np.full(bound, -1, dtype=np.int32)
+        table[sorted_keys] = np.arange(len(sorted_keys), dtype=np.int32)
+        return table[keys]
     at = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
     return np.where(sorted_keys[at] == keys, at, -1)

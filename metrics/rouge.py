@@ -41,10 +41,9 @@ def rouge_l(hypotheses: list[list[str]], references: list[list[list[str]]]) -> n
     images = len(hypotheses)
     counts = np.array([len(captions) for captions in references])
     image_of_pair = np.repeat(np.arange(images), counts)
-    vocabulary: dict[str, int] = {}
     # An empty caption counts as one empty word there ("".split(" ")).
-    hypothesis_ids, hypothesis_lengths = encode([tokens or [""] for tokens in hypotheses], vocabulary)
-    reference_ids, reference_lengths = encode(
+    hypothesis_ids, hypothesis_lengths, vocabulary = encode([tokens or [""] for tokens in hypotheses], {})
+    reference_ids, reference_lengths, _ = encode(
         [tokens or [""] for captions in references for tokens in captions], vocabulary
     )
     hypothesis_table = _padded(hypothesis_ids, hypothesis_lengths, -1)
