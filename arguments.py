@@ -125,6 +125,11 @@ class TrainDataArguments(DataArguments):
         "Image augmentations in order, such as random_resized_crop:0.5:1.0 flip randaugment:2:5 jpeg:30:0.1. All of "
         "them are described in data/augmentation.py.",
     )
+    augment_text: list[str] = flag(
+        [],
+        "Caption augmentations of the training split: synonym:P replaces each word that has a synonym with probability "
+        "P, sentence_shuffle:P reorders the sentences of a paragraph.",
+    )
     max_train_samples: int | None = flag(None, "Use only the first so many training images.")
     max_eval_samples: int | None = flag(None, "Use only the first so many validation images.")
     max_test_samples: int | None = flag(None, "Use only the first so many test images.")

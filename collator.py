@@ -45,18 +45,21 @@ class CaptionCollator:
         max_txt_len: int = 40,
         prompt: str = "",
         augmentation=None,
+        text_augmentation=None,
         fast_jpeg: bool = False,
         prompts_only: bool = False,
     ):
         self.prompts_only = prompts_only
         self.images = ImageCollator(processor, config, prompt=prompt, fast_jpeg=fast_jpeg)
-        self.augmentation = augmentation
+        self.augmentation, self.text_augmentation = augmentation, text_augmentation
         self.room = max_txt_len - self.images.words_before
         if self.room < 2:
             raise ValueError(f"The prompt '{prompt}' leaves no room for a caption in max_txt_len {max_txt_len}.")
 
     def __call__(self, samples: list[dict]) -> dict:
         captions = [sample["captions"] for sample in samples]
+        if self.text_augmentation:
+            captions = [self.text_augmentation(s["captions"], s["epoch"], self._draw_id(s)) for s in samples]
         per_image = max(map(len, captions))
         if "features" in samples[0]:
             inputs = self.images.prompts(len(samples))

@@ -91,6 +91,7 @@ def main():
     augmentation = None
     if data_args.augment:
         augmentation = data.Augmentation(data_args.augment, input_size(processor.image_processor), args.seed)
+    text_augmentation = data.TextAugmentation(data_args.augment_text, args.seed) if data_args.augment_text else None
     # What training goes through: records, or with a frozen encoder these with their encoded images.
     used = {"train": train, "validation": validation if args.eval_strategy != "no" else None}
     draws = args.objective != "cross_entropy"  # captions of its own; the references are then all of the image
@@ -108,7 +109,12 @@ def main():
         objective=build_objective(args, objective_args, captioner, train, scorers),
         captioner=captioner,
         data_collator=CaptionCollator(
-            processor, model.config, augmentation=augmentation, prompts_only=draws, **collating
+            processor,
+            model.config,
+            augmentation=augmentation,
+            text_augmentation=text_augmentation,
+            prompts_only=draws,
+            **collating,
         ),
         eval_collator=CaptionCollator(processor, model.config, **collating),
         train_dataset=pairs,

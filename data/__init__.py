@@ -8,6 +8,7 @@ from data.augmentation import Augmentation, corruption
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.records import DataError, check_images, fingerprint
 from data.sources import FORMATS, load
+from data.text_augmentation import TextAugmentation
 from data.training import CaptionPairs, CaptionStream, EncodedRecords, check_training_images, in_memory
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DataError",
     "EncodedRecords",
     "ImageError",
+    "TextAugmentation",
     "check_images",
     "check_training_images",
     "corruption",

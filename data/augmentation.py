@@ -65,8 +65,7 @@ class Augmentation:
         Args:
             captions: those that are learnt with the image, for `flip`.
         """
-        # Not hash(): that differs between processes.
-        rng = random.Random(hashlib.sha256(f"{self.seed} {epoch} {image_id}".encode()).digest())
+        rng = seeded(self.seed, epoch, image_id)
         for name, numbers in self.operations:
             if name == "random_resized_crop":
                 image = random_resized_crop(image, self.size, *numbers, rng)
@@ -90,6 +89,19 @@ class Augmentation:
         return image
 
 
+FORMS = {  # name: (its numbers, how many, whether they are valid, what is)
+    "random_resized_crop": ("LOW:HIGH", 2, lambda low, high: 0 < low <= high <= 1, "0 < LOW <= HIGH <= 1"),
+    "flip": ("", 0, lambda: True, ""),
+    "randaugment": ("N:M", 2, lambda n, m: n == int(n) and n >= 1 and 0 <= m <= 10, "N >= 1 whole, M from 0 to 10"),
+    "rotation": ("DEGREES", 1, lambda degrees: 0 <= degrees <= 180, "DEGREES from 0 to 180"),
+    "color_jitter": ("B:C:S", 3, lambda *factors: all(0 <= factor <= 1 for factor in factors), "each from 0 to 1"),
+    "grayscale": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
+    "gaussian_noise": ("STD[:P]", 2, lambda std, p: 0 <= std <= 255 and 0 <= p <= 1, "STD 0 to 255, P 0 to 1"),
+    "blur": ("RADIUS[:P]", 2, lambda radius, p: 0 <= radius <= 100 and 0 <= p <= 1, "RADIUS 0 to 100, P 0 to 1"),
+    "jpeg": ("QUALITY[:P]", 2, lambda q, p: q in range(1, 101) and 0 <= p <= 1, "QUALITY 1 to 100 whole, P 0 to 1"),
+}
+
+
 def corruption(spec: list[str]) -> Augmentation | None:
     """What `evaluate.py --corrupt` does to every image: one or more of NOISE, one after the other, at the photograph's
     own resolution. Called as `corruption(image, 0, image_id)` it does the same to an image at every evaluation.
@@ -99,37 +111,30 @@ def corruption(spec: list[str]) -> Augmentation | None:
             false), or wrong numbers.
     """
     for text in spec:
-        if (name := text.strip().split(":")[0]) not in NOISE:
-            raise ValueError(f"corrupt {text!r}: unknown operation {name!r}. Known: {', '.join(NOISE)}")
+        parse_operation(text, {name: FORMS[name] for name in NOISE}, "corrupt")
     return Augmentation(spec) if spec else None
 
 
-def parse_operation(text: str) -> tuple[str, list]:
+def seeded(*values) -> random.Random:
+    """A generator for these values, the same in every process; hash() differs between them."""
+    return random.Random(hashlib.sha256(" ".join(map(str, values)).encode()).digest())
+
+
+def parse_operation(text: str, forms: dict = FORMS, flag: str = "augment") -> tuple[str, list]:
     """ "randaugment:2:5" -> ("randaugment", [2, 5])."""
-    forms = {
-        "random_resized_crop": ("LOW:HIGH", 2, lambda low, high: 0 < low <= high <= 1, "0 < LOW <= HIGH <= 1"),
-        "flip": ("", 0, lambda: True, ""),
-        "randaugment": ("N:M", 2, lambda n, m: n == int(n) and n >= 1 and 0 <= m <= 10, "N >= 1 whole, M from 0 to 10"),
-        "rotation": ("DEGREES", 1, lambda degrees: 0 <= degrees <= 180, "DEGREES from 0 to 180"),
-        "color_jitter": ("B:C:S", 3, lambda *factors: all(0 <= factor <= 1 for factor in factors), "each from 0 to 1"),
-        "grayscale": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
-        "gaussian_noise": ("STD[:P]", 2, lambda std, p: 0 <= std <= 255 and 0 <= p <= 1, "STD 0 to 255, P 0 to 1"),
-        "blur": ("RADIUS[:P]", 2, lambda radius, p: 0 <= radius <= 100 and 0 <= p <= 1, "RADIUS 0 to 100, P 0 to 1"),
-        "jpeg": ("QUALITY[:P]", 2, lambda q, p: q in range(1, 101) and 0 <= p <= 1, "QUALITY 1 to 100 whole, P 0 to 1"),
-    }
     name, *numbers = str(text).strip().split(":")
     if name not in forms:
-        raise ValueError(f"augmentation {text!r}: unknown operation {name!r}. Known: {', '.join(forms)}")
+        raise ValueError(f"{flag} {text!r}: unknown operation {name!r}. Known: {', '.join(forms)}")
     form, number, valid, rule = forms[name]
     expected = f"{name}:{form}" if form else name
     try:
         values = [float(value) for value in numbers]
     except ValueError:
-        raise ValueError(f"augmentation {text!r}: expected numbers, {expected}") from None
-    if name in NOISE and len(values) == 1:
+        raise ValueError(f"{flag} {text!r}: expected numbers, {expected}") from None
+    if form.endswith("[:P]") and len(values) == 1:
         values.append(1.0)
     if len(values) != number or not valid(*values):
-        raise ValueError(f"augmentation {text!r}: expected {expected}{', with ' + rule if rule else ''}")
+        raise ValueError(f"{flag} {text!r}: expected {expected}{', with ' + rule if rule else ''}")
     return name, values
 
 

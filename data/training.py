@@ -1,7 +1,5 @@
 """What training makes of records: a checked subset, in samples of an image and the captions that share its encoding."""
 
-import itertools
-
 import datasets
 import numpy as np
 import pyarrow.compute
@@ -95,6 +93,6 @@ class CaptionStream(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for record in self.records:
-            captions = iter(record["captions"])
-            while chunk := list(itertools.islice(captions, self.captions_per_image)):
-                yield {**record, "captions": chunk, "epoch": self.epoch}
+            for start in range(0, len(record["captions"]), self.captions_per_image):
+                captions = record["captions"][start : start + self.captions_per_image]
+                yield {**record, "first_caption": start, "captions": captions, "epoch": self.epoch}

@@ -10,7 +10,7 @@ import tiny
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 CAPTIONS = {
-    f"photo{i}": [f"a {colour} {shape} on the grass.", f"the {colour} {shape} near water."]
+    f"photo{i}": [f"a {colour} {shape} on the grass.", f"the small {colour} {shape} near water."]
     for i, (colour, shape) in enumerate(
         (c, s) for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star", "ball")
     )
@@ -126,7 +126,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(datas
     # Checkpoints in the middle of epochs, with augmentation, whose chance must be the same after a resume.
     options = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 3, "eval_steps": 3,
                "num_train_epochs": 6, "save_total_limit": 50}  # fmt: skip
-    augment = ["--augment", "random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
+    augment = ["--augment", "random_resized_crop:0.5:1.0", "flip", "randaugment:2:5", "gaussian_noise:20:0.5",
+               "--augment_text", "synonym:0.5"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     tiny.run("train.py", *flags(tmp_path, dataset, whole, **options), *augment)
     command = [*flags(tmp_path, dataset, broken, **options), *augment]
@@ -145,6 +146,37 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(datas
     assert {k: one[k] for k in ("sacrebleu", "CIDEr", "Bleu_4")} == {
         k: other[k] for k in ("sacrebleu", "CIDEr", "Bleu_4")
     }
+
+
+def test_captions_are_augmented_in_training_and_not_in_evaluation(dataset, tmp_path):
+    """A model that does not move, in one batch: its losses tell which captions it was shown."""
+    import data
+    from collator import CaptionCollator
+    from objectives import caption_loss
+
+    options = {
+        "learning_rate": 0,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 28,
+        "label_smoothing_factor": 0,
+    }
+    more = {"gradient_accumulation_steps": 1, "freeze_vision": "true", "augment_text": "synonym:1"}
+    tiny.run("train.py", *flags(tmp_path, dataset, tmp_path / "out", **options, **more))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    logged = {name: row[name] for row in history for name in ("loss", "eval_loss") if name in row}
+
+    model = BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    splits = data.load(dataset)
+
+    def loss(split, text_augmentation=None):
+        collator = CaptionCollator(processor, model.config, text_augmentation=text_augmentation)
+        return caption_loss(model, collator(list(data.CaptionPairs(splits[split])))).item()
+
+    augmented = loss("train", data.TextAugmentation(["synonym:1"]))
+    assert logged["loss"] == pytest.approx(augmented, abs=1e-4)
+    assert abs(augmented - loss("train")) > 1e-3
+    assert logged["eval_loss"] == pytest.approx(loss("validation"), abs=1e-4)
 
 
 def test_a_finished_run_started_again_ends_with_the_same_weights(dataset, trained):
@@ -241,6 +273,7 @@ def test_the_command_line_goes_before_the_recipe_and_the_recipe_before_the_defau
         ({"captions_per_image": 0}, "at least 1"),
         ({"max_txt_len": 2}, "leaves no room"),
         ({"augment": "wobble"}, "wobble"),
+        ({"augment_text": "synonym:2"}, "P from 0 to 1"),
         ({"lerning_rate": 1}, "Did you mean 'learning_rate'?"),
     ],
 )
