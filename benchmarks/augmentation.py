@@ -61,7 +61,8 @@ def main():
     drawn = [] if arguments.photos else scenes.load(train=0, validation=0, test=3)["test"]["image"]
     images = [data.open_image(photo) for photo in arguments.photos or drawn]
     temporary = arguments.output.with_name(f".{arguments.output.name}")
-    sheet(images, arguments.augment).save(temporary, "PNG", optimize=True)
+    colours = sheet(images, arguments.augment).quantize(64)  # a quarter of the bytes
+    colours.save(temporary, "PNG", optimize=True)
     os.replace(temporary, arguments.output)
     print(f"Written to {arguments.output}")
 
