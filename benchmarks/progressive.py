@@ -4,7 +4,7 @@
     CAPTION_TEST_DATA=... python benchmarks/progressive.py photos          # Flickr8k photographs of the test data
 
 1 cross-entropy   recipes/quickstart/scenes.yaml, recipes/photos/small.yaml
-1 continued       a control: as many more steps of cross-entropy as stage 2 has, without its augmentation
+1 continued       a control, on the scenes: as many more steps of cross-entropy as stage 2 has, without augmentation
 2 augmented       recipes/progressive/*_2_augment.yaml, from 1
 3 scst            recipes/progressive/*_3_scst.yaml, from 2
 
@@ -27,6 +27,17 @@ sys.path.insert(0, str(ROOT))
 from metrics.results import environment, write_json
 
 SCORES = ("CIDEr", "Bleu_4", "ROUGE_L", "sacrebleu")
+LOGGED = (
+    "step",
+    "eval_loss",
+    "eval_CIDEr",
+    "reward",
+    "advantage",
+    "sample_length",
+    "bad_endings",
+    "entropy",
+    "ce_loss",
+)
 CORPUS = ("mean_length", "distinct", "bad_endings", "repeated_words")
 
 
@@ -39,18 +50,17 @@ def stages(what: str) -> dict[str, tuple[str | None, list]]:
         first, data = "recipes/photos/small.yaml", ["--dataset_name", folder / "flickr8k"]
     recipe = f"recipes/progressive/{what}"
     first = [first, *data, "--metric_for_best_model", "CIDEr"]
-    every = "100" if what == "scenes" else "45"
     more = {
-        "model_config": "", "max_steps": 300 if what == "scenes" else 90, "warmup_steps": 0,
-        "learning_rate": 3e-4 if what == "scenes" else 2e-4, "eval_strategy": "steps", "save_strategy": "steps",
-        "eval_steps": every, "save_steps": every,
+        "model_config": "", "max_steps": 300, "learning_rate": 3e-4, "warmup_steps": 0, "eval_strategy": "steps",
+        "save_strategy": "steps", "eval_steps": 100, "save_steps": 100,
     }  # fmt: skip
     more = first + [word for name, value in more.items() for word in (f"--{name}", value)]
     if what == "photos":
         first = [*first, "--tokenizer_vocab", folder / "bert-base-uncased/vocab.txt"]
+    control = {"1 continued": ("1 cross-entropy", more)} if what == "scenes" else {}
     return {
         "1 cross-entropy": (None, first),
-        "1 continued": ("1 cross-entropy", more),
+        **control,
         "2 augmented": ("1 cross-entropy", [f"{recipe}_2_augment.yaml", *data]),
         "3 scst": ("2 augmented", [f"{recipe}_3_scst.yaml", *data]),
     }
@@ -65,7 +75,8 @@ def scores_of(folder: Path) -> dict:
         if "scene_facts" in scores:
             found[split] |= {"scene_facts": scores["scene_facts"]["scene_facts"]}
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    found["log"] = [{k: v for k, v in row.items() if k not in ("data_wait", "epoch")} for row in history]
+    rows = [{name: row[name] for name in LOGGED if name in row} for row in history]
+    found["log"] = [row for row in rows if len(row) > 1]
     found["commit"] = scores["commit"]
     found["training_seconds"] = json.loads((folder / "train_results.json").read_text())["train_runtime"]
     return found
