@@ -8,8 +8,9 @@
 2 augmented       recipes/progressive/*_2_augment.yaml, from 1
 3 scst            recipes/progressive/*_3_scst.yaml, from 2
 
-Each run is one of train.py in a folder of its own under --runs; one that has finished there is not run again. A model is
-the best of its run by validation CIDEr. The result has every seed's scores, and means and standard deviations over seeds.
+The photos' first stage is run once, for all seeds: its training is most of the time. Each run is one of train.py in a
+folder of its own under --runs; one that has finished there is not run again. A model is the best of its run by validation
+CIDEr. The result has every seed's scores, and means and standard deviations over seeds.
 """
 
 import argparse
@@ -112,9 +113,10 @@ def main() -> None:
     for seed in arguments.seeds:
         folders = {}
         for stage, (start, flags) in stages(arguments.what).items():
-            folders[stage] = (arguments.runs / f"{arguments.what}-{seed}-{stage.replace(' ', '-')}").resolve()
+            of = arguments.seeds[0] if arguments.what == "photos" and start is None else seed
+            folders[stage] = (arguments.runs / f"{arguments.what}-{of}-{stage.replace(' ', '-')}").resolve()
             if not (folders[stage] / "coco_metrics.json").exists():
-                command = [sys.executable, "train.py", *flags, "--seed", seed, "--output_dir", folders[stage]]
+                command = [sys.executable, "train.py", *flags, "--seed", of, "--output_dir", folders[stage]]
                 command += ["--model_name_or_path", folders[start]] if start else []
                 command += ["--meteor", "false", "--spice", "false"]
                 print("$", *command, flush=True)
