@@ -38,21 +38,14 @@ from objectives import CaptionTrainer, build_objective, check_objective
 from objectives.checkpoints import find_checkpoint, record_run
 
 logger = logging.getLogger("train")
+ARGUMENTS = (
+    ModelArguments, ScratchArguments, AdapterArguments, TrainDataArguments, GenerationArguments, ObjectiveArguments,
+    MetricArguments, TrainArguments,
+)  # fmt: skip
 
 
 def main():
-    groups = parse(
-        (
-            ModelArguments,
-            ScratchArguments,
-            AdapterArguments,
-            TrainDataArguments,
-            GenerationArguments,
-            ObjectiveArguments,
-            MetricArguments,
-            TrainArguments,
-        )
-    )
+    groups = parse(ARGUMENTS)
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}

@@ -9,6 +9,12 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the Hub
 
 
+def pytest_report_header():
+    folder = Path(os.environ.get("SAGEMAKER_ENVS", ROOT / ".venv-sagemaker"))
+    built = [name for name in ("v2", "v3", "platform") if (folder / name / "bin/python").exists()]
+    return f"SageMaker environments (make sagemaker-envs): {', '.join(built) or 'none, their tests skip'}"
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real data that CAPTION_TEST_DATA names."""

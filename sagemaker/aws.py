@@ -1,0 +1,105 @@
+"""What launch.py and deploy.py share: the installed SDK, sessions, flags of the account, and dry runs."""
+
+import argparse
+import json
+import os
+import sys
+
+import boto3
+from botocore.awsrequest import AWSResponse
+
+try:  # SDK v3
+    from sagemaker.core import image_uris
+    from sagemaker.core.helper.session_helper import Session
+
+    SDK = 3
+except ImportError:
+    from sagemaker import Session
+    from sagemaker import image_uris as image_uris  # launch.py and deploy.py take it from here
+
+    SDK = 2
+
+
+def account_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--role", required=True, help="ARN of the role that SageMaker works as (README, Permissions).")
+    parser.add_argument("--bucket", required=True, help="S3 bucket for code, checkpoints and models.")
+    parser.add_argument("--prefix", default="image-captioning", help="Folder in the bucket for all of it.")
+    parser.add_argument("--region", help="AWS region. Default: the configured one.")
+    parser.add_argument("--subnets", nargs="+", default=[], help="Run inside a VPC: its subnets ...")
+    parser.add_argument("--security_group_ids", nargs="+", default=[], help="... and security groups.")
+    parser.add_argument("--kms_key", help="KMS key for the machines' disks and for what is written to S3.")
+    parser.add_argument("--tags", nargs="+", default=[], type=pair, metavar="KEY=VALUE", help="Tags of all resources.")
+    parser.add_argument("--image_uri", help="Container image. Default: the AWS image that the README names.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the full requests and send none.")
+
+
+def check_account(args) -> None:
+    if bool(args.subnets) != bool(args.security_group_ids):
+        raise ValueError("--subnets and --security_group_ids go together.")
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE.")
+    return name, value
+
+
+def tags_of(args) -> list[dict]:
+    return [{"Key": name, "Value": value} for name, value in args.tags]
+
+
+def open_session(args) -> Session:
+    """The SDK's session. In a dry run it needs no account, and nothing leaves the machine."""
+    if args.dry_run:
+        os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # SDK v3 asks IAM about it
+        region = args.region or boto3.Session().region_name or "us-east-1"
+        session = boto3.Session(aws_access_key_id="dry", aws_secret_access_key="run", region_name=region)
+        session.events.register("before-send", answer_nothing)
+        session.events.register("before-call.sagemaker", print_request)
+    else:
+        session = boto3.Session(region_name=args.region)
+        if not session.region_name:
+            raise ValueError("No AWS region is configured: pass --region.")
+        if not session.get_credentials():
+            raise ValueError("No AWS credentials are configured: run 'aws configure', or set AWS_PROFILE.")
+    session = Session(session, default_bucket=args.bucket)
+    session._default_bucket = args.bucket  # else the SDK lists all buckets, and creates one that it does not find
+    return session
+
+
+def print_request(model, params, **_):
+    print(f"{model.name} {json.dumps(json.loads(params['body']), indent=2)}", flush=True)
+    if model.name == "CreateTrainingJob":
+        sys.exit(0)  # the last request; after it the SDK would report the use of its features to AWS
+
+
+def answer_nothing(request, event_name, **_) -> AWSResponse:
+    """Botocore's hook in front of the network, which an answer keeps a request from."""
+    service = event_name.split(".")[1]
+    if service in ("sagemaker", "application-autoscaling"):
+        return AWSResponse(request.url, 200, {}, Body(b"{}"))
+    return AWSResponse(request.url, 200 if service == "s3" else 403, {}, Body(b"<Empty/>"))
+
+
+class Body:
+    def __init__(self, content: bytes):
+        self.content = content
+
+    def stream(self, **_):
+        yield self.content
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """s3://bucket/key -> (bucket, key)"""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def run(main) -> None:
+    """Ends a user's mistake with one message and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        sys.exit(2)

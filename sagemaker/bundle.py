@@ -1,0 +1,63 @@
+"""What travels to SageMaker: the code of a training job, and a model with the code that serves it."""
+
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# The code of a job, and nothing else: no data, caches, .git or secrets.
+JOB = ("*.py", "requirements.txt", "LICENSE", "recipes/**/*.yaml", "recipes/**/*.json", "sagemaker/*.py",
+       "sagemaker/*.txt", *(f"{folder}/**/*.py" for folder in ("data", "models", "objectives", "metrics")))  # fmt: skip
+SERVING = ("collator.py", "data/**/*.py", "models/**/*.py")  # what inference.py imports
+# What from_pretrained reads, the card and the scores; no optimizer, no checkpoints, nothing else of the run.
+MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*processor*.json",
+         "token*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+         "chat_template.*", "README.md", "coco_metrics.json", "training_curves.svg")  # fmt: skip
+# The images have numpy 1, as their toolkits want it, and newer releases of pyarrow refuse to be imported beside that
+# without saying so to pip.
+FOR_THE_IMAGE = "pyarrow<26\n"
+
+
+def copy(patterns, folder: Path) -> None:
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}):
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def write_job(folder: Path, recipe: str | None) -> tuple[int, int]:
+    """The code of a training job, and the recipe as recipe.yaml, in `folder`; (files, bytes)."""
+    copy(JOB, folder)
+    (folder / "requirements.txt").write_text((ROOT / "requirements.txt").read_text() + FOR_THE_IMAGE)
+    if recipe:
+        shutil.copyfile(recipe, folder / "recipe.yaml")
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def write_serving_code(code: Path) -> None:
+    """`code`, the folder code/ of a model.tar.gz: inference.py, what it imports and its requirements.txt."""
+    shutil.rmtree(code, ignore_errors=True)
+    copy(SERVING, code)
+    shutil.copyfile(ROOT / "sagemaker/inference.py", code / "inference.py")
+    (code / "requirements.txt").write_text((ROOT / "sagemaker/requirements-serving.txt").read_text() + FOR_THE_IMAGE)
+
+
+def write_model(model: Path, target: Path) -> None:
+    """What deploys of a model folder, and the code, in the folder `target`."""
+    if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
+        hint = "export it first: python export.py" if (model / "adapter_config.json").is_file() else "no trained model"
+        raise ValueError(f"{model}: lacks config.json or *.safetensors; {hint}.")
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted({path for pattern in MODEL for path in model.glob(pattern)}):
+        shutil.copyfile(path, target / path.name)
+    write_serving_code(target / "code")
+
+
+def pack_model(model: Path, archive: Path) -> None:
+    """model.tar.gz as the inference toolkit wants it: the weights at its root, and code/."""
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        write_model(model, Path(folder))
+        for path in sorted(Path(folder).iterdir()):
+            tar.add(path, path.name)

@@ -1,0 +1,342 @@
+"""launch.py and deploy.py in an environment of each SDK, against moto's AWS: what they request, recorded on the wire."""
+
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import urllib.request
+
+import pytest
+import tiny
+from conftest import ROOT
+from sagemaker_envs import SECRETS, free_port, program, wait_for
+
+ROLE = "arn:aws:iam::123456789012:role/sagemaker"
+KEY = "arn:aws:kms:us-east-1:123456789012:key/0123"
+ACCOUNT = ["--role", ROLE, "--bucket", "captions", "--tags", "team=vision", "cost=low", "--kms_key", KEY,
+           "--subnets", "subnet-1", "subnet-2", "--security_group_ids", "sg-1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def moto(tmp_path_factory):
+    """The address of a running moto server that records, with a bucket."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("moto")
+    process = subprocess.Popen(
+        [program("v3", "moto_server"), "-p", str(port)],
+        env={**os.environ, "MOTO_RECORDER_FILEPATH": str(log / "recording")},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{address}/moto-api/", process, 60)
+        send(f"{address}/captions", "PUT")
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def send(url, method, body=None):
+    owner = {"Authorization": "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request"}
+    with urllib.request.urlopen(urllib.request.Request(url, body, owner, method=method), timeout=30) as answer:
+        return answer.read()
+
+
+def run(env, script, *words, address=None, **environment):
+    variables = {**os.environ, **SECRETS, **environment, **({"AWS_ENDPOINT_URL": address} if address else {})}
+    variables["SAGEMAKER_VALIDATE_ROLE"] = "false"  # moto has no SimulatePrincipalPolicy
+    for name in ("PYTHONPATH", "AWS_CA_BUNDLE"):
+        variables.pop(name, None)
+    command = [program(env), str(ROOT / "sagemaker" / script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=200)
+
+
+def requests_of(address, env, script, *words):
+    """{operation: its request} of all SageMaker calls that the script makes."""
+    send(f"{address}/moto-api/recorder/reset-recording", "POST")
+    send(f"{address}/moto-api/recorder/start-recording", "POST")
+    result = run(env, script, *words, address=address)
+    send(f"{address}/moto-api/recorder/stop-recording", "POST")
+    assert result.returncode == 0, result.stderr + result.stdout
+    calls = {}
+    for line in send(f"{address}/moto-api/recorder/download-recording", "GET").decode().splitlines():
+        call = json.loads(line)
+        target = {name.lower(): value for name, value in call["headers"].items()}.get("x-amz-target", "")
+        if target.startswith(("SageMaker.", "AnyScaleFrontendService.")):
+            calls[target.split(".")[1]] = json.loads(base64.b64decode(call["body"]))
+    return calls, result
+
+
+VALIDATE = """
+import json, sys, botocore.session, botocore.validate
+session = botocore.session.get_session()
+for service, operation, request in json.load(sys.stdin):
+    model = session.get_service_model(service).operation_model(operation)
+    report = botocore.validate.ParamValidator().validate(request, model.input_shape)
+    assert not report.has_errors(), report.generate_report()
+"""
+
+
+def validate(calls: dict) -> None:
+    """Against botocore's own model of the service, patterns and lengths of the entry point included."""
+    scaling = ("RegisterScalableTarget", "PutScalingPolicy")
+    triples = [("application-autoscaling" if name in scaling else "sagemaker", name, c) for name, c in calls.items()]
+    command = [program("v3"), "-c", VALIDATE]
+    result = subprocess.run(command, input=json.dumps(triples), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+LAUNCH = [*ACCOUNT, "--recipe", "recipes/blip/flickr8k.yaml", "--run_name", "flickr", "--instance_count", "2",
+          "--train", "s3://data/train", "--validation", "s3://data/validation", "--environment", "HF_HUB_OFFLINE=1",
+          "--model_name_or_path", "s3://models/blip/", "--max_run", "3600", "--no_wait", "--encrypt_traffic",
+          "--num_train_epochs", "2", "--augment", "flip", "randaugment:2:5", "--skip_bad_samples"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def jobs(moto):
+    return {env: requests_of(moto, env, "launch.py", *LAUNCH)[0]["CreateTrainingJob"] for env in ("v2", "v3")}
+
+
+def normal(job: dict) -> dict:
+    """What the job is: without its generated name, and without how each SDK hands over code and entry point."""
+    job = json.loads(json.dumps(job))
+    algorithm = job["AlgorithmSpecification"]
+    del job["TrainingJobName"], algorithm["ContainerEntrypoint"]
+    algorithm.pop("ContainerArguments", None)
+    algorithm.pop("EnableSageMakerMetricsTimeSeries", None)  # off without it, and v2 sends that it is off
+    job.pop("ProfilerConfig", None)  # v2 says that there is to be no profiler
+    job["HyperParameters"] = {
+        name: json.loads(value) if value.startswith('"') else value
+        for name, value in job["HyperParameters"].items()
+        if not name.startswith("sagemaker_")
+    }
+    channels = [channel for channel in job["InputDataConfig"] if channel["ChannelName"] not in ("code", "sm_drivers")]
+    for channel in channels:
+        channel.pop("InputMode", None)  # File, as the algorithm's TrainingInputMode says
+    job["InputDataConfig"] = sorted(channels, key=lambda channel: channel["ChannelName"])
+    return job
+
+
+def test_both_sdks_request_the_same_job(jobs):
+    assert normal(jobs["v2"]) == normal(jobs["v3"])
+
+
+def test_the_job_is_what_was_asked_for(jobs):
+    job = normal(jobs["v3"])
+    assert job["RoleArn"] == ROLE
+    assert job["HyperParameters"] == {
+        "recipe": "recipe.yaml", "num_train_epochs": "2", "augment": '["flip", "randaugment:2:5"]',
+        "skip_bad_samples": "true",
+    }  # fmt: skip
+    assert {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in job["InputDataConfig"]} == {
+        "train": "s3://data/train", "validation": "s3://data/validation", "model": "s3://models/blip/",
+    }  # fmt: skip
+    assert job["EnableManagedSpotTraining"] is True
+    assert job["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600, "MaxWaitTimeInSeconds": 7200}
+    checkpoints = {
+        "S3Uri": "s3://captions/image-captioning/flickr/checkpoints",
+        "LocalPath": "/opt/ml/checkpoints",
+    }
+    assert job["CheckpointConfig"] == checkpoints
+    assert job["ResourceConfig"] == {
+        "InstanceType": "ml.g5.2xlarge", "InstanceCount": 2, "VolumeSizeInGB": 100, "VolumeKmsKeyId": KEY,
+    }  # fmt: skip
+    assert job["OutputDataConfig"]["KmsKeyId"] == KEY
+    assert job["VpcConfig"] == {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]}
+    assert job["Tags"] == [{"Key": "team", "Value": "vision"}, {"Key": "cost", "Value": "low"}]
+    assert job["Environment"] == {"HF_HUB_OFFLINE": "1"}
+    assert "pytorch-training:2.8.0-gpu-py312" in job["AlgorithmSpecification"]["TrainingImage"]
+
+
+def test_the_requests_fit_botocores_model_of_the_service(jobs):
+    for job in jobs.values():
+        validate({"CreateTrainingJob": job})
+        assert all(len(word) <= 256 for word in job["AlgorithmSpecification"]["ContainerEntrypoint"])
+
+
+def test_the_code_that_is_uploaded_is_the_bundle_and_nothing_else(moto, jobs):
+    code = next(c for c in jobs["v3"]["InputDataConfig"] if c["ChannelName"] == "code")
+    prefix = code["DataSource"]["S3DataSource"]["S3Uri"].removeprefix("s3://captions/")
+    listing = send(f"{moto}/captions?list-type=2&max-keys=1000&prefix={prefix}", "GET").decode()
+    files = {key.removeprefix(prefix).lstrip("/") for key in re.findall("<Key>([^<]+)", listing)}
+    assert {"train.py", "recipe.yaml", "requirements.txt", "sagemaker/train_entry.py", "data/sources.py"} <= files
+    assert not [name for name in files if name.startswith((".", "tests", "benchmarks", "runs", "docs"))]
+    assert {name.rsplit(".", 1)[-1] for name in files} <= {"py", "txt", "yaml", "json", "LICENSE"}
+
+
+@pytest.mark.parametrize("env", ["v2", "v3"])
+def test_a_dry_run_prints_the_request_and_sends_nothing(env, moto):
+    words = [word for word in LAUNCH if word != "--no_wait"]
+    result = run(env, "launch.py", *words, "--dry_run", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert result.returncode == 0, result.stderr
+    text = result.stdout
+    assert re.search(r"source bundle: \d+ files, \d+ KiB", text)
+    request = json.loads(text[text.index("CreateTrainingJob {") + len("CreateTrainingJob ") :])
+    assert request["EnableManagedSpotTraining"] is True
+    validate({"CreateTrainingJob": request})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipe", "none.yaml"], "none.yaml: there is no such file"),
+        (["--max_wait", "5"], "at least --max_run"),
+        (["recipes/blip/flickr8k.yaml"], "passed as --recipe"),
+        (["--train", "nowhere"], "neither an s3:// URI nor a local path"),
+        (["--subnets", "subnet-1"], "go together"),
+        (["--dataset_name", "s3://a/b", "--train", "s3://a/c"], "exclude each other"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words, said):
+    result = run("v3", "launch.py", "--role", ROLE, "--bucket", "captions", *words)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_misspelt_flag_is_found_before_a_machine_is_paid_for():
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'sagemaker')!r})\n"
+        + """
+import types
+sys.modules["aws"] = types.SimpleNamespace(SDK=3, image_uris=None)  # boto3 is not in the environment of train.py
+import launch
+launch.check_train_flags(None, ["--learning_rate", "1e-5"])
+try:
+    launch.check_train_flags(None, ["--learning_rat", "1e-5"])
+except ValueError as error:
+    print(error)
+"""
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert "--learning_rat is no flag of launch.py or train.py. Did you mean 'learning_rate'?" in result.stdout
+
+
+# ---------------------------------------------------------------- deploy.py
+
+DEPLOY = {
+    "realtime": ["--max_capacity", "3", "--environment", "CAPTION_MAX_IMAGES=4"],
+    "serverless": ["--mode", "serverless", "--memory", "4096"],
+    "async": ["--mode", "async", "--max_capacity", "2", "--min_capacity", "0"],
+    "batch": ["--mode", "batch", "--input", "s3://photos/new/"],
+}
+
+
+def deploy(moto, env, mode):
+    words = [*ACCOUNT, *DEPLOY[mode], "--model_data", "s3://captions/model.tar.gz", "--name", f"{mode}-{env}"]
+    words += [] if mode == "serverless" else ["--instance_type", "ml.g4dn.xlarge"]  # moto does not know the default
+    calls, result = requests_of(moto, env, "deploy.py", *words, "--no_wait")
+    return json.loads(json.dumps(calls).replace(f"{mode}-{env}", "NAME")), result
+
+
+@pytest.fixture(scope="module")
+def deployed(moto):
+    return {mode: {env: deploy(moto, env, mode) for env in ("v2", "v3")} for mode in DEPLOY}
+
+
+@pytest.mark.parametrize("mode", DEPLOY)
+def test_both_sdks_make_the_same_requests_and_they_fit_the_service(mode, deployed):
+    (two, _), (three, _) = deployed[mode]["v2"], deployed[mode]["v3"]
+    assert two == three
+    validate(two)
+    expected = {
+        "realtime": {"CreateModel", "CreateEndpointConfig", "CreateEndpoint", "RegisterScalableTarget", "PutScalingPolicy"},
+        "serverless": {"CreateModel", "CreateEndpointConfig", "CreateEndpoint"},
+        "async": {"CreateModel", "CreateEndpointConfig", "CreateEndpoint", "RegisterScalableTarget", "PutScalingPolicy"},
+        "batch": {"CreateModel", "CreateTransformJob"},
+    }  # fmt: skip
+    assert two.keys() == expected[mode]
+
+
+def test_the_model_and_the_endpoint_are_what_was_asked_for(deployed):
+    calls, result = deployed["realtime"]["v3"]
+    container = calls["CreateModel"]["PrimaryContainer"]
+    assert container["Image"].endswith(
+        "huggingface-pytorch-inference:2.6.0-transformers5.5.3-gpu-py312-cu124-ubuntu22.04"
+    )
+    assert container["ModelDataUrl"] == "s3://captions/model.tar.gz"
+    assert container["Environment"]["CAPTION_MAX_IMAGES"] == "4"
+    assert calls["CreateModel"]["VpcConfig"]["Subnets"] == ["subnet-1", "subnet-2"]
+    (variant,) = calls["CreateEndpointConfig"]["ProductionVariants"]
+    assert variant["InstanceType"] == "ml.g4dn.xlarge"
+    assert calls["CreateEndpointConfig"]["KmsKeyId"] == KEY
+    assert "curl --aws-sigv4" in result.stdout
+    serverless = deployed["serverless"]["v3"][0]
+    (variant,) = serverless["CreateEndpointConfig"]["ProductionVariants"]
+    assert variant["ServerlessConfig"] == {"MemorySizeInMB": 4096, "MaxConcurrency": 5}
+    assert "-cpu-" in serverless["CreateModel"]["PrimaryContainer"]["Image"]
+    asynchronous = deployed["async"]["v3"][0]
+    assert asynchronous["RegisterScalableTarget"]["MinCapacity"] == 0
+    assert "AsyncInferenceConfig" in asynchronous["CreateEndpointConfig"]
+    job = deployed["batch"]["v3"][0]["CreateTransformJob"]
+    assert job["TransformInput"]["DataSource"]["S3DataSource"]["S3Uri"] == "s3://photos/new/"
+
+
+def test_the_image_is_the_one_that_sdk_v3_knows(deployed):
+    script = (
+        "from sagemaker.core import image_uris; print(image_uris.retrieve('huggingface', 'us-east-1', version='5.5.3', "
+        "base_framework_version='pytorch2.6.0', py_version='py312', instance_type='{}', image_scope='inference'))"
+    )
+    for mode, machine in (("realtime", "ml.g5.xlarge"), ("serverless", "ml.m5.xlarge")):
+        command = [program("v3"), "-c", script.format(machine)]
+        known = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        assert known == deployed[mode]["v2"][0]["CreateModel"]["PrimaryContainer"]["Image"]
+
+
+def test_delete_removes_the_endpoint_its_configuration_and_its_model(moto, deployed):
+    words = ["--role", ROLE, "--bucket", "captions", "--delete", "realtime-v3"]
+    calls, result = requests_of(moto, "v3", "deploy.py", *words)
+    assert calls.keys() == {"DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel"}
+    assert result.stdout.count("deleted") == 3
+    again = run("v3", "deploy.py", *words, address=moto)
+    assert again.returncode == 0
+    assert "deleted" not in again.stdout
+
+
+def test_a_local_model_is_packed_and_uploaded(moto, tmp_path):
+    folder = tiny.build_folder(tmp_path)
+    calls, _ = requests_of(
+        moto,
+        "v3",
+        "deploy.py",
+        "--role",
+        ROLE,
+        "--bucket",
+        "captions",
+        "--model",
+        folder,
+        "--name",
+        "local",
+        "--no_wait",
+        "--instance_type",
+        "ml.m5.xlarge",
+    )
+    assert calls["CreateModel"]["PrimaryContainer"]["ModelDataUrl"] == (
+        "s3://captions/image-captioning/local/model.tar.gz"
+    )
+    content = send(f"{moto}/captions/image-captioning/local/model.tar.gz", "GET")
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        names = tar.getnames()
+    assert {"model.safetensors", "config.json", "code/inference.py", "code/requirements.txt"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Give one of --model"),
+        (["--model", "nowhere"], "lacks config.json"),
+        (["--model", "x", "--mode", "batch"], "--mode batch and --input"),
+        (["--model", "x", "--mode", "serverless", "--instance_type", "ml.g5.xlarge"], "serverless has no"),
+        (["--model", "x", "--max_capacity", "2", "--min_capacity", "0"], "--min_capacity must be"),
+    ],
+)
+def test_a_mistake_in_deploying_is_one_sentence(words, said, moto):
+    result = run("v3", "deploy.py", "--role", ROLE, "--bucket", "captions", *words, address=moto)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
