@@ -29,8 +29,12 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # code/, where the folders it imports lie beside it
 
+import torch
+
+from collator import IGNORE
 from data import ImageError, open_image
 from models.captioner import Captioner
+from objectives.cross_entropy import token_log_probs
 
 logger = logging.getLogger(__name__)
 LIMITS = {
@@ -143,12 +147,20 @@ def output_fn(answer, accept: str) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
+@torch.inference_mode()
 def caption(captioner: Captioner, images: list, settings: dict, return_scores: bool):
     """(captions, scores or None) of PIL images."""
     if settings:
         settings = {"prompt": captioner.prompt, **captioner.settings, **settings}
         captioner = Captioner(captioner.model, captioner.processor, autocast=captioner.autocast, **settings)
-    return captioner(images), None
+    batch = captioner.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
+    tokens = captioner.generate_tokens(batch)
+    if not return_scores:
+        return captioner.texts(tokens), None
+    batch = {name: value.to(tokens.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    batch = captioner.training_batch(batch, tokens)
+    scores = token_log_probs(captioner.model, batch).sum(dim=1) / (batch["labels"] != IGNORE).sum(dim=1)
+    return captioner.texts(tokens), [round(score, 4) for score in scores.tolist()]
 
 
 def check_work(jobs: list[dict], own: dict) -> None:

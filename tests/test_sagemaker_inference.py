@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import tiny
+import torch
 from conftest import ROOT
 from PIL import Image
 from sagemaker_envs import program
@@ -57,6 +58,20 @@ def test_parameters_are_the_captioners_settings(captioner, photos):
     text = answer(captioner, as_json(photos[:2], parameters=parameters), "application/json")
     expected = Captioner(captioner.model, captioner.processor, **parameters)(photos[:2])
     assert json.loads(text) == {"captions": expected}
+
+
+def test_scores_are_the_mean_log_probability_that_generation_gave_the_tokens(captioner, photos):
+    text = answer(
+        captioner, as_json(photos[:2], parameters={"num_beams": 1, "return_scores": True}), "application/json"
+    )
+    result = json.loads(text)
+    greedy = Captioner(captioner.model, captioner.processor, num_beams=1)
+    assert result["captions"] == greedy(photos[:2])
+    for photo, score in zip(photos[:2], result["scores"], strict=True):
+        batch = greedy.collator([{"image": photo, "image_id": "0"}])
+        output = greedy.generate_tokens(batch, return_dict_in_generate=True, output_logits=True)
+        steps = torch.stack(output.logits).log_softmax(-1).max(-1).values  # greedy: the token is the likeliest
+        assert score == pytest.approx(steps.mean().item(), abs=1e-3)
 
 
 def test_a_bad_line_of_json_lines_is_answered_by_an_error_and_costs_the_others_nothing(captioner, photos):
