@@ -31,7 +31,7 @@ SAGEMAKER = .venv-sagemaker
 sagemaker-envs: $(SAGEMAKER)/v2/installed $(SAGEMAKER)/v3/installed $(SAGEMAKER)/platform/installed
 $(SAGEMAKER)/v2/installed: PACKAGES = "sagemaker==2.257.7"
 $(SAGEMAKER)/v3/installed: PACKAGES = "sagemaker==3.27.0" "moto[server]==5.2.5"
-$(SAGEMAKER)/platform/installed: PACKAGES = -r requirements.txt "pyarrow<26" "sagemaker-training==5.1.4" \
+$(SAGEMAKER)/platform/installed: PACKAGES = -r requirements.txt "pyarrow<26" "setuptools<81" "sagemaker-training==5.1.4" \
   "sagemaker-inference==1.10.1" "sagemaker-huggingface-inference-toolkit==2.6.0" "multi-model-server==1.1.11"
 $(SAGEMAKER)/%/installed: Makefile requirements.txt
 	$(PYTHON) -m venv $(SAGEMAKER)/$*

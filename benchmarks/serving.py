@@ -38,16 +38,25 @@ from PIL import Image
 import bundle
 from metrics.results import environment, write_json
 
+# The image has an unreleased 2.7.0 of the toolkit, that of PyPI (2.6.0) wants a name that transformers 5 has no more.
+SHIM = "import transformers.file_utils as utils; utils.is_tf_available = lambda: False"
 START = "from sagemaker_huggingface_inference_toolkit import serving; serving.main()"  # as the image's entry point
+
+
+def free_port() -> int:
+    """Below 32,768: the model server takes no other."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
     """The image's server on a free port of loopback, with `archive` unpacked as its model folder."""
 
     def __init__(self, python: str, archive: Path, folder: Path, **variables):
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = free_port()
         with tarfile.open(archive) as tar:
             tar.extractall(folder / "model", filter="data")
         settings = {
@@ -55,7 +64,9 @@ class Server:
             "SAGEMAKER_MODEL_SERVER_WORKERS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TEMP": str(folder),
             "PATH": f"{Path(python).parent}:{os.environ['PATH']}", "LOG_LOCATION": str(folder), **variables,
         }  # fmt: skip
-        settings.pop("PYTHONPATH", None)
+        (folder / "shim").mkdir()
+        (folder / "shim/sitecustomize.py").write_text(SHIM)
+        settings["PYTHONPATH"] = str(folder / "shim")
         self.log = open(folder / "server.log", "w+")  # noqa: SIM115 - as long as the server
         self.process = subprocess.Popen(
             [python, "-c", START], cwd=folder, env=settings, stdout=self.log, stderr=self.log, start_new_session=True
@@ -82,10 +93,10 @@ class Server:
             connection.close()
 
     def worker(self) -> psutil.Process | None:
-        """The Python process with the model."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if any("model_service_worker" in word for word in process.cmdline()):
+        """The Python process with the model, of this server's session."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) == self.process.pid and "model_service_worker" in " ".join(process.cmdline()):
                     return process
         return None
 
@@ -118,6 +129,13 @@ def valid_requests(photos: list[bytes]) -> list[tuple[bytes, dict, list[int], st
         (json.dumps(several).encode(), {"Content-Type": "application/json; charset=utf-8"}, [0, 1, 2], "json, three images"),
         (lines, lines_type | {"Accept": "application/jsonlines"}, [0, 1], "jsonlines, two images"),
     ]  # fmt: skip
+
+
+def only_errors(answer: bytes) -> bool:
+    """Whether the answer to JSON lines has no caption."""
+    with contextlib.suppress(ValueError):
+        return all("error" in json.loads(line) for line in answer.decode().splitlines())
+    return False
 
 
 def captions_of(answer: bytes) -> list[str]:
@@ -285,7 +303,7 @@ def attack(server: Server, photos: list[bytes], count: int, clients: int, check,
                 status, answer = server.ask(body, headers)
             except (OSError, http.client.HTTPException) as error:
                 return repr(error), request, 0.0
-            wrong = status >= 500 or (refused and not 400 <= status < 500)
+            wrong = status >= 500 or (refused and not (400 <= status < 500 or only_errors(answer)))
             return status, (request[1], body[:200], answer[:300]) if wrong else None, time.perf_counter() - start
 
         with concurrent.futures.ThreadPoolExecutor(clients) as pool:
@@ -331,8 +349,9 @@ def main():
         model, processor = build_model(str(ROOT / "recipes/quickstart/model.json"), None, words)
         model.save_pretrained(folder / "trained")
         processor.save_pretrained(folder / "trained")
-        photos = noise_photos(8)
-        expected = Captioner.from_pretrained(str(folder / "trained"), device="cpu")(photos)
+        captioner = Captioner.from_pretrained(str(folder / "trained"), device="cpu")
+        photos = distinct_photos(captioner)
+        expected = captioner(photos)
         bundle.pack_model(folder / "trained", folder / "model.tar.gz")
         server = Server(python, folder / "model.tar.gz", folder)
         try:
@@ -353,16 +372,19 @@ def main():
     print(json.dumps(result, indent=2))
 
 
-def noise_photos(count: int) -> list[bytes]:
-    """JPEG files of smooth noise, each its own, 200 to 480 pixels wide."""
-    photos = []
-    for seed in range(count):
-        pixels = random.Random(seed).randbytes(16 * 12 * 3)
-        image = Image.frombytes("RGB", (16, 12), pixels).resize((200 + 40 * seed, 150 + 30 * seed))
+def distinct_photos(captioner, count: int = 8) -> list[bytes]:
+    """JPEG files of smooth noise, of several sizes, that `captioner` captions each in other words: so that an answer
+    that belongs to another image is seen."""
+    photos: dict[str, bytes] = {}
+    for seed in range(1000):
+        pixels = random.Random(seed).randbytes(4 * 3 * 3)
+        image = Image.frombytes("RGB", (4, 3), pixels).resize((200 + seed % 7 * 40, 150 + seed % 7 * 30))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=90)
-        photos.append(file.getvalue())
-    return photos
+        photos.setdefault(captioner([file.getvalue()])[0], file.getvalue())
+        if len(photos) == count:
+            return list(photos.values())
+    raise RuntimeError(f"the model has only {len(photos)} captions for a thousand images")
 
 
 def checker(expected: list[str]):

@@ -131,15 +131,16 @@ def only_table(channel: Path) -> Path:
 
 
 def unite(folder: Path, channels: dict[str, Path]) -> Path:
-    """One folder with links to the split's folders, as data/sources.py expects it: train/, validation/, test/ and, of
-    captions in a file, train.jsonl beside train/."""
+    """One folder with links to the splits' folders, as data/sources.py expects it: train/, val/, test/ and, of captions
+    in a file, train.jsonl beside train/."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for split, channel in channels.items():
-        (folder / split).symlink_to(channel)
+        name = "val" if split == "validation" else split
+        (folder / name).symlink_to(channel)
         table = only_table(channel)
         if table.suffix in (".json", ".jsonl", ".csv", ".tsv"):
-            (folder / f"{split}{table.suffix}").symlink_to(table)
+            (folder / f"{name}{table.suffix}").symlink_to(table)
     return folder
 
 
