@@ -181,6 +181,7 @@ class Child:
     def __init__(self, command: list[str], environment: dict):
         print("train_entry.py:", *command[1:], flush=True)
         self.stopped, self.last = False, collections.deque(maxlen=200)
+        self.torchrun = "torch.distributed.run" in command
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -196,7 +197,8 @@ class Child:
     def stop(self) -> None:
         """SIGTERM to the training processes themselves: torchrun would kill them after 30 of the 120 seconds."""
         self.stopped = True
-        for process in psutil.Process(self.process.pid).children() or [self.process]:
+        processes = psutil.Process(self.process.pid).children() if self.torchrun else [self.process]
+        for process in processes:
             process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -188,9 +189,10 @@ def test_under_sdk_v3s_own_script_as_process_1_the_job_is_stopped_and_goes_on_al
     assert result.returncode == 0, result.stderr
     (container.base / "input/data/code").symlink_to("/opt/ml/bundle")
     start = train_entry.HEAR_SIGTERM.format(start="/opt/ml/input/data/sm_drivers/sm_train.sh")
-    inside = f"mkdir -p /opt/ml && mount --bind {container.base} /opt/ml && exec /bin/bash -c {json.dumps(start)}"
-    inside = inside.replace("$", "\\$")
-    options = {"SAGEMAKER_BASE_DIR": "/opt/ml", "TMPDIR": "/tmp"}
+    start = start.replace("/tmp/", "/opt/ml/")
+    mounts = f"mount -t tmpfs tmpfs /opt && mkdir /opt/ml && mount --bind {container.base} /opt/ml"
+    inside = f"{mounts} && cd /opt/ml && exec /bin/bash -c {shlex.quote(start)}"
+    options = {"SAGEMAKER_BASE_DIR": "/opt/ml", "TMPDIR": "/opt/ml"}
 
     process = container.start([*unshare, "/bin/sh", "-c", inside], **options)
     first = next(iter_children(process))
