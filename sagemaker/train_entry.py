@@ -196,6 +196,8 @@ class Child:
 
     def stop(self) -> None:
         """SIGTERM to the training processes themselves: torchrun would kill them after 30 of the 120 seconds."""
+        if self.process.poll() is not None:  # trained already: what is left takes less than the two minutes
+            return
         self.stopped = True
         processes = psutil.Process(self.process.pid).children() if self.torchrun else [self.process]
         for process in processes:
