@@ -8,9 +8,9 @@
 2 augmented       recipes/progressive/*_2_augment.yaml, from 1
 3 scst            recipes/progressive/*_3_scst.yaml, from 2
 
-The photos' first stage is run once, for all seeds: its training is most of the time. Each run is one of train.py in a
-folder of its own under --runs; one that has finished there is not run again. A model is the best of its run by validation
-CIDEr. The result has every seed's scores, and means and standard deviations over seeds.
+Of the photos' stages only the last is run with each seed, as the first takes most of the time. Each run is one of
+train.py in a folder of its own under --runs; one that has finished there is not run again. A model is the best of its run
+by validation CIDEr. The result has every seed's scores, and means and standard deviations over seeds.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def main() -> None:
     for seed in arguments.seeds:
         folders = {}
         for stage, (start, flags) in stages(arguments.what).items():
-            of = arguments.seeds[0] if arguments.what == "photos" and start is None else seed
+            of = arguments.seeds[0] if arguments.what == "photos" and stage != "3 scst" else seed
             folders[stage] = (arguments.runs / f"{arguments.what}-{of}-{stage.replace(' ', '-')}").resolve()
             if not (folders[stage] / "coco_metrics.json").exists():
                 command = [sys.executable, "train.py", *flags, "--seed", of, "--output_dir", folders[stage]]

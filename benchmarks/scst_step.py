@@ -34,6 +34,7 @@ from models.blip_attention import use_fast_attention
 from models.captioner import Captioner
 from models.cpu_linear import use_onednn_linear
 from models.vision import encode_images
+from objectives.policy import draw
 from objectives.rewards import Rewards
 from objectives.scst import SelfCritical
 
@@ -80,6 +81,13 @@ class Sides:
         if frozen:
             with torch.no_grad():
                 self.ours_batch = self.batch | {"pixel_values": encode_images(ours, self.batch["pixel_values"])}
+        torch.manual_seed(2)
+        drawn = draw(self.captioner, self.captioner.encode(self.ours_batch), **self.objective.sampling).first(samples)
+        start = ours.config.text_config.bos_token_id
+        self.sampled = torch.full((len(drawn.tokens), arguments.max_new_tokens + 1), self.captioner.collator.pad)
+        for row, tokens in zip(self.sampled, drawn.tokens, strict=True):
+            row[: len(tokens) + 1] = torch.tensor([start, *tokens])
+        self.sampled = self.sampled.to(arguments.device)
         self.options = {"max_new_tokens": arguments.max_new_tokens, "top_k": 0}
 
     def step(self, side: str) -> float:
@@ -92,12 +100,13 @@ class Sides:
 
     def peer_loss(self) -> torch.Tensor:
         pixel_values, image_ids, end = self.batch["pixel_values"], self.batch["image_ids"], self.captioner.collator.end
-        torch.manual_seed(int(torch.randint(2**31, ())))  # the samples that our side draws
         self.peer.eval()
         with torch.no_grad():
-            sampled = self.peer.generate(
+            # What it samples costs as much as what our side drew, which is gone on with, so that the losses can be compared.
+            self.peer.generate(
                 pixel_values=pixel_values, do_sample=True, num_return_sequences=self.samples, **self.options
             )
+            sampled = self.sampled
             rewards = self.reward(sampled, self.samples)
             if self.baseline == "greedy":
                 greedy = self.peer.generate(pixel_values=pixel_values, max_new_tokens=self.options["max_new_tokens"])
