@@ -219,8 +219,3 @@ class CiderD:
             number = longer
             numbers.append(number)
         return numbers
-
-
-def cider(hypotheses: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
-    """CIDEr of each image, document frequencies from these references: (images,). The corpus score is the mean."""
-    return CiderD.from_references(references).score(hypotheses, references)

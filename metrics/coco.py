@@ -11,7 +11,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 
 from metrics.bleu import bleu_from_statistics, bleu_statistics
-from metrics.cider import cider
+from metrics.cider import CiderD
 from metrics.java import Unavailable, meteor_from_statistics, meteor_statistics
 from metrics.java import spice as spice_scores
 from metrics.rouge import rouge_l
@@ -19,6 +19,7 @@ from metrics.tokenizer import tokenize
 
 logger = logging.getLogger(__name__)
 
+_BLOCK = 5000
 _BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
 
 # A caption that ends in one of these was broken off: what rewards without an end-of-sequence token teach a model.
@@ -103,8 +104,12 @@ def score(
         if spice:
             sampled = [tokens[i] for i in sample], [reference_tokens[i] for i in sample]
             spice_job = pool.submit(spice_scores, *sampled, heap=spice_heap, timeout=java_timeout)
-        bleu_counts = bleu_statistics(tokens, reference_tokens)
-        per_metric = {"ROUGE_L": rouge_l(tokens, reference_tokens), "CIDEr": cider(tokens, reference_tokens)}
+        bleu_counts = _in_blocks(bleu_statistics, tokens, reference_tokens)
+        cider = CiderD.from_references(reference_tokens)
+        per_metric = {
+            "ROUGE_L": _in_blocks(rouge_l, tokens, reference_tokens),
+            "CIDEr": _in_blocks(cider.score, tokens, reference_tokens),
+        }
         sacrebleu = BLEU(lowercase=sacrebleu_lowercase)
         sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
         corpus = _corpus_facts(tokens, training_captions)
@@ -179,6 +184,12 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
                 raise ValueError(f"A caption of image {image!r} is no text: {caption!r:.80}")
 
 
+def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.ndarray:
+    """What `statistics` gives a row an image of, of some images at a time: its tables are far larger than its rows."""
+    blocks = range(0, len(hypotheses), _BLOCK)
+    return np.concatenate([statistics(hypotheses[i : i + _BLOCK], references[i : i + _BLOCK]) for i in blocks])
+
+
 def _result(job: Future | None, name: str, unavailable: dict[str, str]):
     """What a Java job gave; None and a reason where it failed."""
     if job is None:
@@ -201,10 +212,10 @@ def _sacrebleu_statistics(
         caption = " ".join(caption.split())
         return sacrebleu.tokenizer(caption.lower() if sacrebleu.lowercase else caption).split()
 
-    return bleu_statistics(
-        [tokens(predictions[image]) for image in references],
-        [[tokens(caption) for caption in captions] for captions in references.values()],
-    )
+    def statistics(hypotheses: Sequence[str], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        return bleu_statistics([tokens(h) for h in hypotheses], [[tokens(c) for c in group] for group in captions])
+
+    return _in_blocks(statistics, [predictions[image] for image in references], list(references.values()))
 
 
 def _sacrebleu_signature(sacrebleu: BLEU, references: Mapping[str, Sequence[str]]) -> str:
@@ -259,7 +270,7 @@ def resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:
     images = len(table)
     generator = np.random.default_rng(seed)
     sums = np.empty((samples, table.shape[1]))
-    block = max(1, 10_000_000 // images)  # some 160 MB
+    block = max(1, 2_000_000 // images)  # some 50 MB
     for begin in range(0, samples, block):
         rows = min(block, samples - begin)
         drawn = generator.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images

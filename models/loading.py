@@ -17,7 +17,7 @@ from transformers.utils import is_bitsandbytes_available
 from models.adapters import add_adapter, find_adapter, load_adapter
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
-from models.families import FAMILIES, family_of, vision_encoder
+from models.families import FAMILIES, base_model, family_of, vision_encoder
 from models.vision import take_encoded_images
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,9 @@ def make_trainable(model, adapter_args, freeze_vision: bool):
         raise ValueError("Quantised weights cannot be trained: pass --use_peft, or leave --quantization out.")
     if freeze_vision:
         vision_encoder(model).requires_grad_(False)
+    # The Trainer calls this with checkpointing on, for the reentrant kind that we do not use; GIT adds in place to the
+    # embeddings, which then could not have a gradient of their own.
+    base_model(model).enable_input_require_grads = lambda: None
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

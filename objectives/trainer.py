@@ -49,7 +49,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.label_smoother = None  # the objective's own
         # Tied weights are saved once; without this the Trainer warns of "missing" ones when it reloads a checkpoint.
         base = base_model(self.model)
-        base._keys_to_ignore_on_save = list(base._tied_weights_keys or [])
+        base._keys_to_ignore_on_save = list(base.all_tied_weights_keys)
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
         self.args.logging_nan_inf_filter = False  # it would hide such a loss from the log; here it stops the run

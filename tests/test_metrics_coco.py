@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU
 
 import metrics
 from metrics.bleu import bleu_from_statistics, bleu_statistics
-from metrics.cider import cider
+from metrics.cider import CiderD
 from metrics.java import Unavailable, find_java, meteor_from_statistics, meteor_statistics
 from metrics.rouge import rouge_l
 
@@ -259,7 +259,7 @@ def test_intervals_equal_a_slow_loop_and_hold_the_score():
     hypotheses = tokens_of(PREDICTIONS.values())
     references = [tokens_of(captions) for captions in REFERENCES.values()]
     generator = np.random.default_rng(7)
-    each_cider = cider(hypotheses, references)
+    each_cider = CiderD.from_references(references).score(hypotheses, references)
     library = BLEU(lowercase=True)
     slow = {"Bleu_1": [], "Bleu_4": [], "ROUGE_L": [], "CIDEr": [], "sacrebleu": []}
     for draw in generator.integers(0, 4, (200, 4)):
@@ -323,7 +323,8 @@ def test_empty_captions_score_as_in_pycocoevalcap_without_a_crash():
     np.testing.assert_allclose(bleu_from_statistics(counts.sum(axis=0)), corpus, atol=1e-12)
     np.testing.assert_allclose(bleu_from_statistics(counts).T, each, atol=1e-12)
     np.testing.assert_allclose(rouge_l(hypotheses, captions), Rouge().compute_score(gts, res)[1], atol=1e-12)
-    np.testing.assert_allclose(cider(hypotheses, captions), Cider().compute_score(gts, res)[1], atol=1e-12)
+    scores = CiderD.from_references(captions).score(hypotheses, captions)
+    np.testing.assert_allclose(scores, Cider().compute_score(gts, res)[1], atol=1e-12)
     scores, _ = metrics.score(dict.fromkeys(references, ""), references, meteor=False, spice=False)
     assert scores["CIDEr"] == 0
     assert scores["sacrebleu"] == 0

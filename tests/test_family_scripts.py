@@ -1,0 +1,160 @@
+"""Every script takes every family: the cells of the README's table, a test each.
+
+The scripts' own main() runs in this process, as importing the libraries takes longer than what they do here.
+"""
+
+import importlib
+import json
+import sys
+
+import families
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_train import CAPTIONS, SPLITS
+
+from models.captioner import Captioner
+from models.loading import load_model
+
+FEW = [f"photo{i}" for i in (0, 1, 2, 3, 6, 9)]  # three to train with, one or two of the other splits
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    captions = {name: CAPTIONS[name] for name in FEW}
+    return tiny.write_photos(tmp_path_factory.mktemp("photos"), captions, {name: SPLITS[name] for name in FEW})
+
+
+@pytest.fixture(scope="module", params=families.NAMES)
+def base(request, tmp_path_factory):
+    """The folder of a family's tiny model, as its publisher would have saved it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, processor = families.build(request.param)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def script(name: str, *words) -> None:
+    arguments = [f"{name}.py", *map(str, words)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        importlib.import_module(name).main()
+
+
+def train(base, dataset, output, **changed) -> None:
+    values = {
+        "model_name_or_path": base, "dataset_name": dataset, "output_dir": output, "num_train_epochs": 2,
+        "learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1,
+        "gradient_checkpointing": "true", "num_beams": 2, "max_new_tokens": 6, "meteor": "false", "spice": "false",
+        "bootstrap_samples": 0, "length_penalty": 0.5,
+    }  # fmt: skip
+    script("train", *[word for key, value in (values | changed).items() for word in (f"--{key}", value)])
+
+
+@pytest.fixture(scope="module")
+def trained(base, dataset):
+    train(base, dataset, base.parent / "trained")
+    return base.parent / "trained"
+
+
+@pytest.fixture(scope="module")
+def adapted(base, dataset):
+    train(base, dataset, base.parent / "adapted", use_peft="true", lora_r=4)
+    return base.parent / "adapted"
+
+
+def captions_of(folder, dataset) -> dict:
+    return {row["image_id"]: row["caption"] for row in json.loads((folder / "predictions.json").read_text())}
+
+
+def test_train(trained, base):
+    state = json.loads((trained / "trainer_state.json").read_text())
+    assert all("eval_loss" in row for row in state["log_history"] if "eval_CIDEr" in row)
+    scores = json.loads((trained / "coco_metrics.json").read_text())
+    assert scores["generation"]["length_penalty"] == 0.5
+    before, after = load_file(base / "model.safetensors"), load_file(trained / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert sum(not before[name].equal(after[name]) for name in before) > len(before) / 2
+
+
+def test_evaluate(trained, dataset, tmp_path):
+    flags = ("--dataset_name", dataset, "--meteor", "false", "--spice", "false", "--bootstrap_samples", "0")
+    script("evaluate", "--model_name_or_path", trained, *flags, "--output_dir", tmp_path / "scores")
+    scores, before = (json.loads((f / "coco_metrics.json").read_text()) for f in (tmp_path / "scores", trained))
+    assert scores["CIDEr"] == before["CIDEr"]
+    assert scores["generation"] == before["generation"]
+    assert captions_of(tmp_path / "scores", dataset) == captions_of(trained, dataset)
+
+
+def test_infer(trained, dataset, tmp_path):
+    images = sorted(dataset.parent.glob("*.png"))
+    script("infer", *images, "--model_name_or_path", trained, "--output", tmp_path / "captions.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == list(map(str, images))
+    assert rows[-1]["caption"] == captions_of(trained, dataset)[images[-1].name]
+
+
+def test_lora(adapted, base):
+    """Only the adapter is saved, all of it moved, in the last checkpoint as in the best; the base is untouched."""
+    weights = load_file(adapted / "adapter_model.safetensors")
+    assert not (adapted / "model.safetensors").exists()
+    assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)  # it starts as zeros
+    if base.parent.name.startswith(("blip2", "instructblip")):
+        assert any("qformer" in name for name in weights)
+        assert any("language_model" in name for name in weights)
+    state = json.loads((adapted / "trainer_state.json").read_text())
+    best = load_file(adapted / f"checkpoint-{state['best_global_step']}" / "adapter_model.safetensors")
+    assert weights.keys() == best.keys()
+    assert all(weights[name].equal(best[name]) for name in weights)
+    model, _ = load_model(str(adapted), merge=False)
+    assert isinstance(model, PeftModel)
+    original, _ = load_model(str(base))
+    loaded = dict(model.get_base_model().named_parameters())
+    for name, parameter in original.named_parameters():
+        same = loaded.get(name, loaded.get(name.rpartition(".")[0] + ".base_layer." + name.rpartition(".")[2]))
+        assert same.equal(parameter), name
+
+
+def test_lora_goes_on_where_it_was_stopped(base, dataset, adapted):
+    flags = {"use_peft": "true", "lora_r": 4, "save_total_limit": 5}
+    train(base, dataset, base.parent / "stopped", **flags)
+    whole = load_file(base.parent / "stopped" / "adapter_model.safetensors")
+    last = max((base.parent / "stopped").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in last.iterdir():
+        path.unlink()
+    train(base, dataset, base.parent / "stopped", **flags)
+    again = load_file(base.parent / "stopped" / "adapter_model.safetensors")
+    assert all(whole[name].equal(again[name]) for name in whole)
+
+
+def test_export(adapted, dataset, tmp_path):
+    """The adapter and the merged model that stands alone give the same captions, and the base gives others."""
+    script("export", adapted, "--output_dir", tmp_path / "exported")
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+    assert not (tmp_path / "exported" / "adapter_config.json").exists()
+    images = sorted(map(str, dataset.parent.glob("*.png")))
+    put_on, processor = load_model(str(adapted), merge=False)
+    ours = Captioner(put_on.eval(), processor)
+    alone = Captioner.from_pretrained(str(tmp_path / "exported"))
+    assert alone.settings == ours.settings
+    assert alone.prompt == ours.prompt
+    assert alone(images) == ours(images)
+    batch = ours.collator([{"image": images[0], "image_id": "0"}])
+    batch = ours.training_batch(batch, torch.tensor([[5, 6, 7]]))
+    with torch.no_grad():
+        logits = [model(**batch).logits for model in (put_on.get_base_model(), alone.model)]
+        with put_on.disable_adapter():
+            logits.append(put_on(**batch).logits)
+    assert logits[0].allclose(logits[1], atol=1e-3)
+    assert not logits[0].allclose(logits[2], atol=1e-3)
+
+
+def test_scst(trained, dataset, tmp_path):
+    train(trained, dataset, tmp_path / "scst", objective="scst", num_train_epochs=1, scst_samples=3, ce_weight=0.3)
+    state = json.loads((tmp_path / "scst" / "trainer_state.json").read_text())
+    assert any("reward" in row and "advantage" in row for row in state["log_history"]), state["log_history"]
+    before, after = load_file(trained / "model.safetensors"), load_file(tmp_path / "scst" / "model.safetensors")
+    assert any(not before[name].equal(after[name]) for name in before)
