@@ -1,5 +1,7 @@
 """Records -> batches. Nothing else makes one."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from PIL import Image
@@ -65,12 +67,7 @@ class CaptionCollator:
             inputs = self.images.prompts(len(samples))
             inputs["pixel_values"] = torch.stack([sample["features"] for sample in samples])
         else:
-            images = [self.images.pixels.open(sample["image"]) for sample in samples]
-            if self.augmentation:
-                images = [
-                    self.augmentation(image, sample["epoch"], self._draw_id(sample), sample["captions"])
-                    for image, sample in zip(images, samples, strict=True)
-                ]
+            images = in_threads(self._image, samples)
             if self.images.joint and not self.prompts_only:
                 images = [image for image in images for _ in range(per_image)]
             inputs = self.images.inputs(images)
@@ -81,6 +78,12 @@ class CaptionCollator:
     def _draw_id(sample: dict) -> str:
         """What an augmentation's chance goes by: each sample of an image gets a draw of its own."""
         return f"{sample['image_id']}#{sample.get('first_caption', 0)}"
+
+    def _image(self, sample: dict) -> Image.Image:
+        image = self.images.pixels.open(sample["image"])
+        if self.augmentation:
+            image = self.augmentation(image, sample["epoch"], self._draw_id(sample), sample["captions"])
+        return image
 
     def token_tensors(self, captions: list[list[str]]) -> dict[str, torch.Tensor]:
         """The batch of the captions of each image, without its pixels. Not for chat models, whose prompt needs them."""
@@ -168,16 +171,19 @@ class ImageCollator:
         if "features" in samples[0]:
             pixel_values = torch.stack([sample["features"] for sample in samples])
             return {"pixel_values": pixel_values, **self.prompts(len(samples)), "image_ids": ids, "errors": {}}
-        images, errors = [], {}
-        for sample in samples:
-            try:
-                image = self.pixels.open(sample["image"])
-                images.append(self.corruption(image, 0, sample["image_id"]) if self.corruption else image)
-            except ImageError as error:
-                if not self.skip_bad_images:
-                    raise
-                errors[sample["image_id"]] = error
+        opened = in_threads(self._image, samples)
+        images = [found for found in opened if not isinstance(found, ImageError)]
+        errors = {i: found for i, found in zip(ids, opened, strict=True) if isinstance(found, ImageError)}
         return {**(self.inputs(images) if images else {}), "image_ids": ids, "errors": errors}
+
+    def _image(self, sample: dict) -> Image.Image | ImageError:
+        try:
+            image = self.pixels.open(sample["image"])
+        except ImageError as error:
+            if not self.skip_bad_images:
+                raise
+            return error
+        return self.corruption(image, 0, sample["image_id"]) if self.corruption else image
 
     def inputs(self, images: list) -> dict[str, torch.Tensor]:
         """What the model takes of RGB PIL images and the prompt."""
@@ -240,11 +246,24 @@ class Pixels:
             return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         height, width = self.size
         batch = np.empty((len(images), 3, height, width), dtype=np.float32)
-        for image, planes in zip(images, batch, strict=True):
-            pixels = np.asarray(image.resize((width, height), self.image_processor.resample))
+
+        def fill(row: int) -> None:
+            pixels = np.asarray(images[row].resize((width, height), self.image_processor.resample))
             for channel in range(3):
-                np.take(self.values[channel], pixels[:, :, channel], out=planes[channel], mode="clip")
+                np.take(self.values[channel], pixels[:, :, channel], out=batch[row, channel], mode="clip")
+
+        in_threads(fill, range(len(images)))
         return torch.from_numpy(batch)
+
+
+def in_threads(function, items) -> list:
+    """`[function(item) for item in items]` on as many threads as torch has: Pillow and numpy let go of the interpreter
+    while they decode and resize. In a loader's worker process that is one."""
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
 
 
 def input_size(image_processor) -> tuple[int, int]:

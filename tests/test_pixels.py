@@ -11,7 +11,7 @@ from transformers import BlipImageProcessor, CLIPImageProcessor
 
 import data
 from arguments import TrainArguments
-from collator import CaptionCollator, Pixels
+from collator import CaptionCollator, ImageCollator, Pixels
 from models.captioner import Captioner
 from objectives import CaptionTrainer, CrossEntropy
 
@@ -71,6 +71,21 @@ def test_fast_jpeg_keeps_pixels_within_its_tolerance():
     steps = (exact - fast).abs() * torch.tensor(processor.image_std).view(3, 1, 1) * 255
     assert reduced.size == (400, 300)
     assert 0 < steps.mean() < 2
+
+
+def test_a_batch_is_the_same_on_several_threads(tmp_path):
+    model, processor = tiny.build(tmp_path)
+    samples = [{"image": noise(50 + i, 40), "image_id": str(i)} for i in range(9)]
+    samples[4]["image"] = b"no image"
+    batches = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        batches.append(ImageCollator(processor, model.config, skip_bad_images=True)(samples))
+    torch.set_num_threads(before)
+    assert batches[0]["pixel_values"].equal(batches[1]["pixel_values"])
+    assert [list(batch["errors"]) for batch in batches] == [["4"], ["4"]]
+    assert batches[0]["image_ids"] == batches[1]["image_ids"]
 
 
 class FailsOnce(CrossEntropy):
