@@ -88,7 +88,8 @@ class Family:
 
 
 _LANGUAGE = r"language_model\..*\.(q|k|v|o|wi_0|wi_1|wo|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
-_QFORMER = r"qformer\..*\.(query|key|value|dense)"
+# Of the Q-Former what the queries go through: the last layer's text side is never read.
+_QFORMER = r"qformer\..*\.(query|key|value|attention\.output\.dense|(intermediate|output)_query\.dense)"
 _BLIP2 = {
     "vision": ("vision_model",),
     "end_token": "text_config.eos_token_id",  # OPT checkpoints name the line end here
