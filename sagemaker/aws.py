@@ -1,6 +1,7 @@
 """What launch.py and deploy.py share: the installed SDK, sessions, flags of the account, and dry runs."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -56,7 +57,8 @@ def open_session(args) -> Session:
         region = args.region or boto3.Session().region_name or "us-east-1"
         session = boto3.Session(aws_access_key_id="dry", aws_secret_access_key="run", region_name=region)
         session.events.register("before-send", answer_nothing)
-        session.events.register("before-call.sagemaker", print_request)
+        for service in ("sagemaker", "application-autoscaling", "cloudwatch"):
+            session.events.register(f"before-call.{service}", print_request)
     else:
         session = boto3.Session(region_name=args.region)
         if not session.region_name:
@@ -69,17 +71,19 @@ def open_session(args) -> Session:
 
 
 def print_request(model, params, **_):
-    print(f"{model.name} {json.dumps(json.loads(params['body']), indent=2)}", flush=True)
+    """Botocore's hook before a call, whose answer takes the place of the service's."""
+    body = params["body"]
+    with contextlib.suppress(ValueError, TypeError):  # CloudWatch's is no JSON
+        body = json.dumps(json.loads(body), indent=2)
+    print(f"{model.name} {body}", flush=True)
     if model.name == "CreateTrainingJob":
         sys.exit(0)  # the last request; after it the SDK would report the use of its features to AWS
+    return AWSResponse("", 200, {}, Body(b"")), {}
 
 
 def answer_nothing(request, event_name, **_) -> AWSResponse:
-    """Botocore's hook in front of the network, which an answer keeps a request from."""
-    service = event_name.split(".")[1]
-    if service in ("sagemaker", "application-autoscaling"):
-        return AWSResponse(request.url, 200, {}, Body(b"{}"))
-    return AWSResponse(request.url, 200 if service == "s3" else 403, {}, Body(b"<Empty/>"))
+    """Botocore's hook in front of the network, for what the SDK itself asks of other services."""
+    return AWSResponse(request.url, 200 if event_name.startswith("before-send.s3") else 403, {}, Body(b"<Empty/>"))
 
 
 class Body:

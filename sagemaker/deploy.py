@@ -26,7 +26,7 @@ def main():
     session = aws.open_session(args)
     client = session.sagemaker_client
     if args.delete:
-        delete(client, args.delete)
+        delete(session.boto_session, args.delete)
         return
     args.model_data = args.model_data or upload(session, args)
     image = args.image_uri or image_uri(session.boto_region_name, args.instance_type)
@@ -43,7 +43,7 @@ def main():
         print(f"waiting for endpoint {args.name}: some five to ten minutes", flush=True)
         client.get_waiter("endpoint_in_service").wait(EndpointName=args.name)
     if args.max_capacity:
-        scale(session.boto_session.client("application-autoscaling"), args)
+        scale(session.boto_session, args)
     print(how_to_call(args, session.boto_region_name))
 
 
@@ -68,7 +68,7 @@ def read_flags() -> argparse.Namespace:
     add("--output", help="async, batch: S3 folder of the answers. Default: in the bucket.")
     add("--min_capacity", type=int, default=1, help="Autoscaling: fewest machines; 0 only with async.")
     add("--max_capacity", type=int, help="Autoscaling: most machines. Default: no autoscaling.")
-    add("--target", type=float, default=60, help="Autoscaling: requests a minute and machine; async: waiting ones.")
+    add("--target", type=float, help="Autoscaling: requests a minute and machine, default 60; async: waiting ones, 5.")
     add("--no_wait", action="store_true", help="Return before the endpoint or job is done.")
     add("--delete", metavar="NAME", help="Delete the endpoint, its configuration and its model, and stop paying.")
     args = parser.parse_args()
@@ -167,8 +167,11 @@ def transform_request(args) -> dict:
     }
 
 
-def scale(client, args) -> None:
-    """Target tracking: by requests a minute, or of an asynchronous endpoint by the requests that wait."""
+def scale(aws_session, args) -> None:
+    """Target tracking: by requests a minute, or of an asynchronous endpoint by the requests that wait. One without
+    machines has no such number: an alarm starts the first."""
+    client = aws_session.client("application-autoscaling")
+    endpoint = [{"Name": "EndpointName", "Value": args.name}]
     target = {
         "ServiceNamespace": "sagemaker",
         "ResourceId": f"endpoint/{args.name}/variant/captioner",
@@ -180,7 +183,7 @@ def scale(client, args) -> None:
             "CustomizedMetricSpecification": {
                 "MetricName": "ApproximateBacklogSizePerInstance",
                 "Namespace": "AWS/SageMaker",
-                "Dimensions": [{"Name": "EndpointName", "Value": args.name}],
+                "Dimensions": endpoint,
                 "Statistic": "Average",
             }
         }
@@ -190,16 +193,48 @@ def scale(client, args) -> None:
         **target,
         PolicyName=f"{args.name}-tracking",
         PolicyType="TargetTrackingScaling",
-        TargetTrackingScalingPolicyConfiguration={"TargetValue": args.target, **metric},
+        TargetTrackingScalingPolicyConfiguration={
+            "TargetValue": args.target or (5 if args.mode == "async" else 60),
+            **metric,
+        },
+    )
+    if args.min_capacity:
+        return
+    policy = client.put_scaling_policy(
+        **target,
+        PolicyName=f"{args.name}-wake",
+        PolicyType="StepScaling",
+        StepScalingPolicyConfiguration={
+            "AdjustmentType": "ChangeInCapacity",
+            "Cooldown": 300,
+            "StepAdjustments": [{"MetricIntervalLowerBound": 0, "ScalingAdjustment": 1}],
+        },
+    )
+    aws_session.client("cloudwatch").put_metric_alarm(
+        AlarmName=f"{args.name}-wake",
+        AlarmActions=[policy.get("PolicyARN", "the policy's ARN")],
+        Namespace="AWS/SageMaker",
+        MetricName="HasBacklogWithoutCapacity",
+        Dimensions=endpoint,
+        Statistic="Average",
+        Period=60,
+        EvaluationPeriods=2,
+        Threshold=1,
+        ComparisonOperator="GreaterThanOrEqualToThreshold",
     )
 
 
-def delete(client, name: str) -> None:
+def delete(aws_session, name: str) -> None:
     """The endpoint first: it is what costs. What is not there, or not any more, is passed over."""
+    client = aws_session.client("sagemaker")
     for kind, remove in (
         ("endpoint", lambda: client.delete_endpoint(EndpointName=name)),
         ("endpoint configuration", lambda: client.delete_endpoint_config(EndpointConfigName=name)),
         ("model", lambda: client.delete_model(ModelName=name)),
+        (
+            "alarm, if there was one,",
+            lambda: aws_session.client("cloudwatch").delete_alarms(AlarmNames=[f"{name}-wake"]),
+        ),
     ):
         try:
             remove()

@@ -292,10 +292,10 @@ def test_delete_removes_the_endpoint_its_configuration_and_its_model(moto, deplo
     words = ["--role", ROLE, "--bucket", "captions", "--delete", "realtime-v3"]
     calls, result = requests_of(moto, "v3", "deploy.py", *words)
     assert calls.keys() == {"DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel"}
-    assert result.stdout.count("deleted") == 3
+    assert result.stdout.count("deleted") == 4
     again = run("v3", "deploy.py", *words, address=moto)
     assert again.returncode == 0
-    assert "deleted" not in again.stdout
+    assert "deleted endpoint" not in again.stdout
 
 
 def test_a_local_model_is_packed_and_uploaded(moto, tmp_path):
@@ -323,6 +323,15 @@ def test_a_local_model_is_packed_and_uploaded(moto, tmp_path):
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         names = tar.getnames()
     assert {"model.safetensors", "config.json", "code/inference.py", "code/requirements.txt"} <= set(names)
+
+
+def test_a_dry_run_of_deploy_prints_every_request_and_sends_nothing():
+    words = [*ACCOUNT, *DEPLOY["async"], "--model_data", "s3://captions/model.tar.gz", "--name", "dry", "--dry_run"]
+    result = run("v2", "deploy.py", *words, address="http://127.0.0.1:9")
+    assert result.returncode == 0, result.stderr
+    for name in ("CreateModel", "CreateEndpointConfig", "CreateEndpoint", "RegisterScalableTarget", "PutMetricAlarm"):
+        assert f"{name} " in result.stdout
+    assert result.stdout.count("PutScalingPolicy ") == 2
 
 
 @pytest.mark.parametrize(
