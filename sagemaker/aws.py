@@ -7,7 +7,9 @@ import os
 import sys
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.awsrequest import AWSResponse
+from botocore.exceptions import BotoCoreError, ClientError
 
 try:  # SDK v3
     from sagemaker.core import image_uris
@@ -94,16 +96,10 @@ class Body:
         yield self.content
 
 
-def split_uri(uri: str) -> tuple[str, str]:
-    """s3://bucket/key -> (bucket, key)"""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
 def run(main) -> None:
-    """Ends a user's mistake with one message and exit code 2."""
+    """Ends a user's mistake, and what AWS refuses, with one message and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Boto3Error, BotoCoreError, ClientError) as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         sys.exit(2)
