@@ -38,7 +38,6 @@ from objectives.rewards import RecordImages, Rewards
 from objectives.scst import SelfCritical
 
 METHODS = ("cross-entropy", "SCST on CIDEr", "SCST on CLIP-S", "DiCO on CLIP-S")
-BATCH = 16
 SHOWN = ("CIDEr", "CLIP-S reward", "CLIP-S judge", "kl", "distinct", "repeated_bigrams", "mean_length", "scene_facts")
 
 
@@ -61,11 +60,11 @@ def cross_entropy_model(folder: Path, seed: int, steps: int) -> Path:
     return folder
 
 
-def objective_of(method: str, captioner, rewards: dict):
+def objective_of(method: str, captioner, rewards: dict, sampled: bool):
     if method == "cross-entropy":
         return CrossEntropy()
     if method == "DiCO on CLIP-S":
-        return Dico(captioner, rewards["clip-s"])
+        return Dico(captioner, rewards["clip-s"], sampled=sampled)
     return SelfCritical(captioner, rewards["cider" if method == "SCST on CIDEr" else "clip-s"])
 
 
@@ -76,12 +75,12 @@ def train(method, start: Path, seed, splits, rewards, scorers, arguments) -> dic
     first, _ = load_model(str(start))
     first.eval().requires_grad_(False)
     torch.manual_seed(seed)
-    objective = objective_of(method, captioner, rewards)
+    objective = objective_of(method, captioner, rewards, arguments.sampled)
     draws = method != "cross-entropy"
     pairs = data.CaptionPairs(splits["train"], None)
     collator = CaptionCollator(processor, model.config, prompts_only=draws)
     loader = torch.utils.data.DataLoader(
-        pairs, BATCH, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(seed)
+        pairs, arguments.batch_size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(seed)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
     model.train()
@@ -190,6 +189,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--eval_steps", type=int, default=50)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--batch_size", type=int, default=16, help="images a step")
+    parser.add_argument("--sampled", action="store_true", help="DiCO's candidates are samples instead of beams")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/dico_scenes.json")
     arguments = parser.parse_args()
 
@@ -208,7 +209,7 @@ def main() -> None:
         for method in arguments.methods:
             runs[str(seed)][method] = train(method, start, seed, splits, rewards, scorers, arguments)
             clips = {name: scorer.source["sha256"] for name, scorer in scorers.items()}
-            found = {"settings": settings | {"batch": BATCH}, "clips_sha256": clips, "runs": runs}
+            found = {"settings": settings, "clips_sha256": clips, "runs": runs}
             write_json(arguments.output, found | environment())
     if set(arguments.methods) == set(METHODS):
         write_json(arguments.output, {"test": table(runs), **found, **environment()})

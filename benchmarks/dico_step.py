@@ -55,12 +55,12 @@ class Sides:
             vocabulary |= {f"w{i}": i for i in range(30524) if i not in vocabulary.values()}
             processor = BlipProcessor(BlipImageProcessor(), BertTokenizer(vocab=vocabulary))
             captioner = Captioner(ours, processor, max_new_tokens=arguments.max_new_tokens, early_stopping=True)
-            collator = CaptionCollator(processor, ours.config)
-            self.dico = Dico(captioner, collator, lambda *_: (self.rewards, {}), candidates=self.k)
+            self.dico = Dico(captioner, lambda *_: (self.rewards, {}), candidates=self.k)
+            collator = CaptionCollator(processor, ours.config, prompts_only=True)
             self.batch = {
+                **collator.token_tensors([["w1000 w1001"]] * arguments.images),
                 "pixel_values": self.pixel_values,
                 "image_ids": [str(i) for i in range(arguments.images)],
-                "labels": torch.zeros(arguments.images, 1, dtype=torch.long, device=arguments.device),
             }
 
     def step(self, side: str) -> float:
