@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+import re
 import shutil
 
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from test_clip_scores import write_clip
 
@@ -311,3 +313,22 @@ def test_clip_rewards_are_of_bare_captions_and_not_clipped(tmp_path):
     )
     assert parts["clip-s"].flatten().tolist() == pytest.approx(plain.tolist(), abs=1e-6)
     assert total.flatten().tolist() == pytest.approx((plain + 2 * with_references).tolist(), abs=1e-5)
+
+
+# The columns of the table in docs/dico.md.
+TABLE = (
+    "CIDEr", "CLIP-S reward", "CLIP-S judge", "scene_facts", "kl", "distinct", "repeated_bigrams", "mean_length",
+)  # fmt: skip
+
+
+def test_the_table_in_docs_is_what_the_results_say():
+    results = json.loads((ROOT / "benchmarks/results/dico_scenes.json").read_text())["test"]
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs/dico.md").read_text().splitlines() if line.startswith("| ")]
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if row[0].strip() in results}
+    assert rows.keys() == results.keys()
+    for method, cells in rows.items():
+        for name, cell in zip(TABLE, cells, strict=True):
+            mean, low, high = re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", cell).groups()
+            found = results[method][name]
+            for text, value in ((mean, found["mean"]), (low, found["min"]), (high, found["max"])):
+                assert text == f"{value:.{len(text.split('.')[1])}f}", (method, name)
