@@ -48,6 +48,8 @@ class OneDnnLinear(nn.Linear):
             or torch.compiler.is_compiling()
         ):
             return super().forward(input)
+        if not torch.is_grad_enabled():
+            return _product(input, self.weight, self.bias)
         return _OneDnnLinearFunction.apply(input, self.weight, self.bias)
 
 

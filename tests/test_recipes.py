@@ -1,7 +1,10 @@
 """Every recipe is one that train.py takes, the quickstart's runs, and the README says what the results say."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -81,3 +84,20 @@ def test_a_result_has_its_evidence(name):
     """Command, hardware, versions and commit stand in every results file."""
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert {"command", "commit", "hardware", "versions"} <= set(result)
+
+
+def test_the_counted_vocabulary_is_the_same_in_every_process(tmp_path):
+    """Or the same seed would give other numbers each time."""
+    code = (
+        "import sys; from models.loading import build_model; "
+        "words = ['two red dogs run', 'a dog sits', 'three cats', 'a cat sits']; "
+        "print(sorted(build_model(sys.argv[1], None, words)[1].tokenizer.get_vocab().items()))"
+    )
+    printed = set()
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", code, str(tiny.write_config(tmp_path))]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        printed.add(run.stdout)
+    assert len(printed) == 1
+    assert "'dog'" in printed.pop()

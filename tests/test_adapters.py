@@ -1,0 +1,102 @@
+"""What is said of adapters, precision and families that cannot be, and what old checkpoints lack."""
+
+import families
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_family_scripts import train
+from test_train import CAPTIONS, SPLITS, flags
+from transformers import BertConfig, BertModel
+
+from models.adapters import add_adapter
+from models.captioner import Captioner
+from models.loading import load_model, ready
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.build_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
+
+
+def test_targets_that_match_nothing_are_an_error_that_lists_what_there_is(base):
+    model, _ = load_model(str(base))
+    with pytest.raises(ValueError, match=r"'q_proj' matches no linear layer of .* It has: .*text_decoder\.bert"):
+        add_adapter(model, r=4, alpha=8, dropout=0.0, targets="q_proj")
+
+
+def test_a_module_to_save_that_is_not_there_is_an_error(base):
+    model, _ = load_model(str(base))
+    with pytest.raises(ValueError, match="has no module lm_head"):
+        add_adapter(model, r=4, alpha=8, dropout=0.0, modules_to_save=["lm_head"])
+
+
+def test_modules_to_save_are_trained_whole(base, dataset, tmp_path):
+    flags = {"use_peft": "true", "modules_to_save": "predictions.transform.dense", "num_train_epochs": 1}
+    train(base, dataset, tmp_path / "out", **flags)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    name = next(name for name in saved if name.endswith("transform.dense.weight"))
+    before, _ = load_model(str(base))
+    assert not before.text_decoder.cls.predictions.transform.dense.weight.equal(saved[name])
+
+
+def test_an_adapter_needs_a_trained_model(dataset, tmp_path):
+    command = flags(tmp_path, dataset, tmp_path / "out")
+    assert "give --model_name_or_path" in tiny.run("train.py", *command, "--use_peft", "true", fails=True).stderr
+
+
+def test_a_base_model_that_has_moved_is_named(base, dataset, tmp_path):
+    moved = base.parent / "moved"
+    train(base, dataset, tmp_path / "out", use_peft="true", num_train_epochs=1)
+    base.rename(moved)
+    try:
+        with pytest.raises(ValueError, match=rf"is an adapter, and its base model does not load: .*{base.name}"):
+            load_model(str(tmp_path / "out"))
+    finally:
+        moved.rename(base)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here: quantisation is not refused")
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantisation_is_refused_without_a_gpu(base, quantization):
+    with pytest.raises(ValueError, match=f"quantization {quantization} needs a CUDA GPU"):
+        load_model(str(base), quantization=quantization)
+
+
+def test_float16_weights_are_refused(base):
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        load_model(str(base), dtype="float16")
+
+
+def test_bfloat16_weights_train_an_adapter_in_float32(base, dataset, tmp_path):
+    train(base, dataset, tmp_path / "out", use_peft="true", dtype="bfloat16", num_train_epochs=1)
+    model, _ = load_model(str(tmp_path / "out"), dtype="bfloat16", merge=False)
+    kinds = {parameter.dtype for name, parameter in model.named_parameters() if "lora" in name}
+    assert kinds == {torch.float32}
+    assert model.text_decoder.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
+def test_an_unknown_family_is_told_the_known_ones(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertModel(BertConfig(vocab_size=10, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"family 'bert'\. Known families: blip, git, blip-2, .*idefics3"):
+        load_model(str(tmp_path))
+
+
+def test_image_tokens_that_an_old_blip2_checkpoint_lacks_are_filled_in():
+    """As Salesforce/blip2-opt-2.7b was until transformers 4.46."""
+    model, processor = families.build("blip2-opt")
+    images = [Image.new("RGB", (40, 40), "red")]
+    expected = Captioner(model.eval(), processor, max_new_tokens=5)(images)
+    model.config.image_token_index = None
+    processor.num_query_tokens = None
+    ready(model, processor)
+    assert processor.num_query_tokens == 4
+    assert model.config.image_token_index == processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert Captioner(model, processor, max_new_tokens=5)(images) == expected
