@@ -376,6 +376,17 @@ class ExportArguments:
     output_dir: str | None = flag(None, "Folder to export to. Default: the folder itself.")
 
 
+TRAIN_GROUPS = (
+    ModelArguments,
+    ScratchArguments,
+    AdapterArguments,
+    TrainDataArguments,
+    GenerationArguments,
+    ObjectiveArguments,
+    MetricArguments,
+    TrainArguments,
+)
+
 # Flags of transformers that would do nothing here, or that another flag stands for.
 REPLACED = {
     "predict_with_generate": "evaluation always generates",

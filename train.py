@@ -13,18 +13,7 @@ import logging
 from transformers import EarlyStoppingCallback, set_seed
 
 import data
-from arguments import (
-    AdapterArguments,
-    GenerationArguments,
-    MetricArguments,
-    ModelArguments,
-    ObjectiveArguments,
-    ScratchArguments,
-    TrainArguments,
-    TrainDataArguments,
-    parse,
-    run,
-)
+from arguments import TRAIN_GROUPS, parse, run
 from collator import CaptionCollator, input_size
 from metrics import results
 from metrics.clip_scores import load_scorers
@@ -38,14 +27,10 @@ from objectives import CaptionTrainer, build_objective, check_objective
 from objectives.checkpoints import find_checkpoint, record_run
 
 logger = logging.getLogger("train")
-ARGUMENTS = (
-    ModelArguments, ScratchArguments, AdapterArguments, TrainDataArguments, GenerationArguments, ObjectiveArguments,
-    MetricArguments, TrainArguments,
-)  # fmt: skip
 
 
 def main():
-    groups = parse(ARGUMENTS)
+    groups = parse(TRAIN_GROUPS)
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}

@@ -64,7 +64,10 @@ def find_adapter(model_name_or_path: str, revision: str = "main") -> dict | None
         path = folder / "adapter_config.json"
         path = path if path.is_file() else None
     else:
-        path = find_adapter_config_file(model_name_or_path, revision=revision)
+        try:
+            path = find_adapter_config_file(model_name_or_path, revision=revision)
+        except OSError:  # no such name, or no network: loading the model will say it
+            path = None
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
 

@@ -85,11 +85,11 @@ def check_train_flags(recipe: str | None, words: list[str]) -> None:
         from transformers import HfArgumentParser
 
         import arguments
-        from train import ARGUMENTS
+        from arguments import TRAIN_GROUPS
     except ImportError:
         print("train.py's flags are checked in the job only: its requirements are not installed here.")
         return
-    parser = HfArgumentParser(ARGUMENTS, allow_abbrev=False, prog="launch.py", usage="launch.py --help")
+    parser = HfArgumentParser(TRAIN_GROUPS, allow_abbrev=False, prog="launch.py", usage="launch.py --help")
     actions = {action.dest: action for action in parser._actions}
     if recipe:
         arguments.read_recipe(recipe, actions, parser)

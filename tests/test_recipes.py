@@ -13,16 +13,7 @@ from conftest import ROOT
 import arguments
 
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
-GROUPS = (
-    arguments.ModelArguments,
-    arguments.ScratchArguments,
-    arguments.TrainDataArguments,
-    arguments.GenerationArguments,
-    arguments.ObjectiveArguments,
-    arguments.MetricArguments,
-    arguments.TrainArguments,
-    arguments.AdapterArguments,
-)
+GROUPS = arguments.TRAIN_GROUPS
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
