@@ -34,7 +34,8 @@ def test_the_flickr8k_recipe_is_the_defaults_written_out(tmp_path):
                 assert getattr(one, name) == value, name
     from models.captioner import DEFAULTS
 
-    assert all(getattr(written[3], name) == DEFAULTS[name] for name in own)
+    generation = written[GROUPS.index(arguments.GenerationArguments)]
+    assert all(getattr(generation, name) == DEFAULTS[name] for name in own)
 
 
 @pytest.mark.parametrize("control", [[], ["--dataset_config_name", "shuffled"]], ids=["scenes", "shuffled control"])
