@@ -62,7 +62,7 @@ def write_result(path: Path, result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 1], help="images a batch")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 1, 2, 4], help="images a batch")
     parser.add_argument("--num_beams", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each side, after one warm-up turn")
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--without_onednn", action="store_true", help="ours with PyTorch's own linear layers")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "captioning.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "captioning.png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -80,7 +81,7 @@ def main() -> None:
     options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
     result = {
         "measure": "captions per second",
-        "settings": {k: v for k, v in vars(arguments).items() if k != "output"},
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("output", "plot")},
         "batches": {},
     }
     for batch_size in arguments.batch_sizes:
@@ -110,6 +111,27 @@ def main() -> None:
             f"ours {numbers['ours']['median']:.3f}, {numbers['ratio']:.2f} times, same tokens {min(same_tokens):.3f}"
         )
     write_result(arguments.output, result)
+    plot(result["batches"], arguments.plot)
+
+
+def plot(batches: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5, 3), constrained_layout=True)
+    sizes = sorted(map(int, batches))
+    for side, name in (("ours", "here"), ("peer", "transformers")):
+        rates = [batches[str(size)][side] for size in sizes]
+        axis.fill_between(sizes, [r["min"] for r in rates], [r["max"] for r in rates], alpha=0.3)
+        axis.plot(sizes, [r["median"] for r in rates], marker="o", label=name)
+    axis.set(xlabel="images a batch", ylabel="captions a second", xticks=sizes)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":
