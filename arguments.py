@@ -370,6 +370,93 @@ class InferArguments:
 
 
 @dataclass
+class RewriteArguments:
+    output: str | None = flag(
+        None,
+        "JSONL file to write (its name ends in .jsonl), or a folder of Parquet files. Started again, the run goes on.",
+    )
+    llm: str | None = flag(
+        None, "openai:MODEL on an OpenAI-compatible server, or hf:MODEL (folder or Hub id) right here."
+    )
+    prompt_file: str | None = flag(
+        None,
+        "Prompt with the fields {captions} (paragraph) or {raw} and {synthetic} (fuse). Default: the one in recipes/.",
+    )
+    on_reject: str | None = flag(
+        None,
+        "What a row gets whose text is rejected to the end: keep_synthetic, keep_raw, drop or null. Default: "
+        "keep_synthetic for fuse, drop for paragraph, where keep_raw is the captions one after the other.",
+    )
+    language: str = flag("en", "Language of the texts: en, or any, which checks their script only.")
+    output_column: str = flag("caption", "Column of the rewritten caption.")
+    rows_per_file: int = flag(100_000, "Rows of one Parquet file.")
+    max_samples: int | None = flag(None, "Use only the first so many rows.")
+    dry_run: bool = flag(False, "Ask nothing: count rows and tokens, tell what it would cost, and show a prompt.")
+    data_format: str = flag("auto", "Format of a local input, if it is not to be told from its files.")
+    dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
+    split: str | None = flag(None, "Rewrite this split only. Default: all.")
+    streaming: bool = flag(False, "Read a Hub dataset while rewriting instead of downloading it first.")
+    image_dir: str | None = flag(None, "Folder of the images, if they do not lie beside the captions.")
+    image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
+    caption_column: str | None = flag(None, "paragraph: column of the captions, if its name is not a usual one.")
+    raw_column: str | None = flag(None, "fuse: column of the raw caption. Default: laion_2b, raw, alt_text, text, ...")
+    synthetic_column: str | None = flag(None, "fuse: column of the synthetic caption. Default: laion_coco, synthetic.")
+    synthetic_file: str | None = flag(
+        None, "fuse: synthetic captions in a file of their own, by image, as infer.py and evaluate.py write them."
+    )
+
+    def __post_init__(self):
+        choices = {"on_reject": (None, "keep_synthetic", "keep_raw", "drop", "null"), "language": ("en", "any")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: choose one of {', '.join(filter(None, known))}.")
+        if self.rows_per_file < 1:
+            raise ValueError("--rows_per_file must be at least 1.")
+
+
+@dataclass
+class LLMArguments:
+    max_new_tokens: int | None = flag(None, "Longest text in tokens. Default: 80 for fuse (CapsFusion's), else 256.")
+    max_prompt_tokens: int | None = flag(
+        None, "Longer prompts have their captions shortened. Default: 256 for fuse (CapsFusion's), else 1024."
+    )
+    max_attempts: int = flag(3, "How often a row is asked for until its text passes the checks.")
+    temperature: float | None = flag(None, "Of sampling. Default: the server's own; hf: 0.7, after the first attempt.")
+    seed: int = flag(42, "Seed of the first attempt; the next ones count up.")
+    num_beams: int = flag(3, "hf: beams of the first attempt.")
+    per_device_batch_size: int = flag(16, "hf: rows rewritten at once on a device.")
+    bf16: bool | None = flag(None, "hf: load in bfloat16. Default: on GPUs.")
+    load_in_4bit: bool = flag(False, "hf: load in 4 bits (NF4, bitsandbytes; CUDA only).")
+    chat: bool | None = flag(None, "hf: wrap prompts in the model's chat template. Default: if it has one.")
+    base_url: str | None = flag(
+        None, "openai: address of the server, such as http://localhost:8000/v1. Default: OpenAI."
+    )
+    concurrency: int = flag(32, "openai: rows asked for at the same time.")
+    timeout: float = flag(120.0, "openai: seconds after which an answer is given up and asked for again.")
+    max_retries: int = flag(10, "openai: how often an answer that failed is asked for again, at growing intervals.")
+    requests_per_minute: float | None = flag(None, "openai: limit of requests a minute, of each process.")
+    tokens_per_minute: float | None = flag(
+        None, "openai: limit of tokens a minute, prompts and texts, of each process."
+    )
+    tokenizer: str | None = flag(None, "openai: tokenizer (folder or Hub id) to count with. Default: an estimate.")
+    extra_body: str | None = flag(None, "openai: more fields of each request, as JSON, such as '{\"top_k\": 20}'.")
+    price_in: float | None = flag(None, "openai: price of a million prompt tokens, to tell the cost.")
+    price_out: float | None = flag(None, "openai: price of a million written tokens.")
+
+    def __post_init__(self):
+        for name in (
+            "max_attempts",
+            "num_beams",
+            "per_device_batch_size",
+            "concurrency",
+            "max_new_tokens",
+            "max_prompt_tokens",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+
+
+@dataclass
 class ExportArguments:
     push_to_hub: str | None = flag(None, "Upload to this Hub repository, user/name.")
     merge: bool = flag(True, "Merge an adapter into its base model.")
@@ -515,7 +602,8 @@ def run(main) -> None:
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # they log every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     for handler in logging.getLogger("transformers").handlers:

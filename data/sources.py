@@ -78,6 +78,7 @@ def load(
     splits: tuple[str, ...] | None = None,
     max_samples: dict[str, int] | None = None,
     bad_samples: list | None = None,
+    require_images: bool = True,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load captioned images, one record an image, and say on one log line what was found and dropped.
 
@@ -97,6 +98,7 @@ def load(
         splits: these splits only. Images of other splits are then neither fetched (COCO-Karpathy) nor compared.
         max_samples: at most so many records of a split, e.g. {"train": 1000}: the first ones.
         bad_samples: a list that receives {"image_id", "image", "reason"} for each row skipped.
+        require_images: False for whoever reads captions alone: image files may then be missing, and none is fetched.
 
     Returns:
         Those of train, validation and test that exist, with columns `image_id` (str), `image` ({"path", "bytes"},
@@ -169,7 +171,7 @@ def load(
         if max_samples:
             records = first_of_each_split(records, max_samples)
     if source == "karpathy":
-        locate_karpathy_images(records, image_dir, path, rec.cache_folder(cache_dir))
+        locate_karpathy_images(records, image_dir, path, rec.cache_folder(cache_dir), fetch=require_images)
     if not records:
         raise DataError(f"{dataset_name}: no captioned image found{in_words(dropped)}")
 
@@ -178,7 +180,9 @@ def load(
     else:
         sizes, _, read = rec.table_images(table)
         sizes = [sizes[record.image] for record in records]
-    records, sizes = rec.drop_missing(records, sizes, skip_bad_samples, dropped, bad_samples)
+    if require_images:
+        records, sizes = rec.drop_missing(records, sizes, skip_bad_samples, dropped, bad_samples)
+    sizes = [size or 0 for size in sizes]
     records = rec.unite(records, rec.same_content([record.image for record in records], sizes, read), official, dropped)
     rec.name_records(records)
     how = rec.draw_splits(records, split_seed, official, complete)
@@ -354,9 +358,9 @@ def karpathy_rows(rows: Iterable[dict], name: str) -> Iterator[Record]:
         )
 
 
-def locate_karpathy_images(records: list[Record], image_dir, path: Path, cache: Path) -> None:
+def locate_karpathy_images(records: list[Record], image_dir, path: Path, cache: Path, fetch: bool = True) -> None:
     """Put the path of each image's file into its record, from a local folder, else from the cache, into which missing
-    COCO images are first fetched."""
+    COCO images are first fetched. Without `fetch` a missing image keeps its path below the image folder."""
     base = path if path.is_dir() else path.parent
     roots = [Path(image_dir)] if image_dir else [base / folder for folder in IMAGE_FOLDERS]
     find, find_flat = finder([*roots, cache / "coco"]), finder(roots)
@@ -369,8 +373,8 @@ def locate_karpathy_images(records: list[Record], image_dir, path: Path, cache: 
         if not os.path.exists(found) and not image_dir and COCO_FOLDER.fullmatch(folder) and COCO_FILE.fullmatch(name):
             found = str(cache / "coco" / folder / name)
             wanted.append(f"{folder}/{name}")
-        record.image = found
-    if wanted:
+        record.image = found if fetch or os.path.exists(found) else record.image
+    if wanted and fetch:
         fetch_coco_images(wanted, cache / "coco")
 
 

@@ -127,3 +127,27 @@ def run(script: str, *arguments, fails: bool = False, **options) -> subprocess.C
     else:
         assert process.returncode == 0, f"exit {process.returncode}\n{err}\n{out}"
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def build_llm(folder: Path, texts: list[str] = ("a red circle and a blue square.",), seed: int = 0) -> Path:
+    """A saved Llama of two layers with random weights, and a byte-level tokenizer trained on `texts`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer),
+        max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    return folder / "llm"

@@ -1,0 +1,356 @@
+"""LLMs: an OpenAI-compatible server, or a model in these processes.
+
+Both have `run(jobs, judge)`, which yields (job, outcome) as rows are finished, in whatever order. `judge(job, text,
+finished)` says what is wrong with a text, or None; such a row is asked again with another seed, up to `max_attempts`
+times. Whatever was finished is yielded before an error is raised.
+"""
+
+import concurrent.futures
+import itertools
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rewriting.checks import tidy
+from rewriting.prompts import Tokens
+
+logger = logging.getLogger(__name__)
+WINDOW = 32  # batches of rows that are sorted by length together
+
+
+@dataclass(slots=True)
+class Job:
+    """A row to rewrite."""
+
+    row: int  # place in the input
+    digest: str  # of its captions
+    inputs: list[str]  # its captions
+    prompt: str
+    ids: list  # the prompt's tokens
+
+
+@dataclass(slots=True)
+class Outcome:
+    text: str  # the last text written
+    reason: str | None  # why it was rejected, of rewriting.checks.REASONS
+    attempts: int = 1
+    tokens_in: int = 0  # of all attempts
+    tokens_out: int = 0
+
+
+def open_backend(llm: str, args):
+    """The backend that --llm names, `openai:MODEL` or `hf:MODEL`. `args` are LLMArguments."""
+    kind, _, model = (llm or "").partition(":")
+    if kind not in ("openai", "hf") or not model:
+        raise ValueError(f"--llm {llm}: expected openai:MODEL (on a server) or hf:MODEL (a folder or Hub id).")
+    return OpenAIBackend(model, args) if kind == "openai" else HFBackend(model, args)
+
+
+def load_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, padding_side="left")
+
+
+# ---------------------------------------------------------------- a server
+
+
+class Pace:
+    """Lets so many units a minute through, evenly."""
+
+    def __init__(self, per_minute: float | None):
+        self.interval, self.next, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
+
+    def wait(self, units: float = 1) -> None:
+        if not self.interval:
+            return
+        with self.lock:
+            start = max(self.next, time.monotonic())
+            self.next = start + units * self.interval
+        time.sleep(max(0, start - time.monotonic()))
+
+
+class Stopped(Exception):
+    """Another row met an error that ends the run."""
+
+
+class OpenAIBackend:
+    """Chat completions, `concurrency` rows at a time, each in a thread of its own.
+
+    What passes by itself (no connection, no answer in time, 408, 409, 429, 5xx, an answer without choices) is tried
+    again, `max_retries` times, after the time that the server names, else after twice as long each time, up to a minute
+    and with jitter. What does not pass (a wrong key, no such model, no credit) ends the run with a ValueError. A prompt
+    that the server refuses (400, 413, 422) is that row's fault, unless no other prompt is answered either.
+    """
+
+    def __init__(self, model: str, args):
+        import openai
+
+        self.openai, self.model, self.args = openai, model, args
+        base_url = args.base_url or os.environ.get("OPENAI_BASE_URL")
+        key = os.environ.get("OPENAI_API_KEY")
+        if not key and not base_url:
+            raise ValueError("Set OPENAI_API_KEY in the environment, or name another server with --base_url.")
+        self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=args.timeout, max_retries=0)
+        self.tokens = Tokens(load_tokenizer(args.tokenizer) if args.tokenizer else None)
+        # OpenAI's newer models know the one name, most other servers the other.
+        limit = "max_tokens" if base_url and "api.openai.com" not in base_url else "max_completion_tokens"
+        self.request = {"model": model, limit: args.max_new_tokens}
+        try:
+            self.request["extra_body"] = json.loads(args.extra_body) if args.extra_body else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--extra_body is not JSON: {error}") from None
+        self.requests, self.volume = Pace(args.requests_per_minute), Pace(args.tokens_per_minute)
+        self.stop, self.answered, self.lock = threading.Event(), threading.Event(), threading.Lock()
+        self.not_before = self.noted = 0.0
+        self.troubles: Counter = Counter()  # of the whole run, for its report
+        self.fresh: Counter = Counter()  # those not logged yet
+
+    def settings(self) -> dict:
+        named = ("max_new_tokens", "max_prompt_tokens", "temperature", "extra_body", "tokenizer")
+        return {name: getattr(self.args, name) for name in named}
+
+    def run(self, jobs: Iterable[Job], judge: Callable) -> Iterator[tuple[Job, Outcome]]:
+        waiting: dict = {}
+        jobs, error = iter(jobs), None
+        pool = concurrent.futures.ThreadPoolExecutor(self.args.concurrency)
+        try:
+            while True:
+                for job in itertools.islice(jobs, 2 * self.args.concurrency - len(waiting) if not error else 0):
+                    waiting[pool.submit(self.rewrite, job, judge)] = job
+                if not waiting:
+                    break
+                try:
+                    done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                except KeyboardInterrupt as interrupt:  # what is under way is paid for: wait for it
+                    error, done = interrupt, []
+                    self.stop.set()
+                for future in done:
+                    job = waiting.pop(future)
+                    if future.exception() is None:
+                        yield job, future.result()
+                    elif not isinstance(future.exception(), Stopped):
+                        error = error or future.exception()
+                        self.stop.set()
+        finally:
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)
+        if error:
+            raise error
+
+    def rewrite(self, job: Job, judge: Callable) -> Outcome:
+        outcome = Outcome("", "empty", attempts=0)
+        for attempt in range(self.args.max_attempts):
+            answer = self.ask(job, attempt)
+            outcome.attempts += 1
+            if answer is None:
+                outcome.reason = "server_refused"
+                break
+            choice = answer.choices[0]
+            outcome.text = tidy(choice.message.content or "")
+            if answer.usage:
+                outcome.tokens_in += answer.usage.prompt_tokens or 0
+                outcome.tokens_out += answer.usage.completion_tokens or 0
+            if choice.finish_reason == "content_filter":
+                outcome.reason = "server_refused"
+            else:
+                outcome.reason = judge(job, outcome.text, choice.finish_reason != "length")
+            if outcome.reason is None:
+                break
+        return outcome
+
+    def ask(self, job: Job, attempt: int):
+        """The server's answer, or None if it refuses the prompt."""
+        options = dict(self.request)
+        if self.args.temperature is not None:
+            options["temperature"] = self.args.temperature if attempt == 0 else max(self.args.temperature, 0.7)
+        if self.args.seed is not None:
+            options["seed"] = self.args.seed + attempt
+        for trial in range(self.args.max_retries + 1):
+            self.stop.wait(max(0, self.not_before - time.monotonic()))
+            self.requests.wait()
+            self.volume.wait(len(job.ids) + self.args.max_new_tokens)
+            if self.stop.is_set():
+                raise Stopped
+            wait = None
+            try:
+                answer = self.client.chat.completions.create(
+                    messages=[{"role": "user", "content": job.prompt}], **options
+                )
+                if getattr(answer, "choices", None):
+                    self.answered.set()
+                    return answer
+                trouble = "answered without a text"
+            except self.openai.APITimeoutError:
+                trouble = f"did not answer in {self.args.timeout:g} s"
+            except self.openai.APIConnectionError as error:
+                trouble = f"could not be reached ({type(error.__cause__ or error).__name__})"
+            except self.openai.APIStatusError as error:
+                code, message = error.status_code, server_message(error)
+                if code in (400, 413, 422) and self.answered.wait(20):
+                    self.note(f"refused a prompt ({code}: {message})")
+                    return None
+                if (code not in (408, 409, 429) and code < 500) or error.code == "insufficient_quota":
+                    raise ValueError(
+                        f"the server of {self.model} answers {code}: {message}. {ADVICE.get(code, '')}"
+                    ) from None
+                trouble, wait = f"answered {code}", retry_after(error.response.headers)
+                if code == 429 and wait:
+                    self.not_before = max(self.not_before, time.monotonic() + wait)
+            except ValueError as error:
+                trouble = f"sent what is not JSON ({type(error).__name__})"
+            self.note(trouble)
+            self.stop.wait(min(60, 0.5 * 2**trial) * random.uniform(0.5, 1) if wait is None else wait)
+        raise ValueError(
+            f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. What was finished is kept; "
+            "the same command goes on from there."
+        )
+
+    def note(self, trouble: str) -> None:
+        """Count a trouble, and log those that came together on one line, every five seconds at most."""
+        with self.lock:
+            self.troubles[trouble] += 1
+            self.fresh[trouble] += 1
+            if time.monotonic() - self.noted < 5:
+                return
+            self.noted = time.monotonic()
+            recent, self.fresh = self.fresh, Counter()
+        logger.warning("server: %s; trying again", ", ".join(f"{what} (×{n})" for what, n in recent.items()))
+
+
+ADVICE = {
+    401: "Is OPENAI_API_KEY right?",
+    403: "Is the key allowed to use this model?",
+    404: "Is the model's name right, and --base_url (it mostly ends in /v1)?",
+    429: "The account has no credit left.",
+}
+
+
+def server_message(error) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or body.get("detail") or error.message)[:300]
+
+
+def retry_after(headers) -> float | None:
+    """Seconds that the server asks to wait, at most two minutes; None if it does not say."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return min(120.0, max(0.0, float(headers.get(name, "")) / unit))
+        except ValueError:  # absent, or a date
+            continue
+    return None
+
+
+# ---------------------------------------------------------------- a model in these processes
+
+
+class HFBackend:
+    """A causal or an encoder-decoder language model of transformers, on this process's own device.
+
+    Rows are sorted by length, WINDOW batches at a time, and padded on the left to the longest of their batch. The first
+    attempt is a beam search; further ones sample, with another seed each. A batch that does not fit into the GPU's
+    memory is halved.
+    """
+
+    def __init__(self, model: str, args, device=None):
+        import transformers
+
+        from models.captioner import processes
+
+        self.args, self.device = args, torch.device(device) if device else processes().device
+        cuda = self.device.type == "cuda"
+        if args.load_in_4bit and not cuda:
+            raise ValueError("--load_in_4bit needs a CUDA GPU.")
+        self.dtype = torch.bfloat16 if (cuda if args.bf16 is None else args.bf16) else torch.float32
+        options = {"dtype": self.dtype}
+        if args.load_in_4bit:
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+            options["device_map"] = {"": self.device}
+        config = transformers.AutoConfig.from_pretrained(model)
+        seq2seq = config.is_encoder_decoder
+        kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        self.model = kind.from_pretrained(model, **options).eval()
+        if not args.load_in_4bit:
+            self.model.to(self.device)
+        tokenizer = load_tokenizer(model)
+        if tokenizer.pad_token_id is None:  # what fills a row is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        chat = args.chat if args.chat is not None else tokenizer.chat_template is not None
+        self.tokens = Tokens(tokenizer, chat)
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if ends is not None else tokenizer.eos_token_id
+        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and not seq2seq and args.max_prompt_tokens + args.max_new_tokens > limit:
+            raise ValueError(
+                f"{model} holds {limit} tokens; --max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
+                f"{args.max_new_tokens} are more."
+            )
+
+    def settings(self) -> dict:
+        named = ("max_new_tokens", "max_prompt_tokens", "num_beams", "temperature", "load_in_4bit")
+        precision = str(self.dtype).removeprefix("torch.")
+        return {name: getattr(self.args, name) for name in named} | {"chat": self.tokens.chat, "precision": precision}
+
+    def run(self, jobs: Iterable[Job], judge: Callable) -> Iterator[tuple[Job, Outcome]]:
+        jobs = iter(jobs)
+        while window := list(itertools.islice(jobs, WINDOW * self.args.per_device_batch_size)):
+            outcomes: dict = {}
+            for attempt in range(self.args.max_attempts):
+                window.sort(key=lambda job: -len(job.ids))  # the longest first: what does not fit is seen at once
+                rejected = []
+                for start in range(0, len(window), self.args.per_device_batch_size):
+                    batch = window[start : start + self.args.per_device_batch_size]
+                    for job, (text, finished, count) in zip(batch, self.generate(batch, attempt), strict=True):
+                        outcome = outcomes.setdefault(job.row, Outcome("", None, attempts=0))
+                        outcome.text, outcome.attempts = text, attempt + 1
+                        outcome.tokens_in += len(job.ids)
+                        outcome.tokens_out += count
+                        outcome.reason = judge(job, text, finished)
+                        if outcome.reason and attempt + 1 < self.args.max_attempts:
+                            rejected.append(job)
+                        else:
+                            yield job, outcomes.pop(job.row)
+                window = rejected
+
+    @torch.inference_mode()
+    def generate(self, batch: list[Job], attempt: int) -> list[tuple[str, bool, int]]:
+        """(text, it ended by itself, its tokens) of each prompt."""
+        inputs = self.tokens.tokenizer.pad({"input_ids": [job.ids for job in batch]}, return_tensors="pt").to(
+            self.device
+        )
+        how = {"do_sample": False, "num_beams": self.args.num_beams, "temperature": None, "top_p": None, "top_k": None}
+        if attempt:
+            torch.manual_seed(hash((self.args.seed, attempt, batch[0].row)) % 2**32)
+            how = {"do_sample": True, "num_beams": 1, "temperature": self.args.temperature or 0.7, "top_p": 0.95}
+        try:
+            tokens = self.model.generate(
+                **inputs,
+                **how,
+                max_new_tokens=self.args.max_new_tokens,
+                pad_token_id=self.tokens.tokenizer.pad_token_id,
+            )
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            tokens = None  # and out of the handler, which holds on to the memory
+        if tokens is None:
+            torch.cuda.empty_cache()
+            half = len(batch) // 2
+            return self.generate(batch[:half], attempt) + self.generate(batch[half:], attempt)
+        if not self.model.config.is_encoder_decoder:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(tokens, self.ends)
+        counts = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1]).tolist()
+        texts = self.tokens.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [(tidy(text), end, count) for text, end, count in zip(texts, ended.any(1).tolist(), counts, strict=True)]

@@ -1,0 +1,160 @@
+"""What is wrong with a text that an LLM wrote: the reason in a word, or None."""
+
+import re
+from difflib import SequenceMatcher
+
+from metrics.text_checks import illegal_characters, repetition, scripts, words
+from rewriting.prompts import Prompt
+
+REASONS = {
+    "empty": "nothing was written",
+    "cut_off": "the text stops without an end, or begins in the middle",
+    "illegal": "characters that no text has",
+    "refusal": "the LLM declines, or speaks of itself",
+    "chatter": "an introduction before the text, or lists and markup",
+    "prompt_leak": "wording of the prompt, or talk about its sentences",
+    "language": "another language or script than wanted",
+    "repetition": "a word, phrase or sentence over and over",
+    "copy": "an input as it was, or all of them one after the other",
+    "server_refused": "the server took this prompt for bad, or its answer was filtered",
+    "no_input": "a caption to rewrite is empty; the LLM was not asked",
+}
+REFUSAL = re.compile(
+    r"\b(as an? (ai|artificial|language model)|(i'?m|i am) (sorry|unable|not able|just an)|i apologi[sz]e|"
+    r"i (cannot|can ?not|can'?t|do not|don'?t|need more|would need)|please provide|"
+    r"(not|im)possible to (combine|merge|create|write|determine)|(cannot|can not|could not) be (combined|merged)|"
+    r"(there is|has|have) (no|not) enough (information|context)|no (relevant|clear) (information|connection))\b",
+    re.IGNORECASE,
+)
+CHATTER = re.compile(
+    r"^\s*((sure|certainly|of course|okay|ok)\b\s*[,.!:]|(here('s| is| are)|this is|the (merged|combined|refined|new))\b[^.:]{0,60}:|"
+    r"(new sentence|paragraph|output|answer|caption|description)\s*:)|^\s*([-*•#]|\d+[.)])\s|```|\*\*",
+    re.IGNORECASE,
+)
+THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+END = tuple(".!?…。！？") + tuple("\"'”’)]»")
+HEADLESS = re.compile(r"[,;:)(]|[a-z]+[\s,;:]")  # but "iPhone", "www.x.org"
+ENGLISH = set(
+    words(
+        "a an the and or but of in on at to for from with by as is are was were be been has have had this that these those it "
+        "its his her their he she they which who while where when into over under near up down out off not no one two there "
+        "you your all can will for how what if so"
+    )
+)
+COMMON = ENGLISH | set(words("them given provides provided please may contain simply ensuring yet new"))
+
+
+def tidy(text: str) -> str:
+    """The answer in one line, without a reasoning model's thoughts and without quotes around the whole."""
+    text = " ".join(THINKING.sub(" ", text).split())
+    for left, right in ('""', "“”", "''"):
+        inner = text[1:-1]
+        if len(text) > 2 and text[0] == left and text[-1] == right and left not in inner and right not in inner:
+            text = inner.strip()
+    return text
+
+
+class Checker:
+    """Finds what is wrong with the texts of one prompt.
+
+    `prompt_leak` is told from the prompt itself, so that it works for a user's own: a compound ("real-world"), three
+    words in a row of which two carry meaning, a label before a field ("Sentence 1"), or the prompt's name for its
+    inputs (sentence, caption, description), in a text and in none of its inputs.
+
+    Args:
+        language: "en" or "any".
+    """
+
+    def __init__(self, prompt: Prompt, language: str = "en"):
+        fixed = re.sub(r"\{\w+\}", " ", prompt.template)
+        tokens = words(fixed)
+        self.english = language == "en"
+        self.compounds = {c.lower() for c in re.findall(r"\b[^\W\d_]+(?:-[^\W\d_]+)+\b", fixed)}
+        self.compounds |= {compound.replace("-", " ") for compound in self.compounds}
+        self.phrases = {
+            three
+            for three in zip(tokens, tokens[1:], tokens[2:], strict=False)
+            if sum(word not in COMMON for word in three) >= 2
+        }
+        labels = re.findall(r"^([^\n:{}]{3,40}):\s*(?:\{|$)", prompt.template, re.MULTILINE)
+        self.labels = {" ".join(words(label)) for label in labels}
+        self.names = {"sentence", "caption", "description"} & {word.removesuffix("s") for word in tokens}
+
+    def fault(self, text: str, inputs: list[str], finished: bool = True) -> str | None:
+        """The first reason of REASONS against a tidy text, or None.
+
+        Args:
+            inputs: the captions that it was made of.
+            finished: False where the LLM was stopped by the limit of new tokens.
+        """
+        if not words(text):
+            return "empty"
+        if illegal_characters(text):
+            return "illegal"
+        if REFUSAL.search(text):
+            return "refusal"
+        if CHATTER.search(text):
+            return "chatter"
+        if self.leaked(text, inputs):
+            return "prompt_leak"
+        if repetition(text) and not any(repetition(caption) for caption in inputs):
+            return "repetition"
+        if not finished or not text.endswith(END) or HEADLESS.match(text):
+            return "cut_off"
+        if self.foreign(text, inputs):
+            return "language"
+        if copied(text, inputs):
+            return "copy"
+        return None
+
+    def leaked(self, text: str, inputs: list[str]) -> str | None:
+        """The wording of the prompt in a text, that none of its inputs has."""
+        lower, tokens = text.lower(), words(text)
+        given = " ".join(inputs).lower()
+        for compound in self.compounds:
+            if compound in lower and compound not in given:
+                return compound
+        given = f" {' '.join(words(given))} "
+        for three in zip(tokens, tokens[1:], tokens[2:], strict=False):
+            if three in self.phrases and " ".join(three) not in given:
+                return " ".join(three)
+        spaced = f" {' '.join(tokens)} "
+        for label in self.labels:
+            if f" {label} " in spaced and label not in given:
+                return label
+        for token in tokens:
+            if token.removesuffix("s") in self.names and token.removesuffix("s") not in given:
+                return token
+        return None
+
+    def foreign(self, text: str, inputs: list[str]) -> bool:
+        """Letters of a script that no input has; with language en more letters of other scripts than Latin ones, or eight
+        words or more without one of English's small words."""
+        found = scripts(text)
+        if not text.isascii():
+            given = scripts(" ".join(inputs))
+            if any(script not in given for script in found):
+                return True
+        if not self.english:
+            return False
+        tokens = words(text)
+        return found["LATIN"] < 0.5 * sum(found.values()) or (len(tokens) >= 8 and not ENGLISH.intersection(tokens))
+
+
+def copied(text: str, inputs: list[str]) -> bool:
+    """The text is one of several inputs, nine words of ten the same in order, and the others say more; or it is all of
+    them, one after the other, with no word between."""
+    if len(inputs) < 2:
+        return False
+    written, given = words(text), [words(caption) for caption in inputs]
+    spaced, total = f" {' '.join(written)} ", sum(map(len, given))
+    if len(written) == total and all(f" {' '.join(caption)} " in spaced for caption in given):
+        return True
+    for number, caption in enumerate(given):
+        shared = len(set(written) & set(caption))
+        if shared < 0.8 * max(len(set(written)), len(set(caption))):
+            continue
+        others = {word for i, other in enumerate(given) if i != number for word in other}
+        if others - set(caption) - ENGLISH and SequenceMatcher(None, written, caption, False).ratio() >= 0.9:
+            return True
+    return False

@@ -1,0 +1,346 @@
+"""Rows in: every source of captions as a stream of rows, with the captions to rewrite. Rows out: JSONL or Parquet."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import data
+from data import sources
+from data.records import DataError
+from metrics.io import load_predictions
+
+# CapsFusion's example file and CapsFusion-120M call them laion_2b and laion_coco.
+RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "caption", "captions")
+SYNTHETIC_COLUMNS = ("laion_coco", "synthetic", "synthetic_caption", "blip_caption")
+FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+
+
+@dataclass
+class Source:
+    """Rows that can be read again and again, in the same order."""
+
+    name: str
+    read: Callable[..., Iterator[dict]]  # read(columns) -> rows; a format that can reads these columns only
+    features: datasets.Features | None  # types of the columns, where the source says them
+    inputs: Callable[[dict], dict]  # row -> {"captions": [...]} or {"raw": ..., "synthetic": ...}, stripped
+    columns: list[str] | None  # those that `inputs` needs
+
+
+def open_source(task: str, name: str, args) -> Source:
+    """INPUT as rows. `args` are RewriteArguments.
+
+    `fuse` reads tables (JSON, JSONL, CSV, Parquet, a Hub set, ...) row by row. `paragraph` needs all captions of an
+    image together, so it reads as train.py does (data.load), but for tables without images: there a row is an image.
+
+    Raises:
+        DataError: no such source, or no column of captions; it lists those that are there.
+    """
+    source_format = sources.detect_format(name) if args.data_format == "auto" else args.data_format
+    tabular = source_format in ("annotations", "parquet", "hub", "saved", "webdataset")
+    if tabular and not is_coco(Path(name).expanduser()):
+        read, features, first = open_table(name, source_format, args)
+        if task == "fuse" or (first is not None and not holds_images(first, args)):
+            return with_inputs(task, name, read, features, first, args)
+    read, features = open_records(name, source_format, args)
+    return with_inputs(task, name, read, features, next(read(None), None), args)
+
+
+def holds_images(row: dict, args) -> bool:
+    image = row.get(args.image_column or next((c for c in sources.IMAGE_COLUMNS if c in row), None))
+    return isinstance(image, dict | bytes) or (isinstance(image, str) and not image.startswith(("http://", "https://")))
+
+
+# ---------------------------------------------------------------- rows of a source
+
+
+def open_table(name: str, source_format: str, args):
+    """(read, features or None, first row or None) of rows as they are."""
+    path = Path(name).expanduser()
+    if source_format == "parquet" or (source_format == "annotations" and path.exists()):
+        files = table_files(path)
+        if all(file.suffix == ".parquet" for file in files):
+            schema = pq.read_schema(files[0])
+            features = undecoded(datasets.Features.from_arrow_schema(schema))
+
+            def read(columns):
+                return parquet_rows(files, columns)
+        else:
+            features = None
+
+            def read(columns):
+                return itertools.chain.from_iterable(map(text_rows, files))
+    else:
+        tables = sources.load_tables(name, source_format, args.dataset_config_name, None, args.streaming)
+        if args.split:
+            sources.require_splits([args.split], list(tables), name)
+            tables = {args.split: tables[args.split]}
+        features = undecoded(next(iter(tables.values())).features)
+        tables = {split: table.cast(features) for split, table in tables.items()}
+        if len(tables) > 1 and "split" not in features:
+            features = datasets.Features({**features, "split": datasets.Value("string")})
+
+        def read(columns):
+            for split, table in tables.items():
+                if columns and not set(columns) - set(table.column_names):
+                    table = table.select_columns(columns)
+                yield from ({**row, "split": split} if len(tables) > 1 and "split" not in row else row for row in table)
+
+    return read, features, next(read(None), None)
+
+
+def open_records(name: str, source_format: str, args):
+    """(read, features) of what train.py trains on: one record an image, with all its captions, and its split."""
+    splits = data.load(
+        name,
+        dataset_config_name=args.dataset_config_name,
+        data_format=source_format,
+        image_dir=args.image_dir,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        streaming=args.streaming,
+        splits=(args.split,) if args.split else None,
+        require_images=False,
+    )
+    features = next(iter(splits.values())).features
+    features = datasets.Features({**features, "split": datasets.Value("string")}) if features is not None else None
+
+    def read(columns):
+        for split, rows in splits.items():
+            if columns and not set(columns) - set(rows.column_names or ()):
+                rows = rows.select_columns(columns)
+            yield from ({**row, "split": split} for row in rows)
+
+    return read, features
+
+
+def undecoded(features: datasets.Features) -> datasets.Features:
+    """The same types, images left as bytes or path."""
+    return datasets.Features(
+        {k: datasets.Image(decode=False) if isinstance(v, datasets.Image) else v for k, v in features.items()}
+    )
+
+
+def table_files(path: Path) -> list[Path]:
+    """A file, or the files of one kind in a folder, in the order of their names."""
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and not file.name.startswith("."))
+    kinds = {file.suffix for file in files}
+    if len(kinds) != 1:
+        raise DataError(f"{path}: expected files of one kind ({' '.join(FILE_KINDS)}), found {sorted(kinds) or 'none'}")
+    return files
+
+
+def parquet_rows(files: list[Path], columns: list[str] | None) -> Iterator[dict]:
+    for file in files:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1000, columns=columns):
+                yield from batch.to_pylist()
+
+
+def text_rows(file: Path) -> Iterator[dict]:
+    """Rows of a JSON list, of JSONL or of CSV, one in memory at a time."""
+    if file.suffix in (".csv", ".tsv"):
+        rows = sources.csv_rows(file)
+    elif file.suffix == ".json" and first_character(file) == "[":
+        rows = ((row, f"{file.name} entry {number}") for number, row in enumerate(json_list(file)))
+    else:
+        rows = ((row, f"{file.name} line {number}") for number, row in sources.jsonl_rows(file))
+    for row, where in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object, got {row!r:.80}")
+        yield row
+
+
+def is_coco(path: Path) -> bool:
+    """COCO's annotation JSON, whose captions and images stand apart."""
+    files = [file for file, _ in sources.annotation_files(path)] if path.exists() else []
+    return bool(files) and files[0].suffix == ".json" and first_character(files[0]) == "{"
+
+
+def first_character(file: Path) -> str:
+    with open(file, encoding="utf-8-sig", errors="replace") as text:
+        return text.read(1024).lstrip()[:1]
+
+
+def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
+    """The entries of a JSON list, read piece by piece."""
+    decoder, text, number = json.JSONDecoder(), "", 0
+    with open(file, encoding="utf-8-sig") as content:
+        text = content.read(chunk).lstrip()[1:]
+        while True:
+            text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
+            if text.startswith("]"):
+                return
+            try:
+                entry, end = decoder.raw_decode(text)
+                if end == len(text):  # 12 may go on as 123
+                    raise json.JSONDecodeError("the list has no end", text, end)
+            except json.JSONDecodeError as error:
+                more = content.read(chunk)
+                if not more:
+                    raise DataError(f"{file} entry {number}: not valid JSON: {error.msg}") from None
+                text += more
+                continue
+            yield entry
+            text, number = text[end:], number + 1
+
+
+# ---------------------------------------------------------------- the captions of a row
+
+
+def with_inputs(task: str, name: str, read, features, first: dict | None, args) -> Source:
+    if first is None:
+        raise DataError(f"{name}: there are no rows")
+    columns = list(first)
+    if task == "paragraph":
+        wanted = find_captions(columns, args.caption_column, name)
+
+        def inputs(row):
+            captions = (clean(caption) for caption in sources.captions_of(row, wanted, name))
+            return {"captions": list(dict.fromkeys(filter(None, captions)))}
+
+        return Source(name, read, features, inputs, wanted)
+
+    synthetic_of = read_synthetic(args.synthetic_file) if args.synthetic_file else None
+    raw = find_column(columns, args.raw_column, RAW_COLUMNS, "raw_column", name)
+    if synthetic_of is None:
+        synthetic = find_column(columns, args.synthetic_column, SYNTHETIC_COLUMNS, "synthetic_column", name)
+        wanted = [raw, synthetic]
+    else:
+        image = args.image_column or next((c for c in sources.IMAGE_COLUMNS if c in columns), None)
+        wanted = [raw, *(column for column in ("image_id", image) if column in columns)]
+    folder = Path(name).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+
+    def inputs(row):
+        values = row[raw] if isinstance(row[raw], list) else [row[raw]]
+        own = clean(next(iter(values), None))
+        if synthetic_of is None:
+            return {"raw": own, "synthetic": clean(row[synthetic])}
+        place = row.get(image)
+        place = place["path"] if isinstance(place, dict) else place
+        keys = [str(row.get("image_id")), str(place), os.path.abspath(folder / str(place))]
+        return {"raw": own, "synthetic": clean(next((synthetic_of[key] for key in keys if key in synthetic_of), None))}
+
+    return Source(name, read, features, inputs, wanted)
+
+
+def clean(caption) -> str:
+    """White space collapsed, so that no caption breaks a prompt's lines; "" for what is no text."""
+    if not isinstance(caption, str):
+        return ""
+    return " ".join(caption.encode("utf-8", "replace").decode().split())
+
+
+def find_captions(columns: list[str], given: str | None, name: str) -> list[str]:
+    numbered = sorted(column for column in columns if sources.NUMBERED_CAPTION.fullmatch(column))
+    if given is None and numbered and not {"captions", "caption"} & set(columns):
+        return numbered
+    return [find_column(columns, given, sources.CAPTION_COLUMNS, "caption_column", name)]
+
+
+def find_column(columns: list[str], given: str | None, usual: Iterable[str], option: str, name: str) -> str:
+    found = given if given in columns else next((c for c in usual if c in columns), None) if given is None else None
+    if found is None:
+        what = f"no column {given!r}" if given else f"none of the columns {', '.join(usual)}"
+        raise DataError(f"{name}: {what}. Columns present: {', '.join(columns)}. Name it with --{option}")
+    return found
+
+
+def read_synthetic(path: str) -> dict[str, str]:
+    """Captions of infer.py or evaluate.py, by image: its id, its path as written and its absolute path."""
+    captions = load_predictions(path)
+    return captions | {os.path.abspath(name): caption for name, caption in captions.items()}
+
+
+# ---------------------------------------------------------------- rows out
+
+RESULT = {
+    "status": "string",  # rewritten, kept_synthetic, kept_raw, null
+    "reason": "string",  # of rewriting.checks.REASONS, where the LLM's text was rejected
+    "warnings": "list",  # names and numbers that no input has
+    "rejected": "string",  # the last text that was rejected
+    "attempts": "int64",
+    "model": "string",
+    "prompt": "string",  # sha256 of the prompt's template, 12 digits
+    "settings": "string",
+}
+
+
+def write_rows(rows: Iterable[dict], output: Path, features: datasets.Features | None, column: str, shard: int) -> None:
+    """JSONL where OUTPUT ends in .jsonl, else a folder of Parquet files of `shard` rows. Whole or not at all.
+
+    Args:
+        features: types of the input's columns, None to tell them from the first shard.
+        column: name of the caption's column; the result's other facts are in `rewrite`.
+    """
+    temporary = output.with_name(f"{output.name}.new")
+    if output.suffix == ".jsonl":
+        with open(temporary, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(plain_row(row), ensure_ascii=False, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(output)
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    schema = None if features is None else output_features(features, column).arrow_schema
+    rows = iter(rows)
+    for number in itertools.count():
+        writer = None
+        for _ in range(0, shard, 1000):
+            if not (group := list(itertools.islice(rows, min(1000, shard)))):
+                break
+            if schema is None:
+                table = pa.Table.from_pylist(group)
+                types = datasets.Features.from_arrow_schema(
+                    table.select([n for n in table.column_names if n != column and n != "rewrite"]).schema
+                )
+                types = {k: datasets.Value("string") if v == datasets.Value("null") else v for k, v in types.items()}
+                schema = output_features(datasets.Features(types), column).arrow_schema
+            try:
+                table = pa.Table.from_pylist(group, schema)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
+            writer = writer or pq.ParquetWriter(temporary / f"{number:05}.parquet", schema, compression="zstd")
+            writer.write_table(table)
+        if writer is None:
+            break
+        writer.close()
+    previous = output.with_name(f"{output.name}.old")
+    shutil.rmtree(previous, ignore_errors=True)
+    if output.exists():
+        output.rename(previous)
+    temporary.rename(output)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def output_features(features: datasets.Features, column: str) -> datasets.Features:
+    string = datasets.Value("string")
+    kinds = {name: datasets.List(string) if kind == "list" else datasets.Value(kind) for name, kind in RESULT.items()}
+    return datasets.Features({**features, column: string, "rewrite": kinds})
+
+
+def plain_row(row: dict) -> dict:
+    """A row as JSON can hold it: the path of an image in place of its struct."""
+    row = dict(row)
+    for name, value in row.items():
+        image = isinstance(value, dict) and set(value) == {"bytes", "path"}
+        if isinstance(value, bytes) or image:
+            if not image or value["bytes"] is not None:
+                raise DataError(
+                    f"column {name} holds images or other bytes, which JSONL cannot. Name an --output that does not "
+                    "end in .jsonl: it becomes a folder of Parquet files"
+                )
+            row[name] = value["path"]
+    return row
