@@ -590,7 +590,9 @@ def dict_rows(rows, source: str, image_column, caption_column, find, split: str 
             image_id=None if image_id is None else str(image_id),
             split=split if own_split is None else rec.split_name(own_split, f"{source}, {where}"),
             extras={
-                key: value for key, value in row.items() if key not in (image_name, *caption_names, "image_id", "split")
+                key: value
+                for key, value in row.items()
+                if key not in (image_name, *caption_names, "image_id", "split", "image", "captions")
             },
         )
 

@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = request["messages"][0]["content"]
         self.server.requests.append((time.monotonic(), request))
-        self.server.headers_seen.append(dict(self.headers))
+        self.server.headers_seen.append({name.lower(): value for name, value in self.headers.items()})
         answer = self.server.answer(prompt, request)
         if answer is None:
             self.server.closing.wait(60)

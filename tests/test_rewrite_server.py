@@ -80,7 +80,7 @@ def test_every_row_keeps_its_columns_and_gets_a_caption_and_its_provenance(rewri
         assert set(server.paid.values()) == {1}
         request = server.requests[0][1]
         assert (request["max_tokens"], request["seed"]) == (80, 42)
-        assert server.headers_seen[0]["Authorization"] == "Bearer sk-very-secret"
+        assert server.headers_seen[0]["authorization"] == "Bearer sk-very-secret"
         again = rewrite(*command(source, output, server))
         assert "0 rows to rewrite, 20 were before" in again
         assert server.paid.total() == 20
