@@ -154,6 +154,10 @@ class GenerationArguments:
 
     prompt: str | None = flag(None, "Words that every caption continues. Default: the checkpoint's own, else none.")
     keep_prompt: bool = flag(False, "Keep the prompt's words at the front of the captions.")
+    remove_illegal_characters: bool = flag(
+        False,
+        "Leave out of the captions what no text has, such as half letters, which BLIP-2 with OPT writes at times.",
+    )
     num_beams: int | None = flag(None, "Beams of the beam search. Default: the checkpoint's, else 5.")
     max_new_tokens: int | None = flag(None, "Longest caption in tokens. Default: the checkpoint's, else 30.")
     min_new_tokens: int | None = flag(None, "Shortest caption in tokens. Default: the checkpoint's, else no limit.")
@@ -426,7 +430,7 @@ class LLMArguments:
     num_beams: int = flag(3, "hf: beams of the first attempt.")
     per_device_batch_size: int = flag(16, "hf: rows rewritten at once on a device.")
     bf16: bool | None = flag(None, "hf: load in bfloat16. Default: on GPUs.")
-    load_in_4bit: bool = flag(False, "hf: load in 4 bits (NF4, bitsandbytes; CUDA only).")
+    quantization: str | None = flag(None, "hf: load in 4bit (NF4) or 8bit, by bitsandbytes; needs a CUDA GPU.")
     chat: bool | None = flag(None, "hf: wrap prompts in the model's chat template. Default: if it has one.")
     base_url: str | None = flag(
         None, "openai: address of the server, such as http://localhost:8000/v1. Default: OpenAI."
@@ -444,6 +448,8 @@ class LLMArguments:
     price_out: float | None = flag(None, "openai: price of a million written tokens.")
 
     def __post_init__(self):
+        if self.quantization not in (None, "4bit", "8bit"):
+            raise ValueError(f"--quantization {self.quantization}: choose 4bit or 8bit.")
         for name in (
             "max_attempts",
             "num_beams",

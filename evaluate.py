@@ -13,6 +13,7 @@ from arguments import DataArguments, EvaluateArguments, GenerationArguments, Met
 from metrics import results
 from metrics.clip_scores import load_scorers
 from metrics.io import find_images, load_predictions, load_references
+from metrics.text_checks import remove_illegal_characters
 from models.captioner import Captioner, processes
 
 logger = logging.getLogger("evaluate")
@@ -32,6 +33,8 @@ def main():
 
     if args.predictions:
         predictions, references = load_predictions(args.predictions), load_references(args.references)
+        if generation_args.remove_illegal_characters:
+            predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
         looking = {"scorers": load_scorers(metric_args, processes().device), "num_workers": args.dataloader_num_workers}
         if looking["scorers"]:
             looking["images"] = find_images(data_args.image_dir, references)

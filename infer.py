@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import data
@@ -30,7 +31,7 @@ def main():
     model_args, generation_args, args, paths = parse(
         (ModelArguments, GenerationArguments, InferArguments), positional="paths"
     )
-    state = processes()
+    state = processes(patience=timedelta(days=7))  # who is done waits for the others
     images = find_images(paths)
     captioner = Captioner.from_pretrained(
         model_args.model_name_or_path,

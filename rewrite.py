@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 from arguments import LLMArguments, RewriteArguments, parse, run
@@ -37,7 +38,7 @@ def main():
     llm_args.max_new_tokens = llm_args.max_new_tokens or (80 if task == "fuse" else 256)
     llm_args.max_prompt_tokens = llm_args.max_prompt_tokens or (256 if task == "fuse" else 1024)
     prompt = load_prompt(task, args.prompt_file)
-    state = processes()
+    state = processes(patience=timedelta(days=7))  # who is done waits for the others
     with state.main_process_first():
         source = open_source(task, name, args)
     if args.dry_run:

@@ -15,6 +15,7 @@ from metrics.cider import CiderD
 from metrics.java import Unavailable, meteor_from_statistics, meteor_statistics
 from metrics.java import spice as spice_scores
 from metrics.rouge import rouge_l
+from metrics.text_checks import illegal_characters, repetition
 from metrics.tokenizer import tokenize
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def score(
         }
         sacrebleu = BLEU(lowercase=sacrebleu_lowercase)
         sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
-        corpus = _corpus_facts(tokens, training_captions)
+        corpus = _corpus_facts(tokens, [predictions[image] for image in images], training_captions)
         meteor_counts = _result(meteor_job, "METEOR", unavailable)
         spice_f = _result(spice_job, "SPICE", unavailable)
 
@@ -279,7 +280,7 @@ def resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:
     return sums
 
 
-def _corpus_facts(tokens: list[list[str]], training_captions: Iterable[str] | None) -> dict:
+def _corpus_facts(tokens: list[list[str]], texts: list[str], training_captions: Iterable[str] | None) -> dict:
     captions = [" ".join(caption) for caption in tokens]
     seen = None
     if training_captions is not None:
@@ -293,5 +294,7 @@ def _corpus_facts(tokens: list[list[str]], training_captions: Iterable[str] | No
         "bad_endings": sum(map(ends_badly, tokens)) / len(tokens),
         "repeated_words": sum(any(map(str.__eq__, caption, caption[1:])) for caption in tokens) / len(tokens),
         "repeated_bigrams": sum(map(repeated_bigrams, tokens)) / len(tokens),
+        "repetition": sum(repetition(text) is not None for text in texts) / len(tokens),
+        "illegal_characters": sum(bool(illegal_characters(text)) for text in texts) / len(tokens),
         "empty": sum(not caption for caption in tokens) / len(tokens),
     }

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import sys
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from collator import ImageCollator, with_targets
+from metrics.text_checks import remove_illegal_characters
 from models.decoding import generate
 from models.families import base_model, family_of, vision_encoder
 from models.loading import load_model
@@ -31,9 +33,10 @@ DEFAULTS = {
 }
 
 
-def processes() -> PartialState:
-    """This process among those that torchrun or accelerate launch started; joins them on its first call."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+def processes(patience: timedelta | None = None) -> PartialState:
+    """This process among those that torchrun or accelerate launch started; joins them on its first call, which also
+    says how long one waits for another (default: torch's, 10 to 30 minutes)."""
+    return PartialState(cpu=not torch.accelerator.is_available(), **({"timeout": patience} if patience else {}))
 
 
 class Captioner:
@@ -42,6 +45,7 @@ class Captioner:
     `settings` are those of `generate`; one that is None or absent is the checkpoint's own (its generation_config.json),
     else that of DEFAULTS. `prompt` None is the prompt that the checkpoint was trained with. The prompt's words are left
     out of the captions, unless `keep_prompt`. `fast_jpeg` and `corruption` are ImageCollator's.
+    `remove_illegal_characters` leaves those of metrics.text_checks out of every caption.
     """
 
     def __init__(
@@ -54,10 +58,11 @@ class Captioner:
         autocast=None,
         fast_jpeg=False,
         corruption=None,
+        remove_illegal_characters=False,
         **settings,
     ):
         self.model, self.processor, self.keep_prompt, self.autocast = model, processor, keep_prompt, autocast
-        self.fast_jpeg, self.corruption = fast_jpeg, corruption
+        self.fast_jpeg, self.corruption, self.filtered = fast_jpeg, corruption, remove_illegal_characters
         default = getattr(model.config, "caption_prompt", family_of(model.config).default_words)
         self.prompt = default if prompt is None else prompt
         self.collator = ImageCollator(
@@ -93,6 +98,8 @@ class Captioner:
         how = {"precision": precision, "fast_jpeg": self.fast_jpeg}
         if self.corruption:
             how["corrupt"] = self.corruption.spec
+        if self.filtered:
+            how["remove_illegal_characters"] = True
         return {"prompt": self.prompt, "keep_prompt": self.keep_prompt, **self.settings, **how}
 
     def __call__(self, images: list) -> list[str]:
@@ -145,6 +152,8 @@ class Captioner:
     def texts(self, tokens: torch.LongTensor) -> list[str]:
         """The captions that rows of generated tokens spell."""
         texts = [" ".join(t.split()) for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        if self.filtered:
+            texts = [remove_illegal_characters(text) for text in texts]
         return [f"{self.collator.words} {text}".strip() for text in texts] if self.keep_prompt else texts
 
     def training_batch(self, batch: dict, tokens: torch.LongTensor) -> dict:

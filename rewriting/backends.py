@@ -267,20 +267,23 @@ class HFBackend:
 
         self.args, self.device = args, torch.device(device) if device else processes().device
         cuda = self.device.type == "cuda"
-        if args.load_in_4bit and not cuda:
-            raise ValueError("--load_in_4bit needs a CUDA GPU.")
+        if args.quantization and not cuda:
+            raise ValueError("--quantization needs a CUDA GPU.")
         self.dtype = torch.bfloat16 if (cuda if args.bf16 is None else args.bf16) else torch.float32
         options = {"dtype": self.dtype}
-        if args.load_in_4bit:
+        if args.quantization:
             options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+                load_in_4bit=args.quantization == "4bit",
+                load_in_8bit=args.quantization == "8bit",
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
             )
             options["device_map"] = {"": self.device}
         config = transformers.AutoConfig.from_pretrained(model)
         seq2seq = config.is_encoder_decoder
         kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         self.model = kind.from_pretrained(model, **options).eval()
-        if not args.load_in_4bit:
+        if not args.quantization:
             self.model.to(self.device)
         tokenizer = load_tokenizer(model)
         if tokenizer.pad_token_id is None:  # what fills a row is masked, so any token will do
@@ -298,7 +301,7 @@ class HFBackend:
             )
 
     def settings(self) -> dict:
-        named = ("max_new_tokens", "max_prompt_tokens", "num_beams", "temperature", "load_in_4bit")
+        named = ("max_new_tokens", "max_prompt_tokens", "num_beams", "temperature", "quantization")
         precision = str(self.dtype).removeprefix("torch.")
         return {name: getattr(self.args, name) for name in named} | {"chat": self.tokens.chat, "precision": precision}
 

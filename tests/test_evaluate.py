@@ -194,3 +194,16 @@ def test_predictions_without_references_are_refused(tmp_path):
     (tmp_path / "p.json").write_text("{}")
     result = tiny.run("evaluate.py", "--predictions", tmp_path / "p.json", "--output_dir", tmp_path, fails=True)
     assert "go together" in result.stderr
+
+
+def test_illegal_characters_and_loops_are_counted_and_left_out_when_told(tmp_path):
+    predictions = {"1": "a \ufffd\ufffd dog\u200b runs", "2": "a cat a cat a cat"}
+    (tmp_path / "p.json").write_text(json.dumps(predictions))
+    (tmp_path / "r.json").write_text(json.dumps({"1": ["a dog runs"], "2": ["a cat sits"]}))
+    command = ["--predictions", tmp_path / "p.json", "--references", tmp_path / "r.json", *NO_JAVA]
+    found = []
+    for name, more in (("plain", []), ("filtered", ["--remove_illegal_characters"])):
+        tiny.run("evaluate.py", *command, "--output_dir", tmp_path / name, *more)
+        found.append(json.loads((tmp_path / name / "coco_metrics.json").read_text()))
+    assert [scores["corpus"]["illegal_characters"] for scores in found] == [0.5, 0]
+    assert [scores["corpus"]["repetition"] for scores in found] == [0.5, 0.5]

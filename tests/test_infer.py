@@ -1,6 +1,7 @@
 """infer.py: every kind of path, every kind of picture, and a run that can be killed."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -145,3 +146,21 @@ def test_what_cannot_be_captioned_is_one_clear_message(arguments, said, model, t
     (tmp_path / "LIST.jsonl").write_text("[]\n")
     arguments = [str(tmp_path / word) if word.isupper() or word.startswith("LIST") else word for word in arguments]
     assert said in tiny.run("infer.py", *arguments, "--model_name_or_path", model, fails=True).stderr
+
+
+def test_illegal_characters_are_left_out_when_told(model, tmp_path):
+    folder = pictures(tmp_path / "a", 3)
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(model, spoilt)
+    tokenizer = json.loads((spoilt / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {
+        f"{word}\u200b" if word in tiny.VOCABULARY else word: index for word, index in vocabulary.items()
+    }
+    (spoilt / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in (model, spoilt):
+        tiny.run("infer.py", folder, *settings(name), "--output", tmp_path / f"{name.name}.jsonl")
+    tiny.run("infer.py", folder, *settings(spoilt), "--output", tmp_path / "f.jsonl", "--remove_illegal_characters")
+    plain, dirty, filtered = (rows(tmp_path / name) for name in ("model.jsonl", "spoilt.jsonl", "f.jsonl"))
+    assert any("\u200b" in row["caption"] for row in dirty)
+    assert filtered == plain

@@ -1,0 +1,155 @@
+"""The hf: backend beside a loop of the published script's shape, and 2,000 rows under torchrun, killed once (must show 2).
+
+    CAPTION_TEST_DATA=... python benchmarks/rewrite_throughput.py [--llm FOLDER] [--timed_rows 400]
+
+The published shape: every prompt padded to 256 tokens, batches of 4 in the file's order. Both use the same model, 3
+beams, at most 80 new tokens, 2 processes; loading is not timed. Then the whole file through rewrite.py, with a kill.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from metrics.results import environment, write_json
+from rewriting.prompts import fit, load_prompt
+
+BEAMS, NEW_TOKENS, PADDED = 3, 80, 256
+
+
+def worker(how: str, llm: Path, rows: list[dict], out: Path) -> None:
+    """One of two processes: caption every second row by the published loop, or by our backend; write texts and seconds."""
+    import torch
+
+    from benchmarks.rewrite_server import captions
+    from rewriting.backends import HFBackend, Job
+
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    batch_size = {"loop": 4, "ours at 4": 4, "ours": 32}[how]
+    args = SimpleNamespace(
+        quantization=None, bf16=False, chat=False, max_prompt_tokens=PADDED, max_new_tokens=NEW_TOKENS, num_beams=BEAMS,
+        per_device_batch_size=batch_size, max_attempts=1, temperature=None, seed=42,
+    )  # fmt: skip
+    backend, prompt = HFBackend(str(llm), args, device="cpu"), load_prompt("fuse")
+    texts = {}
+    numbers = range(rank, len(rows), processes)
+    prompts = {n: fit(prompt, captions(rows[n]), backend.tokens, PADDED) for n in numbers}
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    start = time.perf_counter()
+    if how == "loop":
+        tokenizer = backend.tokens.tokenizer
+        for first in range(0, len(numbers), batch_size):
+            some = numbers[first : first + batch_size]
+            batch = tokenizer(
+                [prompts[n][0] for n in some],
+                padding="max_length",
+                max_length=PADDED,
+                truncation=True,
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                new = backend.model.generate(**batch, num_beams=BEAMS, max_new_tokens=NEW_TOKENS)[:, PADDED:]
+            decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts |= {n: " ".join(text.split()) for n, text in zip(some, decoded, strict=True)}
+    else:
+        jobs = (Job(n, "", [], *prompts[n]) for n in numbers)
+        texts = {job.row: outcome.text for job, outcome in backend.run(jobs, lambda *_: None)}
+    seconds = time.perf_counter() - start
+    (out / f"{how}-{rank}.json").write_text(json.dumps({"seconds": seconds, "texts": texts}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def torchrun(*words) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", type=Path, default=ROOT / "runs/benchmark/fuse-llm")
+    parser.add_argument("--timed_rows", type=int, default=400)
+    parser.add_argument("--worker", help="used by the script itself")
+    arguments = parser.parse_args()
+    source = Path(os.environ["CAPTION_TEST_DATA"]) / "capsfusion/example_data.json"
+    rows, out = json.loads(source.read_text()), ROOT / "runs/benchmark/throughput"
+    if arguments.worker:
+        return worker(arguments.worker, arguments.llm, rows[: arguments.timed_rows], out)
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.iterdir():
+        old.unlink()
+    if not arguments.llm.exists():
+        from benchmarks.rewrite_server import train_fuse_llm
+
+        train_fuse_llm(rows, arguments.llm)
+
+    environ, measured = {**os.environ, "OMP_NUM_THREADS": "1"}, {}
+    for how in ("loop", "ours at 4", "ours"):
+        words = (__file__, "--worker", how, "--llm", arguments.llm, "--timed_rows", arguments.timed_rows)
+        subprocess.run(torchrun(*words), env=environ, check=True)
+        halves = [json.loads((out / f"{how}-{rank}.json").read_text()) for rank in (0, 1)]
+        measured[how] = {
+            "rows_per_second": arguments.timed_rows / max(half["seconds"] for half in halves),
+            "texts": {**halves[0]["texts"], **halves[1]["texts"]},
+        }
+    reference = measured["loop"]["texts"]
+    speed = {how: value["rows_per_second"] for how, value in measured.items()}
+    same = {how: sum(value["texts"][n] == reference[n] for n in reference) for how, value in measured.items()}
+
+    output = out / "fused.jsonl"
+    command = torchrun(
+        ROOT / "rewrite.py", "fuse", source, "--output", output, "--llm", f"hf:{arguments.llm}", "--chat", "false",
+        "--per_device_batch_size", 32, "--max_attempts", 1,
+    )  # fmt: skip
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=environ, start_new_session=True)
+    parts = [output.with_name(f"{output.name}.part-{rank}") for rank in (0, 1)]
+    while sum(part.read_text().count("\n") for part in parts if part.exists()) < 600:
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = sum(part.read_text().count("\n") for part in parts)
+    subprocess.run(command, env=environ, check=True)
+    seconds = time.perf_counter() - start
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{key: row[key] for key in rows[0]} for row in found] == rows
+    report = json.loads(output.with_name(f"{output.name}.report.json").read_text())
+    written = [row["rewrite"]["rejected"] if row["rewrite"]["reason"] else row["caption"] for row in found]
+    result = {
+        "processes": 2,
+        "threads_each": 1,
+        "timed_rows": arguments.timed_rows,
+        "rows_per_second": speed,
+        "faster_than_the_loop": {how: value / speed["loop"] for how, value in speed.items()},
+        "texts_equal_to_the_loop_s": same,
+        "whole_file": {
+            "rows": len(found),
+            "killed_at": killed_at,
+            "seconds_with_kill_and_two_starts": seconds,
+            "status": report["status"],
+            "rejected": report["rejected"],
+            "texts_equal_to_the_loop_s": sum(written[int(n)] == text for n, text in reference.items()),
+        },
+        "settings": {
+            "num_beams": BEAMS,
+            "max_new_tokens": NEW_TOKENS,
+            "batch_size": 32,
+            "loop": f"padded to {PADDED}, 4",
+        },
+        **environment(),
+    }
+    write_json(ROOT / "benchmarks/results/rewrite_throughput.json", result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
