@@ -448,8 +448,6 @@ class LLMArguments:
     price_out: float | None = flag(None, "openai: price of a million written tokens.")
 
     def __post_init__(self):
-        if self.quantization not in (None, "4bit", "8bit"):
-            raise ValueError(f"--quantization {self.quantization}: choose 4bit or 8bit.")
         for name in (
             "max_attempts",
             "num_beams",

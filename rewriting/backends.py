@@ -264,20 +264,14 @@ class HFBackend:
         import transformers
 
         from models.captioner import processes
+        from models.loading import quantization_config
 
         self.args, self.device = args, torch.device(device) if device else processes().device
         cuda = self.device.type == "cuda"
-        if args.quantization and not cuda:
-            raise ValueError("--quantization needs a CUDA GPU.")
         self.dtype = torch.bfloat16 if (cuda if args.bf16 is None else args.bf16) else torch.float32
         options = {"dtype": self.dtype}
         if args.quantization:
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=args.quantization == "4bit",
-                load_in_8bit=args.quantization == "8bit",
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
+            options["quantization_config"] = quantization_config(args.quantization)
             options["device_map"] = {"": self.device}
         config = transformers.AutoConfig.from_pretrained(model)
         seq2seq = config.is_encoder_decoder
