@@ -59,8 +59,8 @@ def captioner(dataset: Path, folder: Path, steps: int, *more) -> dict:
     """train.py with the quickstart's model for a few steps; the scores of its test split."""
     seconds = run(
         "train.py", "recipes/quickstart/scenes.yaml", "--dataset_name", dataset, "--caption_column", "caption",
-        "--output_dir", folder, "--max_steps", steps, "--eval_steps", steps, "--save_steps", steps, "--max_txt_len", 64,
-        "--max_new_tokens", 60, "--captions_per_image", 1, "--meteor", "false", "--max_test_samples", 200,
+        "--output_dir", folder, "--max_steps", steps, "--eval_steps", steps, "--save_steps", steps, "--max_txt_len", 48,
+        "--max_new_tokens", 40, "--captions_per_image", 1, "--meteor", "false", "--max_test_samples", 200,
         "--max_eval_samples", 50, *more,
     )  # fmt: skip
     scores = json.loads((folder / "coco_metrics.json").read_text())
