@@ -96,6 +96,8 @@ def check_output(args, source) -> Path:
         raise ValueError(f"--output {output}: its folder does not exist.")
     if output.is_dir() == (output.suffix == ".jsonl") and output.exists():
         raise ValueError(f"--output {output}: a name ending in .jsonl is a file, any other a folder of Parquet files.")
+    if output.exists() and not settings_file(output).exists():
+        raise ValueError(f"--output {output} is there already, and no run of rewrite.py made it. Name another.")
     for column in (args.output_column, "rewrite"):
         if column in next(source.read(None)):
             raise ValueError(f"{source.name} has a column {column!r} already. Rename it, or choose --output_column.")

@@ -141,7 +141,10 @@ class Report:
                 self.vocabularies["inputs"].update(word for text in inputs for word in words(text))
 
     def summary(self, price_in: float | None, price_out: float | None) -> dict:
-        lengths = sorted(self.lengths.elements())
+        written = self.lengths.total()
+        passed = dict(
+            zip(sorted(self.lengths), itertools.accumulate(self.lengths[n] for n in sorted(self.lengths)), strict=True)
+        )
         sizes = {name: len(vocabulary) for name, vocabulary in self.vocabularies.items()}
         cost = None
         if price_in is not None and price_out is not None:
@@ -155,8 +158,8 @@ class Report:
             "tokens": {"prompts": self.tokens[0], "written": self.tokens[1]},
             "cost": cost,
             "words": {
-                "mean": sum(lengths) / len(lengths) if lengths else None,
-                **{f"p{share}": lengths[len(lengths) * share // 100] for share in (5, 50, 95) if lengths},
+                "mean": sum(length * n for length, n in self.lengths.items()) / written if written else None,
+                **{f"p{s}": next(n for n in passed if passed[n] >= written * s / 100) for s in (5, 50, 95) if written},
             },
             "vocabulary": {**sizes, "gain": sizes["rewritten"] / sizes["inputs"] if sizes["inputs"] else None},
             "most_frequent_text": max(self.texts.values(), default=0),

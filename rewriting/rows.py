@@ -18,7 +18,7 @@ from data.records import DataError
 from metrics.io import load_predictions
 
 # CapsFusion's example file and CapsFusion-120M call them laion_2b and laion_coco.
-RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "caption", "captions")
+RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "txt", "caption", "captions")
 SYNTHETIC_COLUMNS = ("laion_coco", "synthetic", "synthetic_caption", "blip_caption")
 FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -50,7 +50,8 @@ def open_source(task: str, name: str, args) -> Source:
         if task == "fuse" or (first is not None and not holds_images(first, args)):
             return with_inputs(task, name, read, features, first, args)
     read, features = open_records(name, source_format, args)
-    return with_inputs(task, name, read, features, next(read(None), None), args)
+    first = next(read(None), None)
+    return with_inputs(task, name, read, features, first, args, records=True)
 
 
 def holds_images(row: dict, args) -> bool:
@@ -66,6 +67,8 @@ def open_table(name: str, source_format: str, args):
     path = Path(name).expanduser()
     if source_format == "parquet" or (source_format == "annotations" and path.exists()):
         files = table_files(path)
+        if args.split:
+            raise DataError(f"{name}: --split is for data sets with splits; of a table, all rows are rewritten")
         if all(file.suffix == ".parquet" for file in files):
             schema = pq.read_schema(files[0])
             features = undecoded(datasets.Features.from_arrow_schema(schema))
@@ -116,7 +119,10 @@ def open_records(name: str, source_format: str, args):
         for split, rows in splits.items():
             if columns and not set(columns) - set(rows.column_names or ()):
                 rows = rows.select_columns(columns)
-            yield from ({**row, "split": split} for row in rows)
+            for row in rows:
+                if isinstance(row.get("image"), dict) and os.path.exists(row["image"]["path"] or ""):
+                    row["image"]["path"] = os.path.abspath(row["image"]["path"])  # OUTPUT may lie elsewhere
+                yield {**row, "split": split}
 
     return read, features
 
@@ -197,12 +203,13 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
 # ---------------------------------------------------------------- the captions of a row
 
 
-def with_inputs(task: str, name: str, read, features, first: dict | None, args) -> Source:
+def with_inputs(task: str, name: str, read, features, first: dict | None, args, records: bool = False) -> Source:
+    """The source of rows, with the columns that hold its captions; `records` have them under data.load's names."""
     if first is None:
         raise DataError(f"{name}: there are no rows")
     columns = list(first)
     if task == "paragraph":
-        wanted = find_captions(columns, args.caption_column, name)
+        wanted = ["captions"] if records else find_captions(columns, args.caption_column, name)
 
         def inputs(row):
             captions = (clean(caption) for caption in sources.captions_of(row, wanted, name))
@@ -211,12 +218,13 @@ def with_inputs(task: str, name: str, read, features, first: dict | None, args) 
         return Source(name, read, features, inputs, wanted)
 
     synthetic_of = read_synthetic(args.synthetic_file) if args.synthetic_file else None
-    raw = find_column(columns, args.raw_column, RAW_COLUMNS, "raw_column", name)
+    raw = "captions" if records else find_column(columns, args.raw_column, RAW_COLUMNS, "raw_column", name)
     if synthetic_of is None:
         synthetic = find_column(columns, args.synthetic_column, SYNTHETIC_COLUMNS, "synthetic_column", name)
         wanted = [raw, synthetic]
     else:
-        image = args.image_column or next((c for c in sources.IMAGE_COLUMNS if c in columns), None)
+        given = None if records else args.image_column
+        image = given or next((c for c in sources.IMAGE_COLUMNS if c in columns), None)
         wanted = [raw, *(column for column in ("image_id", image) if column in columns)]
     folder = Path(name).expanduser()
     folder = folder if folder.is_dir() else folder.parent
@@ -280,7 +288,7 @@ def write_rows(rows: Iterable[dict], output: Path, features: datasets.Features |
     """JSONL where OUTPUT ends in .jsonl, else a folder of Parquet files of `shard` rows. Whole or not at all.
 
     Args:
-        features: types of the input's columns, None to tell them from the first shard.
+        features: types of the input's columns, None to tell them from the first 1,000 rows.
         column: name of the caption's column; the result's other facts are in `rewrite`.
     """
     temporary = output.with_name(f"{output.name}.new")
@@ -294,35 +302,41 @@ def write_rows(rows: Iterable[dict], output: Path, features: datasets.Features |
         return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    schema = None if features is None else output_features(features, column).arrow_schema
-    rows = iter(rows)
-    for number in itertools.count():
-        writer = None
-        for _ in range(0, shard, 1000):
-            if not (group := list(itertools.islice(rows, min(1000, shard)))):
-                break
-            if schema is None:
-                table = pa.Table.from_pylist(group)
-                types = datasets.Features.from_arrow_schema(
-                    table.select([n for n in table.column_names if n != column and n != "rewrite"]).schema
-                )
-                types = {k: datasets.Value("string") if v == datasets.Value("null") else v for k, v in types.items()}
-                schema = output_features(datasets.Features(types), column).arrow_schema
-            try:
-                table = pa.Table.from_pylist(group, schema)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
-            writer = writer or pq.ParquetWriter(temporary / f"{number:05}.parquet", schema, compression="zstd")
-            writer.write_table(table)
-        if writer is None:
-            break
-        writer.close()
+    write_parquet(iter(rows), temporary, features, column, shard)
     previous = output.with_name(f"{output.name}.old")
-    shutil.rmtree(previous, ignore_errors=True)
     if output.exists():
         output.rename(previous)
     temporary.rename(output)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_parquet(rows: Iterator[dict], folder: Path, features, column: str, shard: int) -> None:
+    schema = None if features is None else output_features(features, column).arrow_schema
+    for number in itertools.count():
+        writer, of_shard = None, itertools.islice(rows, shard)
+        while group := list(itertools.islice(of_shard, 1000)):
+            try:
+                schema = schema or output_features(told_from(group, column), column).arrow_schema
+                for name in {name for row in group for name in row} - set(schema.names):
+                    raise DataError(f"column {name} is not in the first 1,000 rows: Parquet has no place. Write JSONL")
+                table = pa.Table.from_pylist(group, schema)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
+            writer = writer or pq.ParquetWriter(folder / f"{number:05}.parquet", schema, compression="zstd")
+            writer.write_table(table)
+        if writer is None:
+            return
+        writer.close()
+
+
+def told_from(rows: list[dict], column: str) -> datasets.Features:
+    """Types of the input's columns as some of its rows show them; a column without values is text."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in (column, "rewrite"))
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    types = datasets.Features.from_arrow_schema(table.schema)
+    return datasets.Features(
+        {k: datasets.Value("string") if v == datasets.Value("null") else v for k, v in types.items()}
+    )
 
 
 def output_features(features: datasets.Features, column: str) -> datasets.Features:

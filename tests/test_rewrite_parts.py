@@ -239,6 +239,10 @@ def test_all_captions_of_an_image_come_together_and_a_table_without_images_has_o
     expected = [{"captions": ["a dog", "a red dog"]}, {"captions": ["a cat"]}, {"captions": ["b"]}]
     for path in (source, tmp_path / "pairs.jsonl"):
         assert sorted(map(str, inputs("paragraph", path))) == sorted(map(str, expected))
+    (tmp_path / "odd.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace('"caption"', '"words"'))
+    assert sorted(map(str, inputs("paragraph", tmp_path / "odd.jsonl", caption_column="words"))) == sorted(
+        map(str, expected)
+    )
     assert inputs("paragraph", tmp_path / "texts.jsonl") == [{"captions": ["a", "b"]}, {"captions": ["a"]}]
     assert inputs("paragraph", tmp_path / "urls.csv") == [{"captions": ["a", "b"]}]
 

@@ -303,6 +303,26 @@ def test_parquet_comes_in_and_goes_out_in_shards_with_every_column(rewrite, tmp_
     assert (last["rewrite"]["status"], last["rewrite"]["reason"]) == ("kept_synthetic", "no_input")
 
 
+def test_jsonl_becomes_parquet_with_the_types_of_its_rows_and_nothing_is_overwritten(rewrite, tmp_path):
+    source, output = write_rows(tmp_path, 1100, empty=None, nested={"a": [1]}), tmp_path / "out"
+    with LLMServer(fused) as server:
+        output.mkdir()
+        (output / "precious.txt").write_text("mine")
+        assert "is there already" in rewrite(*command(source, output, server), fails=True)
+        (output / "precious.txt").unlink()
+        output.rmdir()
+        rewrite(*command(source, output, server, "--rows_per_file", 1050))
+        assert [pq.read_metadata(path).num_rows for path in sorted(output.iterdir())] == [1050, 50]
+        found = pq.read_table(output).to_pylist()
+        assert [row["key"] for row in found] == list(range(1100))
+        assert found[7]["nested"] == {"a": [1]}
+        assert found[7]["empty"] is None
+        changed = [*json.loads(source.read_text()), {"laion_2b": "a", "laion_coco": "b", "late": 1}]
+        source.write_text(json.dumps(changed))
+        assert "column late is not in the first" in rewrite(*command(source, output, server), fails=True)
+        assert pq.read_table(output).num_rows == 1100  # the output of before is still there
+
+
 def test_paragraphs_of_images_are_trained_on_with_their_splits(rewrite, tmp_path):
     captions = {f"p{n}": [f"a red dog {n}.", f"a dog runs {n}."] for n in range(8)}
     splits = {name: ["train", "validation", "test"][n % 3] for n, name in enumerate(captions)}
