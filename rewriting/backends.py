@@ -57,7 +57,7 @@ def open_backend(llm: str, args):
 def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, padding_side="left")
+    return AutoTokenizer.from_pretrained(name)
 
 
 # ---------------------------------------------------------------- a server
@@ -255,9 +255,9 @@ def retry_after(headers) -> float | None:
 class HFBackend:
     """A causal or an encoder-decoder language model of transformers, on this process's own device.
 
-    Rows are sorted by length, WINDOW batches at a time, and padded on the left to the longest of their batch. The first
-    attempt is a beam search; further ones sample, with another seed each. A batch that does not fit into the GPU's
-    memory is halved.
+    Rows are sorted by length, WINDOW batches at a time, and padded to the longest of their batch: on the left, but for
+    an encoder. The first attempt is a beam search; further ones sample, with another seed each. A batch that does not
+    fit into the GPU's memory is halved.
     """
 
     def __init__(self, model: str, args, device=None):
@@ -282,6 +282,7 @@ class HFBackend:
         tokenizer = load_tokenizer(model)
         if tokenizer.pad_token_id is None:  # what fills a row is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.padding_side = "right" if seq2seq else "left"
         chat = args.chat if args.chat is not None else tokenizer.chat_template is not None
         self.tokens = Tokens(tokenizer, chat)
         ends = self.model.generation_config.eos_token_id
@@ -345,8 +346,8 @@ class HFBackend:
             torch.cuda.empty_cache()
             half = len(batch) // 2
             return self.generate(batch[:half], attempt) + self.generate(batch[half:], attempt)
-        if not self.model.config.is_encoder_decoder:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        before = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        tokens = tokens[:, before:]
         ended = torch.isin(tokens, self.ends)
         counts = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1]).tolist()
         texts = self.tokens.tokenizer.batch_decode(tokens, skip_special_tokens=True)
