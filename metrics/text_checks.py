@@ -83,15 +83,23 @@ def unsupported_facts(text: str, sources: Iterable[str]) -> list[str]:
     joined = " ".join(sources).lower()
     known = set(words(joined))
     known |= {NUMBERS[word] for word in known if word in NUMBERS}
+    known |= set(re.findall(r"\d+", joined.replace(",", "")))  # 1,200 is 1200, iPhone6 is iPhone 6
     compact = re.sub(r"[\W_]+", "", joined)
     found = []
     for sentence in SENTENCE_END.split(text):
         for place, match in enumerate(WORD.finditer(sentence)):
-            word = re.sub(r"['’]s?$", "", match.group())
-            has_digit = any(c.isdigit() for c in word)
-            if not has_digit and (place == 0 or not word[0].isupper() or len(word) == 1):
+            word = match.group()
+            named = place > 0 and word[0].isupper()
+            if not named and (word.isalpha() or not any(map(str.isdigit, word))):
+                continue
+            word = re.sub(r"['’]s?$", "", word)
+            if len(word) == 1 and word.isalpha():
                 continue
             plain = word.lower()
-            if plain not in known and plain not in compact and plain.removesuffix("s") not in known:
+            if (
+                plain not in known
+                and (plain.isdigit() or plain not in compact)
+                and plain.removesuffix("s") not in known
+            ):
                 found.append(word)
     return list(dict.fromkeys(found))
