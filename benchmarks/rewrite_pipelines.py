@@ -83,9 +83,9 @@ def paragraph(folder: Path) -> dict:
     prompt_file = folder / "prompt.txt"
     prompt_file.write_text("{captions}\nParagraph:")
     prompt, scenes = load_prompt("paragraph", str(prompt_file)), data.load("scenes")
-    rows = [(row["captions"], json.loads(row["facts"])) for row in scenes["train"].select(range(4000))]
+    rows = [(row["captions"], json.loads(row["facts"])) for row in scenes["train"].select(range(3000))]
     pairs = [(fill(prompt, {"captions": captions}), paragraph_of(facts)) for captions, facts in rows]
-    llm = small_llm.train(pairs, folder / "llm", steps=400, vocabulary=600)
+    llm = small_llm.train(pairs, folder / "llm", steps=300, vocabulary=600)
     output = folder / "paragraphs"
     seconds = run(
         "rewrite.py", "paragraph", "scenes", "--output", output, "--llm", f"hf:{folder / 'llm'}", "--chat", "false",
@@ -97,11 +97,11 @@ def paragraph(folder: Path) -> dict:
     return {
         "llm": llm,
         "rewrite": {"seconds": seconds, "truth_of_the_paragraphs": truth, **rewritten(output)},
-        "captioner": captioner(output, folder / "captioner", 500),
+        "captioner": captioner(output, folder / "captioner", 400),
     }
 
 
-def fuse(folder: Path, trained: Path, count: int = 1500) -> dict:
+def fuse(folder: Path, trained: Path, count: int = 1000) -> dict:
     """Alt texts name a brand and an article that no picture tells; the picture's facts come from the captioner."""
     rng, prompt = random.Random(0), load_prompt("fuse")
     rows, pairs = [], []
@@ -121,7 +121,7 @@ def fuse(folder: Path, trained: Path, count: int = 1500) -> dict:
         "infer.py", folder / "photos", "--model_name_or_path", trained, "--output", folder / "synthetic.jsonl",
         "--num_beams", 1, "--per_device_eval_batch_size", 64,
     )  # fmt: skip
-    llm = small_llm.train(pairs, folder / "llm", steps=250, batch_size=16, vocabulary=600)
+    llm = small_llm.train(pairs, folder / "llm", steps=200, batch_size=16, vocabulary=600)
     output = folder / "fused.jsonl"
     seconds = run(
         "rewrite.py", "fuse", folder / "raw.jsonl", "--raw_column", "text", "--synthetic_file", folder / "synthetic.jsonl",
@@ -132,7 +132,7 @@ def fuse(folder: Path, trained: Path, count: int = 1500) -> dict:
         "synthetic_captions": {"images": len(rows), "seconds": inferred},
         "llm": llm,
         "rewrite": {"seconds": seconds, **rewritten(output)},
-        "captioner": captioner(output, folder / "captioner", 250),
+        "captioner": captioner(output, folder / "captioner", 200),
     }
 
 
