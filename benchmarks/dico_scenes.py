@@ -33,7 +33,7 @@ from models.loading import load_model
 from objectives import CrossEntropy
 from objectives.cross_entropy import target_logits
 from objectives.dico import Dico
-from objectives.policy import SAMPLING, draw, with_captions
+from objectives.policy import SAMPLING, draw
 from objectives.rewards import RecordImages, Rewards
 from objectives.scst import SelfCritical
 
@@ -133,7 +133,7 @@ def divergence(captioner, first, records) -> float:
     torch.manual_seed(0)
     drawn = draw(captioner, batch, **SAMPLING, num_return_sequences=1)
     torch.random.set_rng_state(torch_state)
-    passed = with_captions(captioner, batch, drawn.tokens)
+    passed = captioner.training_batch(batch, drawn.tokens)
     was_training = captioner.model.training
     captioner.model.eval()
     own, other = (target_logits(model, passed)[0].log_softmax(dim=-1) for model in (captioner.model, first))

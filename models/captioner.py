@@ -156,18 +156,26 @@ class Captioner:
             texts = [remove_illegal_characters(text) for text in texts]
         return [f"{self.collator.words} {text}".strip() for text in texts] if self.keep_prompt else texts
 
-    def training_batch(self, batch: dict, tokens: torch.LongTensor) -> dict:
-        """A batch whose targets are what generate_tokens made of `batch`, end token included: for the log-probabilities
-        of samples and candidates (objectives.cross_entropy.token_log_probs)."""
-        ended = (tokens == self.collator.end).cumsum(dim=1)
-        lengths = ((ended - (tokens == self.collator.end).long()) == 0).sum(dim=1)
-        inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        if self.collator.joint:  # such a model takes an image again for each of its rows
-            expand = base_model(self.model)._expand_inputs_for_generation
-            times = len(tokens) // len(batch["input_ids"])
-            input_ids, inputs = expand(expand_size=times, **inputs)
-            inputs["input_ids"] = input_ids
-        return with_targets(inputs, tokens, lengths, self.collator.decoder_start)
+    def rows(self, tokens: torch.LongTensor) -> list[list[int]]:
+        """Generated token ids without the padding, the end token among them where it was reached."""
+        end = self.collator.end
+        return [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()]
+
+    def training_batch(self, batch: dict, rows: list[list[int]]) -> dict:
+        """A batch whose targets are `rows` of token ids, as many for each image of `batch`, behind its prompt: for the
+        log-probabilities of samples and candidates (objectives.cross_entropy.token_log_probs). Families that cannot take
+        encoded images get the pixels of an image again for each, as at generation."""
+        model = base_model(self.model)
+        batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        times = len(rows) // len(batch["input_ids"])
+        if times > 1 and not takes_encoded(vision_encoder(model)):
+            input_ids, batch = model._expand_inputs_for_generation(expand_size=times, **batch)
+            batch["input_ids"] = input_ids
+        lengths = torch.tensor([len(row) for row in rows])
+        padded = torch.full((len(rows), int(lengths.max())), self.collator.pad)
+        for padded_row, row in zip(padded, rows, strict=True):
+            padded_row[: len(row)] = torch.tensor(row, dtype=torch.long)
+        return with_targets(batch, padded.to(model.device), lengths.to(model.device), self.collator.decoder_start)
 
     def _precision(self):
         if self.autocast is None:

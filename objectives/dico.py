@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from collator import IGNORE
 from objectives.cross_entropy import target_logits
-from objectives.policy import SAMPLING, draw, facts, switch_off_dropout, with_captions
+from objectives.policy import SAMPLING, draw, facts, switch_off_dropout
 
 
 def dico_loss(
@@ -88,7 +88,7 @@ class Dico:
         counted = [[text not in group[:i] for i, text in enumerate(group)] for group in candidates.texts]
         counted = torch.tensor(counted, device=device)
 
-        passed = with_captions(self.captioner, encoded, candidates.tokens)
+        passed = self.captioner.training_batch(encoded, candidates.tokens)
         row = (passed["labels"] != IGNORE).nonzero()[:, 0]
         reference = self.reference_log_probs(passed, batch)
         logits, targets = target_logits(model, passed)

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor
 
-from collator import with_targets
 from metrics import ends_badly, repeated_bigrams, tokenize
 from models.captioner import processes
-from models.families import base_model, vision_encoder
-from models.vision import takes_encoded
 
 # Settings of generate that decode one caption after the other, and that draw from the model's own distribution (the
 # library's top_k is 50 where nothing is said).
@@ -63,30 +60,13 @@ def draw(captioner, batch: dict, **settings) -> Candidates:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         model.eval()
-        rows = captioner.generate_tokens(batch, **settings).tolist()
+        tokens = captioner.rows(captioner.generate_tokens(batch, **settings))
         model.train(was_training)
-    end = captioner.collator.end
-    tokens = [row[: row.index(end) + 1] if end in row else row for row in rows]
-    ended = [row[-1:] == [end] for row in tokens]
+    ended = [row[-1:] == [captioner.collator.end] for row in tokens]
     texts = captioner.texts(tokens)
     k = settings.get("num_return_sequences", 1)
-    starts = range(0, len(rows), k)
+    starts = range(0, len(tokens), k)
     return Candidates(tokens, [texts[i : i + k] for i in starts], [ended[i : i + k] for i in starts])
-
-
-def with_captions(captioner, batch: dict, tokens: list[list[int]]) -> dict:
-    """A training batch whose targets are `tokens`, k lists an image, behind the prompts of `batch`. Families that cannot
-    take encoded images get the pixels of an image again for each, as at generation."""
-    model, times = base_model(captioner.model), len(tokens) // len(batch["input_ids"])
-    if times > 1 and not takes_encoded(vision_encoder(model)):
-        ids, batch = model._expand_inputs_for_generation(expand_size=times, **batch)
-        batch["input_ids"] = ids
-    lengths = torch.tensor([len(row) for row in tokens])
-    padded = torch.full((len(tokens), int(lengths.max())), captioner.collator.pad)
-    for row, ids in zip(padded, tokens, strict=True):
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-    padded, lengths = padded.to(model.device), lengths.to(model.device)
-    return with_targets(batch, padded, lengths, captioner.collator.decoder_start)
 
 
 def facts(candidates: Candidates) -> dict[str, torch.Tensor]:

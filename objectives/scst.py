@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from collator import IGNORE
 from objectives.cross_entropy import target_logits
-from objectives.policy import SAMPLING, LastIsGreedy, draw, facts, switch_off_dropout, with_captions
+from objectives.policy import SAMPLING, LastIsGreedy, draw, facts, switch_off_dropout
 
 
 class SelfCritical:
@@ -89,7 +89,7 @@ class SelfCritical:
                 rows += [row[row != IGNORE].tolist() for row in references[i]]
                 is_sample += [False] * len(references[i])
         is_sample = torch.tensor(is_sample, device=labels.device)
-        passed = with_captions(self.captioner, encoded, rows)
+        passed = self.captioner.training_batch(encoded, rows)
         logits, targets = target_logits(model, passed)
         logits, row = logits.float(), (passed["labels"] != IGNORE).nonzero()[:, 0]
         of_sample = is_sample[row]

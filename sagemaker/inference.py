@@ -157,8 +157,7 @@ def caption(captioner: Captioner, images: list, settings: dict, return_scores: b
     tokens = captioner.generate_tokens(batch)
     if not return_scores:
         return captioner.texts(tokens), None
-    batch = {name: value.to(tokens.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    batch = captioner.training_batch(batch, tokens)
+    batch = captioner.training_batch(batch, captioner.rows(tokens))
     scores = token_log_probs(captioner.model, batch).sum(dim=1) / (batch["labels"] != IGNORE).sum(dim=1)
     return captioner.texts(tokens), [round(score, 4) for score in scores.tolist()]
 

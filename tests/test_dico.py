@@ -21,7 +21,7 @@ from models.blip_attention import use_fast_attention
 from models.captioner import Captioner
 from objectives.cross_entropy import target_logits
 from objectives.dico import Dico, dico_loss, preferences
-from objectives.policy import draw, with_captions
+from objectives.policy import draw
 from objectives.rewards import RecordImages, Rewards
 
 
@@ -199,9 +199,9 @@ def test_with_an_adapter_the_reference_is_the_network_without_it(captioner):
     assert sum(value.numel() for value in objective.start) < 0.1 * sum(p.numel() for p in plain.parameters())
     disturb(captioner.model, size=0.5)
     batch = batch_of(captioner, 2)
-    passed = with_captions(captioner, captioner.encode(batch), [[5, 6, 3]] * 4)
+    passed = captioner.training_batch(captioner.encode(batch), [[5, 6, 3]] * 4)
     reference = objective.reference_log_probs(passed, batch)
-    expected, _ = target_logits(plain, with_captions(captioner, batch, [[5, 6, 3]] * 4))
+    expected, _ = target_logits(plain, captioner.training_batch(batch, [[5, 6, 3]] * 4))
     torch.testing.assert_close(reference, expected.log_softmax(dim=-1), atol=1e-5, rtol=0)
     own, _ = target_logits(captioner.model, passed)
     assert not torch.allclose(own.log_softmax(dim=-1), reference, atol=1e-3)

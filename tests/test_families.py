@@ -161,13 +161,13 @@ def test_log_probabilities_of_generated_tokens_are_those_they_were_generated_wit
     batch = captioner.collator(samples(WORDS[:2], sizes=((8, 8), (12, 8))))
     torch.manual_seed(0)
     tokens = captioner.generate_tokens(batch, do_sample=True, num_return_sequences=3, top_k=0)
-    sampled = captioner.training_batch(batch, tokens)
+    sampled = captioner.training_batch(batch, captioner.rows(tokens))
     with torch.no_grad():
         log_probs = token_log_probs(model, sampled)
     rows = sampled["labels"] != -100
     assert log_probs[rows].lt(0).all()
     assert log_probs[~rows].eq(0).all()
-    greedy = captioner.training_batch(batch, captioner.generate_tokens(batch))
+    greedy = captioner.training_batch(batch, captioner.rows(captioner.generate_tokens(batch)))
     with torch.no_grad():
         best = token_log_probs(model, greedy)
     scored = captioner.generate_tokens(batch, return_dict_in_generate=True, output_logits=True)

@@ -143,7 +143,7 @@ def test_export(adapted, dataset, tmp_path):
     assert alone.prompt == ours.prompt
     assert alone(images) == ours(images)
     batch = ours.collator([{"image": images[0], "image_id": "0"}])
-    batch = ours.training_batch(batch, torch.tensor([[5, 6, 7]]))
+    batch = ours.training_batch(batch, [[5, 6, 7]])
     with torch.no_grad():
         logits = [model(**batch).logits for model in (put_on.get_base_model(), alone.model)]
         with put_on.disable_adapter():

@@ -22,7 +22,7 @@ from models.families import vision_encoder
 from models.loading import build_model
 from objectives import caption_loss
 from objectives.cross_entropy import target_logits
-from objectives.policy import SAMPLING, LastIsGreedy, draw, with_captions
+from objectives.policy import SAMPLING, LastIsGreedy, draw
 from objectives.rewards import Rewards
 from objectives.scst import SelfCritical
 
@@ -71,7 +71,7 @@ def all_captions(captioner):
 def true_gradient(captioner, rewards, batch, temperature=1.0, top_p=1.0):
     """Of the expected reward of one image, by trying every caption, with the library's own forward pass."""
     model, captions = captioner.model, list(all_captions(captioner))
-    rows = with_captions(captioner, captioner.encode(batch), captions)
+    rows = captioner.training_batch(captioner.encode(batch), captions)
     model.eval()
     logits = model(pixel_values=batch["pixel_values"], input_ids=rows["input_ids"]).logits / temperature
     model.train()
@@ -174,7 +174,7 @@ def test_samples_are_of_the_models_own_distribution_whatever_the_captioner_is_se
     batch = batch_of(captioner, ["0"])
     drawn = draw(captioner, batch, **SAMPLING, num_return_sequences=4000)
     captions = list(all_captions(captioner))
-    rows = with_captions(captioner, captioner.encode(batch), captions)
+    rows = captioner.training_batch(captioner.encode(batch), captions)
     captioner.model.eval()
     with torch.no_grad():
         logits = captioner.model(pixel_values=batch["pixel_values"], input_ids=rows["input_ids"]).logits
@@ -231,7 +231,7 @@ def test_every_family_learns_from_its_own_captions(name):
     encoded = captioner.encode(batch)
     greedy = draw(captioner, encoded, num_beams=1, early_stopping=False)
     twice = [tokens for tokens in greedy.tokens for _ in range(2)]
-    logits, targets = target_logits(model, with_captions(captioner, encoded, twice))
+    logits, targets = target_logits(model, captioner.training_batch(encoded, twice))
     assert logits.argmax(dim=-1).equal(targets)
 
 
