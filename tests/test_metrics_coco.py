@@ -371,6 +371,8 @@ def test_corpus_facts_are_what_they_say():
         "bad_endings": 0.25,
         "repeated_words": 0.5,
         "repeated_bigrams": 0.0,
+        "repetition": 0.0,
+        "illegal_characters": 0.0,
         "empty": 0.25,
     }
 
