@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from data import ImageError, open_image
-from models.families import FAMILIES, family_of, is_encoder_decoder, special_tokens
+from models.families import family_of, is_encoder_decoder, special_tokens
 
 IGNORE = -100  # torch's cross-entropy passes over targets of this value
 
@@ -95,14 +95,20 @@ class CaptionCollator:
             for group in captions
             for text in [*group, *[None] * (per_image - len(group))]
         ]
-        lengths = torch.tensor([len(ids) for ids in targets])
-        padded = torch.full((len(targets), int(lengths.max())), self.images.pad)
-        for row, ids in zip(padded, targets, strict=True):
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        padded, lengths = pad_rows(targets, self.images.pad)
         if self.prompts_only:
             labels = padded.masked_fill(torch.arange(padded.shape[1]) >= lengths[:, None], IGNORE)
             return inputs | {"labels": torch.nn.functional.pad(labels, (1, 0), value=IGNORE)}
         return with_targets(inputs, padded, lengths, self.images.decoder_start)
+
+
+def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, L) of token ids, filled up with `pad` on the right, and how many of a row count."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.full((len(rows), int(lengths.max())), pad)
+    for padded_row, row in zip(padded, rows, strict=True):
+        padded_row[: len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded, lengths
 
 
 def with_targets(inputs: dict, targets: torch.Tensor, lengths: torch.Tensor, decoder_start: int | None = None) -> dict:
@@ -154,7 +160,6 @@ class ImageCollator:
         self.decoder_start = config.text_config.decoder_start_token_id if is_encoder_decoder(config) else None
         if self.joint:
             self.text = family.joint_prompt(processor, prompt)
-            self.typed = family is FAMILIES["paligemma"]
             self.words_before = 0
         else:
             self.before = family.prompt(processor, config, self.words)
@@ -196,8 +201,7 @@ class ImageCollator:
             padding_side="left",  # a caption goes on right behind its prompt
             return_tensors="pt",
         )
-        if self.typed:
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        inputs.pop("labels", None)  # PaliGemma's processor makes some, with nothing to learn in them
         return dict(inputs)
 
     def prompts(self, images: int) -> dict[str, torch.Tensor]:

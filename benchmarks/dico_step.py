@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from captioning import ROOT, blip_base, summary, timed, write_result
+from training_step import largest_gradient_difference
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 from transformers.generation import GenerationMixin
 
@@ -104,19 +105,6 @@ class Sides:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: p.grad.clone() for name, p in self.peer.named_parameters() if p.grad is not None}
-
-
-def largest_gradient_difference(sides: Sides) -> float:
-    """Largest |difference| of any gradient, relative to the largest gradient of its tensor (floor 1e-6)."""
-    sides.step("peer")
-    theirs = sides.gradients()
-    sides.step("ours")
-    ours = sides.gradients()
-    if ours.keys() != theirs.keys():
-        raise SystemExit("Ours and the peer train different weights. No result.")
-    return max(
-        ((ours[name] - value).abs().max() / value.abs().max().clamp(min=1e-6)).item() for name, value in theirs.items()
-    )
 
 
 def report_memory(arguments) -> None:

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from collator import ImageCollator, with_targets
+from collator import ImageCollator, pad_rows, with_targets
 from metrics.text_checks import remove_illegal_characters
 from models.decoding import generate
 from models.families import base_model, family_of, vision_encoder
@@ -119,11 +119,7 @@ class Captioner:
         """(images * num_return_sequences, L) token ids that go on from the prompt of each image of an ImageCollator's
         batch: the end token is among them where it was reached, and behind it is padding. `settings` are for generate,
         before the captioner's own."""
-        inputs = {
-            name: value.to(self.model.device, non_blocking=True)
-            for name, value in batch.items()
-            if isinstance(value, torch.Tensor)
-        }
+        inputs = self._on_device(batch)
         settings = self.settings | settings
         end, prompt = self.collator.end, inputs["input_ids"]
         if self.model.config.model_type == "blip":
@@ -143,7 +139,8 @@ class Captioner:
     def encode(self, batch: dict) -> dict:
         """The model inputs of `batch`, its images encoded once for all that is drawn and computed of them, with
         gradients where the encoder is trained; the pixels themselves in families that cannot take encoded images."""
-        inputs = {n: v.to(self.model.device) for n, v in batch.items() if n != "labels" and isinstance(v, torch.Tensor)}
+        inputs = self._on_device(batch)
+        inputs.pop("labels", None)
         if takes_encoded(vision_encoder(self.model)):
             with self._precision():
                 inputs["pixel_values"] = encode_images(self.model, inputs["pixel_values"])
@@ -166,16 +163,17 @@ class Captioner:
         log-probabilities of samples and candidates (objectives.cross_entropy.token_log_probs). Families that cannot take
         encoded images get the pixels of an image again for each, as at generation."""
         model = base_model(self.model)
-        batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        batch = self._on_device(batch)
         times = len(rows) // len(batch["input_ids"])
         if times > 1 and not takes_encoded(vision_encoder(model)):
             input_ids, batch = model._expand_inputs_for_generation(expand_size=times, **batch)
             batch["input_ids"] = input_ids
-        lengths = torch.tensor([len(row) for row in rows])
-        padded = torch.full((len(rows), int(lengths.max())), self.collator.pad)
-        for padded_row, row in zip(padded, rows, strict=True):
-            padded_row[: len(row)] = torch.tensor(row, dtype=torch.long)
-        return with_targets(batch, padded.to(model.device), lengths.to(model.device), self.collator.decoder_start)
+        padded, lengths = (tensor.to(model.device) for tensor in pad_rows(rows, self.collator.pad))
+        return with_targets(batch, padded, lengths, self.collator.decoder_start)
+
+    def _on_device(self, batch: dict) -> dict[str, torch.Tensor]:
+        device = self.model.device
+        return {n: v.to(device, non_blocking=True) for n, v in batch.items() if isinstance(v, torch.Tensor)}
 
     def _precision(self):
         if self.autocast is None:

@@ -75,6 +75,8 @@ class Family:
     vision: tuple[str, ...]
     end_token: str
     pad_token: str
+    # Modules that LoRA adapts unless told otherwise: a regular expression that the whole name must match.
+    lora_targets: str
     # (processor, config, words) -> the token ids before every caption, by the name of the model's argument. None where
     # they depend on the image: then `joint_prompt` (processor, words) is the text that the processor makes them of, with
     # the image, and `answer` what stands between that and a caption, and the token that ends one.
@@ -83,8 +85,6 @@ class Family:
     answer: callable = None
     default_words: str = ""
     license: str | None = None  # of the published weights, where all have the same
-    # Modules that LoRA adapts unless told otherwise: a regular expression that the whole name must match.
-    lora_targets: str = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 _LANGUAGE = r"language_model\..*\.(q|k|v|o|wi_0|wi_1|wo|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"

@@ -32,12 +32,13 @@ class GitVision(TakesEncoded, GitVisionModel):
     pass
 
 
+KINDS = {Blip2VisionModel: Blip2Vision, InstructBlipVisionModel: InstructBlipVision, GitVisionModel: GitVision}
+
+
 def take_encoded_images(model):
     """Lets the model take (images, 1, patches, hidden) encoded images as `pixel_values`, where its family can."""
-    for kind in (Blip2Vision, InstructBlipVision, GitVision):
-        for module in model.modules():
-            if type(module) is kind.__mro__[2]:
-                module.__class__ = kind
+    for module in model.modules():
+        module.__class__ = KINDS.get(type(module), type(module))
     return model
 
 
