@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from metrics.ngrams import encode, find, ngram_counts, words
+from .ngrams import encode, find, ngram_counts, words
 
 # Columns of the statistics: hypothesis length, closest reference length, then matches and totals of orders 1..4.
 _COLUMNS = 10

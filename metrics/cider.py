@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.ngrams import encode, find, ngram_counts, words
+from .ngrams import encode, find, ngram_counts, words
 
 END_OF_SEQUENCE = "<eos>"
 _ORDERS = 4

@@ -10,13 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from sacrebleu.metrics import BLEU
 
-from metrics.bleu import bleu_from_statistics, bleu_statistics
-from metrics.cider import CiderD
-from metrics.java import Unavailable, meteor_from_statistics, meteor_statistics
-from metrics.java import spice as spice_scores
-from metrics.rouge import rouge_l
-from metrics.text_checks import illegal_characters, repetition
-from metrics.tokenizer import tokenize
+from .bleu import bleu_from_statistics, bleu_statistics
+from .cider import CiderD
+from .java import Unavailable, meteor_from_statistics, meteor_statistics
+from .java import spice as spice_scores
+from .rouge import rouge_l
+from .text_checks import illegal_characters, repetition
+from .tokenizer import tokenize
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.paraphrases import write_paraphrases
+from .paraphrases import write_paraphrases
 
 # The JVM must read and print UTF-8 and write 0.5, not 0,5, whatever the machine's language.
 _JVM_LOCALE = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]

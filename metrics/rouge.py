@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from metrics.ngrams import encode
+from .ngrams import encode
 
 _BETA_SQUARED = 1.2**2
 

@@ -1,0 +1,98 @@
+"""metrics/coco_caption, as people load it: in a process of their own that knows nothing of this repository."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+from conftest import ROOT
+
+FOLDER = ROOT / "metrics/coco_caption"
+SUBJECTS = ["a dog", "two dogs", "a man", "the woman", "a small cat", "three red stars", "a blue circle"]
+ACTIONS = ["runs on grass", "sits near the road", "jumps in water", "with a ball", "under a tree"]
+REFERENCES = [
+    [f"{SUBJECTS[i % 7]} {ACTIONS[(i * j) % 5]}." for j in range(1, 3 + i % 3)] for i in range(60)
+]  # 2 to 4 an image
+PREDICTIONS = [f"{SUBJECTS[(i + i // 9) % 7]} {ACTIONS[i % 5]}" for i in range(60)]
+
+LOAD = """
+import json, sys, evaluate
+path, data, rank, processes = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), int(sys.argv[4])
+metric = evaluate.load(path, process_id=rank, num_process=processes, experiment_id="test", cache_dir="cache")
+begin, end = (len(data["predictions"]) * place // processes for place in (rank, rank + 1))
+metric.add_batch(predictions=data["predictions"][begin:end], references=data["references"][begin:end])
+json.dump(metric.compute(), open(f"scores-{rank}.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What evaluate.py writes of the same captions."""
+    folder = tmp_path_factory.mktemp("expected")
+    (folder / "predictions.json").write_text(json.dumps({str(i): text for i, text in enumerate(PREDICTIONS)}))
+    (folder / "references.json").write_text(json.dumps({str(i): texts for i, texts in enumerate(REFERENCES)}))
+    files = ["--predictions", folder / "predictions.json", "--references", folder / "references.json"]
+    tiny.run("evaluate.py", *files, "--output_dir", folder)
+    return json.loads((folder / "coco_metrics.json").read_text())
+
+
+def load_elsewhere(path, folder, processes: int = 1) -> list:
+    """What each process gets that loads the metric in `folder`, with nothing of the repository on its path."""
+    (folder / "data.json").write_text(json.dumps({"predictions": PREDICTIONS, "references": REFERENCES}))
+    (folder / "load.py").write_text(LOAD)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "load.py", str(path), "data.json", str(rank), str(processes)],
+            cwd=folder,
+            env=variables,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    for process in running:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    return [json.loads((folder / f"scores-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("where", ["here", "uploaded"])
+def test_loaded_from_another_folder_it_gives_the_numbers_of_evaluate_py(where, expected, tmp_path):
+    path = FOLDER
+    if where == "uploaded":  # to a Space, which holds what the links lead to
+        path = shutil.copytree(FOLDER, tmp_path / "coco_caption")
+        assert not any(file.is_symlink() for file in path.iterdir())
+    (scores,) = load_elsewhere(path, tmp_path)
+    assert scores == {name: expected[name] for name in scores}
+    assert set(names := ("Bleu_1", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "sacrebleu")) <= set(scores)
+    assert all(scores[name] is not None or scores["unavailable"][name] for name in names)
+    assert 0 < scores["CIDEr"] < 10
+
+
+def test_two_processes_with_a_shared_cache_give_the_same_numbers_once(expected, tmp_path):
+    scores, nothing = load_elsewhere(FOLDER, tmp_path, processes=2)
+    assert nothing is None
+    assert scores == {name: expected[name] for name in scores}
+
+
+def test_it_needs_nothing_beyond_its_listed_requirements():
+    listed = {re.split("[><=]", line)[0] for line in (FOLDER / "requirements.txt").read_text().split()}
+    beside = {path.stem for path in FOLDER.glob("*.py")}
+    needed, copied = set(), set()
+    for path in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.module in beside, f"{path.name} imports .{node.module}"
+                copied |= {node.module} if path.stem == "coco_caption" else set()
+            elif isinstance(node, ast.Import | ast.ImportFrom) and path.stem != "app":
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                needed |= {name.split(".")[0] for name in names}
+    assert needed - sys.stdlib_module_names <= listed
+    assert copied == beside - {"coco_caption", "app"}  # evaluate copies only what coco_caption.py itself imports
