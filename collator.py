@@ -234,9 +234,9 @@ class Pixels:
         self.size = _plain_size(image_processor)
         if self.size:
             # What the processor makes of each of a channel's 256 values, (3, 256): its own rounding, bit for bit.
-            ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
-            self.values = np.asarray(image_processor(ramp, do_resize=False, return_tensors="np")["pixel_values"])
-            self.values = np.ascontiguousarray(self.values[0, :, 0], dtype=np.float32)
+            ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2))
+            values = np.asarray(image_processor(ramp, do_resize=False, return_tensors="np")["pixel_values"])
+            self.values = np.ascontiguousarray(values.reshape(3, 256), dtype=np.float32)
         self.decoded_size = tuple(2 * side for side in self.size) if self.size and fast_jpeg else None
 
     def open(self, image) -> Image.Image:

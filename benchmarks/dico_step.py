@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
-from captioning import ROOT, blip_base, summary, timed, write_result
+from captioning import ROOT, blip_base, peak_mib, summary, timed, write_result
 from training_step import largest_gradient_difference
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 from transformers.generation import GenerationMixin
@@ -111,13 +111,7 @@ def report_memory(arguments) -> None:
     sides = Sides(arguments, only=arguments.memory_of)
     for _ in range(2):
         sides.step(arguments.memory_of)
-    if arguments.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        # Not getrusage's ru_maxrss: a child process starts with its parent's.
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.split("VmHWM:")[1].split()[0]) / 2**10
-    print(json.dumps(peak))
+    print(json.dumps(peak_mib(arguments.device)))
 
 
 def main() -> None:

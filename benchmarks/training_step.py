@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
-from captioning import ROOT, blip_base, summary, timed, write_result
+from captioning import ROOT, blip_base, peak_mib, summary, timed, write_result
 
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
@@ -116,16 +116,10 @@ def report_memory(arguments) -> None:
     sides = Sides(arguments, arguments.frozen, only=arguments.memory_of)
     for _ in range(2):
         sides.step(arguments.memory_of)
-    if arguments.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        # Not getrusage's ru_maxrss: a child process starts with its parent's.
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.split("VmHWM:")[1].split()[0]) / 2**10
     # Weights, gradients and Adam's moments are needed whatever the batch; the rest is what a batch costs.
     states = sum(p.numel() for p in sides.peer.parameters()) * 4
     states += 3 * sum(p.numel() for p in sides.peer.parameters() if p.requires_grad) * 4
-    print(json.dumps({"peak_mib": peak, "weights_gradients_moments_mib": states / 2**20}))
+    print(json.dumps({"peak_mib": peak_mib(arguments.device), "weights_gradients_moments_mib": states / 2**20}))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What a run leaves behind: predictions.json and coco_metrics.json, with where they came from."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -136,12 +137,34 @@ def flat(scores: dict, prefix: str) -> dict:
 
 
 def score_records(predictions: dict[str, str], records, metric_args, seed: int, **options):
-    """(metrics, per_image) of the captions of a split's records; drawn scenes are checked for truth as well."""
+    """(metrics, per_image) of the captions of a split's records. Drawn scenes are checked for truth as well; VizWiz's
+    photographs with legible text, and those without, are scored apart under `subsets`."""
     references = dict(zip(records["image_id"], records["captions"], strict=True))
     metrics, per_image = score_captions(predictions, references, metric_args, seed, images=records["image"], **options)
     if "facts" in records.column_names:
         metrics["scene_facts"] = score_scene_facts(predictions, dict(zip(references, records["facts"], strict=True)))
+    if "text_detected" in records.column_names:
+        metrics["subsets"] = {}
+        for name, wanted in (("text_detected", True), ("no_text_detected", False)):
+            images = [i for i, text in zip(references, records["text_detected"], strict=True) if text is wanted]
+            if images:
+                metrics["subsets"][name] = _subset_scores(images, predictions, references, per_image, metric_args, seed)
     return metrics, per_image
+
+
+def _subset_scores(images: list[str], predictions, references, per_image, metric_args, seed: int) -> dict:
+    """The scores of some of the images by themselves, CIDEr's document frequencies included. SPICE and the CLIP-based
+    scores are means over images: they are not computed again."""
+    part, part_per_image = score_captions(
+        {image: predictions[image] for image in images},
+        {image: references[image] for image in images},
+        dataclasses.replace(metric_args, spice=False),
+        seed,
+    )
+    for name in {name for image in images for name in per_image[image]} - set(part_per_image[images[0]]):
+        values = [per_image[image][name] for image in images if name in per_image[image]]
+        part[name] = sum(values) / len(values)
+    return {name: part[name] for name in part if name not in ("unavailable", "sacrebleu_signature")}
 
 
 def score_captions(
@@ -190,6 +213,10 @@ def summary(metrics: dict) -> str:
     shares = ("distinct", "bad_endings", "repeated_words", "empty")
     corpus = ", ".join(f"{name} {metrics['corpus'][name]:.3f}" for name in shares)
     lines.append(f"  captions   {metrics['corpus']['mean_length']:.1f} words on average; shares: {corpus}")
+    for name, part in metrics.get("subsets", {}).items():
+        had = [score for score in (*names, *metrics.get("clip_weights", ())) if part.get(score) is not None]
+        scores = ", ".join(f"{score} {part[score]:.4f}" for score in had)
+        lines.append(f"  {name}, {part['counts']['images']} images: {scores}")
     if facts := metrics.get("scene_facts"):
         lines.append(
             f"  scene_facts {facts['scene_facts']:.4f}  "

@@ -5,6 +5,8 @@ import json
 import pytest
 import tiny
 
+import metrics
+
 CAPTIONS = {
     f"photo{i}": [f"a {colour} ball.", f"the {colour} circle on grass."]
     for i, colour in enumerate(("red", "green", "blue", "yellow"))
@@ -48,6 +50,42 @@ def test_a_split_is_captioned_and_scored(model, dataset, tmp_path):
     assert all(
         rescored[name] == scores[name] for name in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "sacrebleu", "intervals")
     )
+
+
+def test_photographs_with_text_are_scored_apart(model, tmp_path):
+    tiny.write_photos(tmp_path, CAPTIONS)
+    rows = [
+        {
+            "image": f"{name}.png",
+            "image_id": number,
+            "captions": texts,
+            "text_detected": number % 2 == 0,
+            "split": "val",
+        }
+        for number, (name, texts) in enumerate(CAPTIONS.items())
+    ]
+    (tmp_path / "processed_val.json").write_text(json.dumps(rows))
+    result = tiny.run(
+        "evaluate.py", "--model_name_or_path", model, "--dataset_name", tmp_path / "processed_val.json",
+        "--image_dir", tmp_path, "--split", "validation", "--output_dir", tmp_path / "out", *NO_JAVA,
+    )  # fmt: skip
+    subsets = json.loads((tmp_path / "out/coco_metrics.json").read_text())["subsets"]
+    predictions = {
+        str(row["image_id"]): row["caption"] for row in json.loads((tmp_path / "out/predictions.json").read_text())
+    }
+    for name, numbers in (("text_detected", (0, 2)), ("no_text_detected", (1, 3))):
+        alone, _ = metrics.score(
+            {str(n): predictions[str(n)] for n in numbers},
+            {str(n): rows[n]["captions"] for n in numbers},
+            meteor=False,
+            spice=False,
+            bootstrap_samples=20,
+            seed=42,
+        )
+        assert subsets[name]["counts"] == {"images": 2, "references": 4}
+        for score in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "sacrebleu", "intervals"):
+            assert subsets[name][score] == alone[score]
+        assert f"{name}, 2 images: Bleu_1 {alone['Bleu_1']:.4f}" in result.stderr
 
 
 def test_corrupted_images_are_what_the_model_sees_with_any_number_of_workers(model, dataset):
