@@ -1,0 +1,98 @@
+"""Where BLIP looks as it writes each word of a caption: cross-attention over the image's patches.
+
+What a map shows is where information was fetched from, and not why a word was chosen: benchmarks/attention.py measures
+on drawn scenes how far the two agree.
+"""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+from models.blip_attention import target_positions
+from models.families import base_model
+
+
+def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarray]:
+    """The words of `caption` and, for each, how its attention lies over the image.
+
+    Args:
+        captioner: models.Captioner of a BLIP.
+        image: anything that data.open_image takes.
+        caption: of this image, as the captioner gave it or any other text; without the prompt's words.
+
+    Returns:
+        (words, maps). The words are those between white space. Maps are float32 (words, rows, columns) over the vision
+        encoder's patches, row 0 at the image's top: the mean over the heads of the second half of the decoder's layers
+        (the first half hardly tells one object from another), at the position that predicts the word, averaged over its
+        word pieces. Each sums to 1; the class token, which stands for no place, is left out.
+
+    Raises:
+        ValueError: the model is no BLIP, or the caption has no word.
+    """
+    tokenizer = captioner.processor.tokenizer
+    words = caption.split()
+    text = " ".join(words)
+    if not words:
+        raise ValueError("An empty caption has no word to show the attention of.")
+    # Behind a prompt a caption's first word may be other tokens than alone: it is tokenised where it stands.
+    before = f"{captioner.collator.words} " if captioner.collator.words else ""
+    encoded = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+    pieces = [
+        (token, text.count(" ", 0, begin - len(before)))  # and the number of its word
+        for token, (begin, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        if begin >= len(before)
+    ]
+    batch = captioner.collator([{"image": image, "image_id": ""}])
+    batch = captioner.training_batch(batch, [[token for token, _ in pieces]])
+    attention = cross_attention(captioner.model, batch)
+    attention = attention[len(attention) // 2 :, :, 0, target_positions(batch["labels"])[0], 1:].float()
+    attention = (attention / attention.sum(-1, keepdim=True)).mean((0, 1)).cpu().numpy()
+    maps = np.stack([attention[[of == word for _, of in pieces]].mean(0) for word in range(len(words))])
+    rows, columns = (
+        side // captioner.model.config.vision_config.patch_size for side in batch["pixel_values"].shape[2:]
+    )
+    return words, maps.reshape(len(words), rows, columns)
+
+
+@torch.inference_mode()
+def cross_attention(model, batch: dict) -> torch.Tensor:
+    """(layers, heads, captions, length, patches + 1) cross-attention probabilities of a BLIP decoder that reads `batch`,
+    one caption an image, as CaptionCollator or Captioner.training_batch makes it: what `output_attentions=True` gives
+    with eager attention. Computed from each layer's own inputs, so that fast attention, which never writes them out,
+    stays on."""
+    model = base_model(model)
+    if model.config.model_type != "blip":
+        raise ValueError(f"Attention maps are made of BLIP's cross-attention, and this is a {model.config.model_type}.")
+    maps, hooks = [], []
+
+    def keep(attention, args, kwargs, _):
+        states, image = args[0] if args else kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        split = (-1, attention.num_attention_heads, attention.attention_head_size)
+        query = attention.query(states).unflatten(-1, split[1:]).transpose(1, 2)
+        key = attention.key(image).unflatten(-1, split[1:]).transpose(1, 2)
+        maps.append((query @ key.mT / math.sqrt(attention.attention_head_size)).softmax(-1))
+
+    was_training = model.training
+    model.eval()
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, BlipTextSelfAttention) and ".crossattention." in name:
+                hooks.append(module.register_forward_hook(keep, with_kwargs=True))
+        inputs = {name: batch[name].to(model.device) for name in ("pixel_values", "input_ids", "attention_mask")}
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+    return torch.stack(maps).transpose(1, 2)
+
+
+def overlay(image: Image.Image, heat: np.ndarray, strength: float = 0.65) -> Image.Image:
+    """An RGB image with a (rows, columns) map laid over it, smoothly: dark where the map is low, its own colours where
+    it is highest."""
+    heat = Image.fromarray((heat / heat.max()).astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)
+    shade = 1 - strength + strength * np.clip(np.asarray(heat), 0, 1)[..., None]
+    return Image.fromarray((np.asarray(image.convert("RGB")) * shade).astype(np.uint8))
