@@ -1,5 +1,6 @@
 """Models and their processors: from a folder, from the Hub, or from scratch by a config file."""
 
+import functools
 import json
 import logging
 from collections import Counter
@@ -167,7 +168,20 @@ def ready(model, processor, fast_attention: bool = True):
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if model.config.model_type == "blip":
         use_fast_attention(model, fast_attention)
+    if model.config.model_type == "git":
+        image_tokens = model.git.encoder.layer[0].attention.self.image_patch_tokens
+        count = functools.partial(_count_words_only, image_tokens)
+        model.git.embeddings.register_forward_pre_hook(count, with_kwargs=True)
     return use_onednn_linear(take_encoded_images(model), fast_attention)
+
+
+def _count_words_only(image_tokens: int, embeddings, args, kwargs):
+    """transformers 5.0 gives GIT's next word a position that counts the image's tokens in the cache, which training
+    does not. Later ones pass the position itself."""
+    words = kwargs["past_key_values_length"] - image_tokens
+    if kwargs.get("position_ids") is None and words > 0:
+        kwargs["past_key_values_length"] = words
+    return args, kwargs
 
 
 def _fill_in_image_tokens(model, processor) -> None:

@@ -73,8 +73,8 @@ def test_every_parameter_moves(model_and_processor):
 # What the library's own forward pass never reads: poolers, and the last text layer of InstructBLIP's Q-Former.
 UNUSED = {
     "instructblip": r"qformer\.encoder\.layer\.1\.(intermediate|output)\.",
-    "paligemma": r"model\.vision_tower\.head\.",
-    "llava": r"model\.vision_tower\.post_layernorm\.",
+    "paligemma": r"model\.vision_tower\.(vision_model\.)?head\.",
+    "llava": r"model\.vision_tower\.(vision_model\.)?post_layernorm\.",
 }
 
 
