@@ -9,7 +9,6 @@ beams, at most 80 new tokens, 2 processes; loading is not timed. Then the whole 
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import psutil
 
 from metrics.results import environment, write_json
 from rewriting.prompts import fit, load_prompt
@@ -110,12 +111,13 @@ def main() -> None:
         "--per_device_batch_size", 32, "--max_attempts", 1,
     )  # fmt: skip
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=environ, start_new_session=True)
+    process = subprocess.Popen(command, env=environ)
     parts = [output.with_name(f"{output.name}.part-{rank}") for rank in (0, 1)]
     while sum(part.read_text().count("\n") for part in parts if part.exists()) < 600:
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    for running in (*psutil.Process(process.pid).children(recursive=True), process):  # each worker has its own session
+        running.kill()
     process.wait()
     killed_at = sum(part.read_text().count("\n") for part in parts)
     subprocess.run(command, env=environ, check=True)

@@ -166,7 +166,7 @@ class TextDecoder(BlipTextLMHeadModel):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        # transformers 5.0 does not know boolean positions, 5.23 does: the same lines for both.
+        # transformers 5.6 does not know boolean positions, 5.23 does: the same lines for both.
         if labels is not None:
             raise ValueError(
                 "Pass either labels or boolean logits_to_keep: the caller computes the loss of chosen logits."

@@ -176,11 +176,12 @@ def ready(model, processor, fast_attention: bool = True):
 
 
 def _count_words_only(image_tokens: int, embeddings, args, kwargs):
-    """transformers 5.0 gives GIT's next word a position that counts the image's tokens in the cache, which training
-    does not. Later ones pass the position itself."""
-    words = kwargs["past_key_values_length"] - image_tokens
-    if kwargs.get("position_ids") is None and words > 0:
-        kwargs["past_key_values_length"] = words
+    """Older transformers (5.6 to 5.8 at least) give GIT's next word a position that counts the image's tokens in the
+    cache, which training does not."""
+    first = kwargs["past_key_values_length"] - image_tokens
+    if first > 0:
+        words = kwargs["input_ids"]
+        kwargs["position_ids"] = torch.arange(first, first + words.shape[1], device=words.device)[None]
     return args, kwargs
 
 
