@@ -152,6 +152,7 @@ def test_captions_are_augmented_in_training_and_not_in_evaluation(dataset, tmp_p
     """A model that does not move, in one batch: its losses tell which captions it was shown."""
     import data
     from collator import CaptionCollator
+    from models.loading import load_model
     from objectives import caption_loss
 
     options = {
@@ -165,8 +166,8 @@ def test_captions_are_augmented_in_training_and_not_in_evaluation(dataset, tmp_p
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     logged = {name: row[name] for row in history for name in ("loss", "eval_loss") if name in row}
 
-    model = BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    model, processor = load_model(str(tmp_path / "out"))
+    model.eval()
     splits = data.load(dataset)
 
     def loss(split, text_augmentation=None):
