@@ -38,6 +38,8 @@ def main():
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
     results.warn_of_missing_scores(metric_args)
     scorers = load_scorers(metric_args, args.device, reward_metrics)
+    augmentation = data.Augmentation(data_args.augment, seed=args.seed) if data_args.augment else None
+    text_augmentation = data.TextAugmentation(data_args.augment_text, args.seed) if data_args.augment_text else None
     set_seed(args.seed)
 
     # Data: records, one an image
@@ -66,10 +68,8 @@ def main():
 
     # Train
     collating = {"max_txt_len": data_args.max_txt_len, "prompt": captioner.prompt, "fast_jpeg": model_args.fast_jpeg}
-    augmentation = None
-    if data_args.augment:
-        augmentation = data.Augmentation(data_args.augment, input_size(processor.image_processor), args.seed)
-    text_augmentation = data.TextAugmentation(data_args.augment_text, args.seed) if data_args.augment_text else None
+    if augmentation:
+        augmentation.size = input_size(processor.image_processor)
     # What training goes through: records, or with a frozen encoder these with their encoded images.
     used = {"train": train, "validation": validation if args.eval_strategy != "no" else None}
     draws = args.objective != "cross_entropy"  # captions of its own; the references are then all of the image
