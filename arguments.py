@@ -180,6 +180,10 @@ class MetricArguments:
     spice_samples: int = flag(1500, "SPICE is computed on a seeded subsample of this many images; 0 for all.")
     java_timeout: int = flag(1800, "Seconds after which a Java scorer is given up.")
     bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
+    report: bool = flag(
+        True,
+        "Write report.html: scores, distributions, and every caption beside a small copy of its picture, in one file.",
+    )
     clip_metrics: list[str] = flag(
         [], "CLIP-based scores to add, each with and without references: clip-s pac-s pac-s++."
     )
@@ -333,7 +337,9 @@ class TrainArguments(Seq2SeqTrainingArguments):
 
 @dataclass
 class EvaluateArguments:
-    output_dir: str = flag("evaluation", "Folder for coco_metrics.json and predictions.json.")
+    output_dir: str = flag(
+        "evaluation", "Folder for coco_metrics.json, predictions.json, per_image.jsonl and report.html."
+    )
     split: str = flag("test", "Split to caption and score.")
     max_samples: int | None = flag(None, "Use only the first so many images of the split.")
     seen_in_training: bool = flag(
@@ -345,6 +351,11 @@ class EvaluateArguments:
         "blur:RADIUS (pixels), jpeg:QUALITY (1 to 100), one or several. The same noise at every evaluation.",
     )
     predictions: str | None = flag(None, "Score this file of captions instead of captioning; needs references.")
+    compare: list[str] = flag(
+        [],
+        "Compare the scores in these folders, of the same images, with those in the first: which differences are real "
+        "(paired bootstrap over images). Writes comparison.json and a report.html that has them side by side.",
+    )
     references: str | None = flag(None, "Reference captions for predictions: COCO JSON, JSONL or {id: [captions]}.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
     dataloader_num_workers: int | None = flag(

@@ -3,6 +3,7 @@
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --corrupt jpeg:10 --output_dir OUT    (robustness)
 python evaluate.py --predictions P.json --references R.json --output_dir OUT
+python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evaluate.py or train.py wrote scores to)
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
@@ -10,9 +11,10 @@ import logging
 
 import data
 from arguments import DataArguments, EvaluateArguments, GenerationArguments, MetricArguments, ModelArguments, parse, run
-from metrics import results
+from metrics import comparison, results
 from metrics.clip_scores import load_scorers
 from metrics.io import find_images, load_predictions, load_references
+from metrics.report import write_comparison_report, write_report
 from metrics.text_checks import remove_illegal_characters
 from models.captioner import Captioner, processes
 
@@ -24,6 +26,14 @@ def main():
         (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
     )
     folder = results.output_folder(args.output_dir)
+    if args.compare:
+        runs = comparison.read_runs(args.compare)
+        found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
+        results.write_json(folder / "comparison.json", found | results.environment())
+        logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found), found["note"])
+        if metric_args.report:
+            write_comparison_report(folder, runs, found)
+        return
     results.warn_of_missing_scores(metric_args)
     if bool(args.predictions) != bool(args.references):
         raise ValueError("--predictions and --references go together: captions, and what to score them against.")
@@ -35,10 +45,10 @@ def main():
         predictions, references = load_predictions(args.predictions), load_references(args.references)
         if generation_args.remove_illegal_characters:
             predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
-        looking = {"scorers": load_scorers(metric_args, processes().device), "num_workers": args.dataloader_num_workers}
-        if looking["scorers"]:
-            looking["images"] = find_images(data_args.image_dir, references)
-        scores, _ = results.score_captions(predictions, references, metric_args, args.seed, **looking)
+        scorers = load_scorers(metric_args, processes().device)
+        images = find_images(data_args.image_dir, references) if scorers or data_args.image_dir else None
+        looking = {"scorers": scorers, "images": images, "num_workers": args.dataloader_num_workers}
+        scores, rows = results.score_captions(predictions, references, metric_args, args.seed, **looking)
         source = {"predictions": args.predictions, "references": args.references}
     else:
         state = processes()
@@ -65,7 +75,7 @@ def main():
             return
         results.write_predictions(folder, predictions)
         captions = (text for row in splits["train"] for text in row["captions"]) if args.seen_in_training else None
-        scores, _ = results.score_records(
+        scores, rows = results.score_records(
             predictions,
             records,
             metric_args,
@@ -81,8 +91,11 @@ def main():
             "model": model_args.model_name_or_path,
             "generation": captioner.description(),
         }
-    results.write_scores(folder, scores, **source)
+        images = records["image"]
+    results.write_scores(folder, scores, rows, **source)
     logger.info("scores of %d images, in %s:\n%s", len(predictions), folder, results.summary(scores))
+    if metric_args.report:
+        write_report(folder, rows, images)
 
 
 if __name__ == "__main__":

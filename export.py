@@ -49,7 +49,10 @@ def main():
         api.upload_folder(
             repo_id=args.push_to_hub,
             folder_path=folder,
-            ignore_patterns=["checkpoint-*", "**/optimizer.pt", "training_args.bin", "**/*.pth", "bad_samples.jsonl"],
+            ignore_patterns=[
+                *("checkpoint-*", "**/optimizer.pt", "training_args.bin", "**/*.pth", "bad_samples.jsonl"),
+                *("*report.html", "*per_image.jsonl"),  # pictures and texts of the data
+            ],
         )
         logger.info("uploaded to https://huggingface.co/%s", args.push_to_hub)
 

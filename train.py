@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 train.py RECIPE.yaml
 
 Leaves in the output folder a model that from_pretrained loads, its scores on the validation and the test split, its
-captions, its training curves and its model card. Started again after a kill, it goes on from the last checkpoint.
+captions, a report that shows them, its training curves and its model card. Started again after a kill, it goes on from
+the last checkpoint.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from collator import CaptionCollator, input_size
 from metrics import results
 from metrics.clip_scores import load_scorers
 from metrics.curves import plot_curves
+from metrics.report import write_report
 from models.captioner import Captioner
 from models.card import finish_run, write_card
 from models.families import vision_encoder
@@ -105,6 +107,8 @@ def main():
     if trainer.is_world_process_zero():
         record_run(folder, flags)
         results.write_bad_samples(folder, bad_rows + bad_images)
+        if args.push_to_hub:  # the Hub leaves out what this names: pictures and texts of the data
+            results.write_text(folder / ".gitignore", "report.html\nper_image.jsonl\n")
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -113,7 +117,7 @@ def main():
 
     # Evaluate
     known = None if data_args.streaming else [text for group in train["captions"] for text in group]
-    examples = []
+    examples, scored = [], []
     for name, records in (("validation", validation), ("test", test)):
         if records is None:
             continue
@@ -124,7 +128,7 @@ def main():
             continue
         target = folder if name == "test" or test is None else results.output_folder(folder / name)
         results.write_predictions(target, predictions)
-        scores, _ = results.score_records(
+        scores, rows = results.score_records(
             predictions,
             records,
             metric_args,
@@ -136,12 +140,14 @@ def main():
         results.write_scores(
             target,
             scores,
+            rows,
             split=name,
             dataset_name=data_args.dataset_name,
             dataset_fingerprint=data.fingerprint(records),
             model=str(folder),
             generation=captioner.description(),
         )
+        scored.append((target, rows, records["image"]))
         logger.info("%s:\n%s", name, results.summary(scores))
         if name == "validation":
             trainer.save_metrics("eval", results.flat(scores, "eval"), combined=False)
@@ -156,7 +162,9 @@ def main():
         plot_curves(trainer.state.log_history, folder)
         finish_run(folder, trainer, splits, examples)
         write_card(folder)
-        logger.info("the model, its scores, captions, curves and card are in %s", folder)
+        for target, rows, images in scored if metric_args.report else ():
+            write_report(target, rows, images, curves=folder / "training_curves.svg")
+        logger.info("the model, its scores, captions, report, curves and card are in %s", folder)
     if args.push_to_hub:
         trainer.push_to_hub()
 

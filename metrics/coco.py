@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 5000
 _BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
+# Scores of a corpus that are no mean over its images: counts of the images are added up, and scored together.
+SUMMED = ("Bleu", "sacrebleu", "METEOR")
 
 # A caption that ends in one of these was broken off: what rewards without an end-of-sequence token teach a model.
 _DETERMINERS = "a an the this that these those my your his her its our their"
@@ -81,7 +83,7 @@ def score(
     Returns:
         (metrics, per_image). `metrics`: Bleu_1..4, METEOR, ROUGE_L, CIDEr, SPICE as the COCO code prints them (SPICE and
         METEOR None where not had), "sacrebleu" (0 to 100) with "sacrebleu_signature", "unavailable" {metric: reason},
-        "counts", "intervals" {metric: [low, high]} and "corpus" facts. `per_image`: {image id: {metric: value}}.
+        "counts", "intervals" {metric: [low, high]} and "corpus" facts. `per_image`: {image id: {metric: value}}, and under "statistics" the counts of SUMMED, {name: numbers}.
 
     Raises:
         MismatchedImages: the ids differ; the message lists the difference.
@@ -128,22 +130,30 @@ def score(
     metrics["counts"] = {"images": len(images), "references": sum(map(len, reference_tokens))}
     if spice_f is not None:
         metrics["counts"]["spice_images"] = len(sample)
+    statistics = {"Bleu": bleu_counts, "sacrebleu": sacrebleu_counts, **per_metric}
+    if meteor_counts is not None:
+        statistics["METEOR"] = meteor_counts
+    if spice_f is not None:
+        statistics["SPICE"] = np.full(len(images), np.nan)
+        statistics["SPICE"][sample] = spice_f
     metrics["intervals"] = {}
     if bootstrap_samples:
-        metrics["intervals"] = _intervals(
-            bleu_counts, meteor_counts, sacrebleu_counts, per_metric, spice_f, bootstrap_samples, seed
-        )
+        resampled = resampled_scores(statistics, bootstrap_samples, seed)
+        metrics["intervals"] = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items()}
     metrics["corpus"] = corpus
 
     per_metric |= dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts).T, strict=True))
     if meteor_counts is not None:
         per_metric["METEOR"] = meteor_from_statistics(meteor_counts)
-    per_image = {
+    per_image: dict[str, dict] = {
         image: {name: float(values[index]) for name, values in per_metric.items()} for index, image in enumerate(images)
     }
     if spice_f is not None:
         for index, value in zip(sample, spice_f, strict=True):
             per_image[images[index]]["SPICE"] = float(value)
+    for name in [name for name in SUMMED if name in statistics]:
+        for image, row in zip(images, statistics[name].tolist(), strict=True):
+            per_image[image].setdefault("statistics", {})[name] = row
     return metrics, per_image
 
 
@@ -234,36 +244,56 @@ def _sacrebleu_score(statistics: np.ndarray) -> float:
     ).score
 
 
-def _intervals(
-    bleu_counts: np.ndarray,
-    meteor_counts: np.ndarray | None,
-    sacrebleu_counts: np.ndarray,
-    per_metric: dict[str, np.ndarray],
-    spice_f: np.ndarray | None,
-    samples: int,
-    seed: int,
-) -> dict[str, list[float]]:
-    """95 % percentile bootstrap over images.
+def resampled_scores(statistics: dict[str, np.ndarray], samples: int, seed: int) -> dict[str, np.ndarray]:
+    """Corpus scores of `samples` resamples of the images, {metric: (samples,)}, for intervals and paired tests.
 
     Every resample draws as many images as there are, with replacement, and scores them as a corpus: counts are added up
-    for BLEU, METEOR and sacreBLEU, the others are means. CIDEr's document frequencies stay those of the whole set.
+    for BLEU, METEOR and sacreBLEU, the others are means. CIDEr's document frequencies stay those of the whole set. Equal
+    numbers of images and seeds draw equal resamples.
+
+    Args:
+        statistics: one row an image: counts that are summed, (images, columns), and values whose mean is the score,
+            (images,).
+            NaN stands for an image that has no such value; resamples are then drawn of those that have one.
     """
-    columns = [bleu_counts, sacrebleu_counts, *(values[:, None] for values in per_metric.values())]
-    if meteor_counts is not None:
-        columns.append(meteor_counts)
-    sums = resampled_sums(np.concatenate(columns, axis=1), samples, seed)
-    images = len(bleu_counts)
-    bleu_sums, sacrebleu_sums, rest = np.split(sums, [10, 20], axis=1)
-    resampled = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_sums).T, strict=True))
-    resampled["sacrebleu"] = np.array([_sacrebleu_score(row) for row in sacrebleu_sums])
-    for column, name in enumerate(per_metric):
-        resampled[name] = rest[:, column] / images
-    if meteor_counts is not None:
-        resampled["METEOR"] = meteor_from_statistics(rest[:, len(per_metric) :])
-    if spice_f is not None:
-        known = spice_f[~np.isnan(spice_f)]
-        resampled["SPICE"] = resampled_sums(known[:, None], samples, seed)[:, 0] / len(known)
-    return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items()}
+    images = len(statistics["Bleu"])
+    table, columns = [], {}
+    resampled = {}
+    for name, values in statistics.items():
+        values = values.reshape(len(values), -1)
+        known = ~np.isnan(values[:, 0])
+        if known.all():
+            columns[name] = values.shape[1]
+            table.append(values)
+        else:
+            resampled[name] = resampled_sums(values[known], samples, seed)[:, 0] / known.sum()
+    sums = resampled_sums(np.concatenate(table, axis=1), samples, seed)
+    for name, of_one in zip(columns, np.split(sums, np.cumsum(list(columns.values())), axis=1), strict=False):
+        resampled |= scores_of_sums(name, of_one, images)
+    return resampled
+
+
+def corpus_scores(statistics: dict[str, np.ndarray]) -> dict[str, float]:
+    """The corpus scores of the same statistics, without resampling."""
+    scores = {}
+    for name, values in statistics.items():
+        values = values.reshape(len(values), -1)
+        known = values[~np.isnan(values[:, 0])]
+        scores |= scores_of_sums(name, known.sum(axis=0, keepdims=True), len(known))
+    return {metric: float(value[0]) for metric, value in scores.items()}
+
+
+def scores_of_sums(name: str, sums: np.ndarray, images: int) -> dict[str, np.ndarray]:
+    """{metric: (rows,)} of (rows, columns) sums over images of the statistics called `name`: four scores for "Bleu"."""
+    if name == "Bleu":
+        return dict(zip(_BLEU_NAMES, bleu_from_statistics(sums).T, strict=True))
+    if name == "sacrebleu":
+        return {name: np.array([_sacrebleu_score(row) for row in sums])}
+    if name == "METEOR":
+        return {name: meteor_from_statistics(sums)}
+    if name == "scene_facts":  # of true facts and all facts
+        return {name: sums[:, 0] / sums[:, 1]}
+    return {name: sums[:, 0] / images}
 
 
 def resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: predictions.json and coco_metrics.json, with where they came from."""
+"""What a run leaves behind: predictions.json, coco_metrics.json and per_image.jsonl, with where they came from."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ import torch
 from metrics.clip_scores import clip_scores
 from metrics.coco import score
 from metrics.java import preflight
-from metrics.scene_facts import score_scene_facts
+from metrics.scene_facts import scene_facts, score_scene_facts
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,9 +120,11 @@ def write_bad_samples(folder: Path, samples: list[dict]) -> None:
         logger.warning("left out %d bad training samples, listed in %s", len(samples), folder / "bad_samples.jsonl")
 
 
-def write_scores(folder: Path, scores: dict, **source) -> None:
-    """coco_metrics.json: the scores, then what was scored (`source`) and where."""
+def write_scores(folder: Path, scores: dict, rows: list[dict], **source) -> None:
+    """coco_metrics.json: the scores, then what was scored (`source`) and where. per_image.jsonl: `rows` of
+    score_captions, for report.html and for evaluate.py --compare."""
     write_json(folder / "coco_metrics.json", {**scores, **source, **environment()})
+    write_text(folder / "per_image.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def warn_of_missing_scores(metric_args) -> None:
@@ -137,41 +139,49 @@ def flat(scores: dict, prefix: str) -> dict:
 
 
 def score_records(predictions: dict[str, str], records, metric_args, seed: int, **options):
-    """(metrics, per_image) of the captions of a split's records. Drawn scenes are checked for truth as well; VizWiz's
+    """`score_captions` for the captions of a split's records. Drawn scenes are checked for truth as well; VizWiz's
     photographs with legible text, and those without, are scored apart under `subsets`."""
     references = dict(zip(records["image_id"], records["captions"], strict=True))
-    metrics, per_image = score_captions(predictions, references, metric_args, seed, images=records["image"], **options)
+    metrics, rows = score_captions(predictions, references, metric_args, seed, images=records["image"], **options)
     if "facts" in records.column_names:
-        metrics["scene_facts"] = score_scene_facts(predictions, dict(zip(references, records["facts"], strict=True)))
+        facts = [json.loads(scene) for scene in records["facts"]]
+        metrics["scene_facts"] = score_scene_facts(predictions, dict(zip(references, facts, strict=True)))
+        for row, scene in zip(rows, facts, strict=True):
+            true, total = (counts.total() for counts in scene_facts(row["caption"], scene))
+            row["scores"]["scene_facts"], row["statistics"]["scene_facts"] = true / total, [true, total]
     if "text_detected" in records.column_names:
         metrics["subsets"] = {}
         for name, wanted in (("text_detected", True), ("no_text_detected", False)):
-            images = [i for i, text in zip(references, records["text_detected"], strict=True) if text is wanted]
-            if images:
-                metrics["subsets"][name] = _subset_scores(images, predictions, references, per_image, metric_args, seed)
-    return metrics, per_image
+            chosen = [row for row, text in zip(rows, records["text_detected"], strict=True) if text is wanted]
+            if chosen:
+                metrics["subsets"][name] = _subset_scores(chosen, metric_args, seed)
+    return metrics, rows
 
 
-def _subset_scores(images: list[str], predictions, references, per_image, metric_args, seed: int) -> dict:
+def _subset_scores(rows: list[dict], metric_args, seed: int) -> dict:
     """The scores of some of the images by themselves, CIDEr's document frequencies included. SPICE and the CLIP-based
     scores are means over images: they are not computed again."""
-    part, part_per_image = score_captions(
-        {image: predictions[image] for image in images},
-        {image: references[image] for image in images},
+    part, part_rows = score_captions(
+        {row["image_id"]: row["caption"] for row in rows},
+        {row["image_id"]: row["references"] for row in rows},
         dataclasses.replace(metric_args, spice=False),
         seed,
     )
-    for name in {name for image in images for name in per_image[image]} - set(part_per_image[images[0]]):
-        values = [per_image[image][name] for image in images if name in per_image[image]]
+    for name in {name for row in rows for name in row["scores"]} - set(part_rows[0]["scores"]):
+        values = [row["scores"][name] for row in rows if name in row["scores"]]
         part[name] = sum(values) / len(values)
     return {name: part[name] for name in part if name not in ("unavailable", "sacrebleu_signature")}
 
 
 def score_captions(
     predictions, references, metric_args, seed: int, *, training_captions=None, scorers=(), images=(), num_workers=0
-):
-    """(metrics, per_image) of metrics.score with the flags of MetricArguments, and of `scorers` (ClipScorer), which
-    look at `images`, one for each of the references."""
+) -> tuple[dict, list[dict]]:
+    """Scores by metrics.score with the flags of MetricArguments, and by `scorers` (ClipScorer), which look at `images`,
+    one for each of the references.
+
+    Returns (metrics, rows): what coco_metrics.json and per_image.jsonl hold. A row, one an image in the references'
+    order, is {"image_id", "caption", "references", "scores": {metric: value}, "statistics": {name: counts}}.
+    """
     metrics, per_image = score(
         predictions,
         references,
@@ -191,7 +201,13 @@ def score_captions(
         for name, values in clip_per_image.items():
             for image_id, value in zip(references, values.tolist(), strict=True):
                 per_image[image_id][name] = value
-    return metrics, per_image
+    rows = []
+    for image_id, captions in references.items():
+        scores = per_image[image_id]
+        counts = scores.pop("statistics")
+        row = {"image_id": image_id, "caption": predictions[image_id], "references": list(captions)}
+        rows.append({**row, "scores": scores, "statistics": counts})
+    return metrics, rows
 
 
 def summary(metrics: dict) -> str:

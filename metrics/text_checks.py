@@ -1,4 +1,4 @@
-"""Facts about a text by itself, without a reference: illegal characters, foreign scripts, repetition, names and numbers.
+"""Facts about a text: illegal characters, foreign scripts, repetition; and beside others, names, numbers and colours.
 
 Used on captions of a captioner (infer.py, evaluate.py) and on what an LLM wrote (rewriting/checks.py).
 """
@@ -21,6 +21,28 @@ def words(text: str) -> list[str]:
 NUMBERS = {
     word: str(number) for number, word in enumerate(words("zero one two three four five six seven eight nine ten"))
 }
+
+
+COLOURS = {name: name for name in words("black white gray red orange yellow green blue purple pink brown")}
+COLOURS |= {"grey": "gray", "violet": "purple"}
+# A count is two to ten, in words or digits. One is left out: "a" and "one" are said of anything.
+COUNTS = {word: number for word, number in NUMBERS.items() if int(number) > 1}
+COUNTS |= {number: number for number in COUNTS.values()} | {"pair": "2", "couple": "2", "trio": "3"}
+
+
+def contradicted(text: str, references: Iterable[str], known: dict[str, str]) -> tuple[list[str], list[str]]:
+    """What `text` says, of COLOURS or COUNTS, that all references contradict, and what these say instead; both sorted.
+
+    A reference contradicts a colour if it names colours and not this one; one that names none says nothing. Words are
+    compared, not what they belong to: "a red ball" contradicts "a dog with a blue ball", and "a red dog" no "red ball".
+    """
+
+    def said(caption: str) -> set[str]:
+        return {known[word] for word in words(caption) if word in known}
+
+    others = [said(reference) for reference in references]
+    wrong = said(text).difference(*others) if others and all(others) else set()
+    return sorted(wrong), sorted(set().union(*others)) if wrong else []
 
 
 def illegal_characters(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The code of a job, and nothing else: no data, caches, .git or secrets.
 JOB = ("*.py", "requirements.txt", "LICENSE", "recipes/**/*.yaml", "recipes/**/*.json", "sagemaker/*.py",
-       "sagemaker/*.txt", *(f"{folder}/**/*.py" for folder in ("data", "models", "objectives", "metrics")))  # fmt: skip
+       "sagemaker/*.txt", "metrics/report.*", *(f"{folder}/**/*.py" for folder in ("data", "models", "objectives", "metrics")))  # fmt: skip
 SERVING = ("collator.py", "data/**/*.py", "models/**/*.py", "objectives/cross_entropy.py")  # what inference.py imports
 # What from_pretrained reads, the card and the scores; no optimizer, no checkpoints, nothing else of the run.
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*processor*.json",

@@ -1,0 +1,282 @@
+"""report.html: scores, distributions and every caption beside its picture and references, in one file.
+
+The page asks nothing of any server (its content security policy forbids it) and runs no script but its own: pictures are
+data URIs, captions reach the page as JSON and become text nodes. Template, style and script are report.html.jinja,
+report.css and report.js beside this file.
+"""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
+from data.images import ImageError, open_image
+from metrics.coco import ends_badly
+from metrics.results import write_text
+from metrics.text_checks import COLOURS, COUNTS, contradicted, illegal_characters, repetition
+from metrics.tokenizer import tokenize
+
+logger = logging.getLogger(__name__)
+NAMES = {
+    "CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "SPICE": "SPICE",
+    "sacrebleu": "sacreBLEU", "Bleu_1": "BLEU-1", "Bleu_2": "BLEU-2", "Bleu_3": "BLEU-3", "scene_facts": "Scene facts",
+}  # fmt: skip
+SHARES = {
+    "distinct": "different captions", "seen_in_training": "word for word in the training captions",
+    "bad_endings": "bad endings", "repeated_words": "a word twice in a row", "repetition": "loops", "empty": "empty",
+    "illegal_characters": "illegal characters",
+}  # fmt: skip
+# Thumbnails: (up to so many images, longest side in pixels, JPEG quality). A page has some 15 MB of them at most.
+SIZES = ((1000, 256, 75), (2500, 192, 65), (10_000, 128, 50))
+
+
+def write_report(folder: Path, rows: list[dict], images=None, *, curves: Path | None = None, sweep=None) -> None:
+    """report.html of a run, from coco_metrics.json there and `rows` of metrics.results.score_captions.
+
+    Args:
+        images: an image value (data.open_image) for each row, if there are any. Pictures are made small here.
+        curves: training_curves.svg.
+        sweep: what sweep.json holds, of metrics.sweep; its heat map is sweep.svg in the folder.
+
+    Whatever goes wrong is logged and not raised: the scores are written, and no report is worth losing what follows.
+    """
+    try:
+        scores = json.loads((folder / "coco_metrics.json").read_text(encoding="utf-8"))
+        plots = [curves] if curves else []
+        if sweep:
+            plots.append(folder / "sweep.svg")
+        what = scores.get("model") or scores.get("predictions")
+        _write(
+            folder,
+            {Path(str(what)).name: {"scores": scores, "rows": rows}},
+            thumbnails([row["image_id"] for row in rows], images, [row["scores"]["CIDEr"] for row in rows]),
+            plots={path.stem: _svg_uri(path) for path in plots if path.is_file()},
+            sweep=sweep,
+        )
+    except Exception:
+        logger.exception("report.html could not be written; the scores are in %s", folder)
+
+
+def write_comparison_report(folder: Path, runs: dict[str, dict], comparison: dict) -> None:
+    """report.html of several runs side by side, of metrics.comparison. Pictures are those of the runs' own reports."""
+    try:
+        pictures = next(filter(None, (read_thumbnails(run["folder"]) for run in runs.values())), {})
+        _write(folder, runs, pictures, comparison=comparison)
+    except Exception:
+        logger.exception("report.html could not be written; comparison.json is in %s", folder)
+
+
+def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **parts) -> None:
+    here = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["last_part"] = lambda path: Path(path).name if Path(path).exists() else path
+    style, script = (here / "report.css").read_text("utf-8"), (here / "report.js").read_text("utf-8")
+    first = next(iter(runs.values()))
+    columns = [name for name in first["rows"][0]["scores"] if name not in ("Bleu_1", "Bleu_2", "Bleu_3")]
+    columns.sort(key=lambda name: list(NAMES).index(name) if name in NAMES else len(NAMES))
+    faults_of_run = [faults(run["rows"]) for run in runs.values()]
+    content = {
+        "runs": list(runs),
+        "metrics": {name: NAMES.get(name, name) for name in columns},
+        "faults": list(dict.fromkeys(itertools.chain(ALWAYS_SHOWN, *itertools.chain(*faults_of_run)))),
+        "rows": [
+            {
+                "id": rows[0]["image_id"],
+                "references": rows[0]["references"],
+                "captions": [row["caption"] for row in rows],
+                "scores": [[_rounded(row["scores"].get(name)) for name in columns] for row in rows],
+                "faults": list(found),
+            }
+            for rows, found in zip(
+                zip(*(run["rows"] for run in runs.values()), strict=True), zip(*faults_of_run, strict=True), strict=True
+            )
+        ],
+    }
+    page = environment.get_template("report.html.jinja").render(
+        runs=runs,
+        names=NAMES | {name: name for name in columns if name not in NAMES},
+        shares=SHARES,
+        charts=charts(runs),
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        content=_script_json(content),
+        thumbnails=_script_json(pictures),
+        has_pictures=bool(pictures),
+        **{"comparison": None, "sweep": None, "plots": {}} | parts,
+    )
+    write_text(folder / "report.html", page)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def thumbnails(image_ids: list[str], images, scores: list[float]) -> dict[str, str]:
+    """{image id: small JPEG in base64} of the images that can be opened; of very many, those of the lowest scores."""
+    if images is None:
+        return {}
+    limit = SIZES[-1][0]
+    _, side, quality = next((row for row in SIZES if len(image_ids) <= row[0]), SIZES[-1])
+    chosen = sorted(sorted(range(len(image_ids)), key=lambda index: scores[index])[:limit])
+
+    def thumbnail(index: int) -> str | None:
+        try:
+            picture = open_image(images[index], size=(side, side))
+        except ImageError as error:
+            logger.warning("report.html: no picture of %s", error)
+            return None
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality, optimize=True)
+        return base64.b64encode(file.getvalue()).decode()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        made = zip(chosen, pool.map(thumbnail, chosen), strict=True)
+        return {image_ids[index]: picture for index, picture in made if picture}
+
+
+def read_thumbnails(folder: str) -> dict[str, str]:
+    """The thumbnails in the report.html of a folder; none if there is no such report."""
+    try:
+        page = (Path(folder) / "report.html").read_text(encoding="utf-8")
+        return json.loads(re.search(r'<script type="application/json" id="thumbnails">(.*?)</script>', page)[1])
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
+def _svg_uri(path: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+
+ALWAYS_SHOWN = ("bad ending", "repeated words", "colour contradicted", "count contradicted")
+
+
+def faults(rows: list[dict]) -> list[dict[str, str]]:
+    """What is wrong with each caption by itself or beside all its references: {fault: what exactly} for each row."""
+    found = []
+    for row, tokens in zip(rows, tokenize(row["caption"] for row in rows), strict=True):
+        caption, of_one = row["caption"], {}
+        if not tokens:
+            of_one["empty"] = "no words"
+        if ends_badly(tokens):
+            of_one["bad ending"] = f"… {tokens[-1]}"
+        if twice := next((one for one, two in itertools.pairwise(tokens) if one == two), None):
+            of_one["repeated words"] = f"{twice} {twice}"
+        if loop := repetition(caption):
+            of_one["loop"] = loop
+        if characters := illegal_characters(caption):
+            of_one["illegal characters"] = " ".join(f"U+{ord(character):04X}" for character in characters)
+        for fault, known in (("colour contradicted", COLOURS), ("count contradicted", COUNTS)):
+            wrong, instead = contradicted(caption, row["references"], known)
+            if wrong:
+                of_one[fault] = f"{', '.join(wrong)}; references: {', '.join(instead)}"
+        found.append(of_one)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts
+
+
+def charts(runs: dict[str, dict]) -> list[dict]:
+    """Histograms over the images: of CIDEr, length and CLIP-based scores; of several runs, of how far CIDEr is above or
+    below the first run's."""
+    first, *others = runs.values()
+    scores = [row["scores"] for row in first["rows"]]
+    if others:
+        made = []
+        for name, run in list(runs.items())[1:]:
+            values = [
+                b["scores"]["CIDEr"] - a["scores"]["CIDEr"] for a, b in zip(first["rows"], run["rows"], strict=True)
+            ]
+            made.append(histogram(values, f"CIDEr of {name} minus that of {next(iter(runs))}"))
+        return made
+    lengths = [len(tokens) for tokens in tokenize(row["caption"] for row in first["rows"])]
+    made = [histogram([of_one["CIDEr"] for of_one in scores], "CIDEr of an image")]
+    made.append(histogram(lengths, "Words of a caption", whole=True))
+    made += [
+        histogram([of_one[name] for of_one in scores], f"{name} of an image")
+        for name in scores[0]
+        if name.endswith(("CLIP-S", "PAC-S", "PAC-S++"))
+    ]
+    return made
+
+
+def histogram(values: list[float], title: str, whole: bool = False) -> dict:
+    """What the template draws: {"title", "text", "bars": [{"x", "y", "width", "height", "text"}], "ticks", "zero"}, in a
+    box of 100 by 40, y pointing down."""
+    low, high = min(values), max(values)
+    width = max((high - low) / 20, 1e-9)
+    magnitude = 10 ** math.floor(math.log10(width))
+    width = next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= width * 0.999)
+    if whole or high == low:
+        width = max(1, round(width)) if whole else 1
+    start = math.floor(low / width) * width
+    bins = max(1, math.floor((high - start) / width + 1e-9) + 1)
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, math.floor((value - start) / width + 1e-9))] += 1
+    ends = [start + width * number for number in range(bins + 1)]
+    shown = [_number(end) for end in ends]
+    bars = [
+        {
+            "x": 100 * number / bins,
+            "y": 40 * (1 - count / max(counts)),
+            "width": 100 / bins,
+            "height": 40 * count / max(counts),
+            "text": (shown[number] if whole and width == 1 else f"{shown[number]} to {shown[number + 1]}")
+            + f": {count} images",
+        }
+        for number, count in enumerate(counts)
+        if count
+    ]
+    values = sorted(values)
+    median, mean = values[len(values) // 2], sum(values) / len(values)
+    every = math.ceil((bins + 1) / 6)
+    return {
+        "title": title,
+        "text": f"mean {_number(mean)}, median {_number(median)}, {_number(low)} to {_number(high)}",
+        "bars": bars,
+        "ticks": [
+            {"x": 100 * (number + (0.5 if whole and width == 1 else 0)) / bins, "text": shown[number]}
+            for number in range(0, bins + (0 if whole and width == 1 else 1), every)
+        ],
+        "zero": 100 * -start / (width * bins) if low < 0 < high else None,
+        "most": max(counts),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.2f}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _script_json(value) -> str:
+    """JSON that may stand inside <script>: nothing in it can end the element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
