@@ -3,18 +3,33 @@
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --corrupt jpeg:10 --output_dir OUT    (robustness)
 python evaluate.py --predictions P.json --references R.json --output_dir OUT
+python evaluate.py ... --split validation --sweep "num_beams=1,3,5 length_penalty=0.6,1.0" [--save_best_sweep]
 python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evaluate.py or train.py wrote scores to)
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
+import json
 import logging
+from pathlib import Path
 
 import data
-from arguments import DataArguments, EvaluateArguments, GenerationArguments, MetricArguments, ModelArguments, parse, run
+from arguments import (
+    DataArguments,
+    EvaluateArguments,
+    GenerationArguments,
+    MetricArguments,
+    ModelArguments,
+    parse,
+    run,
+    sweep_settings,
+)
 from metrics import comparison, results
 from metrics.clip_scores import load_scorers
+from metrics.curves import plot_sweep
 from metrics.io import find_images, load_predictions, load_references
 from metrics.report import write_comparison_report, write_report
+from metrics.sweep import check_sweep, score_sweep
+from metrics.sweep import summary as sweep_summary
 from metrics.text_checks import remove_illegal_characters
 from models.captioner import Captioner, processes
 
@@ -39,6 +54,10 @@ def main():
         raise ValueError("--predictions and --references go together: captions, and what to score them against.")
     if args.predictions and args.corrupt:
         raise ValueError("--corrupt changes the images that are captioned, and with --predictions none is.")
+    settings = sweep_settings(args.sweep) if args.sweep else []
+    if settings:
+        check_sweep(args, metric_args, model_args.model_name_or_path)
+    sweep = None
     corruption = data.corruption(args.corrupt)
 
     if args.predictions:
@@ -68,11 +87,29 @@ def main():
             corruption=corruption,
             **vars(generation_args),
         )
-        predictions = captioner.caption_split(
-            records, batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers
-        )
+        how = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
+        captioners = [captioner.with_settings(**setting) for setting in settings]
+        if settings:
+            tried = captioner.sweep_split(records, captioners, **how)
+        else:
+            predictions = captioner.caption_split(records, **how)
         if not state.is_main_process:
             return
+        if settings:
+            found = [{"settings": s, "captions": c} for s, c in zip(settings, tried, strict=True)]
+            results.write_json(folder / "sweep_captions.json", found)
+            looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
+            sweep = score_sweep(settings, tried, records, args.sweep_metric, metric_args, args.seed, **looking)
+            captioner, predictions = captioners[sweep["best"]], tried[sweep["best"]]
+            results.write_json(folder / "sweep.json", {**sweep, "split": args.split, **results.environment()})
+            plot_sweep(sweep, folder)
+            logger.info("settings by %s on %s:\n%s", args.sweep_metric, args.split, sweep_summary(sweep))
+            if args.save_best_sweep:
+                path = Path(model_args.model_name_or_path, "generation_config.json")
+                own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                chosen = {name: value for name, value in captioner.settings.items() if value is not None}
+                results.write_json(path, own | chosen)
+                logger.info("written to %s: %s", path, settings[sweep["best"]])
         results.write_predictions(folder, predictions)
         captions = (text for row in splits["train"] for text in row["captions"]) if args.seen_in_training else None
         scores, rows = results.score_records(
@@ -95,7 +132,7 @@ def main():
     results.write_scores(folder, scores, rows, **source)
     logger.info("scores of %d images, in %s:\n%s", len(predictions), folder, results.summary(scores))
     if metric_args.report:
-        write_report(folder, rows, images)
+        write_report(folder, rows, images, sweep=sweep)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,10 @@ def paired_bootstrap(baseline: list[dict], other: list[dict], samples: int, seed
     `samples` times, as many images as there are are drawn with replacement, and both runs are scored on them as a corpus.
     The interval has 95 % of the differences of these resamples. p is two-sided: the share of resamples whose difference
     lies at least as far from the mean of all resamples as the difference itself lies from 0, that is how often chance
-    alone would show such a difference (Riezler and Maxwell, "On some pitfalls in automatic evaluation and significance
-    testing for MT", 2005; sacreBLEU's --paired-bs computes the same). A score that only one of them has is left out.
+    alone would show such a difference (Efron and Tibshirani, "An Introduction to the Bootstrap", section 16.4; Riezler
+    and Maxwell, "On some pitfalls in automatic evaluation and significance testing for MT", 2005). sacreBLEU's
+    --paired-bs takes absolute differences before their mean, and so calls more differences real: of equally good
+    captioners its p is below 0.5. A score that only one of the runs has is left out.
     """
     one, two = statistics(baseline), statistics(other)
     for name in set(one) | set(two):

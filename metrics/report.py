@@ -23,7 +23,7 @@ from PIL import Image
 from data.images import ImageError, open_image
 from metrics.coco import ends_badly
 from metrics.results import write_text
-from metrics.text_checks import COLOURS, COUNTS, contradicted, illegal_characters, repetition
+from metrics.text_checks import contradictions, illegal_characters, repetition
 from metrics.tokenizer import tokenize
 
 logger = logging.getLogger(__name__)
@@ -181,10 +181,9 @@ def faults(rows: list[dict]) -> list[dict[str, str]]:
             of_one["loop"] = loop
         if characters := illegal_characters(caption):
             of_one["illegal characters"] = " ".join(f"U+{ord(character):04X}" for character in characters)
-        for fault, known in (("colour contradicted", COLOURS), ("count contradicted", COUNTS)):
-            wrong, instead = contradicted(caption, row["references"], known)
+        for kind, (wrong, instead) in contradictions(caption, row["references"]).items():
             if wrong:
-                of_one[fault] = f"{', '.join(wrong)}; references: {', '.join(instead)}"
+                of_one[f"{kind} contradicted"] = f"{', '.join(wrong)}; references: {', '.join(instead)}"
         found.append(of_one)
     return found
 

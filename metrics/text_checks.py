@@ -30,19 +30,19 @@ COUNTS = {word: number for word, number in NUMBERS.items() if int(number) > 1}
 COUNTS |= {number: number for number in COUNTS.values()} | {"pair": "2", "couple": "2", "trio": "3"}
 
 
-def contradicted(text: str, references: Iterable[str], known: dict[str, str]) -> tuple[list[str], list[str]]:
-    """What `text` says, of COLOURS or COUNTS, that all references contradict, and what these say instead; both sorted.
+def contradictions(text: str, references: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+    """{"colour": (said, instead), "count": ...}: what `text` says that all references contradict, and what they say.
 
     A reference contradicts a colour if it names colours and not this one; one that names none says nothing. Words are
     compared, not what they belong to: "a red ball" contradicts "a dog with a blue ball", and "a red dog" no "red ball".
     """
-
-    def said(caption: str) -> set[str]:
-        return {known[word] for word in words(caption) if word in known}
-
-    others = [said(reference) for reference in references]
-    wrong = said(text).difference(*others) if others and all(others) else set()
-    return sorted(wrong), sorted(set().union(*others)) if wrong else []
+    captions = [words(caption) for caption in (text, *references)]
+    found = {}
+    for kind, known in (("colour", COLOURS), ("count", COUNTS)):
+        said, *others = ({known[word] for word in caption if word in known} for caption in captions)
+        wrong = said.difference(*others) if others and all(others) else set()
+        found[kind] = sorted(wrong), sorted(set().union(*others)) if wrong else []
+    return found
 
 
 def illegal_characters(text: str) -> list[str]:

@@ -68,12 +68,26 @@ class Captioner:
         self.collator = ImageCollator(
             processor, model.config, prompt=self.prompt, fast_jpeg=fast_jpeg, corruption=corruption
         )
-        own = model.generation_config
-        self.settings = {name: getattr(own, name, None) for name in DEFAULTS}
+        self.asked = {name: value for name, value in settings.items() if value is not None}
+        self.settings = {name: getattr(model.generation_config, name, None) for name in DEFAULTS}
         self.settings = {name: DEFAULTS[name] if value is None else value for name, value in self.settings.items()}
-        self.settings |= {name: value for name, value in settings.items() if value is not None}
+        self.settings |= self.asked
         if self.settings["num_beams"] == 1:  # they mean nothing without beams, and generate warns of each
             self.settings.pop("length_penalty"), self.settings.pop("early_stopping")
+
+    def with_settings(self, **settings) -> "Captioner":
+        """A captioner with other settings of `generate` and everything else the same, the model shared."""
+        return Captioner(
+            self.model,
+            self.processor,
+            prompt=self.prompt,
+            keep_prompt=self.keep_prompt,
+            autocast=self.autocast,
+            fast_jpeg=self.fast_jpeg,
+            corruption=self.corruption,
+            remove_illegal_characters=self.filtered,
+            **self.asked | settings,
+        )
 
     @classmethod
     def from_pretrained(cls, model_name_or_path, *, device=None, bf16=None, loading=None, **kw):
@@ -107,8 +121,14 @@ class Captioner:
         batch = self.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
         return [captions[0] for captions in self.caption_batch(batch)]
 
-    def caption_batch(self, batch: dict) -> list[list[str]]:
-        """`num_return_sequences` (default 1) captions for each image of an ImageCollator's batch."""
+    def caption_batch(self, batch: dict, sweep=()) -> list[list[str]]:
+        """`num_return_sequences` (default 1) captions for each image of an ImageCollator's batch; with `sweep`, a list of
+        captioners that differ in their settings, one caption by each of them, from one encoding of the images."""
+        if sweep:
+            with torch.inference_mode():
+                encoded = self.encode(batch)
+            by_setting = [captioner.caption_batch(encoded) for captioner in sweep]
+            return [[captions[0] for captions in of_image] for of_image in zip(*by_setting, strict=True)]
         tokens = self.generate_tokens(batch)
         per_image = len(tokens) // len(batch["input_ids"])
         texts = self.texts(tokens)
@@ -180,8 +200,8 @@ class Captioner:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.autocast)
 
-    def stream(self, samples: Dataset, *, batch_size: int = 16, num_workers: int = 0, skip_bad_images: bool = False):
-        """Yields (image_id, [captions]) of `samples` (a list or map-style dataset of records) in their order.
+    def stream(self, samples: Dataset, *, batch_size: int = 16, num_workers: int = 0, skip_bad_images=False, sweep=()):
+        """Yields (image_id, caption_batch's captions) of `samples` (a list or map-style dataset of records) in their order.
 
         An unreadable image raises its ImageError, or with `skip_bad_images` is yielded as (image_id, ImageError)."""
         collator = copy.copy(self.collator)
@@ -195,20 +215,38 @@ class Captioner:
         )
         for batch in loader:
             errors = batch["errors"]
-            captions = iter(self.caption_batch(batch) if len(errors) < len(batch["image_ids"]) else [])
+            captions = iter(self.caption_batch(batch, sweep) if len(errors) < len(batch["image_ids"]) else [])
             for image_id in batch["image_ids"]:
                 yield image_id, errors[image_id] if image_id in errors else next(captions)
 
     def caption_split(self, records, *, batch_size: int = 16, num_workers: int = 0) -> dict[str, str]:
         """`{image_id: caption}` of a whole split, in its order. In several processes each captions every n-th image,
         and all return the whole."""
+        captions = self._captions(records, batch_size, num_workers)
+        return {image_id: texts[0] for image_id, texts in captions.items()}
+
+    def sweep_split(self, records, captioners: list, *, batch_size: int = 16, num_workers: int = 0) -> list[dict]:
+        """What `caption_split` of each of `captioners` (with_settings) gives. An image is read and encoded once for all
+        of them, where the family takes encoded images, and captioners of equal settings share one search."""
+        different = {str(captioner.settings): captioner for captioner in captioners}
+        if len(different) > 1 and not takes_encoded(vision_encoder(self.model)):
+            name = type(base_model(self.model)).__name__
+            logger.info("%s takes no encoded images: each is encoded again for every one of its settings", name)
+        captions = self._captions(records, batch_size, num_workers, list(different.values()))
+        found = {
+            settings: {image_id: texts[number] for image_id, texts in captions.items()}
+            for number, settings in enumerate(different)
+        }
+        return [found[str(captioner.settings)] for captioner in captioners]
+
+    def _captions(self, records, batch_size: int, num_workers: int, sweep=()) -> dict[str, list[str]]:
         state = processes()
         share = Subset(records, range(state.process_index, len(records), state.num_processes))
         was_training = self.model.training
         self.model.eval()
-        pairs = self.stream(share, batch_size=batch_size, num_workers=num_workers)
-        progress = show_progress(pairs, len(share))
-        captions = {image_id: texts[0] for image_id, texts in progress}
+        captions = dict(
+            show_progress(self.stream(share, batch_size=batch_size, num_workers=num_workers, sweep=sweep), len(share))
+        )
         self.model.train(was_training)
         if state.num_processes > 1:
             captions = {k: v for part in gather_object([captions]) for k, v in part.items()}

@@ -15,6 +15,7 @@ def start(width: int = 1280, height: int = 900, dark: bool = False):
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars",
+                 "--force-prefers-reduced-motion",
                  f"--window-size={width},{height}", *(["--force-dark-mode"] if dark else [])):  # fmt: skip
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
