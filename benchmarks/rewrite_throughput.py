@@ -34,7 +34,7 @@ def worker(how: str, llm: Path, rows: list[dict], out: Path) -> None:
     from rewriting.backends import HFBackend, Job
 
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    batch_size = {"loop": 4, "ours at 4": 4, "ours": 32}[how]
+    batch_size = {"loop": 4, "ours at 4": 4, "ours": 8}[how]
     args = SimpleNamespace(
         quantization=None, bf16=False, chat=False, max_prompt_tokens=PADDED, max_new_tokens=NEW_TOKENS, num_beams=BEAMS,
         per_device_batch_size=batch_size, max_attempts=1, temperature=None, seed=42,
@@ -108,7 +108,7 @@ def main() -> None:
     output = out / "fused.jsonl"
     command = torchrun(
         ROOT / "rewrite.py", "fuse", source, "--output", output, "--llm", f"hf:{arguments.llm}", "--chat", "false",
-        "--per_device_batch_size", 32, "--max_attempts", 1,
+        "--per_device_batch_size", 8, "--max_attempts", 1,
     )  # fmt: skip
     start = time.perf_counter()
     process = subprocess.Popen(command, env=environ)
@@ -145,7 +145,7 @@ def main() -> None:
         "settings": {
             "num_beams": BEAMS,
             "max_new_tokens": NEW_TOKENS,
-            "batch_size": 32,
+            "batch_size": 8,
             "loop": f"padded to {PADDED}, 4",
         },
         **environment(),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from rewriting.checks import tidy
+from rewriting.prompt_cache import prompt_cache
 from rewriting.prompts import Tokens
 
 logger = logging.getLogger(__name__)
@@ -332,6 +333,8 @@ class HFBackend:
             torch.manual_seed(hash((self.args.seed, attempt, batch[0].row)) % 2**32)
             how = {"do_sample": True, "num_beams": 1, "temperature": self.args.temperature or 0.7, "top_p": 0.95}
         try:
+            if how["num_beams"] > 1:
+                how["past_key_values"] = prompt_cache(self.model, inputs, how["num_beams"], self.args.max_new_tokens)
             tokens = self.model.generate(
                 **inputs,
                 **how,
@@ -341,7 +344,7 @@ class HFBackend:
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            tokens = None  # and out of the handler, which holds on to the memory
+            tokens = how = None  # and out of the handler, which holds on to the memory
         if tokens is None:
             torch.cuda.empty_cache()
             half = len(batch) // 2
