@@ -19,6 +19,7 @@ import transformers
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 
 def flag(default, help: str):
@@ -274,6 +275,9 @@ class TrainArguments(Seq2SeqTrainingArguments):
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
     )
+    report_to: list[str] = flag(
+        [], "Trackers to log to: tensorboard wandb mlflow ..., all or none. Default: TensorBoard, if it is installed."
+    )
     license: str | None = flag(
         None, "License of the trained weights, for the model card. Default: that of the family's published weights."
     )
@@ -314,6 +318,14 @@ class TrainArguments(Seq2SeqTrainingArguments):
                 self.activation_checkpointing = bool(self.gradient_checkpointing)
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
+        trackers = get_available_reporting_integrations()
+        if not self.report_to:
+            self.report_to = ["tensorboard"] if "tensorboard" in trackers else ["none"]
+        for name in self.report_to:
+            if name not in (*trackers, "all", "none"):
+                raise ValueError(
+                    f"report_to: {name} is not installed, or no tracker. Here: {', '.join(trackers) or 'none'}."
+                )
         if self.patience and not self.load_best_model_at_end:
             raise ValueError("patience waits for a better best checkpoint: it needs load_best_model_at_end.")
         if self.accelerator_config is None:
@@ -397,6 +409,19 @@ class InferArguments:
     def __post_init__(self):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_workers()
+
+
+@dataclass
+class DemoArguments:
+    compare_to: str | None = flag(None, "Second model, whose captions are shown beside the first's.")
+    examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
+    bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
+    host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
+    port: int = flag(7860, "Port to listen on.")
+    login: str | None = flag(None, "File of user:password lines, of those who may come in. Default: no login.")
+    max_queue: int = flag(32, "Requests that may wait; more are turned away.")
+    max_images: int = flag(500, "Images captioned in one go.")
+    max_upload_mb: int = flag(100, "Largest file to upload, in megabytes; a zip may be one.")
 
 
 @dataclass

@@ -5,6 +5,7 @@ on drawn scenes how far the two agree.
 """
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -66,9 +67,11 @@ def cross_attention(model, batch: dict) -> torch.Tensor:
     model = base_model(model)
     if model.config.model_type != "blip":
         raise ValueError(f"Attention maps are made of BLIP's cross-attention, and this is a {model.config.model_type}.")
-    maps, hooks = [], []
+    maps, hooks, thread = [], [], threading.get_ident()
 
     def keep(attention, args, kwargs, _):
+        if threading.get_ident() != thread:
+            return  # somebody else's pass through the same model
         states, image = args[0] if args else kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         split = (-1, attention.num_attention_heads, attention.attention_head_size)
         query = attention.query(states).unflatten(-1, split[1:]).transpose(1, 2)

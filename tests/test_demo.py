@@ -1,0 +1,255 @@
+"""The demo as it runs: the script itself, driven by gradio_client and by a browser."""
+
+import csv
+import io
+import json
+import os
+import socket
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from models.captioner import Captioner
+
+gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed (requirements-dev.txt)")
+SETTINGS = {"num_captions": 3, "num_beams": 4, "max_new_tokens": 8}
+
+
+def serve(*arguments):
+    """(process, address) of a demo that answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = tiny.start("demo.py", *arguments, "--port", port)
+    address, deadline = f"http://127.0.0.1:{port}", time.time() + 120
+    while time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        try:
+            urllib.request.urlopen(f"{address}/gradio_api/startup-events").close()
+            return process, address
+        except urllib.error.HTTPError:
+            return process, address
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(address)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    process, address = serve("--model_name_or_path", model, "--max_images", 25)
+    yield address
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return gradio_client.Client(address, verbose=False)
+
+
+def picture(number: int) -> Image.Image:
+    """A photograph where there is real data, else noise."""
+    if folder := os.environ.get("CAPTION_TEST_DATA"):
+        return Image.open(sorted(Path(folder, "flickr8k").rglob("*.jpg"))[number]).convert("RGB")
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((160, 120), Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    picture(0).save(folder / "photo.png")
+    (folder / "text.jpg").write_text("this is no picture")
+    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+        for number in range(20):
+            file = io.BytesIO()
+            picture(number).save(file, "PNG")
+            archive.writestr(f"photo {number}.png", file.getvalue())
+    return folder
+
+
+def test_the_captions_are_the_captioners_own_with_scores_and_a_map_a_word(client, model, files):
+    best, table, html = client.predict(
+        image=gradio_client.handle_file(files / "photo.png"), **SETTINGS, api_name="/caption"
+    )
+    captioner = Captioner.from_pretrained(model, num_beams=4, max_new_tokens=8, num_return_sequences=3)
+    (expected,) = captioner.caption_batch(captioner.collator([{"image": picture(0), "image_id": "0"}]))
+    assert {caption for caption, _ in table["data"]} == set(expected)
+    scores = [float(score) for _, score in table["data"]]
+    assert scores == sorted(scores, reverse=True)
+    assert all(score < 0 for score in scores)
+    assert table["data"][0][0] == best
+    assert html.count("<figure>") == len(best.split()) > 0
+    assert [word in html for word in best.split()]
+
+
+def test_settings_are_bounded_and_mistakes_are_said(client, files):
+    def said(**settings):
+        with pytest.raises(Exception) as error:  # noqa: PT011 - gradio_client's own class, which differs by version
+            client.predict(**{"image": gradio_client.handle_file(files / "photo.png")} | settings, api_name="/caption")
+        return str(error.value)
+
+    assert "1000" in said(num_beams=1000)
+    assert "longer than the longest" in said(min_new_tokens=20, max_new_tokens=10)
+    assert "must fit into this model's 64 tokens" in said(max_new_tokens=100)
+    assert "200 characters" in said(prompt="a " * 101)
+    assert "Give an image first" in said(image=None)
+    message = said(image=gradio_client.handle_file(files / "text.jpg"))
+    assert message.startswith("text.jpg: not an image")
+    assert "fetches no URLs" in said(image={"path": "http://127.0.0.1:1/x.png", "meta": {"_type": "gradio.FileData"}})
+
+
+def test_sampling_draws_captions_and_a_prompt_goes_before_them(client, files):
+    image = gradio_client.handle_file(files / "photo.png")
+    settings = {"do_sample": True, "temperature": 1.5, "top_p": 1.0, "num_captions": 5, "max_new_tokens": 8}
+    drawn = {tuple(map(tuple, client.predict(image=image, **settings, api_name="/caption")[1]["data"])) for _ in "ab"}
+    assert len(drawn) == 2
+    _, _, html = client.predict(image=image, prompt="a picture of", max_new_tokens=8, api_name="/caption")
+    assert "<figure>" in html
+
+
+def test_many_images_become_a_table_and_two_files(client, model, files):
+    images = [gradio_client.handle_file(files / name) for name in ("photos.zip", "text.jpg", "photo.png")]
+    status, table, (as_csv, as_text) = client.predict(files=images, max_new_tokens=8, api_name="/caption_files")
+    assert "21 of 22 captioned" in status
+    captioner = Captioner.from_pretrained(model, max_new_tokens=8)
+    expected = captioner([picture(number) for number in range(20)])
+    with open(as_csv, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["caption"] for row in rows[:20]] == expected
+    assert [row["file"] for row in rows[:2]] == ["photo 0.png", "photo 1.png"]
+    assert rows[20]["error"].startswith("text.jpg: not an image")
+    assert rows[21]["caption"] == expected[0]
+    assert len(table["data"]) == 22
+    lines = Path(as_text).read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"photo 0.png\t{expected[0]}"
+    assert len(lines) == 21
+    with pytest.raises(Exception, match="40 files are more than the 25"):
+        client.predict(files=images[:1] * 2, api_name="/caption_files")
+
+
+def test_a_login_is_asked_for_and_two_models_answer_side_by_side(model, files, tmp_path):
+    (tmp_path / "users").write_text("ann:secret\n")
+    other = tiny.build_folder(tmp_path, seed=1)
+    command = ["--model_name_or_path", model, "--compare_to", other, "--login", tmp_path / "users"]
+    process, address = serve(*command)
+    try:
+        with pytest.raises(Exception, match=r"[Aa]uth|401|login|credentials"):
+            gradio_client.Client(address, verbose=False)
+        client = gradio_client.Client(address, auth=("ann", "secret"), verbose=False)
+        image = gradio_client.handle_file(files / "photo.png")
+        answer = client.predict(image=image, max_new_tokens=8, api_name="/caption")
+        expected = [Captioner.from_pretrained(name, max_new_tokens=8)([picture(0)])[0] for name in (model, other)]
+        assert all(
+            caption in [row[0] for row in answer[n]["data"]] for n, caption in zip((1, 4), expected, strict=True)
+        )
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_wrong_flags_are_one_message(model, tmp_path):
+    (tmp_path / "users").write_text("nobody\n")
+    command = ["--model_name_or_path", model]
+    assert "user:password" in tiny.run("demo.py", *command, "--login", tmp_path / "users", fails=True).stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port}" in tiny.run("demo.py", *command, "--port", port, fails=True).stderr
+
+
+def test_a_visitor_captions_a_photo_changes_beams_and_downloads_a_batch(address, client, files, tmp_path):
+    import browser
+
+    driver = browser.start()
+    try:
+        driver.set_page_load_timeout(60)
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        visit(driver, address, client, files, tmp_path)
+        requests = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        urls = [r["params"]["request"]["url"] for r in requests if r["method"] == "Network.requestWillBeSent"]
+        assert urls
+        assert not [url for url in urls if not url.startswith((address, "data:", "blob:"))]
+    finally:
+        driver.quit()
+
+
+def visit(driver, address, client, files, downloads):
+    def until(look, seconds=60):
+        deadline = time.time() + seconds
+        while time.time() < deadline:
+            try:
+                if found := look():
+                    return found
+            except Exception:  # the page is still building
+                pass
+            time.sleep(0.1)
+        driver.save_screenshot(str(downloads / "failed.png"))
+        raise TimeoutError(f"{downloads}/failed.png shows the page")
+
+    def button(text):
+        found = driver.find_elements("xpath", f"//button[contains(., '{text}')]")
+        return next(element for element in found if element.is_displayed())
+
+    def best():
+        return driver.find_element("css selector", ".best textarea").get_attribute("value")
+
+    shots = os.environ.get("DEMO_SCREENSHOTS")
+
+    def screenshot(name):
+        if shots:
+            time.sleep(1)
+            driver.save_screenshot(f"{shots}/{name}.png")
+
+    driver.get(address)
+    until(lambda: button("Caption it"))
+    time.sleep(1)
+    driver.find_element("css selector", "input[type=file]").send_keys(str(files / "photo.png"))
+    first = until(best)
+    image = gradio_client.handle_file(files / "photo.png")
+    assert first == client.predict(image=image, api_name="/caption")[0]
+    screenshot("caption")
+
+    button("Settings").click()
+    for label, number in (("Captions", 1), ("Beams", 1), ("Longest", 5)):
+        field = until(
+            lambda label=label: driver.find_element("css selector", f"input[type=number][aria-label*='{label}']")
+        )
+        driver.execute_script("arguments[0].select()", field)
+        field.send_keys(str(number) + "\t")
+    button("Caption it").click()
+    expected = client.predict(image=image, num_captions=1, num_beams=1, max_new_tokens=5, api_name="/caption")[0]
+    until(lambda: best() == expected != first)
+    screenshot("beams")
+
+    driver.find_element("css selector", "button[aria-label='Remove Image']").click()
+    until(lambda: driver.find_element("css selector", "input[type=file]")).send_keys(str(files / "text.jpg"))
+    until(lambda: "text.jpg: not an image" in driver.find_element("tag name", "body").text)
+    screenshot("bad_file")
+
+    button("Many images").click()
+    fields = until(lambda: driver.find_elements("css selector", "input[type=file][multiple]"))
+    fields[-1].send_keys(str(files / "photos.zip"))
+    until(lambda: "photos" in driver.find_element("tag name", "body").text)
+    time.sleep(1)
+    button("Caption them all").click()
+    until(lambda: "20 of 20 captioned" in driver.find_element("tag name", "body").text)
+    screenshot("batch")
+    until(lambda: driver.find_element("css selector", "a[download='captions.csv'], a[href$='captions.csv']")).click()
+    until(lambda: list(downloads.glob("*.csv")))
+    (table,) = downloads.glob("*.csv")
+    assert len(list(csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig"))))) == 21
+    severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [message for message in severe if "text.jpg" not in message], severe  # the browser cannot show that one
