@@ -103,6 +103,7 @@ def main():
         callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
         scorers=scorers,
         validation_images=validation["image"] if scorers and validation is not None else None,
+        shown=validation.select(range(min(8, len(validation)))) if validation is not None else None,
     )
     if trainer.is_world_process_zero():
         record_run(folder, flags)

@@ -13,6 +13,7 @@ from metrics import score
 from metrics.clip_scores import clip_scores
 from models.families import base_model
 from objectives.cross_entropy import caption_loss
+from objectives.samples import log_samples
 from objectives.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     references (`eval_sacrebleu`, `eval_CIDEr`, and of `scorers`, which look at the records' `validation_images`,
     `eval_CLIP-S`, `eval_RefCLIP-S` or their kin); `eval_loss` is the unsmoothed cross-entropy of `eval_dataset`, the
     pairs of the same records, batched by `eval_collator` (which does not augment). In several processes each captions
-    its share, and all get the same scores.
+    its share, and all get the same scores. The captions of `shown`, some of the records, go to the trackers as pictures.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         validation=None,
         scorers=(),
         validation_images=None,
+        shown=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.objective, self.captioner = objective, captioner
         self.eval_collator, self.validation = eval_collator, validation
-        self.scorers, self.validation_images = scorers, validation_images
+        self.scorers, self.validation_images, self.shown = scorers, validation_images, shown
         # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
         self.label_smoother = None  # the objective's own
@@ -121,6 +123,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             for image_id, caption in list(predictions.items())[:3]:
                 logger.info("%s: %s", image_id, caption)
+            if self.shown is not None:
+                log_samples(self.callback_handler.callbacks, self.shown, predictions, self.state.global_step)
         metrics["runtime"] = round(time.perf_counter() - start, 3)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)

@@ -1,5 +1,6 @@
 """train.py end to end on a tiny model: what it leaves, that it is honest, that it resumes, that it says what is wrong."""
 
+import io
 import json
 import os
 import signal
@@ -314,3 +315,40 @@ def test_a_full_disk_is_said_and_nothing_finished_is_lost(dataset, tmp_path):
     result = tiny.run("train.py", *flags(tmp_path, dataset, out, num_train_epochs=1), fails=True)
     assert "the disk is full" in result.stderr
     assert list(out.glob("checkpoint-*/model.safetensors"))
+
+
+def test_tensorboard_has_the_scores_and_the_pictures_with_their_captions_of_each_evaluation(trained):
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    from PIL import Image
+
+    out, _ = trained
+    (folder,) = (out / "runs").iterdir()
+    board = events.EventAccumulator(str(folder), size_guidance={events.IMAGES: 0}).Reload()
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    expected = [(row["step"], row["eval_CIDEr"]) for row in log if "eval_CIDEr" in row]
+    assert [(e.step, pytest.approx(e.value)) for e in board.Scalars("eval/CIDEr")] == expected
+    sheets = board.Images("captions")
+    assert [sheet.step for sheet in sheets] == [step for step, _ in expected]
+    assert Image.open(io.BytesIO(sheets[0].encoded_image_string)).width == 1300
+
+
+def test_trackers_are_chosen_by_name(tmp_path):
+    from arguments import TrainArguments
+
+    assert TrainArguments(output_dir=str(tmp_path), report_to=["none"]).report_to == []
+    with pytest.raises(ValueError, match="report_to: carrier_pigeon is not installed, or no tracker"):
+        TrainArguments(output_dir=str(tmp_path), report_to=["carrier_pigeon"])
+
+
+def test_a_sheet_shows_each_picture_with_its_caption_and_takes_any_text():
+    from data import scenes
+    from objectives.samples import draw_sheet
+
+    records = scenes.load(train=0, validation=5, test=0)["validation"]
+    captions = {image_id: f"$x_{{ <b>{n}" for n, image_id in enumerate(records["image_id"])}
+    figure = draw_sheet(records, captions)
+    assert [axis.get_title() for axis in figure.axes] == [*captions.values(), "", "", ""]
+    assert records[0]["captions"][0][:20] in figure.axes[0].get_xlabel()
+    figure.savefig(io.BytesIO())  # as mathematics, the captions would not be drawable

@@ -1,0 +1,39 @@
+"""Validation pictures with the captions that the model gives them, for the trackers that show pictures."""
+
+import textwrap
+
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from data import open_image
+
+
+def log_samples(callbacks: list, records, predictions: dict[str, str], step: int) -> None:
+    """One sheet of `records`, each picture with its caption from `predictions` {image_id: caption}, to TensorBoard and
+    Weights & Biases, as far as they are among the trainer's `callbacks`: there a slider goes through the steps."""
+    boards = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+    wandbs = [callback._wandb for callback in callbacks if isinstance(callback, WandbCallback)]
+    boards, wandbs = list(filter(None, boards)), list(filter(None, wandbs))
+    if not boards and not wandbs:
+        return
+    sheet = draw_sheet(records, predictions)
+    for writer in boards:
+        writer.add_figure("captions", sheet, step, close=False)
+    for wandb in wandbs:
+        wandb.log({"captions": wandb.Image(sheet), "train/global_step": step})
+
+
+def draw_sheet(records, predictions: dict[str, str]):
+    """A matplotlib figure of four pictures a row, with captions above them and the first reference below."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(records) // 4)
+    figure = Figure(figsize=(13, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False).flat
+    for axis, row in zip(axes, records, strict=False):
+        axis.imshow(open_image(row["image"]))
+        caption, reference = predictions[row["image_id"]], row["captions"][0]
+        axis.set_title(textwrap.fill(caption, 38), fontsize=10, parse_math=False)
+        axis.set_xlabel(textwrap.fill(f"reference: {reference}", 44), fontsize=8, color="gray", parse_math=False)
+    for axis in figure.axes:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    return figure
