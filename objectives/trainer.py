@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
 from transformers import Seq2SeqTrainer
 
@@ -62,7 +63,21 @@ class CaptionTrainer(Seq2SeqTrainer):
         # The checkpoint of a run that was stopped before the evaluation of its last step: evaluate now.
         self._late = Path(resume_from_checkpoint or "", EVALUATION_DUE).is_file()
         self.args.eval_on_start |= self._late
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        outcome = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.load_best_model_at_end and self._replicated():
+            for tensor in self.model.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+        return outcome
+
+    def _load_best_model(self):
+        # Of several machines only the first one's disk has checkpoints (transformers 5 writes them in process 0 alone,
+        # whatever save_on_each_node says). train() gives its weights to the others.
+        if not self._replicated() or self.args.process_index == self.args.local_process_index:
+            super()._load_best_model()
+
+    def _replicated(self) -> bool:
+        """Whether several processes have the whole model each."""
+        return self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = self.objective(model, inputs, num_items_in_batch)
@@ -166,6 +181,8 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         if isinstance(self.model, PeftModel):  # how it captions; an adapter's own files do not say
             base = base_model(self.model)
             base.config.save_pretrained(output_dir or self.args.output_dir)

@@ -68,11 +68,33 @@ class BadRequest(ValueError):
     own encoding of it."""
 
     def __init__(self, message: str):
-        super().__init__(message.encode("unicode_escape").decode("ascii"))
+        super().__init__(message[:300].encode("unicode_escape").decode("ascii"))
 
 
 def model_fn(model_dir: str) -> Captioner:
+    if "mms.service" in sys.modules:  # in a worker of the model server, not in a test
+        lengthen_answers(sys.modules["mms.service"])
     return Captioner.from_pretrained(model_dir)
+
+
+def lengthen_answers(service) -> None:
+    """Has multi-model-server's worker send no answer of less than 512 bytes to the server.
+
+    The server (1.1.11: ModelResponseDecoder.decode and CodecUtils.readMap) reads an answer's status and headers without
+    asking whether they have come, and if they have not, answers 500 and restarts the worker. Its first read is of 1,024
+    bytes and has them all, but after two short answers in a row Netty reads fewer (AdaptiveRecvByteBufAllocator). What
+    is added here the server throws away: it forwards the message of a failure only, and the body of a success only.
+    """
+    create = service.create_predict_response
+
+    def create_predict_response(ret, req_id_map, message, code, context=None):
+        if code == 200:
+            message = message.ljust(512)
+        else:
+            ret, message = dict.fromkeys(req_id_map, b" " * 512), message[:400]
+        return create(ret, req_id_map, message, code, context)
+
+    service.create_predict_response = create_predict_response
 
 
 def input_fn(body, content_type: str | None) -> list[dict]:
@@ -118,9 +140,15 @@ def predict_fn(jobs: list[dict], captioner: Captioner, context=None) -> list[dic
     try:
         for members in groups.values():
             images = [image for index in members for image in jobs[index]["images"]]
-            captions, scores = caption(
-                captioner, images, jobs[members[0]]["settings"], jobs[members[0]]["return_scores"]
-            )
+            settings, return_scores = jobs[members[0]]["settings"], jobs[members[0]]["return_scores"]
+            try:
+                captions, scores = caption(captioner, images, settings, return_scores)
+            except BadRequest as error:
+                if not jobs[0]["line"]:
+                    raise
+                for index in members:
+                    answers[index] = {"error": str(error)}
+                continue
             for index in members:
                 count = len(jobs[index]["images"])
                 answers[index] = {"captions": captions[:count]}
@@ -140,7 +168,8 @@ def predict_fn(jobs: list[dict], captioner: Captioner, context=None) -> list[dic
 
 def output_fn(answer, accept: str) -> str:
     kinds = [kind.split(";")[0].strip().lower() for kind in (accept or "*/*").split(",")]
-    if not set(kinds) & {*JSON, *LINES, "*/*", "application/*"}:
+    # The toolkit makes the answer's content type of it, whatever else it says.
+    if not set(kinds) & {*JSON, *LINES, "*/*", "application/*"} or not accept.isascii() or len(accept) > 200:
         raise BadRequest(f"'{accept[:60]}' cannot be answered with: accept {JSON[0]} or {LINES[0]}.")
     if isinstance(answer, list):
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answer)
@@ -149,11 +178,12 @@ def output_fn(answer, accept: str) -> str:
 
 @torch.inference_mode()
 def caption(captioner: Captioner, images: list, settings: dict, return_scores: bool):
-    """(captions, scores or None) of PIL images."""
+    """(captions, scores or None) of PIL images. BadRequest if the settings do not suit each other or the model."""
     if settings:
         settings = {"prompt": captioner.prompt, **captioner.settings, **settings}
         captioner = Captioner(captioner.model, captioner.processor, autocast=captioner.autocast, **settings)
     batch = captioner.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
+    check_lengths(captioner, batch["input_ids"].shape[1])
     tokens = captioner.generate_tokens(batch)
     if not return_scores:
         return captioner.texts(tokens), None
@@ -169,8 +199,6 @@ def check_work(jobs: list[dict], own: dict) -> None:
         if "error" in job:
             continue
         settings = {**own, **job["settings"]}
-        if (settings.get("min_new_tokens") or 0) > settings["max_new_tokens"]:
-            raise BadRequest(f"min_new_tokens is more than max_new_tokens, {settings['max_new_tokens']}.")
         images += len(job["images"])
         work += len(job["images"]) * settings["num_beams"] * settings["max_new_tokens"]
     if images > LIMITS["CAPTION_MAX_IMAGES"]:
@@ -179,6 +207,19 @@ def check_work(jobs: list[dict], own: dict) -> None:
         raise BadRequest(
             f"images x num_beams x max_new_tokens is {work}, at most {LIMITS['CAPTION_MAX_WORK']} are allowed: send "
             "fewer images at once."
+        )
+
+
+def check_lengths(captioner: Captioner, prompt: int) -> None:
+    """BadRequest if `prompt` tokens and the new ones are more than the model has positions for."""
+    new = captioner.settings["max_new_tokens"]
+    if (captioner.settings.get("min_new_tokens") or 0) > new:
+        raise BadRequest(f"min_new_tokens is more than max_new_tokens, {new}.")
+    positions = getattr(captioner.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and prompt + new - 1 > positions:  # the last token is not read again
+        raise BadRequest(
+            f"The prompt's {prompt} tokens and max_new_tokens, {new}, are more than the {positions} positions of the "
+            "model: shorten the prompt, or lower max_new_tokens."
         )
 
 

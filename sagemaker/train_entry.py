@@ -6,7 +6,8 @@ on to the training processes, has the finished model exported to /opt/ml/model, 
 
     /opt/ml/input/config/    hyperparameters.json, resourceconfig.json
     /opt/ml/input/data/      data | train, validation, test | images | model    (channels, see flags_of_channels)
-    /opt/ml/checkpoints/     the run's folder, kept in S3: a job that starts again goes on from there
+    /opt/ml/checkpoints/     the run's folder, kept in S3: a job that starts again goes on from there. The first machine
+                             writes it, the others add the state of their random numbers; S3 unites them
     /opt/ml/model/           the exported model and code/ that serves it, and nothing else
     /opt/ml/output/          failure: the reason, its first 1,024 characters shown as FailureReason; data/: captions
 """
@@ -57,8 +58,6 @@ def main() -> int:
     machines = Machines(BASE / "input/config/resourceconfig.json")
     flags |= flags_of_channels(BASE / "input")
     flags["output_dir"] = str(BASE / "checkpoints")
-    if machines.count > 1:
-        flags["save_on_each_node"] = "true"  # each machine reloads the best checkpoint from its own disk
     words = [word for name, value in flags.items() for word in (f"--{name}", *as_words(value))]
     child = Child([*machines.launcher(), "train.py", *recipe, *words], machines.environment())
     signal.signal(signal.SIGTERM, lambda *_: child.stop())

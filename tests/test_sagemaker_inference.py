@@ -4,6 +4,8 @@ import base64
 import http.server
 import io
 import json
+import os
+import subprocess
 import sys
 import threading
 
@@ -126,6 +128,29 @@ def test_the_work_of_a_request_is_bounded(captioner, photos):
         inference.predict_fn(jobs, captioner)
 
 
+def test_a_prompt_that_leaves_the_model_no_positions_is_refused_and_the_longest_that_does_is_captioned(
+    captioner, photos
+):
+    positions = captioner.model.config.text_config.max_position_embeddings
+    parameters = {
+        "num_beams": 1,
+        "max_new_tokens": 30,
+        "min_new_tokens": 30,
+        "prompt": " ".join(["a"] * (positions - 30)),
+    }
+    text = answer(captioner, as_json(photos[:1], parameters=parameters), "application/json")  # and its start token
+    assert json.loads(text)["captions"]
+    parameters["prompt"] += " a"
+    said = "The prompt's 36 tokens and max_new_tokens, 30, are more than the 64 positions of the model"
+    with pytest.raises(inference.BadRequest, match=said):
+        answer(captioner, as_json(photos[:1], parameters=parameters), "application/json")
+    good = as_json(photos[:1])
+    lines = answer(captioner, f"{as_json(photos[:1], parameters=parameters)}\n{good}", "application/jsonlines")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert rows[0]["error"].startswith(said)
+    assert rows[1] == {"captions": captioner(photos[:1])}
+
+
 def test_the_pixels_of_all_images_of_a_request_are_bounded_together():
     picture = io.BytesIO()
     Image.new("L", (6000, 5000)).save(picture, "PNG")
@@ -218,7 +243,18 @@ def test_a_private_address_is_refused_even_of_an_allowed_host(address, monkeypat
         inference.fetch("https://photos.example/a.jpg", 0)
 
 
-# ---------------------------------------------------------------- behind the real server
+# ---------------------------------------------------------------- packed, behind the real server
+
+
+def test_the_packed_code_is_all_that_it_needs(model, captioner, photos, tmp_path):
+    bundle.write_model(model, tmp_path / "model")
+    script = "import sys, inference; print(inference.model_fn(sys.argv[1])([open(sys.argv[2], 'rb').read()])[0])"
+    (tmp_path / "photo.jpg").write_bytes(photos[0])
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "photo.jpg")]
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path / "model/code")}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == captioner(photos[:1])[0]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +281,18 @@ def test_eight_clients_at_once_get_the_right_captions(server, captioner, photos)
     assert result["requests"] == 100
 
 
-@pytest.mark.xfail(reason="multi-model-server 1.1.11 misreads some short answers and restarts its worker (README)")
+def test_refusals_of_every_length_leave_the_worker_alone(server, captioner, photos):
+    """The model server reads an answer in pieces whose size follows that of the last answers."""
+    worker, check = server.worker().pid, serving.checker(captioner(photos))
+    for length in range(70):
+        for _ in range(2):
+            status, text = server.ask(b"x", {"Content-Type": "x" * length})
+            assert status == 400, text
+            assert json.loads(text)["message"] == json.loads(text)["message"].strip()
+        check(*server.ask(photos[0], {"Content-Type": "image/jpeg"}), [0])
+    assert server.worker().pid == worker
+
+
 def test_nothing_that_clients_send_crashes_or_stalls_the_server(server, captioner, photos):
     """benchmarks/serving.py sends ten thousand."""
     result = serving.attack(server, photos, 1500, 8, serving.checker(captioner(photos)), seed=1)
