@@ -64,7 +64,8 @@ class Server:
             tar.extractall(folder / "model", filter="data")
         settings = {
             **os.environ, "SAGEMAKER_BASE_DIR": str(folder), "SAGEMAKER_BIND_TO_PORT": str(self.port),
-            "SAGEMAKER_MODEL_SERVER_WORKERS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TEMP": str(folder),
+            "SAGEMAKER_MODEL_SERVER_WORKERS": "1", "SAGEMAKER_MAX_PAYLOAD_IN_MB": "28",
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TEMP": str(folder),
             "PATH": f"{Path(python).parent}:{os.environ['PATH']}", "LOG_LOCATION": str(folder), **variables,
         }  # fmt: skip
         (folder / "shim").mkdir()
@@ -230,12 +231,38 @@ def malformed_requests(photos: list[bytes], seed: int, trap: int):
         inputs = chance.choice(([small[0]] * 17, [], ["AAAA"] * 5000))
         return json.dumps({"inputs": inputs}).encode(), {"Content-Type": "application/json"}, True
 
+    def odd_accept():
+        accept = chance.choice(("text/html", "image/png", "x" * 500, "\xff\xfe", "application/xml;q=0.9"))
+        return photos[0], {"Content-Type": chance.choice(IMAGE_TYPES), "Accept": accept}, True
+
     def odd_headers():
-        headers = {
-            "Content-Type": chance.choice(IMAGE_TYPES),
-            "Accept": chance.choice(("text/html", "image/png", "x" * 500)),
-        }
-        return photos[0], headers, True
+        """Printable and Latin-1 characters, of every length; an Accept of them may be a sound one."""
+        letters = [chr(code) for code in (*range(32, 127), *range(160, 256))]
+        text = "".join(chance.choices(letters, k=int(10 ** chance.uniform(0, 2.8)))).strip()
+        if chance.random() < 0.5:
+            accept = chance.choice(
+                ("application/json, {}", "*/*;{}", "application/json;{}", "{}, application/jsonlines")
+            )
+            headers = {"Content-Type": "image/jpeg", "Accept": accept.format(text)}
+            return photos[0], headers | {"X-Amzn-SageMaker-Custom-Attributes": text}, False
+        kind = chance.choice(("{}", "{}/json", "image{}", "application/json; charset={}", "application/{}"))
+        return b"x", {"Content-Type": kind.format(text)}, True
+
+    def form():
+        """What a browser would send: the model server itself takes such bodies apart."""
+        content = chance.choice((photos[0], b"", chance.randbytes(99)))
+        part = chance.choice(
+            (b'form-data; name="body"', b'form-data; name="image"; filename="a.jpg"', b"form-data", b"", b"x")
+        )
+        body = b"--x\r\nContent-Disposition: " + part + b"\r\n\r\n" + content + b"\r\n--x--\r\n"
+        body = body[: chance.randrange(len(body))] if chance.random() < 0.5 else body
+        kind = chance.choice(
+            ("multipart/form-data; boundary=x", "multipart/form-data; boundary=y", "multipart/mixed; boundary=x")
+        )
+        if chance.random() < 0.3:
+            body = chance.choice((b"inputs=AAAA", b"body=%zz", b"%", b"=&=&", b"a" * 9999, chance.randbytes(99)))
+            kind = "application/x-www-form-urlencoded"
+        return body, {"Content-Type": kind}, True
 
     def empty():
         return b"", {"Content-Type": chance.choice(IMAGE_TYPES + TEXT_TYPES)}, True
@@ -251,7 +278,9 @@ def malformed_requests(photos: list[bytes], seed: int, trap: int):
         not_text,
         url,
         too_many,
+        odd_accept,
         odd_headers,
+        form,
         empty,
     )
     while True:

@@ -108,7 +108,11 @@ def image_uri(region: str, instance_type: str) -> str:
 
 
 def model_request(args, image: str) -> dict:
-    environment = {"SAGEMAKER_MODEL_SERVER_WORKERS": str(args.workers), "SAGEMAKER_PROGRAM": "inference.py"}
+    environment = {
+        "SAGEMAKER_MODEL_SERVER_WORKERS": str(args.workers),
+        "SAGEMAKER_PROGRAM": "inference.py",
+        "SAGEMAKER_MAX_PAYLOAD_IN_MB": "28",  # an image of CAPTION_MAX_BYTES as base64; the server's own limit is 6.25
+    }
     vpc = {"Subnets": args.subnets, "SecurityGroupIds": args.security_group_ids}
     return {
         "ModelName": args.name,

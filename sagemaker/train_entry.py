@@ -15,6 +15,7 @@ on to the training processes, has the finished model exported to /opt/ml/model, 
 import collections
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -191,7 +192,7 @@ class Child:
         for line in self.process.stderr:
             sys.stderr.write(line)
             sys.stderr.flush()
-            self.last.append(line.rstrip())
+            self.last.append(re.sub(r"^\[rank\d+\]: ", "", line.rstrip()))
 
     def stop(self) -> None:
         """SIGTERM to the training processes themselves: torchrun would kill them after 30 of the 120 seconds."""

@@ -1,6 +1,7 @@
 """inference.py: the handlers by themselves, then behind the real inference toolkit and model server."""
 
 import base64
+import contextlib
 import http.server
 import io
 import json
@@ -281,15 +282,35 @@ def test_eight_clients_at_once_get_the_right_captions(server, captioner, photos)
     assert result["requests"] == 100
 
 
-def test_refusals_of_every_length_leave_the_worker_alone(server, captioner, photos):
-    """The model server reads an answer in pieces whose size follows that of the last answers."""
+def test_a_large_image_is_captioned_and_one_too_large_refused(server, captioner, photos):
+    jpeg = {"Content-Type": "image/jpeg"}
+    check = serving.checker(captioner(photos))
+    check(*server.ask(photos[0] + bytes(8_000_000), jpeg), [0])  # a decoder does not look behind the picture
+    status, text = server.ask(photos[0] + bytes(21_000_000), jpeg)
+    assert status == 400
+    assert json.loads(text)["message"] == "Image 0 is larger than 20000000 bytes."
+    with contextlib.suppress(OSError):  # the server hangs up before it has all
+        assert server.ask(photos[0] + bytes(40_000_000), jpeg)[0] == 413
+    check(*server.ask(photos[0], jpeg), [0])
+
+
+def test_short_answers_do_not_make_the_server_misread_the_next_one(server, captioner, photos):
+    """It reads an answer in pieces, which many short ones make small: inference.lengthen_answers."""
     worker, check = server.worker().pid, serving.checker(captioner(photos))
-    for length in range(70):
-        for _ in range(2):
-            status, text = server.ask(b"x", {"Content-Type": "x" * length})
-            assert status == 400, text
-            assert json.loads(text)["message"] == json.loads(text)["message"].strip()
-        check(*server.ask(photos[0], {"Content-Type": "image/jpeg"}), [0])
+
+    def refuse(kind: str, body: bytes) -> None:
+        status, text = server.ask(body, {"Content-Type": kind})
+        message = json.loads(text)["message"]
+        assert status == 400, message
+        assert message == message.strip()
+
+    for _ in range(60):
+        refuse("image/jpeg", b"")
+    check(*server.ask(photos[0], {"Content-Type": "image/jpeg"}), [0])
+    for length in range(10, 30):  # a longer sentence, to end at every place of a piece
+        for _ in range(12):
+            refuse("image/jpeg", b"")
+        refuse("x" * length, b"x")
     assert server.worker().pid == worker
 
 

@@ -261,6 +261,7 @@ def test_the_model_and_the_endpoint_are_what_was_asked_for(deployed):
     )
     assert container["ModelDataUrl"] == "s3://captions/model.tar.gz"
     assert container["Environment"]["CAPTION_MAX_IMAGES"] == "4"
+    assert container["Environment"]["SAGEMAKER_MAX_PAYLOAD_IN_MB"] == "28"
     assert calls["CreateModel"]["VpcConfig"]["Subnets"] == ["subnet-1", "subnet-2"]
     (variant,) = calls["CreateEndpointConfig"]["ProductionVariants"]
     assert variant["InstanceType"] == "ml.g4dn.xlarge"

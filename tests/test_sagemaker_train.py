@@ -66,7 +66,8 @@ class Container:
     def refresh(self) -> None:
         """A new machine: everything but checkpoints, which come back from S3, and the input."""
         for name in ("code", "model", "output"):
-            subprocess.run(["rm", "-rf", self.base / name], check=True)
+            shutil.rmtree(self.base / name, ignore_errors=True)
+        (self.base / "output").mkdir()
         with tarfile.open(self.base / "sourcedir.tar.gz", "w:gz") as tar:
             tar.add(self.code, ".")
         directory = f'"{self.base}/sourcedir.tar.gz"'
@@ -98,6 +99,22 @@ class Container:
         (self.base / "start_with_right_hostname.sh").write_text("train\n")
         start = train_entry.HEAR_SIGTERM.format(start="-m start_with_right_hostname.sh train")
         return self.start(["/bin/bash", "-c", start.replace("/tmp/", f"{self.base}/")])
+
+    def inside(self, command: str, *namespaces, **environment) -> subprocess.Popen:
+        """`command` where the container's folder is /opt/ml."""
+        mounts = f"mount -t tmpfs tmpfs /opt && mkdir /opt/ml && mount --bind {self.base} /opt/ml"
+        words = [*UNSHARE, *namespaces, "/bin/sh", "-c", f"{mounts} && cd /opt/ml && exec {command}"]
+        return self.start(words, SAGEMAKER_BASE_DIR="/opt/ml", TMPDIR="/opt/ml", **environment)
+
+
+UNSHARE = ["unshare", "--mount"]
+AS_PROCESS_1 = ["--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.fixture(scope="module")
+def namespaces():
+    if subprocess.run([*UNSHARE, *AS_PROCESS_1, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not permitted here: process 1 and /opt/ml cannot be had")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +188,7 @@ def test_stopped_by_sigterm_and_started_again_the_job_ends_with_the_weights_of_a
     container = Container(tmp_path / "ml", photos, FLAGS)
     process = container.toolkit()
     log = interrupt(process)
-    assert process.returncode != 0
+    assert process.returncode != 0, log
     assert "SIGTERM: saved checkpoint-" in log
     assert not list((container.base / "model").glob("*"))
     process = container.toolkit()
@@ -181,11 +198,10 @@ def test_stopped_by_sigterm_and_started_again_the_job_ends_with_the_weights_of_a
     assert equal_weights(unbroken[0].base / "model", container.base / "model")
 
 
-def test_under_sdk_v3s_own_script_as_process_1_the_job_is_stopped_and_goes_on_alike(unbroken, photos, tmp_path):
-    """The sm_drivers folder that SDK v3 uploads, in namespaces where the container's folder is /opt/ml."""
-    unshare = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
-        pytest.skip("unshare is not permitted here: process 1 and /opt/ml cannot be had")
+def test_under_sdk_v3s_own_script_as_process_1_the_job_is_stopped_and_goes_on_alike(
+    unbroken, photos, namespaces, tmp_path
+):
+    """The sm_drivers folder that SDK v3 uploads."""
     # SDK v3 quotes no values.
     plain = {name: json.loads(value) if value[0] == '"' else value for name, value in FLAGS.items()}
     container = Container(tmp_path / "ml", photos, {k: v for k, v in plain.items() if not k.startswith("sagemaker_")})
@@ -194,16 +210,13 @@ def test_under_sdk_v3s_own_script_as_process_1_the_job_is_stopped_and_goes_on_al
     assert result.returncode == 0, result.stderr
     (container.base / "input/data/code").symlink_to("/opt/ml/bundle")
     start = train_entry.HEAR_SIGTERM.format(start="/opt/ml/input/data/sm_drivers/sm_train.sh")
-    start = start.replace("/tmp/", "/opt/ml/")
-    mounts = f"mount -t tmpfs tmpfs /opt && mkdir /opt/ml && mount --bind {container.base} /opt/ml"
-    inside = f"{mounts} && cd /opt/ml && exec /bin/bash -c {shlex.quote(start)}"
-    options = {"SAGEMAKER_BASE_DIR": "/opt/ml", "TMPDIR": "/opt/ml"}
+    command = f"/bin/bash -c {shlex.quote(start.replace('/tmp/', '/opt/ml/'))}"
 
-    process = container.start([*unshare, "/bin/sh", "-c", inside], **options)
+    process = container.inside(command, *AS_PROCESS_1)
     first = next(iter_children(process))
     log = interrupt(process, child=first)
     assert "SIGTERM: saved checkpoint-" in log
-    process = container.start([*unshare, "/bin/sh", "-c", inside], **options)
+    process = container.inside(command, *AS_PROCESS_1)
     log = process.communicate(timeout=300)[0]
     assert process.returncode == 0, log
     assert "going on from" in log
@@ -242,9 +255,9 @@ HOSTS = ("127.0.0.1", "127.0.0.2")
 
 def start_machines(containers) -> list[subprocess.Popen]:
     """As the toolkit would start them; it is left out, as two of them share a machine's name here."""
-    command = f"cd bundle && exec {program('platform')} sagemaker/train_entry.py"
+    command = f"{program('platform')} bundle/sagemaker/train_entry.py"
     port = str(free_port())
-    return [container.start(["/bin/sh", "-c", command], SM_MASTER_PORT=port) for container in containers]
+    return [container.inside(command, SM_MASTER_PORT=port) for container in containers]
 
 
 def train_on(containers) -> None:
@@ -254,7 +267,7 @@ def train_on(containers) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_machines(photos, tmp_path_factory):
+def two_machines(photos, namespaces, tmp_path_factory):
     folder = tmp_path_factory.mktemp("machines")
     containers = [Container(folder / host, photos, FLAGS, HOSTS, host) for host in HOSTS]
     train_on(containers)
@@ -279,7 +292,11 @@ def test_the_second_machine_captions_its_share_with_the_best_weights_too(two_mac
     assert not equal_weights(one / "checkpoints" / f"checkpoint-{state['max_steps']}", one / "model")
     records = data.load(str(photos), max_samples={"test": 4})["test"]
     captions = Captioner.from_pretrained(str(one / "model")).caption_split(records)
-    assert json.loads((one / "output/data/predictions.json").read_text()) == captions
+    assert predictions(one) == captions
+
+
+def predictions(base: Path) -> dict[str, str]:
+    return {row["image_id"]: row["caption"] for row in json.loads((base / "output/data/predictions.json").read_text())}
 
 
 def test_two_machines_stopped_by_sigterm_go_on_from_what_s3_keeps_of_both(two_machines, photos, tmp_path):
@@ -298,11 +315,7 @@ def test_two_machines_stopped_by_sigterm_go_on_from_what_s3_keeps_of_both(two_ma
         shutil.copytree(tmp_path / "s3", container.base / "checkpoints")
     train_on(containers)
     assert equal_weights(two_machines[0] / "model", containers[0].base / "model")
-    whole, resumed = (
-        json.loads((base / "output/data/predictions.json").read_text())
-        for base in (two_machines[0], containers[0].base)
-    )
-    assert whole == resumed
+    assert predictions(two_machines[0]) == predictions(containers[0].base)
 
 
 @pytest.mark.parametrize(
