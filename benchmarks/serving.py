@@ -97,12 +97,22 @@ class Server:
             connection.close()
 
     def worker(self) -> psutil.Process | None:
-        """The Python process with the model, of this server's session."""
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if os.getsid(process.pid) == self.process.pid and "model_service_worker" in " ".join(process.cmdline()):
+        """The Python process with the model: the child of the one that the model server starts."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if all("model_service_worker" in " ".join(p.cmdline()) for p in (process, process.parent())):
                     return process
         return None
+
+    def front(self) -> psutil.Process:
+        """The model server, which is written in Java."""
+        return next(process for process in self.processes() if process.name() == "java")
+
+    def processes(self):
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) == self.process.pid:
+                    yield process
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -318,13 +328,15 @@ def measure(server: Server, requests: list, clients: int, count: int, check) -> 
 
 
 def attack(server: Server, photos: list[bytes], count: int, clients: int, check, seed: int = 0) -> dict:
-    """Send `count` malformed requests, every fiftieth a valid one that is checked; statuses, memory, wrong answers."""
+    """Send `count` malformed requests, and after every 500 the valid ones, which are checked; statuses, memory in MiB,
+    wrong answers. A form that is none gets 500 from the model server itself, before any handler: those are counted."""
     with socket.socket() as trap:
         trap.bind(("127.0.0.1", 0))
         trap.listen()
         trap.setblocking(False)
         generator = malformed_requests(photos, seed, trap.getsockname()[1])
-        worker, faults, statuses, memory = server.worker(), [], collections.Counter(), []
+        worker, front = server.worker(), server.front()
+        faults, statuses, memory, front_memory = [], collections.Counter(), [], []
         valid = valid_requests(photos)
         slowest = 0.0
 
@@ -335,6 +347,8 @@ def attack(server: Server, photos: list[bytes], count: int, clients: int, check,
                 status, answer = server.ask(body, headers)
             except (OSError, http.client.HTTPException) as error:
                 return repr(error), request, 0.0
+            if status == 500 and b'"ErrorDataDecoderException"' in answer and "form" in headers["Content-Type"]:
+                return "500 of a form", None, time.perf_counter() - start
             wrong = status >= 500 or (refused and not (400 <= status < 500 or only_errors(answer)))
             return status, (request[1], body[:200], answer[:300]) if wrong else None, time.perf_counter() - start
 
@@ -349,6 +363,7 @@ def attack(server: Server, photos: list[bytes], count: int, clients: int, check,
                 for body, headers, members, _ in valid:
                     check(*server.ask(body, headers), members)
                 memory.append(round(worker.memory_info().rss / 2**20))
+                front_memory.append(round(front.memory_info().rss / 2**20))
         with contextlib.suppress(BlockingIOError):
             trap.accept()
             faults.append(("a URL was fetched", None))
@@ -359,6 +374,7 @@ def attack(server: Server, photos: list[bytes], count: int, clients: int, check,
             "faults": faults,
             "worker_restarted": same is None or same.pid != worker.pid,
             "memory_mib": memory,
+            "front_memory_mib": front_memory,
             "slowest_seconds": round(slowest, 2),
         }
 

@@ -320,3 +320,4 @@ def test_nothing_that_clients_send_crashes_or_stalls_the_server(server, captione
     assert result["faults"] == []
     assert not result["worker_restarted"]
     assert result["slowest_seconds"] < 30
+    assert max(result["memory_mib"]) < result["memory_mib"][0] + 50
