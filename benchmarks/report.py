@@ -36,7 +36,7 @@ def main():
     if args.screenshots:
         run, comparison = args.screenshots
         screenshot(run, "captions", 1200, 820, ROOT / "docs/report.png")
-        screenshot(run, "scores", 390, 800, ROOT / "docs/report_phone.png")
+        screenshot(run, "top", 390, 800, ROOT / "docs/report_phone.png")
         screenshot(comparison, "scores", 1200, 820, ROOT / "docs/comparison.png")
         return
 

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -217,46 +218,38 @@ def charts(runs: dict[str, dict]) -> list[dict]:
 
 
 def histogram(values: list[float], title: str, whole: bool = False) -> dict:
-    """What the template draws: {"title", "text", "bars": [{"x", "y", "width", "height", "text"}], "ticks", "zero"}, in a
-    box of 100 by 40, y pointing down."""
+    """What the template draws: {"title", "text", "bars": [{"x", "y", "width", "height", "text"}], "ticks": [{"x", "text"}],
+    "zero": x or None, "most"}, in a box of 100 by 40, y pointing down. `whole` numbers have bars of their own."""
     low, high = min(values), max(values)
-    width = max((high - low) / 20, 1e-9)
+    width = (high - low) / 20 or 1
     magnitude = 10 ** math.floor(math.log10(width))
     width = next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= width * 0.999)
-    if whole or high == low:
-        width = max(1, round(width)) if whole else 1
+    if whole:
+        width = max(1, round(width))
     start = math.floor(low / width) * width
-    bins = max(1, math.floor((high - start) / width + 1e-9) + 1)
-    counts = [0] * bins
-    for value in values:
-        counts[min(bins - 1, math.floor((value - start) / width + 1e-9))] += 1
-    ends = [start + width * number for number in range(bins + 1)]
-    shown = [_number(end) for end in ends]
+    counts = Counter(math.floor((value - start) / width + 1e-9) for value in values)
+    bins, most = max(counts) + 1, max(counts.values())
+    alone = whole and width == 1  # a bar stands for one number, and is named in its middle
+    ends = [_number(start + width * number) for number in range(bins + 1)]
     bars = [
         {
             "x": 100 * number / bins,
-            "y": 40 * (1 - count / max(counts)),
+            "y": 40 * (1 - count / most),
             "width": 100 / bins,
-            "height": 40 * count / max(counts),
-            "text": (shown[number] if whole and width == 1 else f"{shown[number]} to {shown[number + 1]}")
-            + f": {count} images",
+            "height": 40 * count / most,
+            "text": f"{ends[number] if alone else f'{ends[number]} to {ends[number + 1]}'}: {count} images",
         }
-        for number, count in enumerate(counts)
-        if count
+        for number, count in sorted(counts.items())
     ]
-    values = sorted(values)
-    median, mean = values[len(values) // 2], sum(values) / len(values)
-    every = math.ceil((bins + 1) / 6)
+    named = range(0, bins if alone else bins + 1, math.ceil((bins + 1) / 6))
+    median, mean = sorted(values)[len(values) // 2], sum(values) / len(values)
     return {
         "title": title,
         "text": f"mean {_number(mean)}, median {_number(median)}, {_number(low)} to {_number(high)}",
         "bars": bars,
-        "ticks": [
-            {"x": 100 * (number + (0.5 if whole and width == 1 else 0)) / bins, "text": shown[number]}
-            for number in range(0, bins + (0 if whole and width == 1 else 1), every)
-        ],
+        "ticks": [{"x": 100 * (number + 0.5 * alone) / bins, "text": ends[number]} for number in named],
         "zero": 100 * -start / (width * bins) if low < 0 < high else None,
-        "most": max(counts),
+        "most": most,
     }
 
 
