@@ -256,7 +256,7 @@ def resampled_scores(statistics: dict[str, np.ndarray], samples: int, seed: int)
             (images,).
             NaN stands for an image that has no such value; resamples are then drawn of those that have one.
     """
-    images = len(statistics["Bleu"])
+    images = len(next(iter(statistics.values())))
     table, columns = [], {}
     resampled = {}
     for name, values in statistics.items():
@@ -267,6 +267,8 @@ def resampled_scores(statistics: dict[str, np.ndarray], samples: int, seed: int)
             table.append(values)
         else:
             resampled[name] = resampled_sums(values[known], samples, seed)[:, 0] / known.sum()
+    if not table:
+        return resampled
     sums = resampled_sums(np.concatenate(table, axis=1), samples, seed)
     for name, of_one in zip(columns, np.split(sums, np.cumsum(list(columns.values())), axis=1), strict=False):
         resampled |= scores_of_sums(name, of_one, images)

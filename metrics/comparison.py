@@ -86,9 +86,11 @@ def statistics(rows: list[dict]) -> dict[str, np.ndarray]:
     return found
 
 
-def paired_bootstrap(baseline: list[dict], other: list[dict], samples: int, seed: int) -> dict[str, dict]:
+def paired_bootstrap(
+    baseline: list[dict], other: list[dict], samples: int, seed: int, metric: str | None = None
+) -> dict:
     """How far `other` is above `baseline`, {metric: {"difference", "interval", "p"}}. Both are rows of per_image.jsonl,
-    of the same images in the same order.
+    of the same images in the same order. `metric` is the only one to test; by default all are.
 
     `samples` times, as many images as there are are drawn with replacement, and both runs are scored on them as a corpus.
     The interval has 95 % of the differences of these resamples. p is two-sided: the share of resamples whose difference
@@ -99,6 +101,9 @@ def paired_bootstrap(baseline: list[dict], other: list[dict], samples: int, seed
     captioners its p is below 0.5. A score that only one of the runs has is left out.
     """
     one, two = statistics(baseline), statistics(other)
+    if metric:
+        name = "Bleu" if metric.startswith("Bleu_") else metric
+        one, two = {name: one[name]}, {name: two[name]}
     for name in set(one) | set(two):
         unknown = np.isnan(one[name]) | np.isnan(two[name]) if name in one and name in two else np.array([True])
         if unknown.all():

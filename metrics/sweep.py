@@ -55,7 +55,7 @@ def score_sweep(
     p = {}
     if asked.bootstrap_samples >= 100:
         for texts, (_, rows) in scored.items():
-            p[texts] = paired_bootstrap(found[best][1], rows, asked.bootstrap_samples, seed)[metric]["p"]
+            p[texts] = paired_bootstrap(found[best][1], rows, asked.bootstrap_samples, seed, metric)[metric]["p"]
     table = [
         {
             "settings": setting,

@@ -60,7 +60,8 @@ def test_a_run_leaves_everything_that_the_readme_promises(trained):
     out, _ = trained
     for name in (
         "model.safetensors", "config.json", "generation_config.json", "processor_config.json", "coco_metrics.json",
-        "predictions.json", "per_image.jsonl", "report.html", "validation/report.html", "validation/coco_metrics.json", "validation/predictions.json", "training_curves.svg",
+        "predictions.json", "per_image.jsonl", "report.html", "validation/report.html", "validation/coco_metrics.json",
+        "validation/predictions.json", "training_curves.svg",
         "training_curves.png", "train_results.json", "eval_results.json", "trainer_state.json", "README.md", "run.json",
     ):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
