@@ -290,6 +290,18 @@ def test_a_run_beside_itself_is_equal_and_chance_is_called_real_as_rarely_as_it_
     assert np.mean(p) > 0.25
 
 
+def test_one_score_is_tested_alone_and_on_the_images_that_have_it(many):
+    one, two = _rows(many, _noisy(many, 0.4, seed=1)), _rows(many, _noisy(many, 0.3, seed=2))
+    found = paired_bootstrap(one, two, samples=200, seed=0)
+    for metric in ("Bleu_4", "CIDEr", "sacrebleu"):
+        assert paired_bootstrap(one, two, samples=200, seed=0, metric=metric)[metric] == found[metric]
+    for place in range(100):
+        one[place]["scores"]["SPICE"], two[place + 50]["scores"]["SPICE"] = 0.1, 0.3
+    test = paired_bootstrap(one, two, samples=200, seed=0, metric="SPICE")
+    assert test["SPICE"]["difference"] == pytest.approx(0.2)
+    assert test["SPICE"]["interval"] == pytest.approx([0.2, 0.2])
+
+
 def test_several_runs_are_corrected_for_their_number(many):
     runs = {
         name: {"folder": name, "scores": {}, "rows": _rows(many, _noisy(many, share, seed))}
