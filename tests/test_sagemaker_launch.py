@@ -166,7 +166,7 @@ def test_the_code_that_is_uploaded_is_the_bundle_and_nothing_else(moto, jobs):
     files = {key.removeprefix(prefix).lstrip("/") for key in re.findall("<Key>([^<]+)", listing)}
     assert {"train.py", "recipe.yaml", "requirements.txt", "sagemaker/train_entry.py", "data/sources.py"} <= files
     assert not [name for name in files if name.startswith((".", "tests", "benchmarks", "runs", "docs"))]
-    assert {name.rsplit(".", 1)[-1] for name in files} <= {"py", "txt", "yaml", "json", "LICENSE"}
+    assert {name.rsplit(".", 1)[-1] for name in files} <= {"py", "txt", "yaml", "json", "LICENSE", "jinja", "css", "js"}
 
 
 @pytest.mark.parametrize("env", ["v2", "v3"])
