@@ -176,15 +176,13 @@ def settings_panel(captioner: Captioner) -> dict:
     """The components whose values with_settings takes, by the names of its arguments."""
     own = {"length_penalty": 1.0, "min_new_tokens": 0} | {k: v for k, v in captioner.settings.items() if v is not None}
 
-    def slider(label, low, high, step, value, info=None):
-        return gr.Slider(low, high, value, step=step, label=label, info=info)
+    def slider(label, low, high, step, value, info):
+        return gr.Slider(min(low, value), max(high, value), value, step=step, label=label, info=info)
 
     with gr.Row():
         search = {
             "num_captions": slider("Captions", 1, 10, 1, 3, "How many to show, the likeliest first"),
-            "num_beams": slider(
-                "Beams", 1, 10, 1, own["num_beams"], "More search longer; at least as many as captions"
-            ),
+            "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More search longer; no fewer than captions"),
             "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about a word each"),
             "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens"),
             "length_penalty": slider("Length penalty", -2, 4, 0.1, own["length_penalty"], "Above 1: longer captions"),
@@ -209,25 +207,21 @@ def with_settings(
         raise ValueError("The shortest caption is set longer than the longest.")
     if len(prompt or "") > 200:
         raise ValueError("A prompt may have 200 characters.")
-    settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_beams": 1}
-    if not do_sample:
-        settings = {
-            "do_sample": False,
-            "num_beams": max(num_beams, num_captions),
-            "length_penalty": length_penalty,
-        }
+    if do_sample:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_beams": 1}
+    else:
+        how = {"do_sample": False, "num_beams": max(num_beams, num_captions), "length_penalty": length_penalty}
+    how |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    how |= {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
     new = Captioner(
         captioner.model,
         captioner.processor,
         prompt=prompt or "",
         keep_prompt=captioner.keep_prompt,
         autocast=captioner.autocast,
+        fast_jpeg=captioner.fast_jpeg,
         remove_illegal_characters=captioner.filtered,
-        num_return_sequences=num_captions,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        repetition_penalty=repetition_penalty,
-        **settings,
+        **captioner.settings | how,
     )
     text = getattr(captioner.model.config, "text_config", captioner.model.config)
     room = getattr(text, "max_position_embeddings", None) or 10**6

@@ -25,7 +25,7 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
         caption: of this image, as the captioner gave it or any other text; without the prompt's words.
 
     Returns:
-        (words, maps). The words are those between white space. Maps are float32 (words, rows, columns) over the vision
+        (words, maps). The words are those between white space that the tokenizer knows pieces of. Maps are float32 (words, rows, columns) over the vision
         encoder's patches, row 0 at the image's top: the mean over the heads of the second half of the decoder's layers
         (the first half hardly tells one object from another), at the position that predicts the word, averaged over its
         word pieces. Each sums to 1; the class token, which stands for no place, is left out.
@@ -36,8 +36,6 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     tokenizer = captioner.processor.tokenizer
     words = caption.split()
     text = " ".join(words)
-    if not words:
-        raise ValueError("An empty caption has no word to show the attention of.")
     # Behind a prompt a caption's first word may be other tokens than alone: it is tokenised where it stands.
     before = f"{captioner.collator.words} " if captioner.collator.words else ""
     encoded = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
@@ -46,16 +44,19 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
         for token, (begin, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         if begin >= len(before)
     ]
+    if not pieces:
+        raise ValueError("An empty caption has no word to show the attention of.")
     batch = captioner.collator([{"image": image, "image_id": ""}])
     batch = captioner.training_batch(batch, [[token for token, _ in pieces]])
     attention = cross_attention(captioner.model, batch)
     attention = attention[len(attention) // 2 :, :, 0, target_positions(batch["labels"])[0], 1:].float()
     attention = (attention / attention.sum(-1, keepdim=True)).mean((0, 1)).cpu().numpy()
-    maps = np.stack([attention[[of == word for _, of in pieces]].mean(0) for word in range(len(words))])
+    numbers = sorted({word for _, word in pieces})
+    maps = np.stack([attention[[of == word for _, of in pieces]].mean(0) for word in numbers])
     rows, columns = (
         side // captioner.model.config.vision_config.patch_size for side in batch["pixel_values"].shape[2:]
     )
-    return words, maps.reshape(len(words), rows, columns)
+    return [words[number] for number in numbers], maps.reshape(-1, rows, columns)
 
 
 @torch.inference_mode()

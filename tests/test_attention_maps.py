@@ -75,6 +75,9 @@ def test_the_model_is_left_as_it_was(captioner, picture):
 def test_other_families_and_empty_captions_are_refused(captioner, picture):
     with pytest.raises(ValueError, match="no word"):
         attention_maps(captioner, picture, " ")
+    words, maps = attention_maps(captioner, picture, "a \u200b dog")  # a word that the tokenizer drops
+    assert words == ["a", "dog"]
+    assert np.isfinite(maps).all()
     git = Captioner(*families.build("git"))
     with pytest.raises(ValueError, match="this is a git"):
         attention_maps(git, picture, CAPTION)

@@ -110,6 +110,19 @@ def test_settings_are_bounded_and_mistakes_are_said(client, files):
     assert "fetches no URLs" in said(image={"path": "http://127.0.0.1:1/x.png", "meta": {"_type": "gradio.FileData"}})
 
 
+def test_what_the_page_does_not_show_stays_as_it_was_started(tmp_path):
+    import demo
+
+    model, processor = tiny.build(tmp_path)
+    started = Captioner(model, processor, no_repeat_ngram_size=2, keep_prompt=True, num_beams=1)
+    page = {"num_captions": 2, "num_beams": 1, "max_new_tokens": 8, "min_new_tokens": 0, "length_penalty": 2.0}
+    page |= {"repetition_penalty": 1.0, "do_sample": False, "temperature": 1.0, "top_p": 0.9, "prompt": "a"}
+    new = demo.with_settings(started, **page)
+    assert new.keep_prompt
+    assert new.settings["no_repeat_ngram_size"] == 2
+    assert (new.settings["num_beams"], new.settings["length_penalty"], new.prompt) == (2, 2.0, "a")
+
+
 def test_sampling_draws_captions_and_a_prompt_goes_before_them(client, files):
     image = gradio_client.handle_file(files / "photo.png")
     settings = {"do_sample": True, "temperature": 1.5, "top_p": 1.0, "num_captions": 5, "max_new_tokens": 8}
