@@ -213,16 +213,7 @@ def with_settings(
         how = {"do_sample": False, "num_beams": max(num_beams, num_captions), "length_penalty": length_penalty}
     how |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     how |= {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
-    new = Captioner(
-        captioner.model,
-        captioner.processor,
-        prompt=prompt or "",
-        keep_prompt=captioner.keep_prompt,
-        autocast=captioner.autocast,
-        fast_jpeg=captioner.fast_jpeg,
-        remove_illegal_characters=captioner.filtered,
-        **captioner.settings | how,
-    )
+    new = captioner.with_settings(**how)
     text = getattr(captioner.model.config, "text_config", captioner.model.config)
     room = getattr(text, "max_position_embeddings", None) or 10**6
     if new.collator.words_before + max_new_tokens >= room:

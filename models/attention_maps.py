@@ -28,7 +28,7 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
         (words, maps). The words are those between white space that the tokenizer knows pieces of. Maps are float32 (words, rows, columns) over the vision
         encoder's patches, row 0 at the image's top: the mean over the heads of the second half of the decoder's layers
         (the first half hardly tells one object from another), at the position that predicts the word, averaged over its
-        word pieces. Each sums to 1; the class token, which stands for no place, is left out.
+        word pieces, of which punctuation counts only where there is nothing else. Each sums to 1; the class token, which stands for no place, is left out.
 
     Raises:
         ValueError: the model is no BLIP, or the caption has no word.
@@ -39,11 +39,8 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     # Behind a prompt a caption's first word may be other tokens than alone: it is tokenised where it stands.
     before = f"{captioner.collator.words} " if captioner.collator.words else ""
     encoded = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
-    pieces = [
-        (token, text.count(" ", 0, begin - len(before)))  # and the number of its word
-        for token, (begin, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        if begin >= len(before)
-    ]
+    spans = [(begin - len(before), end - len(before)) for begin, end in encoded["offset_mapping"]]
+    pieces = [(token, span) for token, span in zip(encoded["input_ids"], spans, strict=True) if span[0] >= 0]
     if not pieces:
         raise ValueError("An empty caption has no word to show the attention of.")
     batch = captioner.collator([{"image": image, "image_id": ""}])
@@ -51,12 +48,15 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     attention = cross_attention(captioner.model, batch)
     attention = attention[len(attention) // 2 :, :, 0, target_positions(batch["labels"])[0], 1:].float()
     attention = (attention / attention.sum(-1, keepdim=True)).mean((0, 1)).cpu().numpy()
-    numbers = sorted({word for _, word in pieces})
-    maps = np.stack([attention[[of == word for _, of in pieces]].mean(0) for word in numbers])
+    of_word: dict[int, list[tuple[bool, int]]] = {}  # (whether more than punctuation, number) of a word's pieces
+    for piece, (_, (begin, end)) in enumerate(pieces):
+        of_word.setdefault(text.count(" ", 0, begin), []).append((any(map(str.isalnum, text[begin:end])), piece))
+    chosen = [[piece for spelt, piece in found if spelt == max(found)[0]] for found in of_word.values()]
+    maps = np.stack([attention[numbers].mean(0) for numbers in chosen])
     rows, columns = (
         side // captioner.model.config.vision_config.patch_size for side in batch["pixel_values"].shape[2:]
     )
-    return [words[number] for number in numbers], maps.reshape(-1, rows, columns)
+    return [words[number] for number in of_word], maps.reshape(-1, rows, columns)
 
 
 @torch.inference_mode()

@@ -55,13 +55,13 @@ def test_probabilities_are_those_of_eager_attention(fast, prompt, captioner, pic
 @pytest.mark.parametrize("prompt", ["", "a picture of "])
 def test_a_words_map_is_the_mean_of_its_pieces_where_they_are_predicted(prompt, captioner, picture):
     captioner = Captioner(captioner.model, captioner.processor, prompt=prompt)
-    words, maps = attention_maps(captioner, picture, "Two  circles, a dog")
-    assert words == ["Two", "circles,", "a", "dog"]
-    assert maps.shape == (4, 4, 4)
+    words, maps = attention_maps(captioner, picture, "Two  circles, a dog .")
+    assert words == ["Two", "circles,", "a", "dog", "."]
+    assert maps.shape == (5, 4, 4)
     np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
-    pieces = eager_attentions(captioner, picture, "two circles , a dog")[1, :, len(prompt.split()) :, 1:].numpy()
-    pieces = (pieces / pieces.sum(-1, keepdims=True)).mean(0).reshape(-1, 4, 4)  # two circle ##s , a dog
-    for word, members in enumerate(([0], [1, 2, 3], [4], [5])):
+    pieces = eager_attentions(captioner, picture, "two circles , a dog .")[1, :, len(prompt.split()) :, 1:].numpy()
+    pieces = (pieces / pieces.sum(-1, keepdims=True)).mean(0).reshape(-1, 4, 4)  # two circle ##s , a dog .
+    for word, members in enumerate(([0], [1, 2], [4], [5], [6])):
         np.testing.assert_allclose(maps[word], pieces[members].mean(0), rtol=1e-4)
 
 
