@@ -186,6 +186,9 @@ class MetricArguments:
         True,
         "Write report.html: scores, distributions, and every caption beside a small copy of its picture, in one file.",
     )
+    report_maps: int = flag(
+        24, "Captions in report.html, those of the lowest CIDEr, that show where BLIP looked for each word; 0 for none."
+    )
     clip_metrics: list[str] = flag(
         [], "CLIP-based scores to add, each with and without references: clip-s pac-s pac-s++."
     )

@@ -237,7 +237,7 @@ def heat_maps(captioner: Captioner, picture, caption: str) -> str:
     """A small picture a word, as HTML; nothing of models that have no cross-attention."""
     if captioner.model.config.model_type != "blip" or not caption:
         return ""
-    words, maps = attention_maps(captioner, picture, caption.removeprefix(captioner.collator.words).strip())
+    words, maps = attention_maps(captioner, picture, caption)
     small = picture.copy()
     small.thumbnail((180, 180))
     figures = []

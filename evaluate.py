@@ -8,6 +8,7 @@ python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evalu
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -31,6 +32,7 @@ from metrics.report import write_comparison_report, write_report
 from metrics.sweep import check_sweep, score_sweep
 from metrics.sweep import summary as sweep_summary
 from metrics.text_checks import remove_illegal_characters
+from models.attention_maps import maps_of_worst
 from models.captioner import Captioner, processes
 
 logger = logging.getLogger("evaluate")
@@ -57,7 +59,7 @@ def main():
     settings = sweep_settings(args.sweep) if args.sweep else []
     if settings:
         check_sweep(args, metric_args, model_args.model_name_or_path)
-    sweep = None
+    sweep = looks = None
     corruption = data.corruption(args.corrupt)
 
     if args.predictions:
@@ -129,10 +131,11 @@ def main():
             "generation": captioner.description(),
         }
         images = records["image"]
+        looks = functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)
     results.write_scores(folder, scores, rows, **source)
     logger.info("scores of %d images, in %s:\n%s", len(predictions), folder, results.summary(scores))
     if metric_args.report:
-        write_report(folder, rows, images, sweep=sweep)
+        write_report(folder, rows, images, sweep=sweep, looks=looks)
 
 
 if __name__ == "__main__":

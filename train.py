@@ -9,6 +9,7 @@ the last checkpoint.
 """
 
 import dataclasses
+import functools
 import logging
 
 from transformers import EarlyStoppingCallback, set_seed
@@ -20,6 +21,7 @@ from metrics import results
 from metrics.clip_scores import load_scorers
 from metrics.curves import plot_curves
 from metrics.report import write_report
+from models.attention_maps import maps_of_worst
 from models.captioner import Captioner
 from models.card import finish_run, write_card
 from models.families import vision_encoder
@@ -164,7 +166,8 @@ def main():
         finish_run(folder, trainer, splits, examples)
         write_card(folder)
         for target, rows, images in scored if metric_args.report else ():
-            write_report(target, rows, images, curves=folder / "training_curves.svg")
+            looks = functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)
+            write_report(target, rows, images, curves=folder / "training_curves.svg", looks=looks)
         logger.info("the model, its scores, captions, report, curves and card are in %s", folder)
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -72,6 +72,30 @@ function values(row, run) {
   return list;
 }
 
+const looks = JSON.parse($("looks").textContent);
+
+// The picture once a word, dark where the model did not look for it. Drawn when it is opened.
+function wordMaps(row, image) {
+  const { words, rows: high, columns: wide, maps } = looks[row.id];
+  const levels = Uint8Array.from(atob(maps), (character) => character.charCodeAt(0));
+  const strip = element("div", {});
+  words.forEach((word, number) => {
+    const shade = element("canvas", { width: wide, height: high });
+    const pixels = new ImageData(wide, high);
+    for (let patch = 0; patch < wide * high; patch++) {
+      pixels.data[4 * patch + 3] = 0.65 * (255 - levels[number * wide * high + patch]); // black, more or less of it
+    }
+    shade.getContext("2d").putImageData(pixels, 0, 0);
+    const width = 80;
+    const height = Math.round((width * image.naturalHeight) / image.naturalWidth);
+    const canvas = element("canvas", { width, height, role: "img", "aria-label": `Where the model looked for the word ${word}` });
+    canvas.getContext("2d").drawImage(image, 0, 0, width, height);
+    canvas.getContext("2d").drawImage(shade, 0, 0, width, height);
+    strip.append(element("figure", {}, canvas, element("figcaption", {}, word)));
+  });
+  return strip;
+}
+
 function card(row) {
   const text = element("div", { class: "text" });
   runs.forEach((run, number) => {
@@ -88,7 +112,13 @@ function card(row) {
   const content = picture(row.id);
   if (content) {
     const alt = `The picture ${row.id}`;
-    return element("li", {}, element("img", { alt, loading: "lazy", src: `data:image/jpeg;base64,${content}` }), text);
+    const image = element("img", { alt, loading: "lazy", src: `data:image/jpeg;base64,${content}` });
+    if (Object.hasOwn(looks, row.id)) {
+      const details = element("details", { class: "looks" }, element("summary", {}, "Where the model looked for each word"));
+      details.addEventListener("toggle", () => details.append(wordMaps(row, image)), { once: true });
+      text.append(details);
+    }
+    return element("li", {}, image, text);
   }
   const missing = Object.keys(pictures).length ? [element("div", { class: "no-picture" }, "no picture")] : [];
   return element("li", {}, ...missing, text);

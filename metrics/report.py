@@ -41,12 +41,15 @@ SHARES = {
 SIZES = ((1000, 256, 75), (2500, 192, 65), (10_000, 128, 50))
 
 
-def write_report(folder: Path, rows: list[dict], images=None, *, curves: Path | None = None, sweep=None) -> None:
+def write_report(
+    folder: Path, rows: list[dict], images=None, *, curves: Path | None = None, sweep=None, looks=None
+) -> None:
     """report.html of a run, from coco_metrics.json there and `rows` of metrics.results.score_captions.
 
     Args:
         images: an image value (data.open_image) for each row, if there are any. Pictures are made small here.
         curves: training_curves.svg.
+        looks: called without arguments, {image id: (words, (words, rows, columns) attention maps)} of some images.
         sweep: what sweep.json holds, of metrics.sweep; its heat map is sweep.svg in the folder.
 
     Whatever goes wrong is logged and not raised: the scores are written, and no report is worth losing what follows.
@@ -63,6 +66,7 @@ def write_report(folder: Path, rows: list[dict], images=None, *, curves: Path | 
             thumbnails([row["image_id"] for row in rows], images, [row["scores"]["CIDEr"] for row in rows]),
             plots={path.stem: _svg_uri(path) for path in plots if path.is_file()},
             sweep=sweep,
+            looks=_script_json(encode_maps(looks() if looks else {})),
         )
     except Exception:
         logger.exception("report.html could not be written; the scores are in %s", folder)
@@ -115,7 +119,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
         content=_script_json(content),
         thumbnails=_script_json(pictures),
         has_pictures=bool(pictures),
-        **{"comparison": None, "sweep": None, "plots": {}} | parts,
+        **{"comparison": None, "sweep": None, "plots": {}, "looks": "{}"} | parts,
     )
     write_text(folder / "report.html", page)
 
@@ -146,6 +150,16 @@ def thumbnails(image_ids: list[str], images, scores: list[float]) -> dict[str, s
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         made = zip(chosen, pool.map(thumbnail, chosen), strict=True)
         return {image_ids[index]: picture for index, picture in made if picture}
+
+
+def encode_maps(looks: dict) -> dict[str, dict]:
+    """Attention maps as JSON: a byte for each patch, 255 where a word's map is highest, in base64."""
+    encoded = {}
+    for image_id, (words, maps) in looks.items():
+        levels = (255 * maps / maps.max(axis=(1, 2), keepdims=True)).round().astype("uint8")
+        content = base64.b64encode(levels.tobytes()).decode()
+        encoded[image_id] = {"words": words, "rows": maps.shape[1], "columns": maps.shape[2], "maps": content}
+    return encoded
 
 
 def read_thumbnails(folder: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ What a map shows is where information was fetched from, and not why a word was c
 on drawn scenes how far the two agree.
 """
 
+import contextlib
 import math
 import threading
 
@@ -22,18 +23,21 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     Args:
         captioner: models.Captioner of a BLIP.
         image: anything that data.open_image takes.
-        caption: of this image, as the captioner gave it or any other text; without the prompt's words.
+        caption: of this image, as the captioner gave it or any other text.
 
     Returns:
-        (words, maps). The words are those between white space that the tokenizer knows pieces of. Maps are float32 (words, rows, columns) over the vision
-        encoder's patches, row 0 at the image's top: the mean over the heads of the second half of the decoder's layers
-        (the first half hardly tells one object from another), at the position that predicts the word, averaged over its
-        word pieces, of which punctuation counts only where there is nothing else. Each sums to 1; the class token, which stands for no place, is left out.
+        (words, maps). The words are those between white space that the tokenizer knows pieces of. Maps are float32
+        (words, rows, columns) over the vision encoder's patches, row 0 at the image's top: the mean over the heads of
+        the second half of the decoder's layers (the first half hardly tells one object from another), at the position
+        that predicts the word, averaged over its word pieces, of which punctuation counts only where there is nothing
+        else. Each sums to 1; the class token, which stands for no place, is left out.
 
     Raises:
         ValueError: the model is no BLIP, or the caption has no word.
     """
     tokenizer = captioner.processor.tokenizer
+    if captioner.keep_prompt:
+        caption = caption.removeprefix(captioner.collator.words)
     words = caption.split()
     text = " ".join(words)
     # Behind a prompt a caption's first word may be other tokens than alone: it is tokenised where it stands.
@@ -59,6 +63,21 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     return [words[number] for number in of_word], maps.reshape(-1, rows, columns)
 
 
+def maps_of_worst(captioner, rows: list[dict], images, number: int) -> dict[str, tuple[list[str], np.ndarray]]:
+    """{image id: what attention_maps gives} for the captions with the lowest CIDEr, as report.html shows them first.
+
+    rows, images: of metrics.results.score_captions. Nothing for families other than BLIP.
+    """
+    if base_model(captioner.model).config.model_type != "blip":
+        return {}
+    worst = sorted(range(len(rows)), key=lambda index: rows[index]["scores"]["CIDEr"])[:number]
+    found = {}
+    for index in worst:
+        with contextlib.suppress(ValueError):  # of an empty caption
+            found[rows[index]["image_id"]] = attention_maps(captioner, images[index], rows[index]["caption"])
+    return found
+
+
 @torch.inference_mode()
 def cross_attention(model, batch: dict) -> torch.Tensor:
     """(layers, heads, captions, length, patches + 1) cross-attention probabilities of a BLIP decoder that reads `batch`,
@@ -74,9 +93,9 @@ def cross_attention(model, batch: dict) -> torch.Tensor:
         if threading.get_ident() != thread:
             return  # somebody else's pass through the same model
         states, image = args[0] if args else kwargs["hidden_states"], kwargs["encoder_hidden_states"]
-        split = (-1, attention.num_attention_heads, attention.attention_head_size)
-        query = attention.query(states).unflatten(-1, split[1:]).transpose(1, 2)
-        key = attention.key(image).unflatten(-1, split[1:]).transpose(1, 2)
+        split = (attention.num_attention_heads, attention.attention_head_size)
+        query = attention.query(states).unflatten(-1, split).transpose(1, 2)
+        key = attention.key(image).unflatten(-1, split).transpose(1, 2)
         maps.append((query @ key.mT / math.sqrt(attention.attention_head_size)).softmax(-1))
 
     was_training = model.training

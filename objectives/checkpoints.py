@@ -17,7 +17,7 @@ FREE = {
     "hub_private_repo", "hub_always_push", "local_rank", "ddp_timeout", "ddp_backend", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "license", "meteor",
     "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp",
-    "per_device_eval_batch_size", "max_test_samples", "feature_cache", "clip_metrics",
+    "per_device_eval_batch_size", "report_maps", "max_test_samples", "feature_cache", "clip_metrics",
 }  # fmt: skip
 
 

@@ -433,3 +433,26 @@ def test_a_report_without_pictures_says_so(runs):
 def test_a_failure_inside_the_report_is_logged_not_raised(tmp_path, caplog):
     write_report(tmp_path, [], None)
     assert "report.html could not be written" in caplog.text
+
+
+def test_a_card_shows_where_the_model_looked_for_each_word(chromium, tmp_path):
+    model = tiny.build_folder(tmp_path)
+    photos = tiny.write_photos(tmp_path / "photos", {f"photo{n}": ["a red dog", "the dog"] for n in range(3)})
+    tiny.run(
+        "evaluate.py", "--model_name_or_path", model, "--dataset_name", photos, "--split", "train", "--output_dir",
+        tmp_path / "out", "--max_new_tokens", 6, "--report_maps", 2, *NO_JAVA,
+    )  # fmt: skip
+    opened(chromium, tmp_path / "out")
+    looks = chromium.find_elements("css selector", ".looks")
+    assert len(looks) == 2, "as many as were asked for"
+    looks[0].find_element("tag name", "summary").click()
+    caption = chromium.find_element("css selector", ".prediction").text
+    words = [figure.text for figure in looks[0].find_elements("tag name", "figure")]
+    assert words == caption.split() != []
+    dark, light = chromium.execute_script(
+        "const canvas = document.querySelector('.looks canvas');"
+        "const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;"
+        "return [Math.min(...pixels), Math.max(...pixels.filter((_, index) => index % 4 < 3))];"
+    )
+    assert light > dark
+    assert chromium.get_log("browser") == []
