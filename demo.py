@@ -213,7 +213,7 @@ def with_settings(
         how = {"do_sample": False, "num_beams": max(num_beams, num_captions), "length_penalty": length_penalty}
     how |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     how |= {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
-    new = captioner.with_settings(**how)
+    new = captioner.with_settings(prompt or "", **how)
     text = getattr(captioner.model.config, "text_config", captioner.model.config)
     room = getattr(text, "max_position_embeddings", None) or 10**6
     if new.collator.words_before + max_new_tokens >= room:

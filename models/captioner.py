@@ -75,12 +75,12 @@ class Captioner:
         if self.settings["num_beams"] == 1:  # they mean nothing without beams, and generate warns of each
             self.settings.pop("length_penalty"), self.settings.pop("early_stopping")
 
-    def with_settings(self, **settings) -> "Captioner":
-        """A captioner with other settings of `generate` and everything else the same, the model shared."""
+    def with_settings(self, prompt: str | None = None, **settings) -> "Captioner":
+        """A captioner with another prompt, other settings of `generate` and all else the same, the model shared."""
         return Captioner(
             self.model,
             self.processor,
-            prompt=self.prompt,
+            prompt=self.prompt if prompt is None else prompt,
             keep_prompt=self.keep_prompt,
             autocast=self.autocast,
             fast_jpeg=self.fast_jpeg,
