@@ -116,7 +116,7 @@ function card(row) {
     if (Object.hasOwn(looks, row.id)) {
       const details = element("details", { class: "looks" }, element("summary", {}, "Where the model looked for each word"));
       details.addEventListener("toggle", () => details.append(wordMaps(row, image)), { once: true });
-      text.append(details);
+      references.before(details);
     }
     return element("li", {}, image, text);
   }
