@@ -437,11 +437,12 @@ def test_a_failure_inside_the_report_is_logged_not_raised(tmp_path, caplog):
 
 def test_a_card_shows_where_the_model_looked_for_each_word(chromium, tmp_path):
     model = tiny.build_folder(tmp_path)
-    captions = {f"photo{n}": ["a red dog", "the dog"] for n in range(3)}
-    photos = tiny.write_photos(tmp_path / "photos", captions, dict.fromkeys(captions, "train"))
+    words = ("dog", "cat", "ball", "star")
+    captions = {f"photo{n}": [f"a red {word}", f"the {word}"] for n, word in enumerate(words)}
+    photos = tiny.write_photos(tmp_path / "photos", captions, dict.fromkeys(captions, "test"))
     tiny.run(
-        "evaluate.py", "--model_name_or_path", model, "--dataset_name", photos, "--split", "train", "--output_dir",
-        tmp_path / "out", "--max_new_tokens", 6, "--report_maps", 2, *NO_JAVA,
+        "evaluate.py", "--model_name_or_path", model, "--dataset_name", photos, "--split", "test", "--output_dir",
+        tmp_path / "out", "--min_new_tokens", 4, "--max_new_tokens", 6, "--report_maps", 2, *NO_JAVA,
     )  # fmt: skip
     opened(chromium, tmp_path / "out")
     looks = chromium.find_elements("css selector", ".looks")
