@@ -31,6 +31,8 @@ DEFAULTS = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
 }
+# Here generate refuses whole numbers, which JSON and sliders make of 2.0.
+FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
 
 
 def processes(patience: timedelta | None = None) -> PartialState:
@@ -68,7 +70,7 @@ class Captioner:
         self.collator = ImageCollator(
             processor, model.config, prompt=self.prompt, fast_jpeg=fast_jpeg, corruption=corruption
         )
-        self.asked = {name: value for name, value in settings.items() if value is not None}
+        self.asked = {n: float(v) if n in FLOATS else v for n, v in settings.items() if v is not None}
         self.settings = {name: getattr(model.generation_config, name, None) for name in DEFAULTS}
         self.settings = {name: DEFAULTS[name] if value is None else value for name, value in self.settings.items()}
         self.settings |= self.asked

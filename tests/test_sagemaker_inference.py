@@ -68,6 +68,17 @@ def test_parameters_are_the_captioners_settings(captioner, photos):
     assert json.loads(text) == {"captions": expected}
 
 
+def test_whole_numbers_will_do_where_numbers_are_asked_for(captioner, photos):
+    of_numbers = [
+        answer(captioner, as_json(photos[:1], parameters=parameters), "application/json")
+        for parameters in (
+            {"repetition_penalty": 3, "length_penalty": 2},
+            {"repetition_penalty": 3.0, "length_penalty": 2.0},
+        )
+    ]
+    assert of_numbers[0] == of_numbers[1]
+
+
 def test_scores_are_the_mean_log_probability_that_generation_gave_the_tokens(captioner, photos):
     text = answer(
         captioner, as_json(photos[:2], parameters={"num_beams": 1, "return_scores": True}), "application/json"
