@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The code of a job, and nothing else: no data, caches, .git or secrets.
 JOB = ("*.py", "requirements.txt", "LICENSE", "recipes/**/*.yaml", "recipes/**/*.json", "sagemaker/*.py",
-       "sagemaker/*.txt", "metrics/report.*", *(f"{folder}/**/*.py" for folder in ("data", "models", "objectives", "metrics")))  # fmt: skip
+       "sagemaker/*.txt", "metrics/report.*", *(f"{folder}/*.py" for folder in ("data", "models", "objectives", "metrics")))  # fmt: skip
 # What inference.py imports.
-SERVING = ("collator.py", "data/**/*.py", "models/**/*.py", "objectives/cross_entropy.py", "metrics/text_checks.py")
+SERVING = ("collator.py", "data/*.py", "models/*.py", "objectives/cross_entropy.py", "metrics/text_checks.py")
 # What from_pretrained reads, the card and the scores; no optimizer, no checkpoints, nothing else of the run.
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*processor*.json",
          "token*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
