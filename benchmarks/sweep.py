@@ -44,7 +44,6 @@ def main():
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/sweep.json")
     args = parser.parse_args()
     folder = Path(os.environ["CAPTION_TEST_DATA"])
 
@@ -94,8 +93,8 @@ def main():
         "sweep_to_one_evaluation": medians["sweep"] / medians["evaluation"],
         "nine_evaluations_to_sweep": medians["one_by_one"] / medians["sweep"],
     }
-    found = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    write_json(args.output, found | {"trained" if args.model else "blip_base": result | environment()})
+    name = "sweep_trained" if args.model else "sweep_blip_base"
+    write_json(ROOT / f"benchmarks/results/{name}.json", result | environment())
     print(json.dumps({name: value for name, value in result.items() if name != "seconds"}, indent=2))
 
 

@@ -98,10 +98,10 @@ class Slow(importlib.abc.MetaPathFinder):
         def exec_module(module):
             execute(module)
             caption_batch = module.Captioner.caption_batch
-            def slow(self, batch):
+            def slow(self, *args):
                 print("captioning slowly", file=sys.stderr, flush=True)
                 time.sleep(20)
-                return caption_batch(self, batch)
+                return caption_batch(self, *args)
             module.Captioner.caption_batch = slow
         spec.loader.exec_module = exec_module
         return spec
