@@ -65,7 +65,7 @@ def test_every_test_that_the_corrections_name_exists():
 
 def test_every_flag_that_the_readme_names_exists():
     known = {field for group in GROUPS for field in group.__dataclass_fields__}
-    others = ("Evaluate", "Infer", "Rewrite", "LLM", "Export")
+    others = ("Evaluate", "Infer", "Demo", "Rewrite", "LLM", "Export")
     for group in (getattr(arguments, f"{name}Arguments") for name in others):
         known |= set(group.__dataclass_fields__)
     named = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text())) - {"help", "nproc_per_node"}
