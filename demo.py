@@ -26,12 +26,11 @@ from pathlib import Path
 import torch
 
 from arguments import DemoArguments, GenerationArguments, ModelArguments, parse, run
-from collator import IGNORE
 from data import scenes
 from data.uploads import list_uploads, read_upload, read_uploads
 from models.attention_maps import attention_maps, overlay
 from models.captioner import Captioner
-from objectives.cross_entropy import token_log_probs
+from objectives.cross_entropy import mean_log_probs
 
 try:
     import gradio as gr
@@ -227,8 +226,7 @@ def candidates(captioner: Captioner, picture) -> list[tuple[str, float]]:
     with torch.autocast(captioner.model.device.type, captioner.autocast, enabled=captioner.autocast is not None):
         batch = captioner.encode(captioner.collator([{"image": picture, "image_id": ""}]))
         tokens = captioner.generate_tokens(batch)
-        batch = captioner.training_batch(batch, captioner.rows(tokens))
-        scores = token_log_probs(captioner.model, batch).sum(1) / (batch["labels"] != IGNORE).sum(1)
+        scores = mean_log_probs(captioner.model, captioner.training_batch(batch, captioner.rows(tokens)))
     found = sorted(zip(captioner.texts(tokens), scores.tolist(), strict=True), key=lambda pair: -pair[1])
     return list({text: (text, score) for text, score in reversed(found)}.values())[::-1]
 

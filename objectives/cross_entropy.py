@@ -47,6 +47,11 @@ def token_log_probs(model, batch: dict) -> torch.Tensor:
     return torch.zeros(batch["labels"].shape, device=chosen.device).masked_scatter(batch["labels"] != IGNORE, chosen)
 
 
+def mean_log_probs(model, batch: dict) -> torch.Tensor:
+    """(rows,) float32 mean log-probability of a row's labels: a caption's score, 0 the surest."""
+    return token_log_probs(model, batch).sum(dim=1) / (batch["labels"] != IGNORE).sum(dim=1)
+
+
 class CrossEntropy:
     """The objective of supervised fine-tuning."""
 

@@ -31,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # code/, where the fol
 
 import torch
 
-from collator import IGNORE
 from data import ImageError, open_image
 from models.captioner import Captioner
-from objectives.cross_entropy import token_log_probs
+from objectives.cross_entropy import mean_log_probs
 
 logger = logging.getLogger(__name__)
 LIMITS = {
@@ -187,8 +186,7 @@ def caption(captioner: Captioner, images: list, settings: dict, return_scores: b
     tokens = captioner.generate_tokens(batch)
     if not return_scores:
         return captioner.texts(tokens), None
-    batch = captioner.training_batch(batch, captioner.rows(tokens))
-    scores = token_log_probs(captioner.model, batch).sum(dim=1) / (batch["labels"] != IGNORE).sum(dim=1)
+    scores = mean_log_probs(captioner.model, captioner.training_batch(batch, captioner.rows(tokens)))
     return captioner.texts(tokens), [round(score, 4) for score in scores.tolist()]
 
 
