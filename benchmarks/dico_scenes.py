@@ -8,9 +8,13 @@ four go on for the same number of steps, of the same images, optimiser and learn
 SCST on CLIP-S, DiCO on CLIP-S. The reward's CLIP is runs/scene_clip/reward; the other one there, which no training has
 seen, judges. Validation is scored along the way, the test scenes at the end. benchmarks/results/dico_scenes.json has all
 of it, docs/dico_tradeoff.png the way each method takes through CIDEr and CLIP-S.
+
+Finished runs are kept in --folder and read again by a call with the same settings and CLIPs: it goes on where a killed one
+stopped, and calls with other --seeds may share the work, a last one with all of them putting it together.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import get_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,6 +42,7 @@ from objectives.policy import SAMPLING, draw
 from objectives.rewards import RecordImages, Rewards
 from objectives.scst import SelfCritical
 
+START = "the starting model"
 METHODS = ("cross-entropy", "SCST on CIDEr", "SCST on CLIP-S", "DiCO on CLIP-S")
 SHOWN = ("CIDEr", "CLIP-S reward", "CLIP-S judge", "kl", "distinct", "repeated_bigrams", "mean_length", "scene_facts")
 
@@ -83,6 +89,7 @@ def train(method, start: Path, seed, splits, rewards, scorers, arguments) -> dic
         pairs, arguments.batch_size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(seed)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(arguments.schedule, optimizer, num_warmup_steps=0, num_training_steps=arguments.steps)
     model.train()
     curve, seconds, step = [], 0.0, 0
     while step <= arguments.steps:
@@ -102,6 +109,7 @@ def train(method, start: Path, seed, splits, rewards, scorers, arguments) -> dic
             objective(model, batch)["loss"].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            schedule.step()
             seconds += time.perf_counter() - begin
             step += 1
     test = evaluate(captioner, first, splits["test"], scorers)
@@ -143,15 +151,23 @@ def divergence(captioner, first, records) -> float:
 
 
 def table(runs: dict) -> dict:
-    """Mean and range over seeds of the test scores of each method; of the starting models under "start"."""
+    """Of each method's test scores the mean, standard deviation and range over seeds; of what they differ by from those of
+    "cross-entropy" with the same seed, mean and standard deviation ("change", "change_sd") and mean size ("distance")."""
     rows = {}
-    for method in METHODS:
-        tests = [run[method]["test"] for run in runs.values()]
-        rows[method] = {
-            name: {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
-            for name in tests[0]
-            if (values := [test[name] for test in tests])[0] is not None
-        }
+    for method in (START, *METHODS):
+        rows[method] = {}
+        for name in SHOWN:
+            values = [run[method]["test"][name] for run in runs.values()]
+            changes = [value - run[METHODS[0]]["test"][name] for value, run in zip(values, runs.values(), strict=True)]
+            rows[method][name] = {
+                "mean": statistics.mean(values),
+                "sd": statistics.stdev(values),
+                "min": min(values),
+                "max": max(values),
+                "change": statistics.mean(changes),
+                "change_sd": statistics.stdev(changes),
+                "distance": statistics.mean(map(abs, changes)),
+            }
     return rows
 
 
@@ -183,15 +199,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=ROOT / "runs/scene_clip")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/dico_scenes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--xe_steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--eval_steps", type=int, default=50)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--xe_steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--eval_steps", type=int, default=180)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--schedule", default="linear", help="of the learning rate: constant, linear, cosine")
     parser.add_argument("--batch_size", type=int, default=16, help="images a step")
     parser.add_argument("--sampled", action="store_true", help="DiCO's candidates are samples instead of beams")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/dico_scenes.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/dico_tradeoff.png")
     arguments = parser.parse_args()
 
     splits = data.load("scenes")
@@ -199,21 +216,27 @@ def main() -> None:
     scorers = {name: ClipScorer.load("clip-s", str(arguments.clips / name)) for name in ("reward", "judge")}
     images = RecordImages(splits["train"])
     rewards = {name: Rewards({name: 1.0}, references, images, [scorers["reward"]]) for name in ("cider", "clip-s")}
+    settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path) and k != "seeds"}
+    settings["clips_sha256"] = {name: scorer.source["sha256"] for name, scorer in scorers.items()}
     runs: dict = {}
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("folder", "output")
-    }
     for seed in arguments.seeds:
         start = cross_entropy_model(arguments.folder / f"xe-{seed}", seed, arguments.xe_steps)
         runs[str(seed)] = {}
-        for method in arguments.methods:
-            runs[str(seed)][method] = train(method, start, seed, splits, rewards, scorers, arguments)
-            clips = {name: scorer.source["sha256"] for name, scorer in scorers.items()}
-            found = {"settings": settings, "clips_sha256": clips, "runs": runs}
-            write_json(arguments.output, found | environment())
-    if set(arguments.methods) == set(METHODS):
-        write_json(arguments.output, {"test": table(runs), **found, **environment()})
-        plot(runs, ROOT / "docs/dico_tradeoff.png")
+        for method in (START, *METHODS):
+            file = arguments.folder / f"{seed} {method}.json"
+            kept = json.loads(file.read_text()) if file.is_file() else {}
+            if kept.get("settings") != settings:
+                if method == START:
+                    model, processor = load_model(str(start))
+                    captioner = Captioner(model.eval(), processor)
+                    run = {"test": evaluate(captioner, model, splits["test"], scorers)}
+                else:
+                    run = train(method, start, seed, splits, rewards, scorers, arguments)
+                kept = {"settings": settings, "run": run, **environment()}
+                write_json(file, kept)
+            runs[str(seed)][method] = kept["run"] | {"commit": kept["commit"]}
+    write_json(arguments.output, {"test": table(runs), "settings": settings, "runs": runs, **environment()})
+    plot(runs, arguments.plot)
 
 
 if __name__ == "__main__":

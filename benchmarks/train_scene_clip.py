@@ -1,11 +1,11 @@
 """Two small CLIPs of the quickstart's scenes, so that CLIP-S has a meaning there: one to reward, one to judge.
 
-    python benchmarks/train_scene_clip.py runs/scene_clip [--steps 1200]
+    python benchmarks/train_scene_clip.py runs/scene_clip [--steps 1000]
 
 Leaves runs/scene_clip/reward and runs/scene_clip/judge, folders that `--clip_model` takes, and
-benchmarks/results/scene_clip.json: what they tell apart on the test scenes, whose pairs of kinds no CLIP has seen. The
-two share nothing but their shape: each has its own random weights, its own drawn scenes, its own order of them. Neither
-has seen the scenes that the captioners of recipes/ are trained on.
+benchmarks/results/scene_clip.json: what they tell apart on the test scenes, whose pairs of kinds no CLIP has seen, and
+which of several true wordings they like best. The two share nothing but their shape: each has its own random weights, its
+own drawn scenes, its own order of them. Neither has seen the scenes that the captioners of recipes/ are trained on.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "scene_clip.json"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--scenes", type=int, default=10000)
     args = parser.parse_args()
@@ -111,7 +111,8 @@ def word_tokenizer(texts) -> BertTokenizer:
 
 def examine(folder: Path, test) -> dict:
     """Retrieval among the test scenes, a caption that two scenes share counting for both; and for each kind of fact the
-    share of scenes whose true caption scores higher than the same words with that fact wrong."""
+    share of scenes whose true caption scores higher than the same words with that fact wrong. `wordings`: the mean CLIP-S of
+    the true caption in each of the scenes' sentence patterns, all of which say the same."""
     scorer = ClipScorer.load("clip-s", str(folder))
     groups, facts = test["captions"][:], [json.loads(text) for text in test["facts"]]
     images = scorer.image_features(test["image_id"], test["image"])
@@ -132,6 +133,12 @@ def examine(folder: Path, test) -> dict:
         features = scorer.text_features(pairs).view(len(facts), 2, -1)
         right, other = (images[:, None] * features).sum(dim=-1).unbind(dim=1)
         result["told_apart"][kind] = (right > other).float().mean().item()
+    patterns, result["wordings"] = scenes.TEMPLATES, {}
+    for pattern in patterns:
+        scenes.TEMPLATES = (pattern,)
+        captions = [scenes.caption_of(scene, random.Random(number)) for number, scene in enumerate(facts)]
+        result["wordings"][pattern] = float(scorer.score(test["image_id"], test["image"], captions)[0].mean())
+    scenes.TEMPLATES = patterns
     return result
 
 
