@@ -44,7 +44,10 @@ from objectives.scst import SelfCritical
 
 START = "the starting model"
 METHODS = ("cross-entropy", "SCST on CIDEr", "SCST on CLIP-S", "DiCO on CLIP-S")
-SHOWN = ("CIDEr", "CLIP-S reward", "CLIP-S judge", "kl", "distinct", "repeated_bigrams", "mean_length", "scene_facts")
+SHOWN = (
+    "CIDEr", "CLIP-S reward", "CLIP-S judge", "scene_facts", "kl", "distinct", "repeated_bigrams", "bad_endings",
+    "mean_length",
+)  # fmt: skip
 
 
 def cross_entropy_model(folder: Path, seed: int, steps: int) -> Path:
@@ -200,11 +203,11 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, default=ROOT / "runs/scene_clip")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/dico_scenes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--xe_steps", type=int, default=1800)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--eval_steps", type=int, default=180)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--schedule", default="linear", help="of the learning rate: constant, linear, cosine")
+    parser.add_argument("--xe_steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--eval_steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=3e-5)
+    parser.add_argument("--schedule", default="constant", help="of the learning rate: constant, linear, cosine")
     parser.add_argument("--batch_size", type=int, default=16, help="images a step")
     parser.add_argument("--sampled", action="store_true", help="DiCO's candidates are samples instead of beams")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/dico_scenes.json")
