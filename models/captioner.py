@@ -41,6 +41,24 @@ def processes(patience: timedelta | None = None) -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), **({"timeout": patience} if patience else {}))
 
 
+class UnfitLengths(ValueError):
+    """The prompt and the lengths asked for do not suit each other or the model."""
+
+
+def check_lengths(config, prompt: int, settings: dict) -> None:
+    """UnfitLengths if a prompt of so many tokens and the caption's longest are more than the model has positions for, or
+    the caption's shortest is longer."""
+    least, new = settings["min_new_tokens"] or 0, settings["max_new_tokens"]
+    if least > new:
+        raise UnfitLengths(f"min_new_tokens, {least}, is more than max_new_tokens, {new}.")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and prompt + new - 1 > positions:  # the last token is not read again
+        raise UnfitLengths(
+            f"The prompt's {prompt} tokens and max_new_tokens, {new}, are more than the {positions} positions of the "
+            "model: shorten the prompt, or lower max_new_tokens."
+        )
+
+
 class Captioner:
     """A model, its processor and the settings it captions with.
 
@@ -144,6 +162,7 @@ class Captioner:
         inputs = self._on_device(batch)
         settings = self.settings | settings
         end, prompt = self.collator.end, inputs["input_ids"]
+        check_lengths(self.model.config, prompt.shape[1], settings)
         if self.model.config.model_type == "blip":
             # Its generate() sets the ends itself, knows no padding, and drops the last token, where it expects [SEP].
             inputs["input_ids"] = torch.nn.functional.pad(prompt, (0, 1), value=end)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # code/, where the fol
 import torch
 
 from data import ImageError, open_image
-from models.captioner import Captioner
+from models.captioner import Captioner, UnfitLengths
 from objectives.cross_entropy import mean_log_probs
 
 logger = logging.getLogger(__name__)
@@ -182,8 +182,10 @@ def caption(captioner: Captioner, images: list, settings: dict, return_scores: b
         settings = {"prompt": captioner.prompt, **captioner.settings, **settings}
         captioner = Captioner(captioner.model, captioner.processor, autocast=captioner.autocast, **settings)
     batch = captioner.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
-    check_lengths(captioner, batch["input_ids"].shape[1])
-    tokens = captioner.generate_tokens(batch)
+    try:
+        tokens = captioner.generate_tokens(batch)
+    except UnfitLengths as error:
+        raise BadRequest(str(error)) from None
     if not return_scores:
         return captioner.texts(tokens), None
     scores = mean_log_probs(captioner.model, captioner.training_batch(batch, captioner.rows(tokens)))
@@ -205,19 +207,6 @@ def check_work(jobs: list[dict], own: dict) -> None:
         raise BadRequest(
             f"images x num_beams x max_new_tokens is {work}, at most {LIMITS['CAPTION_MAX_WORK']} are allowed: send "
             "fewer images at once."
-        )
-
-
-def check_lengths(captioner: Captioner, prompt: int) -> None:
-    """BadRequest if `prompt` tokens and the new ones are more than the model has positions for."""
-    new = captioner.settings["max_new_tokens"]
-    if (captioner.settings.get("min_new_tokens") or 0) > new:
-        raise BadRequest(f"min_new_tokens is more than max_new_tokens, {new}.")
-    positions = getattr(captioner.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and prompt + new - 1 > positions:  # the last token is not read again
-        raise BadRequest(
-            f"The prompt's {prompt} tokens and max_new_tokens, {new}, are more than the {positions} positions of the "
-            "model: shorten the prompt, or lower max_new_tokens."
         )
 
 

@@ -101,8 +101,8 @@ def test_settings_are_bounded_and_mistakes_are_said(client, files):
         return str(error.value)
 
     assert "1000" in said(num_beams=1000)
-    assert "longer than the longest" in said(min_new_tokens=20, max_new_tokens=10)
-    assert "must fit into this model's 64 tokens" in said(max_new_tokens=100)
+    assert "min_new_tokens, 20, is more than max_new_tokens, 10" in said(min_new_tokens=20, max_new_tokens=10)
+    assert "are more than the 64 positions of the model" in said(max_new_tokens=100)
     assert "200 characters" in said(prompt="a " * 101)
     assert "Give an image first" in said(image=None)
     message = said(image=gradio_client.handle_file(files / "text.jpg"))

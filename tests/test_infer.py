@@ -148,6 +148,20 @@ def test_what_cannot_be_captioned_is_one_clear_message(arguments, said, model, t
     assert said in tiny.run("infer.py", *arguments, "--model_name_or_path", model, fails=True).stderr
 
 
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        (["--max_new_tokens", "1000"], "are more than the 64 positions of the model"),
+        (["--min_new_tokens", "9", "--max_new_tokens", "8"], "min_new_tokens, 9, is more than max_new_tokens, 8"),
+    ],
+)
+def test_lengths_that_the_model_cannot_have_are_refused(lengths, said, model, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    result = tiny.run("infer.py", str(tmp_path / "a.png"), *lengths, "--model_name_or_path", model, fails=True)
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_illegal_characters_are_left_out_when_told(model, tmp_path):
     folder = pictures(tmp_path / "a", 3)
     spoilt = tmp_path / "spoilt"
