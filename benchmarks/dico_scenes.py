@@ -32,7 +32,7 @@ from collator import IGNORE, CaptionCollator
 from metrics import score
 from metrics.clip_scores import ClipScorer
 from metrics.results import environment, write_json
-from metrics.scene_facts import score_scene_facts
+from metrics.scene_facts import ATTRIBUTES, scene_facts, score_scene_facts
 from models.captioner import Captioner
 from models.loading import load_model
 from objectives import CrossEntropy
@@ -65,7 +65,9 @@ def cross_entropy_model(folder: Path, seed: int, steps: int) -> Path:
             "--meteor",
             "false",
         ]
-        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"{result.stderr[-2000:]}\nThe cross-entropy model of seed {seed} was not trained.")
     return folder
 
 
@@ -153,6 +155,30 @@ def divergence(captioner, first, records) -> float:
     return ((own.exp() * (own - other)).sum() / len(rows)).item()
 
 
+def pairs(captioner, records, scorer) -> dict:
+    """What DiCO would learn from at first: of each image's beams those that the reward likes best and least (tau leaves
+    the others next to no weight). Shares of the images where the first states more, as many and fewer true facts,
+    relations apart, which these CLIPs cannot see."""
+    more = as_many = fewer = 0
+    for start in range(0, len(records), 50):
+        rows = records.select(range(start, min(start + 50, len(records))))
+        batch = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=True)(
+            [row | {"captions": ["a"], "epoch": 0} for row in rows]
+        )
+        beams = draw(captioner, batch, do_sample=False, num_beams=5, num_return_sequences=5).texts
+        flat = [text for group in beams for text in group]
+        scores = scorer.score(rows["image_id"], rows["image"], flat, prefix="", clip=False)[0].reshape(len(rows), 5)
+        for group, liked, facts in zip(beams, scores, rows["facts"], strict=True):
+            best, worst = (true_facts(group[i], facts) for i in (liked.argmax(), liked.argmin()))
+            more, as_many, fewer = more + (best > worst), as_many + (best == worst), fewer + (best < worst)
+    return {"more": more / len(records), "as many": as_many / len(records), "fewer": fewer / len(records)}
+
+
+def true_facts(caption: str, facts: str) -> int:
+    true, _ = scene_facts(caption, json.loads(facts))
+    return sum(true[kind] for kind in ATTRIBUTES)
+
+
 def table(runs: dict) -> dict:
     """Of each method's test scores the mean, standard deviation and range over seeds; of what they differ by from those of
     "cross-entropy" with the same seed, mean and standard deviation ("change", "change_sd") and mean size ("distance")."""
@@ -213,6 +239,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/dico_scenes.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/dico_tradeoff.png")
     arguments = parser.parse_args()
+    if len(set(arguments.seeds)) < 2:
+        parser.error("--seeds: name at least two, as the spread over them is what differences are held against.")
 
     splits = data.load("scenes")
     references = dict(zip(splits["train"]["image_id"], splits["train"]["captions"], strict=True))
@@ -221,24 +249,26 @@ def main() -> None:
     rewards = {name: Rewards({name: 1.0}, references, images, [scorers["reward"]]) for name in ("cider", "clip-s")}
     settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path) and k != "seeds"}
     settings["clips_sha256"] = {name: scorer.source["sha256"] for name, scorer in scorers.items()}
-    runs: dict = {}
+    runs, learnt_from = {}, {}
     for seed in arguments.seeds:
         start = cross_entropy_model(arguments.folder / f"xe-{seed}", seed, arguments.xe_steps)
+        model, processor = load_model(str(start))
+        captioner = Captioner(model.eval(), processor)
+        learnt_from[str(seed)] = pairs(captioner, splits["train"].select(range(500)), scorers["reward"])
         runs[str(seed)] = {}
         for method in (START, *METHODS):
             file = arguments.folder / f"{seed} {method}.json"
             kept = json.loads(file.read_text()) if file.is_file() else {}
             if kept.get("settings") != settings:
                 if method == START:
-                    model, processor = load_model(str(start))
-                    captioner = Captioner(model.eval(), processor)
                     run = {"test": evaluate(captioner, model, splits["test"], scorers)}
                 else:
                     run = train(method, start, seed, splits, rewards, scorers, arguments)
                 kept = {"settings": settings, "run": run, **environment()}
                 write_json(file, kept)
             runs[str(seed)][method] = kept["run"] | {"commit": kept["commit"]}
-    write_json(arguments.output, {"test": table(runs), "settings": settings, "runs": runs, **environment()})
+    found = {"test": table(runs), "pairs": learnt_from, "settings": settings, "runs": runs}
+    write_json(arguments.output, found | environment())
     plot(runs, arguments.plot)
 
 
