@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 from collator import IGNORE, CaptionCollator
-from metrics import score
+from metrics import ends_badly, repeated_bigrams, score, tokenize
 from metrics.clip_scores import ClipScorer
 from metrics.results import environment, write_json
 from metrics.scene_facts import ATTRIBUTES, scene_facts, score_scene_facts
@@ -174,6 +174,20 @@ def pairs(captioner, records, scorer) -> dict:
     return {"more": more / len(records), "as many": as_many / len(records), "fewer": fewer / len(records)}
 
 
+def of_references(records, scorers: dict) -> dict:
+    """What of SHOWN the reference captions of `records` have, all of them taken as captions."""
+    captions = [text for group in records["captions"] for text in group]
+    words = tokenize(captions)
+    result = {
+        "repeated_bigrams": statistics.mean(map(repeated_bigrams, words)),
+        "bad_endings": statistics.mean(map(ends_badly, words)),
+        "mean_length": statistics.mean(map(len, words)),
+    }
+    for name, scorer in scorers.items():
+        result[f"CLIP-S {name}"] = float(scorer.score(records["image_id"], records["image"], captions)[0].mean())
+    return result
+
+
 def true_facts(caption: str, facts: str) -> int:
     true, _ = scene_facts(caption, json.loads(facts))
     return sum(true[kind] for kind in ATTRIBUTES)
@@ -267,7 +281,10 @@ def main() -> None:
                 kept = {"settings": settings, "run": run, **environment()}
                 write_json(file, kept)
             runs[str(seed)][method] = kept["run"] | {"commit": kept["commit"]}
-    found = {"test": table(runs), "pairs": learnt_from, "settings": settings, "runs": runs}
+    found = {
+        "test": table(runs), "references": of_references(splits["test"], scorers), "pairs": learnt_from,
+        "settings": settings, "runs": runs,
+    }  # fmt: skip
     write_json(arguments.output, found | environment())
     plot(runs, arguments.plot)
 
