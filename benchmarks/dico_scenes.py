@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=ROOT / "runs/scene_clip")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/dico_scenes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--xe_steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--eval_steps", type=int, default=300)
