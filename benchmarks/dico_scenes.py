@@ -223,18 +223,20 @@ def plot(runs: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
     for axis, name in zip(axes, ("reward", "judge"), strict=True):
         for colour, method in enumerate(METHODS):
-            for number, run in enumerate(runs.values()):
-                points = [(row["CIDEr"], row[f"CLIP-S {name}"]) for row in run[method]["curve"]]
-                label = method if number == 0 else None
-                axis.plot(*zip(*points, strict=True), color=f"C{colour}", marker="o", ms=2.5, lw=1, label=label)
-                axis.plot(*points[-1], color=f"C{colour}", marker="s", ms=6)
-        for run in runs.values():
-            first = run[METHODS[0]]["curve"][0]
-            axis.plot(first["CIDEr"], first[f"CLIP-S {name}"], color="black", marker="*", ms=9, ls="")
+            curves = [[(row["CIDEr"], row[f"CLIP-S {name}"]) for row in run[method]["curve"]] for run in runs.values()]
+            for points in curves:
+                axis.plot(*zip(*points, strict=True), color=f"C{colour}", lw=0.8, alpha=0.3)
+                axis.plot(*points[-1], color=f"C{colour}", marker="s", ms=4, alpha=0.3)
+            mean = [tuple(map(statistics.mean, zip(*points, strict=True))) for points in zip(*curves, strict=True)]
+            axis.plot(*zip(*mean, strict=True), color=f"C{colour}", marker="o", ms=4, lw=2.2, label=method)
+            axis.plot(*mean[-1], color=f"C{colour}", marker="s", ms=9)
+            axis.plot(*mean[0], color="black", marker="*", ms=12, ls="", zorder=3)
         axis.set(xlabel="CIDEr, validation scenes", ylabel=f"CLIP-S of the {name}'s CLIP")
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle("From the cross-entropy model (star) along training (square: the end), a line a seed", fontsize=10)
+    figure.suptitle(
+        "From the cross-entropy model (star) to the end (square): mean over seeds, and faintly each", fontsize=10
+    )
     figure.savefig(path, dpi=130)
 
 
