@@ -1,0 +1,48 @@
+"""Which pairs of words the captions of a run repeat: whether repetition is a fault, or the wording of sound captions.
+
+    python benchmarks/repeated_pairs.py runs/dico_scenes/xe-1 runs/dico-scenes
+
+Counts, over each folder's predictions.json, the pairs of neighbouring words that stood in their caption before, and
+writes the commonest to benchmarks/results/repeated_pairs.json.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from metrics import tokenize
+from metrics.results import environment, write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/repeated_pairs.json")
+    arguments = parser.parse_args()
+    found = {str(run): count(json.loads((run / "predictions.json").read_text())) for run in arguments.runs}
+    write_json(arguments.output, {"runs": found, **environment()})
+    print(json.dumps(found, indent=2))
+
+
+def count(predictions: list[dict]) -> dict:
+    repeated, pairs = Counter(), 0
+    for words in tokenize(row["caption"] for row in predictions):
+        of_caption = Counter(map(" ".join, itertools.pairwise(words)))
+        pairs += of_caption.total()
+        repeated.update({pair: times - 1 for pair, times in of_caption.items() if times > 1})
+    return {
+        "captions": len(predictions),
+        "pairs": pairs,
+        "repeated": repeated.total(),
+        "commonest": dict(repeated.most_common(8)),
+    }
+
+
+if __name__ == "__main__":
+    main()
