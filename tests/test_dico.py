@@ -317,7 +317,8 @@ def test_clip_rewards_are_of_bare_captions_and_not_clipped(tmp_path):
 
 # The columns of the table in docs/dico.md.
 TABLE = (
-    "CIDEr", "CLIP-S reward", "CLIP-S judge", "scene_facts", "kl", "distinct", "repeated_bigrams", "mean_length",
+    "CIDEr", "CLIP-S reward", "CLIP-S judge", "scene_facts", "kl", "distinct", "repeated_bigrams", "bad_endings",
+    "mean_length",
 )  # fmt: skip
 
 
