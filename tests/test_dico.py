@@ -333,3 +333,14 @@ def test_the_table_in_docs_is_what_the_results_say():
             found = results[method][name]
             for text, value in ((mean, found["mean"]), (low, found["min"]), (high, found["max"])):
                 assert text == f"{value:.{len(text.split('.')[1])}f}", (method, name)
+
+
+def test_the_differences_in_docs_are_what_the_results_say():
+    results = json.loads((ROOT / "benchmarks/results/dico_scenes_converged.json").read_text())["test"]
+    table = (ROOT / "docs/dico.md").read_text().split("| from converged models |")[1]
+    columns = ("CIDEr", "CLIP-S reward", "CLIP-S judge", "scene_facts", "repeated_bigrams", "bad_endings", "kl")
+    rows = dict(re.findall(r"^\| ([\w -]+), less cross-entropy \| (.*) \|$", table, re.MULTILINE))
+    assert rows.keys() == {"SCST on CLIP-S", "DiCO on CLIP-S"}
+    for method, cells in rows.items():
+        found = [results[method][name] for name in columns]
+        assert cells.split(" | ") == [f"{cell['change']:+.3f} ± {cell['change_sd']:.3f}" for cell in found]
