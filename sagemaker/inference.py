@@ -179,8 +179,7 @@ def output_fn(answer, accept: str) -> str:
 def caption(captioner: Captioner, images: list, settings: dict, return_scores: bool):
     """(captions, scores or None) of PIL images. BadRequest if the settings do not suit each other or the model."""
     if settings:
-        settings = {"prompt": captioner.prompt, **captioner.settings, **settings}
-        captioner = Captioner(captioner.model, captioner.processor, autocast=captioner.autocast, **settings)
+        captioner = captioner.with_settings(**settings)
     batch = captioner.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
     try:
         tokens = captioner.generate_tokens(batch)
