@@ -133,12 +133,10 @@ def examine(folder: Path, test) -> dict:
         features = scorer.text_features(pairs).view(len(facts), 2, -1)
         right, other = (images[:, None] * features).sum(dim=-1).unbind(dim=1)
         result["told_apart"][kind] = (right > other).float().mean().item()
-    patterns, result["wordings"] = scenes.TEMPLATES, {}
-    for pattern in patterns:
-        scenes.TEMPLATES = (pattern,)
-        captions = [scenes.caption_of(scene, random.Random(number)) for number, scene in enumerate(facts)]
+    result["wordings"] = {}
+    for pattern in scenes.TEMPLATES:
+        captions = [scenes.caption_of(scene, random.Random(number), [pattern]) for number, scene in enumerate(facts)]
         result["wordings"][pattern] = float(scorer.score(test["image_id"], test["image"], captions)[0].mean())
-    scenes.TEMPLATES = patterns
     return result
 
 

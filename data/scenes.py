@@ -301,14 +301,14 @@ def describe(facts: dict, rng: random.Random, number: int = 5) -> list[str]:
     return captions
 
 
-def caption_of(facts: dict, rng: random.Random) -> str:
+def caption_of(facts: dict, rng: random.Random, templates=TEMPLATES) -> str:
     (subject, relation, other), objects = facts["relations"][0], facts["objects"]
     if rng.random() < 0.5:  # "a star above a ring" and "a ring below a star" are as true
         subject, relation, other = other, INVERSE[relation], subject
     a, b = objects[subject], objects[other]
     verb = rng.choice(VERBS)
     pronouns = {"it": "it", "its": "its"} if b["count"] == 1 else {"it": "them", "its": "their"}
-    caption = rng.choice(TEMPLATES).format(
+    caption = rng.choice(templates).format(
         a=noun_phrase(a, rng),
         b=noun_phrase(b, rng),
         to=rng.choice(RELATION_WORDS[relation]),
