@@ -111,13 +111,13 @@ def test_settings_are_bounded_and_mistakes_are_said(client, files):
 
 
 def test_what_the_page_does_not_show_stays_as_it_was_started(tmp_path):
-    import demo
+    from demo_page import with_settings
 
     model, processor = tiny.build(tmp_path)
     started = Captioner(model, processor, no_repeat_ngram_size=2, keep_prompt=True, num_beams=1)
     page = {"num_captions": 2, "num_beams": 1, "max_new_tokens": 8, "min_new_tokens": 0, "length_penalty": 2.0}
     page |= {"repetition_penalty": 1.0, "do_sample": False, "temperature": 1.0, "top_p": 0.9, "prompt": "a"}
-    new = demo.with_settings(started, **page)
+    new = with_settings(started, **page)
     assert new.keep_prompt
     assert new.settings["no_repeat_ngram_size"] == 2
     assert (new.settings["num_beams"], new.settings["length_penalty"], new.prompt) == (2, 2.0, "a")

@@ -1,0 +1,219 @@
+"""The page that demo.py serves: what a visitor sets, sends and is shown."""
+
+import base64
+import contextlib
+import csv
+import html
+import io
+import tempfile
+from pathlib import Path
+
+import gradio as gr
+import torch
+
+from data.uploads import list_uploads, read_upload, read_uploads
+from models.attention_maps import attention_maps, overlay
+from models.captioner import Captioner
+from objectives.cross_entropy import mean_log_probs
+
+CHUNK = 8  # images captioned at once, of many
+CSS = """
+.words {display: flex; flex-wrap: wrap; gap: 10px; margin: 0; padding: 0}
+.words figure {margin: 0; width: 90px}
+.words img {width: 90px; border-radius: 8px; display: block}
+.words figcaption {text-align: center; font-size: 0.95rem; padding-top: 4px; color: var(--body-text-color)}
+.picture img {width: 100%; height: 100%; object-fit: contain}
+:root {--font-mono: var(--font)}
+.best textarea {font-size: 1.2rem !important; line-height: 1.4}
+"""
+LOOKS = "What the model looks at as it writes each word: bright where its cross-attention is."
+
+
+def build(captioners: dict[str, Captioner], examples: list[str], max_images: int):
+    """The page: one image, or many."""
+
+    @mistakes_shown()
+    def caption(image, **settings):
+        """For each model its best caption, [[caption, score], ...] best first, and heat maps a word, as HTML."""
+        if image is None:
+            raise ValueError("Give an image first: upload, paste or photograph one.")
+        picture = read_upload(Path(image).name, image)
+        if isinstance(picture, Exception):
+            raise picture
+        outputs = []
+        for captioner in captioners.values():
+            captioner = with_settings(captioner, **settings)
+            found = candidates(captioner, picture)
+            rows = [[text, f"{score:.2f}"] for text, score in found]
+            outputs += [found[0][0], rows, heat_maps(captioner, picture, found[0][0])]
+        return outputs
+
+    def caption_files(files, progress=gr.Progress(), **settings):  # noqa: B008
+        """[[file, caption, error], ...] of images and of those in zips, by the first model, and both as files."""
+        with mistakes_shown():
+            uploads = list_uploads(files or [], max_images)
+            if not uploads:
+                raise ValueError("Give some images first: files, or a zip of them.")
+            captioner = with_settings(next(iter(captioners.values())), **settings | {"num_captions": 1})
+            rows = []
+            for chunk in read_uploads(uploads, CHUNK):
+                images = [image for _, image in chunk if not isinstance(image, Exception)]
+                captions = iter(captioner(images) if images else [])
+                rows += [[n, "", str(i)] if isinstance(i, Exception) else [n, next(captions), ""] for n, i in chunk]
+                progress((len(rows), len(uploads)), unit="images")
+                yield f"{len(rows)} of {len(uploads)} done", rows, None
+            bad = sum(bool(error) for _, _, error in rows)
+            status = f"**{len(rows) - bad} of {len(rows)} captioned.**" + (f" {bad} could not be read." if bad else "")
+            with tempfile.TemporaryDirectory() as folder:
+                yield status, rows, write_tables(Path(folder), rows)
+
+    with gr.Blocks(title="Image captions", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
+        gr.Markdown(f"# Image captions\nby {' and '.join(f'`{name}`' for name in captioners)}")
+        with gr.Accordion("Settings: how many captions, beams, length, sampling, prompt", open=False):
+            settings = settings_panel(next(iter(captioners.values())))
+        with gr.Tab("One image"), gr.Row():
+            with gr.Column(scale=2):
+                image = gr.Image(
+                    type="filepath",
+                    elem_classes="picture",
+                    label="Image",
+                    sources=["upload", "clipboard", "webcam"],
+                    height=380,
+                    image_mode=None,
+                )
+                button = gr.Button("Caption it", variant="primary")
+                shown = gr.Examples(examples, image, label="Examples")
+            outputs = []
+            for name in captioners:
+                with gr.Column(scale=3):
+                    label = "Caption" if len(captioners) == 1 else f"Caption by {name}"
+                    best = gr.Textbox(label=label, lines=2, buttons=["copy"], interactive=False, elem_classes="best")
+                    table = gr.Dataframe(
+                        headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is surest",
+                        interactive=False, wrap=True, column_widths=["80%", "20%"],
+                    )  # fmt: skip
+                    outputs += [best, table, gr.HTML()]
+        with gr.Tab("Many images"):
+            files = gr.File(
+                label=f"Images, or a zip of them (up to {max_images} images)",
+                file_count="multiple", file_types=["image", ".zip"],
+            )  # fmt: skip
+            many = gr.Button("Caption them all", variant="primary")
+            status = gr.Markdown()
+            tables = gr.File(label="Download as CSV or text", interactive=False, file_count="multiple")
+            results = gr.Dataframe(headers=["file", "caption", "error"], label="Captions", interactive=False, wrap=True)
+        for component in (image, files):
+            refuse_urls(component)
+        # As it was uploaded: data.open_image reads it, and says what is wrong with it.
+        image.preprocess = lambda upload: upload and upload.path
+        gr.on(
+            [button.click, image.upload, settings["prompt"].submit],
+            caption, image, outputs, inputs_kwargs=settings, api_name="caption",
+        )  # fmt: skip
+        image.clear(lambda: ["", [], ""] * len(captioners), None, outputs, api_visibility="private")
+        shown.load_input_event.then(caption, image, outputs, inputs_kwargs=settings, api_visibility="private")
+        many.click(caption_files, files, [status, results, tables], inputs_kwargs=settings, api_name="caption_files")
+    return app
+
+
+def settings_panel(captioner: Captioner) -> dict:
+    """The components whose values with_settings takes, by the names of its arguments."""
+    own = {"length_penalty": 1.0, "min_new_tokens": 0} | {k: v for k, v in captioner.settings.items() if v is not None}
+
+    def slider(label, low, high, step, value, info):
+        return gr.Slider(min(low, value), max(high, value), value, step=step, label=label, info=info)
+
+    with gr.Row():
+        search = {
+            "num_captions": slider("Captions", 1, 10, 1, 3, "How many to show, the likeliest first"),
+            "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More search longer; no fewer than captions"),
+            "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about a word each"),
+            "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens"),
+            "length_penalty": slider("Length penalty", -2, 4, 0.1, own["length_penalty"], "Above 1: longer captions"),
+        }
+    with gr.Row():
+        penalty = own["repetition_penalty"]
+        return search | {
+            "repetition_penalty": slider("Repetition penalty", 1, 3, 0.1, penalty, "Above 1: fewer repeated words"),
+            "do_sample": gr.Checkbox(False, label="Sample", info="Draw captions by chance, not the likeliest"),
+            "temperature": slider("Temperature", 0.1, 2, 0.1, 1.0, "Of sampling: lower is safer"),
+            "top_p": slider("Top p", 0.05, 1, 0.05, 0.9, "Of sampling: share of likely words drawn from"),
+            "prompt": gr.Textbox(captioner.prompt, label="Prompt", max_length=200, info="Every caption continues it"),
+        }
+
+
+def with_settings(
+    captioner: Captioner, num_captions, num_beams, max_new_tokens, min_new_tokens, length_penalty,
+    repetition_penalty, do_sample, temperature, top_p, prompt,
+) -> Captioner:  # fmt: skip
+    """The same model with what was set on the page."""
+    if len(prompt or "") > 200:
+        raise ValueError("A prompt may have 200 characters.")
+    if do_sample:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_beams": 1}
+    else:
+        how = {"do_sample": False, "num_beams": max(num_beams, num_captions), "length_penalty": length_penalty}
+    how |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    how |= {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
+    return captioner.with_settings(prompt or "", **how)
+
+
+@torch.inference_mode()
+def candidates(captioner: Captioner, picture) -> list[tuple[str, float]]:
+    """The captions of one image, each once, with the mean log-probability of their tokens, best first."""
+    with torch.autocast(captioner.model.device.type, captioner.autocast, enabled=captioner.autocast is not None):
+        batch = captioner.encode(captioner.collator([{"image": picture, "image_id": ""}]))
+        tokens = captioner.generate_tokens(batch)
+        scores = mean_log_probs(captioner.model, captioner.training_batch(batch, captioner.rows(tokens)))
+    found = sorted(zip(captioner.texts(tokens), scores.tolist(), strict=True), key=lambda pair: -pair[1])
+    return list({text: (text, score) for text, score in reversed(found)}.values())[::-1]
+
+
+def heat_maps(captioner: Captioner, picture, caption: str) -> str:
+    """A small picture a word, as HTML; nothing of models that have no cross-attention."""
+    if captioner.model.config.model_type != "blip" or not caption:
+        return ""
+    words, maps = attention_maps(captioner, picture, caption)
+    small = picture.copy()
+    small.thumbnail((180, 180))
+    figures = []
+    for word, heat in zip(words, maps, strict=True):
+        file = io.BytesIO()
+        overlay(small, heat).save(file, "JPEG", quality=85)
+        source = base64.b64encode(file.getvalue()).decode()
+        word = html.escape(word)
+        figures.append(
+            f'<figure><img src="data:image/jpeg;base64,{source}" alt="Where the model looks for the word {word}">'
+            f"<figcaption>{word}</figcaption></figure>"
+        )
+    return f'<p>{LOOKS}</p><div class="words">{"".join(figures)}</div>'
+
+
+def write_tables(folder: Path, rows: list[list[str]]) -> list[str]:
+    """captions.csv (file, caption, error) and captions.txt (file, tab, caption) in `folder`; their paths."""
+    with (folder / "captions.csv").open("w", encoding="utf-8-sig", newline="") as file:  # a BOM, for Excel
+        csv.writer(file).writerows([["file", "caption", "error"], *rows])
+    lines = [f"{name}\t{caption}\n" for name, caption, error in rows if not error]
+    (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
+    return [str(folder / "captions.csv"), str(folder / "captions.txt")]
+
+
+@contextlib.contextmanager
+def mistakes_shown():
+    """A visitor's mistake, raised as a ValueError, becomes a message on the page."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def refuse_urls(component) -> None:
+    """Gradio would fetch the URL that a client names in place of a file."""
+    keep = component.async_move_resource_to_block_cache
+
+    async def only_uploads(path):
+        if path and str(path).lower().startswith(("http:", "https:")):
+            raise gr.Error("Upload the file itself: this server fetches no URLs.", print_exception=False)
+        return await keep(path)
+
+    component.async_move_resource_to_block_cache = only_uploads
