@@ -79,6 +79,17 @@ def objective_of(method: str, captioner, rewards: dict, sampled: bool):
     return SelfCritical(captioner, rewards["cider" if method == "SCST on CIDEr" else "clip-s"])
 
 
+def before(start: Path, splits, rewards, scorers) -> dict:
+    """The test scores of a starting model, and what its beams would teach."""
+    model, processor = load_model(str(start))
+    captioner = Captioner(model.eval(), processor)
+    scores = evaluate(captioner, model, splits["test"], scorers)
+    return {
+        "test": scores,
+        "pairs": what_beams_teach(captioner, splits["train"].select(range(500)), rewards["clip-s"]),
+    }
+
+
 def train(method, start: Path, seed, splits, rewards, scorers, arguments) -> dict:
     """One run: the validation scores at each `eval_steps`, the test scores at the end, seconds of training."""
     model, processor = load_model(str(start))
@@ -155,23 +166,24 @@ def divergence(captioner, first, records) -> float:
     return ((own.exp() * (own - other)).sum() / len(rows)).item()
 
 
-def pairs(captioner, records, scorer) -> dict:
+def what_beams_teach(captioner, records, reward) -> dict:
     """What DiCO would learn from at first: of each image's beams those that the reward likes best and least (tau leaves
     the others next to no weight). Shares of the images where the first states more, as many and fewer true facts,
     relations apart, which these CLIPs cannot see."""
-    more = as_many = fewer = 0
-    for start in range(0, len(records), 50):
-        rows = records.select(range(start, min(start + 50, len(records))))
-        batch = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=True)(
-            [row | {"captions": ["a"], "epoch": 0} for row in rows]
-        )
-        beams = draw(captioner, batch, do_sample=False, num_beams=5, num_return_sequences=5).texts
-        flat = [text for group in beams for text in group]
-        scores = scorer.score(rows["image_id"], rows["image"], flat, prefix="", clip=False)[0].reshape(len(rows), 5)
-        for group, liked, facts in zip(beams, scores, rows["facts"], strict=True):
+    captioner = captioner.with_settings(num_beams=5, num_return_sequences=5)
+    ahead = []
+    for rows in records.iter(batch_size=50):
+        samples = [{"image_id": i, "image": image} for i, image in zip(rows["image_id"], rows["image"], strict=True)]
+        beams = captioner.caption_batch(captioner.collator(samples))
+        rewards, _ = reward(rows["image_id"], beams, None)
+        for group, liked, facts in zip(beams, rewards, rows["facts"], strict=True):
             best, worst = (true_facts(group[i], facts) for i in (liked.argmax(), liked.argmin()))
-            more, as_many, fewer = more + (best > worst), as_many + (best == worst), fewer + (best < worst)
-    return {"more": more / len(records), "as many": as_many / len(records), "fewer": fewer / len(records)}
+            ahead.append(best - worst)
+    return {
+        "more": sum(difference > 0 for difference in ahead) / len(ahead),
+        "as many": sum(difference == 0 for difference in ahead) / len(ahead),
+        "fewer": sum(difference < 0 for difference in ahead) / len(ahead),
+    }
 
 
 def of_references(records, scorers: dict) -> dict:
@@ -265,27 +277,23 @@ def main() -> None:
     rewards = {name: Rewards({name: 1.0}, references, images, [scorers["reward"]]) for name in ("cider", "clip-s")}
     settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path) and k != "seeds"}
     settings["clips_sha256"] = {name: scorer.source["sha256"] for name, scorer in scorers.items()}
-    runs, learnt_from = {}, {}
+    runs: dict = {}
     for seed in arguments.seeds:
         start = cross_entropy_model(arguments.folder / f"xe-{seed}", seed, arguments.xe_steps)
-        model, processor = load_model(str(start))
-        captioner = Captioner(model.eval(), processor)
-        learnt_from[str(seed)] = pairs(captioner, splits["train"].select(range(500)), scorers["reward"])
         runs[str(seed)] = {}
         for method in (START, *METHODS):
             file = arguments.folder / f"{seed} {method}.json"
             kept = json.loads(file.read_text()) if file.is_file() else {}
             if kept.get("settings") != settings:
                 if method == START:
-                    run = {"test": evaluate(captioner, model, splits["test"], scorers)}
+                    run = before(start, splits, rewards, scorers)
                 else:
                     run = train(method, start, seed, splits, rewards, scorers, arguments)
                 kept = {"settings": settings, "run": run, **environment()}
                 write_json(file, kept)
             runs[str(seed)][method] = kept["run"] | {"commit": kept["commit"]}
     found = {
-        "test": table(runs), "references": of_references(splits["test"], scorers), "pairs": learnt_from,
-        "settings": settings, "runs": runs,
+        "test": table(runs), "references": of_references(splits["test"], scorers), "settings": settings, "runs": runs,
     }  # fmt: skip
     write_json(arguments.output, found | environment())
     plot(runs, arguments.plot)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from metrics import tokenize
+from metrics.io import load_predictions
 from metrics.results import environment, write_json
 
 
@@ -25,14 +26,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/repeated_pairs.json")
     arguments = parser.parse_args()
-    found = {str(run): count(json.loads((run / "predictions.json").read_text())) for run in arguments.runs}
+    found = {str(run): count(load_predictions(run / "predictions.json")) for run in arguments.runs}
     write_json(arguments.output, {"runs": found, **environment()})
     print(json.dumps(found, indent=2))
 
 
-def count(predictions: list[dict]) -> dict:
+def count(predictions: dict[str, str]) -> dict:
     repeated, pairs = Counter(), 0
-    for words in tokenize(row["caption"] for row in predictions):
+    for words in tokenize(predictions.values()):
         of_caption = Counter(map(" ".join, itertools.pairwise(words)))
         pairs += of_caption.total()
         repeated.update({pair: times - 1 for pair, times in of_caption.items() if times > 1})
