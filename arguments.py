@@ -1,24 +1,13 @@
-"""Every flag of every script: type, default, help. A script's `--help` prints this file's words.
-
-Values come from the defaults below, then a recipe (`train.py recipes/x.yaml`), then the command line.
-"""
+"""Every flag of every script: type, default, help. A script's `--help` prints this file's words."""
 
 import dataclasses
-import difflib
-import itertools
-import logging
 import os
 import sys
-import traceback
-from argparse import SUPPRESS
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-import transformers
-import yaml
-from huggingface_hub.errors import HfHubHTTPError
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 
@@ -241,9 +230,32 @@ class ObjectiveArguments:
 BEST = {"cross_entropy": "sacrebleu", "scst": "CIDEr", "dico": "RefPAC-S"}
 
 
+# Flags of transformers that would do nothing here, or that another flag stands for.
+REPLACED = {
+    "predict_with_generate": "evaluation always generates",
+    "generation_num_beams": "use num_beams",
+    "generation_max_length": "use max_new_tokens",
+    "generation_config": "use num_beams, max_new_tokens and their kin",
+    "remove_unused_columns": "it is always false here",
+    "label_names": "the labels are always 'labels'",
+    "include_for_metrics": "metrics are computed from captions",
+    "eval_do_concat_batches": "evaluation keeps no logits",
+    "eval_accumulation_steps": "evaluation keeps no logits",
+    "batch_eval_metrics": "evaluation keeps no logits",
+    "prediction_loss_only": "evaluation always generates",
+    "do_train": "train.py trains; evaluate.py evaluates",
+    "do_eval": "use eval_strategy",
+    "do_predict": "use evaluate.py",
+    "use_cache": "training keeps no key-value cache",
+    "sortish_sampler": "batches are drawn at random",
+}
+
+
 @dataclass
 class TrainArguments(Seq2SeqTrainingArguments):
     """transformers' own flags, with the defaults of the published BLIP recipe."""
+
+    REPLACED: ClassVar[dict[str, str]] = REPLACED
 
     objective: str = flag(
         "cross_entropy",
@@ -531,198 +543,3 @@ TRAIN_GROUPS = (
     MetricArguments,
     TrainArguments,
 )
-
-# Flags of transformers that would do nothing here, or that another flag stands for.
-REPLACED = {
-    "predict_with_generate": "evaluation always generates",
-    "generation_num_beams": "use num_beams",
-    "generation_max_length": "use max_new_tokens",
-    "generation_config": "use num_beams, max_new_tokens and their kin",
-    "remove_unused_columns": "it is always false here",
-    "label_names": "the labels are always 'labels'",
-    "include_for_metrics": "metrics are computed from captions",
-    "eval_do_concat_batches": "evaluation keeps no logits",
-    "eval_accumulation_steps": "evaluation keeps no logits",
-    "batch_eval_metrics": "evaluation keeps no logits",
-    "prediction_loss_only": "evaluation always generates",
-    "do_train": "train.py trains; evaluate.py evaluates",
-    "do_eval": "use eval_strategy",
-    "do_predict": "use evaluate.py",
-    "use_cache": "training keeps no key-value cache",
-    "sortish_sampler": "batches are drawn at random",
-}
-
-
-def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None):
-    """Instances of `dataclasses_`, filled from defaults, recipe and command line; exits with 2 and one clear message
-    on a user's mistake.
-
-    The first argument may be a recipe: a YAML file of flags. With `positional` ("paths"), arguments that are no flags
-    are collected instead, and returned as a last value (list of str).
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first = f"{positional.upper()} ..." if positional else "[RECIPE.yaml]"
-    usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
-    parser = HfArgumentParser(dataclasses_, allow_abbrev=False, usage=usage)
-    actions = {action.dest: action for action in reversed(parser._actions)}  # a switch stands before its --no_ twin
-    for name in REPLACED:
-        if name in actions:
-            actions[name].help = SUPPRESS
-    if positional:
-        parser.add_argument(positional, nargs="*", help=SUPPRESS)
-    elif argv and not argv[0].startswith("-"):
-        parser.set_defaults(**read_recipe(argv.pop(0), actions, parser))
-    try:
-        namespace, unknown = parser.parse_known_args(argv)
-        for word in [*argv, *unknown]:
-            name = word.removeprefix("--").split("=")[0].replace("-", "_")
-            if word.startswith("--") and name in REPLACED and name in actions:
-                raise ValueError(f"--{name} is not used here: {REPLACED[name]}.")
-        if unknown:
-            raise ValueError(f"{unknown[0]} is no flag.{nearest(unknown[0].lstrip('-').split('=')[0], actions)}")
-        values = vars(namespace)
-        results = []
-        for cls in dataclasses_:
-            names = {f.name for f in dataclasses.fields(cls) if f.init}
-            results.append(cls(**{name: values[name] for name in names}))
-    except (ValueError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    return (*results, getattr(namespace, positional)) if positional else tuple(results)
-
-
-def read_recipe(path: str, actions: dict, parser) -> dict:
-    """The flags of a YAML file, checked: known names, right types. Exits with 2 and one message that names the key."""
-
-    def fail(message):
-        parser.exit(2, f"{parser.prog}: {path}: {message}\n")
-
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        fail(f"cannot be read as a recipe: {error.strerror}. Flags begin with --.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fail(f"is not YAML: {error}")
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict):
-        fail("must hold 'flag: value' lines.")
-    checked = {}
-    for name, value in recipe.items():
-        if name not in actions or name == "help":
-            fail(f"'{name}' is no flag.{nearest(str(name), actions)}")
-        if name in REPLACED:
-            fail(f"'{name}' is not used here: {REPLACED[name]}.")
-        try:
-            checked[name] = _convert(value, actions[name])
-        except (ValueError, TypeError) as error:
-            fail(f"{name}: {error}")
-    return checked
-
-
-def _convert(value, action):
-    """A recipe's value as the flag's own type would read it from the command line."""
-    if value is None:
-        return None
-    if action.nargs == "+":
-        if not isinstance(value, list):
-            raise ValueError(f"expected a list, got {value!r}")
-        return [action.type(item) for item in value]
-    if isinstance(value, dict):
-        if not action.dest.endswith(("_kwargs", "_config")) and action.dest not in ("fsdp", "deepspeed"):
-            raise ValueError(f"expected one value, got {value!r}")
-        return value
-    kind = getattr(action.type, "__name__", "")
-    is_switch = kind == "string_to_bool"
-    kind = {"string_to_bool": "true or false", "str": "text"}.get(kind, kind)
-    if isinstance(value, list) or isinstance(value, bool) != is_switch:
-        raise ValueError(f"expected {kind}, got {value!r}")
-    try:
-        converted = value if is_switch else action.type(str(value))
-    except (ValueError, TypeError):
-        raise ValueError(f"expected {kind}, got {value!r}") from None
-    if action.choices and converted not in action.choices:
-        raise ValueError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
-    return converted
-
-
-def sweep_settings(sweep: str) -> list[dict]:
-    """Every combination of "num_beams=1,3,5 length_penalty=0.6,1.0", a dict each, the last key's values varying first.
-
-    ValueError for a key that is no generation setting, and for a value of another type than its flag's.
-    """
-    parser = HfArgumentParser((GenerationArguments,), allow_abbrev=False)
-    known = {action.dest: action for action in reversed(parser._actions)}
-    for name in ("help", "prompt", "keep_prompt", "remove_illegal_characters"):  # they are no settings of a search
-        del known[name]
-    values = {}
-    for part in sweep.split():
-        name, equals, listed = part.partition("=")
-        if not equals or not listed:
-            raise ValueError(f"sweep: '{part}' is not of the form key=value,value. Example: num_beams=1,3,5")
-        if name not in known:
-            raise ValueError(f"sweep: '{name}' cannot be swept.{nearest(name, known)} Known: {', '.join(known)}.")
-        if name in values:
-            raise ValueError(f"sweep: '{name}' stands there twice: list all its values behind one '='.")
-        try:
-            converted = [_convert(yaml.safe_load(value), known[name]) for value in listed.split(",")]
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"sweep: {name}: {error}") from None
-        if None in converted:
-            raise ValueError(f"sweep: {name}: a value is missing in '{part}'.")
-        values[name] = list(dict.fromkeys(converted))
-    if not values:
-        raise ValueError("sweep: no setting to sweep. Example: --sweep 'num_beams=1,3,5 length_penalty=0.6,1.0'")
-    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-
-
-def nearest(name: str, known) -> str:
-    """A hint at the known name that is most like a misspelt one, or nothing."""
-    match = difflib.get_close_matches(name.replace("-", "_"), [n for n in known if n not in REPLACED], n=1, cutoff=0.6)
-    return f" Did you mean '{match[0]}'?" if match else ""
-
-
-def run(main) -> None:
-    """Runs a script's `main`: logs to stderr, and ends a user's mistake with one message and exit code 2.
-
-    A mistake is a ValueError that our own code raised, or an error of the file system. Anything else is a fault of the
-    program, and keeps its traceback.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for client in ("httpx", "httpx2"):  # they log every request
-        logging.getLogger(client).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
-    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
-    for handler in logging.getLogger("transformers").handlers:
-        handler.addFilter(lambda record: "requires torchvision" not in record.getMessage())  # it is not needed
-    script = Path(sys.argv[0]).name
-    try:
-        main()
-        if torch.distributed.is_initialized():  # leave together: a group that is left open at exit can abort or hang
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-    except Exception as error:
-        if "No space left" in str(error):
-            message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"
-        elif isinstance(error, ValueError) and _raised_by_us(error):
-            # A loader's worker process hands its error over as a text that holds the whole traceback.
-            message = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
-        elif isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}."
-        elif isinstance(error, ConnectionError | HfHubHTTPError) or type(error).__module__.startswith("http"):
-            message = f"the Hub could not be reached, or refused: {error}. What was written before is kept."
-        else:
-            raise
-        print(f"{script}: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    if "Original Traceback" in str(error):
-        return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent) and "/.venv/" not in last.filename

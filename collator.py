@@ -1,11 +1,10 @@
 """Records -> batches. Nothing else makes one."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from PIL import Image
 
+from common.processes import in_threads
 from data import ImageError, open_image
 from models.families import family_of, is_encoder_decoder, special_tokens
 
@@ -19,7 +18,7 @@ class CaptionCollator:
     captions being those that share one encoding of the image. With I images and at most K captions an image the batch
     holds `pixel_values` (I, 3, H, W) and `input_ids`, `attention_mask`, `labels` (I * K, L), the captions of an image in
     neighbouring rows. An image with fewer than K captions is filled up with rows that have no label. Samples that have
-    "features" (models/features.py) in place of "image" make `pixel_values` of these.
+    "features" (training/feature_cache.py) in place of "image" make `pixel_values` of these.
 
     With BLIP, the prompt "a picture of " and the caption "a dog runs" the row is
 
@@ -258,16 +257,6 @@ class Pixels:
 
         in_threads(fill, range(len(images)))
         return torch.from_numpy(batch)
-
-
-def in_threads(function, items) -> list:
-    """`[function(item) for item in items]` on as many threads as torch has: Pillow and numpy let go of the interpreter
-    while they decode and resize. In a loader's worker process that is one."""
-    threads = min(torch.get_num_threads(), len(items))
-    if threads < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, items))
 
 
 def input_size(image_processor) -> tuple[int, int]:

@@ -18,9 +18,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from arguments import DemoArguments, GenerationArguments, ModelArguments, parse, run
+from arguments import DemoArguments, GenerationArguments, ModelArguments
+from captioner import Captioner
+from common.cli import parse, run
 from data import scenes
-from models.captioner import Captioner
 
 try:
     import gradio as gr

@@ -11,10 +11,10 @@ from pathlib import Path
 import gradio as gr
 import torch
 
+from captioner import Captioner
 from data.uploads import list_uploads, read_upload, read_uploads
-from models.attention_maps import attention_maps, overlay
-from models.captioner import Captioner
 from objectives.cross_entropy import mean_log_probs
+from reports.attention_maps import attention_maps, overlay
 
 CHUNK = 8  # images captioned at once, of many
 CSS = """

@@ -20,20 +20,22 @@ from arguments import (
     GenerationArguments,
     MetricArguments,
     ModelArguments,
-    parse,
-    run,
-    sweep_settings,
 )
-from metrics import comparison, results
+from captioner import Captioner
+from common.cli import parse, run
+from common.files import output_folder, write_json
+from common.processes import processes
+from common.provenance import environment
+from data.caption_files import find_images, load_predictions, load_references
 from metrics.clip_scores import load_scorers
-from metrics.curves import plot_sweep
-from metrics.io import find_images, load_predictions, load_references
-from metrics.report import write_comparison_report, write_report
-from metrics.sweep import check_sweep, score_sweep
-from metrics.sweep import summary as sweep_summary
-from metrics.text_checks import remove_illegal_characters
-from models.attention_maps import maps_of_worst
-from models.captioner import Captioner, processes
+from metrics.coco_caption.text_checks import remove_illegal_characters
+from reports import comparison
+from reports import outputs as results
+from reports.attention_maps import maps_of_worst
+from reports.plots import plot_sweep
+from reports.report import write_comparison_report, write_report
+from reports.sweep import check_sweep, score_sweep, sweep_settings
+from reports.sweep import summary as sweep_summary
 
 logger = logging.getLogger("evaluate")
 
@@ -42,11 +44,11 @@ def main():
     model_args, data_args, generation_args, metric_args, args = parse(
         (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
     )
-    folder = results.output_folder(args.output_dir)
+    folder = output_folder(args.output_dir)
     if args.compare:
         runs = comparison.read_runs(args.compare)
         found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
-        results.write_json(folder / "comparison.json", found | results.environment())
+        write_json(folder / "comparison.json", found | environment())
         logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found), found["note"])
         if metric_args.report:
             write_comparison_report(folder, runs, found)
@@ -99,18 +101,18 @@ def main():
             return
         if settings:
             found = [{"settings": s, "captions": c} for s, c in zip(settings, tried, strict=True)]
-            results.write_json(folder / "sweep_captions.json", found)
+            write_json(folder / "sweep_captions.json", found)
             looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
             sweep = score_sweep(settings, tried, records, args.sweep_metric, metric_args, args.seed, **looking)
             captioner, predictions = captioners[sweep["best"]], tried[sweep["best"]]
-            results.write_json(folder / "sweep.json", {**sweep, "split": args.split, **results.environment()})
+            write_json(folder / "sweep.json", {**sweep, "split": args.split, **environment()})
             plot_sweep(sweep, folder)
             logger.info("settings by %s on %s:\n%s", args.sweep_metric, args.split, sweep_summary(sweep))
             if args.save_best_sweep:
                 path = Path(model_args.model_name_or_path, "generation_config.json")
                 own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
                 chosen = {name: value for name, value in captioner.settings.items() if value is not None}
-                results.write_json(path, own | chosen)
+                write_json(path, own | chosen)
                 logger.info("written to %s: %s", path, settings[sweep["best"]])
         results.write_predictions(folder, predictions)
         captions = (text for row in splits["train"] for text in row["captions"]) if args.seen_in_training else None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from arguments import ExportArguments, parse, run
-from metrics.results import output_folder
-from models.card import write_card
+from arguments import ExportArguments
+from common.cli import parse, run
+from common.files import output_folder
 from models.loading import load_model
+from reports.model_card import write_card
 
 logger = logging.getLogger("export")
 

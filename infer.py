@@ -18,10 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import data
-from arguments import GenerationArguments, InferArguments, ModelArguments, parse, run
-from data.parts import check_settings, open_part, parts, settings_file, whole_lines, write_row
-from metrics.results import write_json
-from models.captioner import Captioner, processes, show_progress
+from arguments import GenerationArguments, InferArguments, ModelArguments
+from captioner import Captioner
+from common.cli import parse, run
+from common.files import write_json
+from common.processes import processes, show_progress
+from common.resumable import check_settings, open_part, parts, settings_file, whole_lines, write_row
 
 logger = logging.getLogger("infer")
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}

@@ -19,10 +19,12 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-from arguments import LLMArguments, RewriteArguments, parse, run
-from data.parts import check_settings, open_part, parts, settings_file, write_row
-from metrics.results import environment, write_json
-from models.captioner import processes, show_progress
+from arguments import LLMArguments, RewriteArguments
+from common.cli import parse, run
+from common.files import write_json
+from common.processes import processes, show_progress
+from common.provenance import environment
+from common.resumable import check_settings, open_part, parts, settings_file, write_row
 from rewriting import results as res
 from rewriting.backends import load_tokenizer, open_backend
 from rewriting.checks import REASONS, Checker

@@ -15,20 +15,23 @@ import logging
 from transformers import EarlyStoppingCallback, set_seed
 
 import data
-from arguments import TRAIN_GROUPS, parse, run
+from arguments import TRAIN_GROUPS
+from captioner import Captioner
 from collator import CaptionCollator, input_size
-from metrics import results
+from common.cli import parse, run
+from common.files import output_folder, write_text
 from metrics.clip_scores import load_scorers
-from metrics.curves import plot_curves
-from metrics.report import write_report
-from models.attention_maps import maps_of_worst
-from models.captioner import Captioner
-from models.card import finish_run, write_card
 from models.families import vision_encoder
-from models.features import keep_features
 from models.loading import build_model, load_model, make_trainable
-from objectives import CaptionTrainer, build_objective, check_objective
-from objectives.checkpoints import find_checkpoint, record_run
+from objectives import build_objective, check_objective
+from reports import outputs as results
+from reports.attention_maps import maps_of_worst
+from reports.model_card import finish_run, write_card
+from reports.plots import plot_curves
+from reports.report import write_report
+from training.checkpoints import find_checkpoint, record_run
+from training.feature_cache import keep_features
+from training.trainer import CaptionTrainer
 
 logger = logging.getLogger("train")
 
@@ -38,7 +41,7 @@ def main():
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
-    folder = results.output_folder(args.output_dir)
+    folder = output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
     results.warn_of_missing_scores(metric_args)
     scorers = load_scorers(metric_args, args.device, reward_metrics)
@@ -111,7 +114,7 @@ def main():
         record_run(folder, flags)
         results.write_bad_samples(folder, bad_rows + bad_images)
         if args.push_to_hub:  # the Hub leaves out what this names: pictures and texts of the data
-            results.write_text(folder / ".gitignore", "report.html\nper_image.jsonl\n")
+            write_text(folder / ".gitignore", "report.html\nper_image.jsonl\n")
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -129,7 +132,7 @@ def main():
         )
         if not trainer.is_world_process_zero():
             continue
-        target = folder if name == "test" or test is None else results.output_folder(folder / name)
+        target = folder if name == "test" or test is None else output_folder(folder / name)
         results.write_predictions(target, predictions)
         scores, rows = results.score_records(
             predictions,

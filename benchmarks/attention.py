@@ -17,13 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from captioner import Captioner
 from collator import IGNORE
+from common.files import write_json
+from common.provenance import environment
 from data import scenes
-from metrics.coco import resampled_sums
-from metrics.results import environment, write_json
+from metrics.coco_caption.coco import resampled_sums
 from metrics.scene_facts import WORDS
-from models.attention_maps import attention_maps, cross_attention
-from models.captioner import Captioner
+from reports.attention_maps import attention_maps, cross_attention
 
 SCENES, SEED = 500, 1  # the layers were chosen on scenes of seed 0
 

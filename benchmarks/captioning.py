@@ -21,7 +21,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.decoding import generate

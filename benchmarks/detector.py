@@ -16,8 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from metrics.results import environment, write_json
-from metrics.text_checks import unsupported_facts
+from common.files import write_json
+from common.provenance import environment
+from metrics.coco_caption.text_checks import unsupported_facts
 from rewriting.checks import Checker, tidy
 from rewriting.prompts import load_prompt
 

@@ -28,12 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
+from captioner import Captioner
 from collator import IGNORE, CaptionCollator
+from common.files import write_json
+from common.provenance import environment
 from metrics import ends_badly, repeated_bigrams, score, tokenize
 from metrics.clip_scores import ClipScorer
-from metrics.results import environment, write_json
 from metrics.scene_facts import ATTRIBUTES, scene_facts, score_scene_facts
-from models.captioner import Captioner
 from models.loading import load_model
 from objectives import CrossEntropy
 from objectives.cross_entropy import target_logits

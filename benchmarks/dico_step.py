@@ -27,9 +27,9 @@ from training_step import largest_gradient_difference
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 from transformers.generation import GenerationMixin
 
+from captioner import Captioner
 from collator import CaptionCollator
 from models.blip_attention import use_fast_attention
-from models.captioner import Captioner
 from models.cpu_linear import use_onednn_linear
 from objectives.dico import Dico, dico_loss
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from scores import ROOT, pycocoevalcap_scores
 
-from metrics import load_predictions, load_references
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
+from data.caption_files import load_predictions, load_references
 
 
 def evaluate(predictions: dict[str, str], references: dict[str, list[str]]) -> dict:

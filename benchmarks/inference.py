@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 from models.loading import build_model
 
 CONFIG = {

@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import data
+from captioner import Captioner
 from collator import ImageCollator
+from common.files import write_json
+from common.provenance import environment
 from metrics import score
-from metrics.results import environment, write_json
-from models.captioner import Captioner
 from models.loading import build_model
 
 KEPT = ("sacrebleu", "Bleu_1", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")

@@ -15,10 +15,10 @@ sys.path.insert(0, str(ROOT))
 
 from matplotlib.figure import Figure
 
+from captioner import Captioner
 from data import open_image, scenes
 from metrics.scene_facts import scene_facts
-from models.attention_maps import attention_maps, overlay
-from models.captioner import Captioner
+from reports.attention_maps import attention_maps, overlay
 
 NAMES = ("Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "sacrebleu")
 COLUMNS, PIXELS = 8, 288  # maps a row, and how large a picture is drawn

@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 
 SCORES = ("CIDEr", "Bleu_4", "ROUGE_L", "sacrebleu")
 LOGGED = (

@@ -16,9 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.files import write_json
+from common.provenance import environment
+from data.caption_files import load_predictions
 from metrics import tokenize
-from metrics.io import load_predictions
-from metrics.results import environment, write_json
 
 
 def main() -> None:

@@ -22,9 +22,11 @@ import browser
 from PIL import Image
 
 from arguments import MetricArguments
-from metrics.io import load_predictions, load_references
-from metrics.report import write_report
-from metrics.results import environment, score_captions, write_json, write_scores
+from common.files import write_json
+from common.provenance import environment
+from data.caption_files import load_predictions, load_references
+from reports.outputs import score_captions, write_scores
+from reports.report import write_report
 
 
 def main():

@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import data
 from benchmarks import small_llm
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 from metrics.scene_facts import score_scene_facts
 from rewriting.prompts import fill, load_prompt
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 import matplotlib
 import psutil
 
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,12 +46,12 @@ class Instant:
 
 
 def worker(source: str, output: str) -> None:
-    import arguments
     import rewrite
+    from common import cli
 
     rewrite.open_backend = lambda *_: Instant()
     sys.argv = ["rewrite.py", "fuse", source, "--output", output, "--llm", "openai:instant"]
-    arguments.run(rewrite.main)
+    cli.run(rewrite.main)
 
 
 def measure(rows: int, folder: Path) -> dict:

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import small_llm
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 from rewriting.prompts import fill, load_prompt
 
 

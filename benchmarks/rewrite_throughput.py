@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import psutil
 
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 from rewriting.prompts import fit, load_prompt
 
 BEAMS, NEW_TOKENS, PADDED = 3, 80, 256

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 from models.loading import build_model
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -23,11 +23,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from metrics import CiderD, load_references, tokenize
-from metrics import tokenizer as tokenizer_module
-from metrics.coco import score
-from metrics.java import find_java
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
+from data.caption_files import load_references
+from metrics import CiderD, tokenize
+from metrics.coco_caption import tokenizer as tokenizer_module
+from metrics.coco_caption.coco import score
+from metrics.coco_caption.java import find_java
 
 
 def pycocoevalcap_scores(predictions: dict, references: dict) -> dict[str, float]:

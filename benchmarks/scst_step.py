@@ -31,9 +31,9 @@ from captioning import ROOT, blip_base, summary, timed, write_result
 from torch.nn.functional import cross_entropy
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
+from captioner import Captioner
 from collator import IGNORE, CaptionCollator
 from models.blip_attention import use_fast_attention
-from models.captioner import Captioner
 from models.cpu_linear import use_onednn_linear
 from models.vision import encode_images
 from objectives.policy import draw

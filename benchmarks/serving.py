@@ -37,8 +37,9 @@ import torch
 from PIL import Image
 
 import bundle
-from metrics.results import environment, write_json
-from models.captioner import Captioner
+from captioner import Captioner
+from common.files import write_json
+from common.provenance import environment
 from models.loading import build_model
 
 # The image has an unreleased 2.7.0 of the toolkit, that of PyPI (2.6.0) wants a name that transformers 5 has no more.

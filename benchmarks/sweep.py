@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
-from arguments import MetricArguments, sweep_settings
-from metrics.results import environment, score_records, write_json
-from metrics.sweep import score_sweep
-from models.captioner import Captioner
+from arguments import MetricArguments
+from captioner import Captioner
+from common.files import write_json
+from common.provenance import environment
 from models.loading import build_model
+from reports.outputs import score_records
+from reports.sweep import score_sweep, sweep_settings
 
 SWEEP = "num_beams=1,3,5 length_penalty=0.6,1.0,1.4"
 

@@ -23,9 +23,10 @@ from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.files import output_folder, write_json
+from common.provenance import environment
 from data import open_image, scenes
 from metrics.clip_scores import PREFIX, ClipScorer, preprocess
-from metrics.results import environment, output_folder, write_json
 
 SEEDS = {"reward": 1, "judge": 2}  # 0 is that of the captioners' scenes
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_act": "gelu", "attention_dropout": 0.0}

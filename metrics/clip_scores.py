@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from data import open_image
-from metrics.coco import resampled_sums
+from metrics.coco_caption.coco import resampled_sums
 
 logger = logging.getLogger(__name__)
 

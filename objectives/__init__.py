@@ -1,4 +1,4 @@
-"""Training objectives, and the one trainer that runs them."""
+"""Training objectives."""
 
 import logging
 
@@ -7,11 +7,10 @@ from objectives.cross_entropy import CrossEntropy, caption_loss, token_log_probs
 from objectives.dico import Dico
 from objectives.rewards import RecordImages, Rewards, clip_metrics_of, parse_rewards
 from objectives.scst import SelfCritical
-from objectives.trainer import CaptionTrainer
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CaptionTrainer", "CrossEntropy", "build_objective", "caption_loss", "check_objective", "token_log_probs"]
+__all__ = ["CrossEntropy", "build_objective", "caption_loss", "check_objective", "token_log_probs"]
 
 
 def check_objective(args, objective_args, metric_args, scratch_args, data_args) -> list[str]:

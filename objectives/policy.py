@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor
 
+from common.processes import processes
 from metrics import ends_badly, repeated_bigrams, tokenize
-from models.captioner import processes
 
 # Settings of generate that decode one caption after the other, and that draw from the model's own distribution (the
 # library's top_k is 50 where nothing is said).

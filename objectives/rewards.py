@@ -14,9 +14,9 @@ import torch
 
 from data.records import cache_folder
 from metrics import CiderD, tokenize
-from metrics.bleu import bleu_from_statistics, bleu_statistics
-from metrics.cider import END_OF_SEQUENCE
 from metrics.clip_scores import NAMES
+from metrics.coco_caption.bleu import bleu_from_statistics, bleu_statistics
+from metrics.coco_caption.cider import END_OF_SEQUENCE
 
 
 class CiderReward:

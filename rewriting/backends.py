@@ -264,7 +264,7 @@ class HFBackend:
     def __init__(self, model: str, args, device=None):
         import transformers
 
-        from models.captioner import processes
+        from common.processes import processes
         from models.loading import quantization_config
 
         self.args, self.device = args, torch.device(device) if device else processes().device

@@ -3,7 +3,7 @@
 import re
 from difflib import SequenceMatcher
 
-from metrics.text_checks import illegal_characters, repetition, scripts, words
+from metrics.coco_caption.text_checks import illegal_characters, repetition, scripts, words
 from rewriting.prompts import Prompt
 
 REASONS = {

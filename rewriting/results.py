@@ -9,8 +9,8 @@ from pathlib import Path
 
 import xxhash
 
-from data.parts import parts
-from metrics.text_checks import unsupported_facts, words
+from common.resumable import parts
+from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
 from rewriting.prompts import Prompt, Tokens, fit
 from rewriting.rows import Source

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 import data
 from data import sources
+from data.caption_files import load_predictions
 from data.records import DataError
-from metrics.io import load_predictions
 
 # CapsFusion's example file and CapsFusion-120M call them laion_2b and laion_coco.
 RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "txt", "caption", "captions")

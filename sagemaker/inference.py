@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # code/, where the fol
 
 import torch
 
+from captioner import Captioner, UnfitLengths
 from data import ImageError, open_image
-from models.captioner import Captioner, UnfitLengths
 from objectives.cross_entropy import mean_log_probs
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from test_family_scripts import train
 from test_train import CAPTIONS, SPLITS, flags
 from transformers import BertConfig, BertModel
 
+from captioner import Captioner
 from models.adapters import add_adapter
-from models.captioner import Captioner
 from models.loading import load_model, ready
 
 

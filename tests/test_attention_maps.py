@@ -5,9 +5,9 @@ import tiny
 import torch
 from PIL import Image
 
-from models.attention_maps import attention_maps, cross_attention, overlay
+from captioner import Captioner
 from models.blip_attention import use_fast_attention
-from models.captioner import Captioner
+from reports.attention_maps import attention_maps, cross_attention, overlay
 
 CAPTION = "a red circle near dogs"  # "dogs" is a word of the vocabulary, "circles" is circle ##s
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from data.caption_files import find_images
 from metrics.clip_scores import ClipScorer, clip_scores, load_clip, load_scorers, preprocess
-from metrics.io import find_images
 
 WIDTH, LAYERS, HEADS, SIDE, PATCH, EMBED, LENGTH = 32, 2, 2, 48, 16, 24, 20
 CAPTIONS = ["a red circle", "two dogs near the water on the green grass", "a man"]
@@ -385,7 +385,7 @@ def test_a_folder_that_is_no_clip_is_refused(tmp_path):
 
 
 def test_intervals_are_those_of_the_same_resamples(clip_folder):
-    from metrics.coco import resampled_sums
+    from metrics.coco_caption.coco import resampled_sums
 
     scorer, images = ClipScorer.load("clip-s", clip_folder), pictures()
     references = dict(zip("abc", REFERENCES, strict=True))

@@ -7,8 +7,8 @@ import tiny
 import torch
 from PIL import Image
 
+from captioner import Captioner
 from collator import CaptionCollator, ImageCollator
-from models.captioner import Captioner
 from objectives import CrossEntropy, caption_loss
 
 WORDS = [

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from models.captioner import Captioner
+from captioner import Captioner
 
 gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed (requirements-dev.txt)")
 SETTINGS = {"num_captions": 3, "num_beams": 4, "max_new_tokens": 8}

@@ -15,10 +15,10 @@ from test_clip_scores import write_clip
 
 import data
 import objectives.dico
+from captioner import Captioner
 from collator import CaptionCollator
 from metrics.clip_scores import ClipScorer
 from models.blip_attention import use_fast_attention
-from models.captioner import Captioner
 from objectives.cross_entropy import target_logits
 from objectives.dico import Dico, dico_loss, preferences
 from objectives.policy import draw

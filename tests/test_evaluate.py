@@ -90,8 +90,8 @@ def test_photographs_with_text_are_scored_apart(model, tmp_path):
 
 def test_corrupted_images_are_what_the_model_sees_with_any_number_of_workers(model, dataset):
     import data
+    from captioner import Captioner
     from collator import ImageCollator
-    from models.captioner import Captioner
 
     captioner = Captioner.from_pretrained(str(model), corruption=data.corruption(["gaussian_noise:40", "jpeg:10"]))
     records, seen = data.load(dataset)["test"], []

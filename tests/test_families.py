@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from captioner import Captioner
 from collator import CaptionCollator
-from models.captioner import Captioner
 from objectives import CrossEntropy, caption_loss, token_log_probs
 
 WORDS = families.TEXT[:10]

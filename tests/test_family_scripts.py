@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_train import CAPTIONS, SPLITS
 
-from models.captioner import Captioner
+from captioner import Captioner
 from models.loading import load_model
 
 FEW = [f"photo{i}" for i in (0, 1, 2, 3, 6, 9)]  # three to train with, one or two of the other splits

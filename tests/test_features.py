@@ -13,10 +13,10 @@ from test_train import CAPTIONS, SPLITS, flags, weights
 
 import data
 from arguments import TrainArguments
+from captioner import Captioner
 from collator import CaptionCollator
-from models.captioner import Captioner
-from models.features import image_keys, keep_features
 from objectives import CrossEntropy
+from training.feature_cache import image_keys, keep_features
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_kill_in_the_middle_goes_on_with_what_is_there(tmp_path):
 
 
 def test_another_encoder_processor_or_image_has_other_features(dataset, tmp_path):
-    from models.features import Encoder
+    from training.feature_cache import Encoder
 
     captioner = frozen(tmp_path)
 
@@ -208,12 +208,12 @@ def test_auto_keeps_nothing_that_is_used_once_or_does_not_fit(dataset, tmp_path,
     assert "training encodes 12 of 12 images" in caplog.text
     assert keep_features("off", captioner, splits, args) == {}
     # Memory too small for half: files in the cache; a disk too small as well: none.
-    monkeypatch.setattr("models.features.free_memory", lambda: 1000)
-    monkeypatch.setattr("models.features.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("training.feature_cache.free_memory", lambda: 1000)
+    monkeypatch.setattr("training.feature_cache.cache_folder", lambda: tmp_path / "cache")
     kept = keep_features("auto", captioner, splits, arguments(tmp_path))
     assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == len(SPLITS)
     assert kept["train"].features[0].shape == (17, 32)
-    monkeypatch.setattr("models.features.cache_folder", lambda: tmp_path / "full")
+    monkeypatch.setattr("training.feature_cache.cache_folder", lambda: tmp_path / "full")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     assert keep_features("auto", captioner, splits, arguments(tmp_path)) == {}
     assert "are to be written" in caplog.text

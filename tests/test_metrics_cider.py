@@ -7,7 +7,7 @@ import pytest
 from pycocoevalcap.cider.cider import Cider
 
 from metrics import CiderD
-from metrics.cider import END_OF_SEQUENCE
+from metrics.coco_caption.cider import END_OF_SEQUENCE
 
 WORDS = [f"w{n}" for n in range(30)]
 

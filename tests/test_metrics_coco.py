@@ -10,10 +10,11 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 import metrics
-from metrics.bleu import bleu_from_statistics, bleu_statistics
-from metrics.cider import CiderD
-from metrics.java import Unavailable, find_java, meteor_from_statistics, meteor_statistics
-from metrics.rouge import rouge_l
+from data.caption_files import load_predictions, load_references
+from metrics.coco_caption.bleu import bleu_from_statistics, bleu_statistics
+from metrics.coco_caption.cider import CiderD
+from metrics.coco_caption.java import Unavailable, find_java, meteor_from_statistics, meteor_statistics
+from metrics.coco_caption.rouge import rouge_l
 
 JAVA_FREE = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
 
@@ -30,8 +31,8 @@ PREDICTIONS = {"1": "a man riding a horse", "2": "two dogs run in snow", "3": "a
 def coco(test_data):
     folder = test_data / "coco_karpathy_test"
     return (
-        metrics.load_predictions(folder / "predictions_contrastive.json"),
-        metrics.load_references(folder / "captions_karpathy_test.json"),
+        load_predictions(folder / "predictions_contrastive.json"),
+        load_references(folder / "captions_karpathy_test.json"),
     )
 
 
@@ -291,7 +292,7 @@ def test_intervals_of_the_real_set_hold_every_score_and_repeat_with_the_seed(hel
 
 
 def test_one_image_gives_a_cider_of_zero_and_a_warning_once(caplog):
-    metrics.coco._warn_of_few_images.cache_clear()  # another test of this process may have had it already
+    metrics.coco_caption.coco._warn_of_few_images.cache_clear()  # another test of this process may have had it already
     scores, _ = metrics.score({"1": "a man rides a horse"}, {"1": REFERENCES["1"]}, meteor=False, spice=False)
     assert scores["CIDEr"] == 0
     assert scores["Bleu_4"] == pytest.approx(1)

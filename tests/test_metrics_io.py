@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from metrics import CaptionFileError, load_predictions, load_references
+from data.caption_files import CaptionFileError, load_predictions, load_references
 
 
 def write(path, content) -> str:

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from metrics.java import _package_folder, find_java
-from metrics.tokenizer import tokenize
+from metrics.coco_caption.java import _package_folder, find_java
+from metrics.coco_caption.tokenizer import tokenize
 
 # pycocoevalcap's list, brackets included (which never match, for by then they are lower case).
 PUNCTUATION = ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]

@@ -11,9 +11,10 @@ from transformers import BlipImageProcessor, CLIPImageProcessor
 
 import data
 from arguments import TrainArguments
+from captioner import Captioner
 from collator import CaptionCollator, ImageCollator, Pixels
-from models.captioner import Captioner
-from objectives import CaptionTrainer, CrossEntropy
+from objectives import CrossEntropy
+from training.trainer import CaptionTrainer
 
 
 def noise(width, height, seed=0):

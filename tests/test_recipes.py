@@ -11,6 +11,7 @@ import tiny
 from conftest import ROOT
 
 import arguments
+from common import cli
 
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 GROUPS = arguments.TRAIN_GROUPS
@@ -18,21 +19,21 @@ GROUPS = arguments.TRAIN_GROUPS
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_recipe_is_taken_and_says_what_it_needs_and_how_it_is_launched(recipe, tmp_path):
-    arguments.parse(GROUPS, [str(recipe), "--output_dir", str(tmp_path)])
+    cli.parse(GROUPS, [str(recipe), "--output_dir", str(tmp_path)])
     head = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "Needs:" in head
     assert f"train.py {recipe.relative_to(ROOT)}" in head
 
 
 def test_the_flickr8k_recipe_is_the_defaults_written_out(tmp_path):
-    written = arguments.parse(GROUPS, [str(ROOT / "recipes/blip/flickr8k.yaml"), "--output_dir", str(tmp_path)])
-    default = arguments.parse(GROUPS, ["--output_dir", str(tmp_path)])
-    own = {"num_beams", "max_new_tokens", "length_penalty", "early_stopping"}  # their defaults: models.captioner
+    written = cli.parse(GROUPS, [str(ROOT / "recipes/blip/flickr8k.yaml"), "--output_dir", str(tmp_path)])
+    default = cli.parse(GROUPS, ["--output_dir", str(tmp_path)])
+    own = {"num_beams", "max_new_tokens", "length_penalty", "early_stopping"}  # their defaults: captioner
     for one, other in zip(written, default, strict=True):
         for name, value in vars(other).items():
             if name not in own | {"distributed_state"}:
                 assert getattr(one, name) == value, name
-    from models.captioner import DEFAULTS
+    from captioner import DEFAULTS
 
     generation = written[GROUPS.index(arguments.GenerationArguments)]
     assert all(getattr(generation, name) == DEFAULTS[name] for name in own)

@@ -10,9 +10,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from metrics.comparison import compare, paired_bootstrap, read_runs
-from metrics.report import contradictions, faults, histogram, read_thumbnails, thumbnails, write_report
-from metrics.results import score_captions
+from reports.comparison import compare, paired_bootstrap, read_runs
+from reports.outputs import score_captions
+from reports.report import contradictions, faults, histogram, read_thumbnails, thumbnails, write_report
 
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\"><!-- <script>document.title='hacked'</script>"
 REFERENCES = {

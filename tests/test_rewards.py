@@ -9,7 +9,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
 from metrics import ends_badly, tokenize
-from metrics.cider import END_OF_SEQUENCE
+from metrics.coco_caption.cider import END_OF_SEQUENCE
 from objectives.rewards import Rewards, parse_rewards
 
 WORDS = [

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from data.records import DataError
-from metrics.text_checks import (
+from metrics.coco_caption.text_checks import (
     illegal_characters,
     remove_illegal_characters,
     repetition,

@@ -22,7 +22,7 @@ import inference
 
 import bundle
 from benchmarks import serving
-from models.captioner import Captioner
+from captioner import Captioner
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "sagemaker"))
 import bundle
 import data
 import train_entry
-from models.captioner import Captioner
+from captioner import Captioner
 
 # As SDK v2 sends them: JSON-quoted, "True" where a person wrote it, a list of words as a list.
 FLAGS = {
@@ -157,7 +157,7 @@ def test_the_job_trains_by_the_recipe_and_leaves_only_what_deploys(unbroken):
         "code", "config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
         "tokenizer_config.json", "README.md", "coco_metrics.json", "training_curves.svg",
     }  # fmt: skip
-    assert {"code/inference.py", "code/requirements.txt", "code/models/captioner.py"} <= files
+    assert {"code/inference.py", "code/requirements.txt", "code/captioner.py"} <= files
     assert not [name for name in files if "checkpoint" in name or name.endswith((".pt", ".pth", ".bin"))]
     run = json.loads((container.base / "checkpoints/run.json").read_text())["flags"]
     assert (run["num_train_epochs"], run["captions_per_image"], run["per_device_train_batch_size"]) == (12, 5, 4)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import objectives.scst
 import train
+from captioner import Captioner
 from collator import IGNORE, CaptionCollator
-from models.captioner import Captioner
 from models.families import vision_encoder
 from models.loading import build_model
 from objectives import caption_loss

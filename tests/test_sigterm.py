@@ -90,7 +90,7 @@ import importlib.abc, importlib.util
 
 class Slow(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "models.captioner":
+        if name != "captioner":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

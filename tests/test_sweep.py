@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
-from arguments import sweep_settings
+from captioner import Captioner
 from data import load
-from metrics.curves import plot_sweep
-from models.captioner import Captioner
+from reports.plots import plot_sweep
+from reports.sweep import sweep_settings
 
 CAPTIONS = {
     f"photo{i}": [f"a {colour} ball.", f"the {colour} circle on grass."]
@@ -96,7 +96,7 @@ def test_every_family_can_be_swept(family, dataset, caplog):
     captioner = Captioner(model.eval(), processor, max_new_tokens=4)
     records = load(dataset, splits=("validation",))["validation"]
     settings = [{"num_beams": 1}, {"num_beams": 2}]
-    with caplog.at_level("INFO", "models.captioner"):
+    with caplog.at_level("INFO", "captioner"):
         found = captioner.sweep_split(records, [captioner.with_settings(**setting) for setting in settings])
     assert found == [captioner.with_settings(**setting).caption_split(records) for setting in settings]
     assert ("takes no encoded images" in caplog.text) == (family == "llava")

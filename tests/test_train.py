@@ -256,12 +256,11 @@ def test_a_wrong_recipe_is_one_clear_message(lines, said, tmp_path):
 
 def test_the_command_line_goes_before_the_recipe_and_the_recipe_before_the_defaults(tmp_path):
     import arguments
+    from common import cli
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 1e-3\nseed: 7\naugment: [flip]\n")
-    data_args, args = arguments.parse(
-        (arguments.TrainDataArguments, arguments.TrainArguments), [str(recipe), "--seed", "9"]
-    )
+    data_args, args = cli.parse((arguments.TrainDataArguments, arguments.TrainArguments), [str(recipe), "--seed", "9"])
     assert (args.learning_rate, args.seed, args.num_train_epochs) == (1e-3, 9, 4.0)
     assert data_args.augment == ["flip"]
 
@@ -345,7 +344,7 @@ def test_trackers_are_chosen_by_name(tmp_path):
 
 def test_a_sheet_shows_each_picture_with_its_caption_and_takes_any_text():
     from data import scenes
-    from objectives.samples import draw_sheet
+    from training.tracker_images import draw_sheet
 
     records = scenes.load(train=0, validation=5, test=0)["validation"]
     captions = {image_id: f"$x_{{ <b>{n}" for n, image_id in enumerate(records["image_id"])}

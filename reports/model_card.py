@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from metrics.results import write_json, write_text
+from common.files import write_json, write_text
 from models.families import base_model, family_of
 
 # Score name in coco_metrics.json: (name shown, metric id of the Hub)

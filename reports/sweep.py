@@ -1,12 +1,18 @@
 """Generation settings compared: the scores of each, which one is the best, and which others are as good."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
+import yaml
+from transformers import HfArgumentParser
+
+from arguments import GenerationArguments
+from common.cli import convert, nearest
 from metrics.clip_scores import NAMES
-from metrics.comparison import paired_bootstrap
-from metrics.java import preflight
-from metrics.results import score_records
+from metrics.coco_caption.java import preflight
+from reports.comparison import paired_bootstrap
+from reports.outputs import score_records
 
 NOTE = (
     "p tells how often chance alone would show so large a difference from the best setting (paired bootstrap over the "
@@ -14,6 +20,36 @@ NOTE = (
     "best setting was chosen on these very captions, so its own score is flattering: report another split's."
 )
 SHOWN = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "sacrebleu", "METEOR", "SPICE")
+
+
+def sweep_settings(sweep: str) -> list[dict]:
+    """Every combination of "num_beams=1,3,5 length_penalty=0.6,1.0", a dict each, the last key's values varying first.
+
+    ValueError for a key that is no generation setting, and for a value of another type than its flag's.
+    """
+    parser = HfArgumentParser((GenerationArguments,), allow_abbrev=False)
+    known = {action.dest: action for action in reversed(parser._actions)}
+    for name in ("help", "prompt", "keep_prompt", "remove_illegal_characters"):  # they are no settings of a search
+        del known[name]
+    values = {}
+    for part in sweep.split():
+        name, equals, listed = part.partition("=")
+        if not equals or not listed:
+            raise ValueError(f"sweep: '{part}' is not of the form key=value,value. Example: num_beams=1,3,5")
+        if name not in known:
+            raise ValueError(f"sweep: '{name}' cannot be swept.{nearest(name, known)} Known: {', '.join(known)}.")
+        if name in values:
+            raise ValueError(f"sweep: '{name}' stands there twice: list all its values behind one '='.")
+        try:
+            converted = [convert(yaml.safe_load(value), known[name]) for value in listed.split(",")]
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"sweep: {name}: {error}") from None
+        if None in converted:
+            raise ValueError(f"sweep: {name}: a value is missing in '{part}'.")
+        values[name] = list(dict.fromkeys(converted))
+    if not values:
+        raise ValueError("sweep: no setting to sweep. Example: --sweep 'num_beams=1,3,5 length_penalty=0.6,1.0'")
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
 def check_sweep(args, metric_args, model: str) -> None:
@@ -39,7 +75,7 @@ def score_sweep(
     Args:
         settings: of each run; captions: its `{image_id: caption}`. Equal captions are scored once.
         metric: names the best. METEOR and SPICE are computed if they are asked for here, and else not.
-        how: for metrics.results.score_records.
+        how: for reports.outputs.score_records.
     """
     asked = dataclasses.replace(metric_args, meteor=metric == "METEOR", spice=metric == "SPICE")
     scored, found = {}, []

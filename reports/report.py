@@ -21,11 +21,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from common.files import write_text
 from data.images import ImageError, open_image
-from metrics.coco import ends_badly
-from metrics.results import write_text
-from metrics.text_checks import contradictions, illegal_characters, repetition
-from metrics.tokenizer import tokenize
+from metrics.coco_caption.coco import ends_badly
+from metrics.coco_caption.text_checks import contradictions, illegal_characters, repetition
+from metrics.coco_caption.tokenizer import tokenize
 
 logger = logging.getLogger(__name__)
 NAMES = {
@@ -44,13 +44,13 @@ SIZES = ((1000, 256, 75), (2500, 192, 65), (10_000, 128, 50))
 def write_report(
     folder: Path, rows: list[dict], images=None, *, curves: Path | None = None, sweep=None, looks=None
 ) -> None:
-    """report.html of a run, from coco_metrics.json there and `rows` of metrics.results.score_captions.
+    """report.html of a run, from coco_metrics.json there and `rows` of reports.outputs.score_captions.
 
     Args:
         images: an image value (data.open_image) for each row, if there are any. Pictures are made small here.
         curves: training_curves.svg.
         looks: called without arguments, {image id: (words, (words, rows, columns) attention maps)} of some images.
-        sweep: what sweep.json holds, of metrics.sweep; its heat map is sweep.svg in the folder.
+        sweep: what sweep.json holds, of reports.sweep; its heat map is sweep.svg in the folder.
 
     Whatever goes wrong is logged and not raised: the scores are written, and no report is worth losing what follows.
     """
@@ -73,7 +73,7 @@ def write_report(
 
 
 def write_comparison_report(folder: Path, runs: dict[str, dict], comparison: dict) -> None:
-    """report.html of several runs side by side, of metrics.comparison. Pictures are those of the runs' own reports."""
+    """report.html of several runs side by side, of reports.comparison. Pictures are those of the runs' own reports."""
     try:
         pictures = next(filter(None, (read_thumbnails(run["folder"]) for run in runs.values())), {})
         _write(folder, runs, pictures, comparison=comparison)

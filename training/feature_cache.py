@@ -22,9 +22,9 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from common.processes import processes, show_progress
 from data import CaptionPairs, EncodedRecords
 from data.records import cache_folder
-from models.captioner import processes, show_progress
 from models.families import vision_encoder
 from models.vision import encode_images, takes_encoded
 

@@ -3,108 +3,16 @@
 import dataclasses
 import json
 import logging
-import os
-import platform
-import re
-import shlex
-import subprocess
-import sys
-import tempfile
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
+from common.files import write_json, write_text
+from common.provenance import environment
 from metrics.clip_scores import clip_scores
-from metrics.coco import score
-from metrics.java import preflight
+from metrics.coco_caption.coco import score
+from metrics.coco_caption.java import preflight
 from metrics.scene_facts import scene_facts, score_scene_facts
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["torch", "transformers", "datasets", "accelerate", "peft", "sacrebleu", "pycocoevalcap", "pillow", "numpy"]
-
-
-def write_text(path, text: str) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then a rename."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def write_json(path, value) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def output_folder(path: str) -> Path:
-    """The folder, made if need be; ValueError if it is a file or cannot be written to."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"output_dir: {path} is a file, or lies under one. Name a folder.") from None
-    except OSError as error:
-        raise ValueError(f"output_dir: {path} cannot be written to: {error.strerror}.") from None
-    return folder
-
-
-def environment() -> dict:
-    """Versions, hardware, commit and command of this process."""
-
-    def git(*args):
-        try:
-            run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return run.stdout.strip()
-
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    commit = git("rev-parse", "HEAD")
-    # A benchmark that writes several results does not make the later ones "uncommitted".
-    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
-        commit += " with uncommitted changes"
-    return {
-        "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),
-        "commit": commit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus},
-        "versions": versions,
-    }
-
-
-def _without_secrets(words: list[str]) -> list[str]:
-    """The command line with the value of every token flag left out: results files are published."""
-    hidden = [re.sub(r"(token\S*=).+", r"\1***", word) for word in words]
-    for i, word in enumerate(words[:-1]):
-        if word.startswith("--") and word.endswith("token"):
-            hidden[i + 1] = "***"
-    return hidden
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_predictions(folder: Path, predictions: dict[str, str]) -> None:

@@ -3,17 +3,14 @@
 import contextlib
 import copy
 import logging
-import sys
-from datetime import timedelta
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
 from collator import ImageCollator, pad_rows, with_targets
-from metrics.text_checks import remove_illegal_characters
+from common.processes import processes, show_progress
+from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
 from models.families import base_model, family_of, vision_encoder
 from models.loading import load_model
@@ -33,12 +30,6 @@ DEFAULTS = {
 }
 # Here generate refuses whole numbers, which JSON and sliders make of 2.0.
 FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
-
-
-def processes(patience: timedelta | None = None) -> PartialState:
-    """This process among those that torchrun or accelerate launch started; joins them on its first call, which also
-    says how long one waits for another (default: torch's, 10 to 30 minutes)."""
-    return PartialState(cpu=not torch.accelerator.is_available(), **({"timeout": patience} if patience else {}))
 
 
 class UnfitLengths(ValueError):
@@ -65,7 +56,7 @@ class Captioner:
     `settings` are those of `generate`; one that is None or absent is the checkpoint's own (its generation_config.json),
     else that of DEFAULTS. `prompt` None is the prompt that the checkpoint was trained with. The prompt's words are left
     out of the captions, unless `keep_prompt`. `fast_jpeg` and `corruption` are ImageCollator's.
-    `remove_illegal_characters` leaves those of metrics.text_checks out of every caption.
+    `remove_illegal_characters` leaves those of metrics.coco_caption.text_checks out of every caption.
     """
 
     def __init__(
@@ -272,15 +263,3 @@ class Captioner:
         if state.num_processes > 1:
             captions = {k: v for part in gather_object([captions]) for k, v in part.items()}
         return {image_id: captions[image_id] for image_id in records["image_id"]}
-
-
-def show_progress(items, total: int, doing: str = "captioning"):
-    """A bar for people, or for a log file a line every half minute; on the main process only."""
-    return tqdm(
-        items,
-        total=total,
-        desc=doing,
-        disable=not processes().is_main_process,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        leave=False,
-    )

@@ -14,8 +14,8 @@ from metrics import score
 from metrics.clip_scores import clip_scores
 from models.families import base_model
 from objectives.cross_entropy import caption_loss
-from objectives.samples import log_samples
-from objectives.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
+from training.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
+from training.tracker_images import log_samples
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def create_model_card(self, *args, **kwargs):
-        """Nothing: train.py writes the card (models/card.py), and an upload must not put the Trainer's in its place."""
+        """Nothing: train.py writes the card (reports/model_card.py), and an upload must not put the Trainer's in its place."""
 
     @torch.no_grad()
     def _pairs_loss(self, pairs) -> float:

@@ -5,7 +5,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from metrics.results import environment, write_json
+from common.files import write_json
+from common.provenance import environment
 
 logger = logging.getLogger(__name__)
 

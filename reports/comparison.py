@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.coco import corpus_scores, resampled_scores
+from metrics.coco_caption.coco import corpus_scores, resampled_scores
 
 SIGNIFICANT = 0.05
 NOTE = (
@@ -76,7 +76,7 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
 
 
 def statistics(rows: list[dict]) -> dict[str, np.ndarray]:
-    """The rows of per_image.jsonl as metrics.coco.resampled_scores takes them; NaN where an image has no such value."""
+    """The rows of per_image.jsonl as metrics.coco_caption.coco.resampled_scores takes them; NaN where an image has no such value."""
     summed = list(rows[0]["statistics"])
     found = {name: np.array([row["statistics"][name] for row in rows], dtype=float) for name in summed}
     names = dict.fromkeys(name for row in rows for name in row["scores"])

@@ -1,0 +1,40 @@
+"""Files that appear whole or not at all, and output folders."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_text(path, text: str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, then a rename."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def output_folder(path: str) -> Path:
+    """The folder, made if need be; ValueError if it is a file or cannot be written to."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"output_dir: {path} is a file, or lies under one. Name a folder.") from None
+    except OSError as error:
+        raise ValueError(f"output_dir: {path} cannot be written to: {error.strerror}.") from None
+    return folder

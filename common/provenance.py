@@ -1,0 +1,63 @@
+"""Where a number comes from: versions, hardware, commit and command of this process."""
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ["torch", "transformers", "datasets", "accelerate", "peft", "sacrebleu", "pycocoevalcap", "pillow", "numpy"]
+
+
+def environment() -> dict:
+    """Versions, hardware, commit and command of this process."""
+
+    def git(*args):
+        try:
+            run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return run.stdout.strip()
+
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    commit = git("rev-parse", "HEAD")
+    # A benchmark that writes several results does not make the later ones "uncommitted".
+    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
+        commit += " with uncommitted changes"
+    return {
+        "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),
+        "commit": commit,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus},
+        "versions": versions,
+    }
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    """The command line with the value of every token flag left out: results files are published."""
+    hidden = [re.sub(r"(token\S*=).+", r"\1***", word) for word in words]
+    for i, word in enumerate(words[:-1]):
+        if word.startswith("--") and word.endswith("token"):
+            hidden[i + 1] = "***"
+    return hidden
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
