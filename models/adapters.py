@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
 from transformers import GenerationConfig
 from transformers.utils import find_adapter_config_file
 
+from common.weights import check_keys, errors_in_one_line
 from models.families import family_of
 
 logger = logging.getLogger(__name__)
@@ -73,15 +74,22 @@ def find_adapter(model_name_or_path: str, revision: str = "main") -> dict | None
 
 def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftModel:
     """`base` with the adapter put on, trainable, and captioned as the adapter's folder says."""
-    try:
+    with errors_in_one_line(model_name_or_path):
         model = PeftModel.from_pretrained(base, model_name_or_path, is_trainable=True, revision=revision)
-    except SafetensorError as error:
-        raise ValueError(
-            f"The adapter weights in {model_name_or_path} are damaged ({error}): copy them again."
-        ) from None
+    load_adapter_weights(model, model_name_or_path, revision)
     folder = Path(model_name_or_path)
     if (folder / "config.json").is_file():  # our own checkpoints have it; others are captioned as their base is
         base.config.caption_prompt = json.loads((folder / "config.json").read_text()).get("caption_prompt", "")
     if (folder / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def load_adapter_weights(model: PeftModel, model_name_or_path: str, revision: str = "main") -> None:
+    """The weights of an adapter of `model`'s kind into it, in place. ValueError if one is missing or has no place: peft
+    itself only warns of it."""
+    with errors_in_one_line(model_name_or_path):
+        state = load_peft_weights(model_name_or_path, device="cpu", revision=revision)
+        result = set_peft_model_state_dict(model, state)
+    own = {name for name, _ in model.named_parameters() if re.search(r"\.default(\.|$)", name)}
+    check_keys(model_name_or_path, "its adapter", own & set(result.missing_keys), result.unexpected_keys)

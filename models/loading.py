@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoConfig, AutoProcessor, BertTokenizer, BitsAndBytesConfig, BlipConfig, BlipProcessor
 from transformers.utils import is_bitsandbytes_available
 
-from models.adapters import add_adapter, find_adapter, load_adapter
+from common.weights import check_keys, read_weights
+from models.adapters import add_adapter, find_adapter, load_adapter, load_adapter_weights
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.families import FAMILIES, base_model, family_of, vision_encoder
@@ -36,10 +36,10 @@ def load_model(
 ):
     """A captioner and its processor, from a local folder or the Hub.
 
-    Weights are read from safetensors only, and no code of the repository is run. `dtype` is float32 or bfloat16;
+    Weights are read as common.weights says, and no code of the repository is run. `dtype` is float32 or bfloat16;
     `quantization` 4bit or 8bit. Of an adapter the base model is loaded first, by the name that the adapter has for it, and
     the adapter merged into it, or with `merge` False put on it, trainable. ValueError if there is no model, if its family
-    is not known, or if some weights of the captioner are missing from it.
+    is not known, or if its weights are not those of the captioner, each of them.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(
@@ -73,24 +73,32 @@ def load_model(
         processor = AutoProcessor.from_pretrained(model_name_or_path, **options)
         if quantization:
             options["quantization_config"] = quantization_config(quantization)
-        model, info = family.model_class.from_pretrained(
-            model_name_or_path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
-        )
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights in {model_name_or_path} are damaged ({error}): copy or download them again."
-        ) from None
+        model = read_weights(family.model_class, model_name_or_path, dtype=getattr(torch, dtype), **options)
     except OSError as error:
         raise ValueError(
-            f"Could not load a model from '{model_name_or_path}'. Neither a local folder nor a reachable, "
-            f"safetensors-holding model of the Hub. The library says: {str(error).splitlines()[0]}"
+            f"Could not load a model from '{model_name_or_path}'. Neither a local folder nor a reachable model of the "
+            f"Hub with safetensors or pytorch_model.bin. The library says: {str(error).splitlines()[0]}"
         ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{model_name_or_path} lacks {len(missing)} weights of {wanted} "
-            f"(first: {missing[0]}): it is a checkpoint of another kind of model."
-        )
     return ready(model, processor, fast_attention), processor
+
+
+def load_weights(model, checkpoint: str) -> None:
+    """The weights of a checkpoint of `model` into it, in place: parameters stay those that an optimizer has, in their
+    dtype and on their device, modules keep their classes.
+
+    Through from_pretrained, since save_pretrained writes published names, which for many families are not those of
+    the modules. ValueError if a weight is missing or has no place.
+    """
+    if isinstance(model, PeftModel):
+        load_adapter_weights(model, checkpoint)
+        return
+    # float32 holds every weight of a half-precision one exactly.
+    saved = read_weights(family_of(model.config).model_class, checkpoint, dtype=torch.float32).state_dict()
+    own = model.state_dict()
+    check_keys(checkpoint, type(model).__name__, own.keys() - saved.keys(), saved.keys() - own.keys())
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
 
 def quantization_config(quantization: str) -> BitsAndBytesConfig:

@@ -5,6 +5,7 @@ The scripts' own main() runs in this process, as importing the libraries takes l
 
 import importlib
 import json
+import re
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import CAPTIONS, SPLITS
 
 from captioner import Captioner
@@ -55,16 +56,36 @@ def train(base, dataset, output, **changed) -> None:
     script("train", *[word for key, value in (values | changed).items() for word in (f"--{key}", value)])
 
 
+# The checkpoint of the highest loss is the best one: the first of two, so that the last is not the one to end with.
+FIRST_IS_BEST = {"metric_for_best_model": "loss", "greater_is_better": "true"}
+LORA = FIRST_IS_BEST | {"use_peft": "true", "lora_r": 4}
+
+
 @pytest.fixture(scope="module")
 def trained(base, dataset):
-    train(base, dataset, base.parent / "trained")
+    train(base, dataset, base.parent / "trained", **FIRST_IS_BEST)
     return base.parent / "trained"
 
 
 @pytest.fixture(scope="module")
 def adapted(base, dataset):
-    train(base, dataset, base.parent / "adapted", use_peft="true", lora_r=4)
+    train(base, dataset, base.parent / "adapted", **LORA)
     return base.parent / "adapted"
+
+
+def weights_of(folder) -> dict:
+    return {
+        name: tensor for file in sorted(folder.glob("*model*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def assert_equal(ones: dict, others: dict) -> None:
+    assert ones.keys() == others.keys()
+    assert [name for name in ones if not ones[name].equal(others[name])] == []
+
+
+def checkpoints(folder) -> list:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 def captions_of(folder, dataset) -> dict:
@@ -119,15 +140,37 @@ def test_lora(adapted, base):
         assert same.equal(parameter), name
 
 
-def test_lora_goes_on_where_it_was_stopped(base, dataset, adapted):
-    flags = {"use_peft": "true", "lora_r": 4, "save_total_limit": 5}
-    train(base, dataset, base.parent / "stopped", **flags)
-    whole = load_file(base.parent / "stopped" / "adapter_model.safetensors")
-    last = max((base.parent / "stopped").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    shutil.rmtree(last)
-    train(base, dataset, base.parent / "stopped", **flags)
-    again = load_file(base.parent / "stopped" / "adapter_model.safetensors")
-    assert all(whole[name].equal(again[name]) for name in whole)
+@pytest.mark.parametrize("kind", ["trained", "adapted"])
+def test_best_is_final(kind, request):
+    """The folder's weights are those of the checkpoint that trainer_state.json names, bit for bit, and not the last."""
+    folder = request.getfixturevalue(kind)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    first, last = map(weights_of, checkpoints(folder))
+    assert state["best_global_step"] == state["global_step"] // 2
+    assert_equal(weights_of(folder), first)
+    assert any(not first[name].equal(last[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["trained", "adapted"])
+def test_resumed_is_unbroken(kind, base, dataset, request, tmp_path):
+    whole = request.getfixturevalue(kind)
+    stopped, (first, last) = tmp_path / "stopped", checkpoints(whole)
+    shutil.copytree(first, stopped / first.name)
+    shutil.copy(whole / "run.json", stopped)
+    train(base, dataset, stopped, **(LORA if kind == "adapted" else FIRST_IS_BEST))
+    assert_equal(weights_of(stopped / last.name), weights_of(last))
+    assert_equal(weights_of(stopped), weights_of(first))
+
+
+def test_a_checkpoint_whose_weights_have_no_place_is_an_error(trained, base, dataset, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints(trained)[0], checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.endswith("weight"))
+    weights[f"old.{name}"] = weights.pop(name)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks [12] weights.*old.{re.escape(name)}"):
+        train(base, dataset, tmp_path / "run", resume_from_checkpoint=checkpoint)
 
 
 def test_export(adapted, dataset, tmp_path):

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainer
 from metrics import score
 from metrics.clip_scores import clip_scores
 from models.families import base_model
+from models.loading import load_weights
 from objectives.cross_entropy import caption_loss
 from training.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
 from training.tracker_images import log_samples
@@ -50,9 +51,6 @@ class CaptionTrainer(Seq2SeqTrainer):
         # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
         self.label_smoother = None  # the objective's own
-        # Tied weights are saved once; without this the Trainer warns of "missing" ones when it reloads a checkpoint.
-        base = base_model(self.model)
-        base._keys_to_ignore_on_save = list(base.all_tied_weights_keys)
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
         self.args.logging_nan_inf_filter = False  # it would hide such a loss from the log; here it stops the run
@@ -72,8 +70,19 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _load_best_model(self):
         # Of several machines only the first one's disk has checkpoints (transformers 5 writes them in process 0 alone,
         # whatever save_on_each_node says). train() gives its weights to the others.
-        if not self._replicated() or self.args.process_index == self.args.local_process_index:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
+        elif not self._replicated() or self.args.process_index == self.args.local_process_index:
+            best = self.state.best_model_checkpoint
+            logger.info("loading the best checkpoint, %s (%s)", best, self.state.best_metric)
+            load_weights(self.model, best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # The library's own matches the names in the file with those of the modules, which differ in most chat families.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
 
     def _replicated(self) -> bool:
         """Whether several processes have the whole model each."""

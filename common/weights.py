@@ -1,0 +1,106 @@
+"""Weight files: safetensors, or the tensors of a .bin, and no other; every weight found, and every one used."""
+
+import contextlib
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+
+logger = logging.getLogger(__name__)
+
+# transformers would ask a service of the Hub to convert a .bin repository in the background.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+# Buffers that older releases saved and newer ones compute: no weight of any captioner.
+BUFFERS = re.compile(
+    r"(.*\.)?(position_ids|inv_freq|original_inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias|relative_position_index|"
+    r"embed_positions\._float_tensor|embed_positions\.weights|num_batches_tracked|qk_rel_pos_index)"
+)
+
+
+def read_weights(model_class, source, *, revision: str = "main", unread: str = "", **options):
+    """`model_class.from_pretrained(source)` with all its weights, from a local folder or the Hub.
+
+    Safetensors if there are any, else `pytorch_model.bin`, of which torch takes tensors alone and runs nothing. Single
+    files and shards. Names of older releases are mapped as the library maps them. `unread`: a regular expression of the
+    weights that the model has but never reads. `options` are those of `from_pretrained`. ValueError, in one line, if the
+    files are damaged, hold anything but tensors, lack a weight, or hold one that the model has no place for; OSError if
+    there is no model.
+    """
+    in_safetensors = _has(source, revision, SAFE_WEIGHTS_NAME) or _has(source, revision, SAFE_WEIGHTS_INDEX_NAME)
+    if not in_safetensors and (_has(source, revision, WEIGHTS_NAME) or _has(source, revision, WEIGHTS_INDEX_NAME)):
+        logger.info("%s has no safetensors: its %s is read, tensors only", source, WEIGHTS_NAME)
+        use_safetensors = False
+    else:
+        use_safetensors = True
+    with errors_in_one_line(source):
+        model, info = model_class.from_pretrained(
+            source, revision=revision, use_safetensors=use_safetensors, output_loading_info=True, **options
+        )
+    check_keys(source, type(model).__name__, info["missing_keys"], info["unexpected_keys"], unread)
+    return model
+
+
+@contextlib.contextmanager
+def errors_in_one_line(source):
+    """What goes wrong in reading the weight files of `source`, as a ValueError in one line."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {source} are damaged ({error}): copy or download them again.") from None
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(_refusal(source, error)) from None
+    except RuntimeError as error:
+        if "PytorchStreamReader" in str(error) or "central directory" in str(error):
+            raise ValueError(_refusal(source, error)) from None
+        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"{source}: its weights have other shapes than its config says. Copy both from one source."
+            ) from None
+        raise
+
+
+def check_keys(source, model: str, missing, unexpected, unread: str = "") -> None:
+    """ValueError if weights are missing from `source`, or if it holds some that `model` has no place for."""
+
+    def of_weight(names):
+        return sorted(n for n in names if not BUFFERS.fullmatch(n) and not (unread and re.fullmatch(unread, n)))
+
+    missing, unexpected = of_weight(missing), of_weight(unexpected)
+    if missing:
+        other = f", and holds {len(unexpected)} that it does not know (first: {unexpected[0]})" if unexpected else ""
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of {model} (first: {missing[0]}){other}: "
+            "it is a checkpoint of another kind of model, or of another release that names them otherwise."
+        )
+    if unexpected:
+        raise ValueError(
+            f"{source} holds {len(unexpected)} weights that {model} has no place for (first: {unexpected[0]}): its "
+            "config.json describes another model than its weights."
+        )
+
+
+def _has(source, revision: str, name: str) -> bool:
+    if Path(source).is_dir():
+        return Path(source, name).is_file()
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(str(source), name, revision=revision, **options) is not None
+
+
+def _refusal(source, error: Exception) -> str:
+    found = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL|callable)[^\w]*(.*)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and found:
+        what = re.search(r"(?:GLOBAL|class|operand|callable)\s+([\w.]+)", str(error))
+        named = f" ({what[1]})" if what else ""
+        return (
+            f"The .bin weights in {source} hold more than tensors{named}: a file that could run code is not loaded. "
+            "Ask its author for safetensors."
+        )
+    return (
+        f"The .bin weights in {source} are damaged, or a Git LFS pointer in their place "
+        f"({str(error).splitlines()[0][:80] if str(error) else type(error).__name__}): copy or download them again."
+    )
