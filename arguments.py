@@ -85,7 +85,7 @@ class AdapterArguments:
 class DataArguments:
     dataset_name: str = flag(
         "ariG23498/flickr8k",
-        "Hub id, local folder or file (see data/sources.py for the formats), or 'scenes', the drawn quickstart set.",
+        "Hub id, local folder or file (docs/data.md lists the formats), or 'scenes', the drawn quickstart set.",
     )
     dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
     data_format: str = flag("auto", "Format of a local dataset, if it is not to be told from its files.")
@@ -93,6 +93,11 @@ class DataArguments:
     image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
     caption_column: str | None = flag(None, "Column of the captions, if its name is not a usual one.")
     split_seed: int = flag(42, "Seed of the random 90/5/5 split over images, used where a dataset has no splits.")
+    draw_splits_from: str | None = flag(
+        None,
+        "Draw train, validation and test (90/5/5 over images) from this split of a dataset that has no train split, such "
+        "as test, or from all of it (all).",
+    )
     streaming: bool = flag(False, "Read the dataset while training instead of preparing it first.")
     skip_bad_samples: bool = flag(
         False, "Leave out unreadable images and empty captions of the training split, and list them in a file."

@@ -1,18 +1,19 @@
-"""Captioning data: sources (one function a format), records and their checks, images, augmentation.
+"""Captioning data: sources (one module a format, in data/formats), records and their checks, images, augmentation.
 
 dataset = data.load("ariG23498/flickr8k")        # DatasetDict: train / validation / test, one record an image
 picture = data.open_image(record["image"])       # RGB, late, in the worker
 """
 
 from data.augmentation import Augmentation, corruption
+from data.checks import check_images
 from data.images import MAX_PIXELS, ImageError, open_image
-from data.records import DataError, check_images, fingerprint
-from data.sources import FORMATS, load
+from data.records import fingerprint
+from data.rows import DataError
+from data.sources import load
 from data.text_augmentation import TextAugmentation
 from data.training import CaptionPairs, CaptionStream, EncodedRecords, check_training_images, in_memory
 
 __all__ = [
-    "FORMATS",
     "MAX_PIXELS",
     "Augmentation",
     "CaptionPairs",

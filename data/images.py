@@ -1,19 +1,53 @@
 """One image value to one correct RGB picture: the only place of the repo that opens images."""
 
 import io
+import logging
 import os
+import struct
 import warnings
 
 import numpy as np
 from PIL import Image, ImageFile
 
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None
+
+logger = logging.getLogger(__name__)
+
 Image.init()
+if pillow_heif is not None:
+    pillow_heif.register_heif_opener()
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at its limit, `max_pixels` makes an error of it
 # An explicit list: Pillow would otherwise also open EPS (which runs Ghostscript) and other formats nobody trains on.
 FORMATS = tuple(
     name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA", "HEIF")
     if name in Image.OPEN
+)
+# TGA files have no first bytes that tell them from others: their name must say what they are.
+TOLD_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
+TGA_ENDINGS = (".tga", ".icb", ".vda", ".vst")
+ENDINGS = (
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".jp2",
+        ".j2k",
+    ),
+    *(".jpf", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".heic", ".heif"),
+    *TGA_ENDINGS,
 )
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a GiB as RGB
 
@@ -88,19 +122,71 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
         raise ImageError(f"{name}: cannot be read ({error}). Check the file and its permissions") from None
 
 
+def is_image(value) -> bool:
+    """Whether a file (a path) or its bytes open as an image, from the first bytes: no pixel is decoded."""
+    try:
+        file = open(value, "rb") if isinstance(value, (str, os.PathLike)) else io.BytesIO(value)
+        with file, Image.open(file, formats=TOLD_BY_CONTENT):
+            return True
+    except Image.DecompressionBombError:
+        return True  # too large an image is one; `open_image` says what is wrong with it
+    except Exception:
+        if isinstance(value, (bytes, bytearray)):
+            return _sound_png(bytes(value)) is not None
+        with open(value, "rb") as file:
+            return file.read(8) == PNG_MARK
+
+
 def _open(file, length: int, name: str, max_pixels: int, size) -> Image.Image:
     if length == 0:
         raise ImageError(f"{name}: the image file is empty (0 bytes). Fetch it again or remove it from the data")
+    formats = FORMATS if name.lower().endswith(TGA_ENDINGS) or name == "image bytes" else TOLD_BY_CONTENT
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: the image is too large ({error}). Downscale it or remove it") from None
     except Exception:
-        raise ImageError(
-            f"{name}: not an image, or one of an unsupported format. "
-            f"Convert it to JPEG or PNG, or remove it (supported: {', '.join(FORMATS)})"
-        ) from None
+        file.seek(0)
+        first = file.read(12)
+        image = None
+        if first[:8] == PNG_MARK:
+            content = _sound_png(first + file.read())
+            if content is not None:
+                return _open(io.BytesIO(content), len(content), name, max_pixels, size)
+        if image is None:
+            raise ImageError(f"{name}: {_not_an_image(first)}") from None
     return _decode(image, name, max_pixels, size)
+
+
+PNG_MARK = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"iTXt", b"zTXt", b"tEXt", b"iCCP")
+
+
+def _sound_png(content: bytes) -> bytes | None:
+    """A PNG without the chunks of text and colour profile that Pillow refuses (more than a megabyte unpacked: workflows
+    of image generators, say). None if it has none, so that something else is wrong with it."""
+    if content[:8] != PNG_MARK:
+        return None
+    kept, position, dropped = [PNG_MARK], 8, 0
+    while position + 12 <= len(content):
+        length, kind = struct.unpack(">I4s", content[position : position + 8])
+        chunk = content[position : position + 12 + length]
+        # A small XMP packet may hold the orientation.
+        if kind in PNG_TEXTS and not (chunk[8:25] == b"XML:com.adobe.xmp" and length < 65536 and chunk[26:27] == b"\0"):
+            dropped += 1
+        else:
+            kept.append(chunk)
+        position += 12 + length
+    return b"".join(kept) if dropped else None
+
+
+def _not_an_image(first: bytes) -> str:
+    if first[4:8] == b"ftyp" and first[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
+        return "a HEIC image, which pillow-heif opens: pip install pillow-heif, or convert it to JPEG"
+    return (
+        "not an image, or one of an unsupported format. "
+        f"Convert it to JPEG or PNG, or remove it (supported: {', '.join(FORMATS)})"
+    )
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int, size) -> Image.Image:
@@ -110,11 +196,13 @@ def _decode(image: Image.Image, name: str, max_pixels: int, size) -> Image.Image
             f"{name}: the image is too large ({width} x {height} pixels, more than {max_pixels:,}). "
             "Downscale it, or remove it from the data"
         )
+    wide = any(";16" in str(tile) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I")
     try:
         if size is not None and isinstance(image, ImageFile.ImageFile):
             turned = _orientation(image) >= 5
             image.draft(None, (size[0], size[1]) if turned else (size[1], size[0]))
         image.load()
+        _warn_of_dark(image, name, wide)
         orientation = _orientation(image)  # after loading: Pillow turns a TIFF itself as it loads
         image = _to_rgb(image)
         image = image.transpose(UNDO_ORIENTATION[orientation]) if orientation in UNDO_ORIENTATION else image.copy()
@@ -123,6 +211,26 @@ def _decode(image: Image.Image, name: str, max_pixels: int, size) -> Image.Image
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error and SyntaxError
         reason = "the image is truncated" if "truncated" in str(error) else "the image is damaged"
         raise ImageError(f"{name}: {reason} ({error}). Fetch it again or remove it from the data") from None
+
+
+_said: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+def _warn_of_dark(image: Image.Image, name: str, wide: bool) -> None:
+    """Of 16 bits a channel Pillow keeps the upper 8: of 12-bit data that leaves 16 values, nearly black."""
+    if wide and image.mode in ("RGB", "RGBA", "RGBX", "LA"):
+        brightest = max(high for _, high in (image.getextrema()[:3] if image.mode != "LA" else image.getextrema()[:1]))
+        if brightest <= 16:
+            _warn_once(
+                f"{name}: 16 bits a channel, and the brightest pixel is {brightest} of 255, so it is seen as nearly black. "
+                "Stretch such files (12-bit data, say) to the whole range before. Said once"
+            )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -150,7 +258,15 @@ def _wide_gray(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
-        top = 65535.0
+        top = 4095.0 if 255 < high <= 4095 else 65535.0
+        if top == 4095:
+            _warn_once(
+                "16-bit files whose values end at 4095 are 12-bit data: they are stretched to that range. Said once"
+            )
+        elif 0 < high <= 255:
+            _warn_once(
+                "a 16-bit file uses 8 bits or fewer, so it is seen as nearly black: is it an 8-bit image? Said once"
+            )
     else:
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         top = next((scale for scale in scales if low >= 0 and high <= scale), None)

@@ -8,91 +8,18 @@ import hashlib
 import json
 import os
 import random
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
-from tqdm import tqdm
 
-from data.images import MAX_PIXELS, ImageError, open_image
+from data.checks import clean_captions, in_threads, may_skip
+from data.rows import SPLITS, DataError, Record
 
-SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "restval": "train",  # Karpathy's COCO and Flickr JSON: validation images that join training
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
 HELD_OUT = 0.05  # share of images of the validation and of the test split when we draw them
-
-
-SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"
-
-
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message says where, what is wrong and what to do."""
-
-
-@dataclass(slots=True)
-class Record:
-    """One row of a source; after `merge`, one image. Rows are made in a stream, only merged ones are kept."""
-
-    where: str  # file and line, or the row of a table: for messages
-    image: str | int  # path of a file, or row of the source's table
-    captions: list
-    name: str | None = None  # file name that identifies the image in its source
-    image_id: str | None = None
-    split: str | None = None
-    extras: dict = field(default_factory=dict)
-
-
-def split_name(name: str, where: str) -> str:
-    """A source's own word for a split -> train, validation or test."""
-    if str(name).lower() not in SPLIT_NAMES:
-        raise DataError(f"{where}: unknown split {name!r}. Known: {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[str(name).lower()]
-
-
-def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
-    """Collapse white space; an empty, blank or non-string caption is an error.
-
-    Args:
-        captions: the raw captions of one row: a string or a list of strings.
-        report: called with the message instead of raising, for the rows that are to be skipped.
-    """
-    if not isinstance(captions, (list, tuple)):
-        captions = [captions]
-    cleaned = []
-    for caption in captions:
-        if isinstance(caption, str) and caption.strip():
-            caption = caption.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text for Arrow
-            cleaned.append(" ".join(caption.split()))
-            continue
-        fault = f"is {type(caption).__name__}, not text"
-        if caption is None or isinstance(caption, str):
-            fault = "is empty"
-        message = f"{where}: a caption of image {image} {fault} ({caption!r})"
-        if report is None:
-            raise DataError(f"{message}. Correct the file. {SKIPPING}")
-        report(message)
-    return cleaned
-
-
-def may_skip(record: Record) -> bool:
-    """A split that scores are reported on is never cut in silence: bad samples of it stay errors."""
-    return record.split in (None, "train")
 
 
 def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> list[Record]:
@@ -127,18 +54,6 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
     return list(records.values())
 
 
-def in_threads(function, items, threads: int, progress: str | None = None) -> list:
-    """[function(item) for item in items] on so many threads, in pieces, as a future an item would cost more than most
-    of the items do. `progress` names a bar."""
-    pieces = [items[start : start + 256] for start in range(0, len(items), 256)]
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=progress, disable=not progress) as bar:
-        results = []
-        for piece in pool.map(lambda piece: [*map(function, piece)], pieces):
-            results += piece
-            bar.update(len(piece))
-    return results
-
-
 def file_sizes(records: list[Record]) -> list[int | None]:
     """Bytes of each image file, None where it is missing."""
 
@@ -149,31 +64,6 @@ def file_sizes(records: list[Record]) -> list[int | None]:
             return None
 
     return in_threads(size, records, 16)  # on a network disk each is a wait
-
-
-def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dropped: Counter, bad_samples: list):
-    """Records whose image is not there (size None): an error, or dropped. Returns the other records and sizes."""
-    missing = [record for record, size in zip(records, sizes, strict=True) if size is None]
-    unskippable = missing if not skip_bad_samples else [record for record in missing if not may_skip(record)]
-    if unskippable or (missing and len(missing) == len(records)):
-        first = (unskippable or missing)[0]
-        raise ImageError(
-            f"{len(missing)} of {len(records)} images are missing, the first: {described(first)} (named in "
-            f"{first.where}). Check --image_dir. {SKIPPING}"
-        )
-    for record in missing:
-        dropped["missing images"] += 1
-        image = described(record)
-        bad_samples.append(
-            {"image_id": record.image_id or record.name, "image": image, "reason": f"{image}: the image is missing"}
-        )
-    kept = [(record, size) for record, size in zip(records, sizes, strict=True) if size is not None]
-    return [record for record, _ in kept], [size for _, size in kept]
-
-
-def described(record: Record) -> str:
-    """The image of a record in a message: the path of its file, else its name or number in the table."""
-    return record.image if isinstance(record.image, str) else record.name or f"of row {record.image}"
 
 
 def same_content(images: list, sizes: list[int], read) -> list[int]:
@@ -406,101 +296,3 @@ def fingerprint(dataset) -> str | None:
         for image_id, captions in records:
             digest.update(json.dumps([image_id, list(captions)], ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
-
-
-def check_images(
-    dataset: datasets.DatasetDict,
-    num_proc: int | None = None,
-    skip_bad_samples: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    cache_dir=None,
-) -> tuple[datasets.DatasetDict, list[dict]]:
-    """Decode every image once before training, to find the unreadable ones.
-
-    What was found is kept in a small file of the cache, keyed by every image's path, size and time of change (for
-    images inside a table: by the table), so that a second process or run does not decode again. A stream is returned
-    as it came: its images are checked when they are read.
-
-    Returns:
-        The dataset without the unreadable images, and these as a list of
-        `{"image_id", "image", "split", "reason"}` (what train.py writes to bad_samples.jsonl).
-
-    Raises:
-        ImageError: an image is unreadable and `skip_bad_samples` is off, or nothing is left of a split.
-    """
-    if isinstance(dataset, datasets.IterableDatasetDict):
-        return dataset, []
-    bad: list[dict] = []
-    clean = {}
-    for split, rows in dataset.items():
-        found = _unreadable(rows, split, num_proc, max_pixels, cache_folder(cache_dir) / "checked")
-        bad += found
-        broken = {sample["row"] for sample in found}
-        clean[split] = rows.select([row for row in range(len(rows)) if row not in broken]) if broken else rows
-    for sample in bad:
-        sample.pop("row")
-    if bad and not skip_bad_samples:
-        first = "\n".join(f"  {sample['split']}: {sample['reason']}" for sample in bad[:5])
-        raise ImageError(
-            f"{len(bad)} of {sum(len(rows) for rows in dataset.values())} images cannot be read:\n{first}\n"
-            "Correct or remove them, or pass --skip_bad_samples to train without them"
-        )
-    for split, rows in clean.items():
-        if len(rows) == 0:
-            raise ImageError(f"no image of split {split} can be read, the first: {bad[0]['reason']}")
-    return datasets.DatasetDict(clean), bad
-
-
-def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path) -> list[dict]:
-    column = pa.chunked_array(
-        [pc.struct_field(chunk, "path") for chunk in rows.data.column("image").chunks], pa.string()
-    )
-    if rows._indices is not None:
-        column = column.take(rows._indices.column(0))
-    key = hashlib.sha256(f"{split} {max_pixels} {rows._fingerprint}".encode())
-    for path in column.to_pylist():
-        if path is not None and os.path.isfile(path):
-            stat = os.stat(path)
-            key.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    kept = folder / f"{key.hexdigest()[:32]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
-
-    rows = rows.select_columns(["image_id", "image"])
-
-    def check(row: int) -> dict | None:
-        record = rows[row]
-        try:
-            # 1/8 scale reads all of a JPEG's stream and costs a sixth of the time.
-            open_image(record["image"], max_pixels=max_pixels, size=(1, 1))
-        except ImageError as error:
-            image = record["image"]["path"] or f"row {row}"
-            return {
-                "row": row,
-                "image_id": record["image_id"],
-                "image": image,
-                "split": split,
-                "reason": str(error) if record["image"]["path"] else f"image {record['image_id']}: {error}",
-            }
-        return None
-
-    # Threads, not processes: Pillow decodes without holding the interpreter's lock.
-    found = in_threads(check, range(len(rows)), num_proc or os.cpu_count() or 1, f"checking {split} images")
-    bad = [sample for sample in found if sample is not None]
-    write_atomically(kept, json.dumps(bad).encode())
-    return bad
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def cache_folder(cache_dir=None) -> Path:
-    """Where this repo keeps what it fetched or computed from data: a folder inside the datasets cache."""
-    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "image_captioning"

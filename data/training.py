@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow.compute
 import torch
 
-from data.records import check_images
+from data.checks import check_images
 
 
 def in_memory(split) -> datasets.Dataset:

@@ -12,7 +12,7 @@ self-critical training learns to break off.
 
 import torch
 
-from data.records import cache_folder
+from data.cache import cache_folder
 from metrics import CiderD, tokenize
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.bleu import bleu_from_statistics, bleu_statistics

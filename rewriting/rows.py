@@ -13,9 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import data
-from data import sources
 from data.caption_files import load_predictions
-from data.records import DataError
+from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
+from data.formats.annotations import files_of
+from data.rows import DataError, Options
+from data.sources import find_format, open_rows, require_splits
+from data.text_rows import csv_rows, jsonl_rows
 
 # CapsFusion's example file and CapsFusion-120M call them laion_2b and laion_coco.
 RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "txt", "caption", "captions")
@@ -43,7 +46,7 @@ def open_source(task: str, name: str, args) -> Source:
     Raises:
         DataError: no such source, or no column of captions; it lists those that are there.
     """
-    source_format = sources.detect_format(name) if args.data_format == "auto" else args.data_format
+    source_format = find_format(name, args.data_format)[0].NAME
     tabular = source_format in ("annotations", "parquet", "hub", "saved", "webdataset")
     if tabular and not is_coco(Path(name).expanduser()):
         read, features, first = open_table(name, source_format, args)
@@ -55,7 +58,7 @@ def open_source(task: str, name: str, args) -> Source:
 
 
 def holds_images(row: dict, args) -> bool:
-    image = row.get(args.image_column or next((c for c in sources.IMAGE_COLUMNS if c in row), None))
+    image = row.get(args.image_column or next((c for c in IMAGE_COLUMNS if c in row), None))
     return isinstance(image, dict | bytes) or (isinstance(image, str) and not image.startswith(("http://", "https://")))
 
 
@@ -81,9 +84,9 @@ def open_table(name: str, source_format: str, args):
             def read(columns):
                 return itertools.chain.from_iterable(map(text_rows, files))
     else:
-        tables = sources.load_tables(name, source_format, args.dataset_config_name, None, args.streaming)
+        tables = load_tables(name, source_format, args)
         if args.split:
-            sources.require_splits([args.split], list(tables), name)
+            require_splits([args.split], list(tables), name)
             tables = {args.split: tables[args.split]}
         features = undecoded(next(iter(tables.values())).features)
         tables = {split: table.cast(features) for split, table in tables.items()}
@@ -97,6 +100,11 @@ def open_table(name: str, source_format: str, args):
                 yield from ({**row, "split": split} if len(tables) > 1 and "split" not in row else row for row in table)
 
     return read, features, next(read(None), None)
+
+
+def load_tables(name: str, source_format: str, args) -> dict:
+    source, path = find_format(name, source_format)
+    return open_rows(source, path, Options(config=args.dataset_config_name, streaming=args.streaming), name)[1]
 
 
 def open_records(name: str, source_format: str, args):
@@ -155,11 +163,11 @@ def parquet_rows(files: list[Path], columns: list[str] | None) -> Iterator[dict]
 def text_rows(file: Path) -> Iterator[dict]:
     """Rows of a JSON list, of JSONL or of CSV, one in memory at a time."""
     if file.suffix in (".csv", ".tsv"):
-        rows = sources.csv_rows(file)
+        rows = csv_rows(file)
     elif file.suffix == ".json" and first_character(file) == "[":
         rows = ((row, f"{file.name} entry {number}") for number, row in enumerate(json_list(file)))
     else:
-        rows = ((row, f"{file.name} line {number}") for number, row in sources.jsonl_rows(file))
+        rows = ((row, f"{file.name} line {number}") for number, row in jsonl_rows(file))
     for row, where in rows:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object, got {row!r:.80}")
@@ -168,7 +176,7 @@ def text_rows(file: Path) -> Iterator[dict]:
 
 def is_coco(path: Path) -> bool:
     """COCO's annotation JSON, whose captions and images stand apart."""
-    files = [file for file, _ in sources.annotation_files(path)] if path.exists() else []
+    files = [file for file, _ in files_of(path)] if path.exists() else []
     return bool(files) and files[0].suffix == ".json" and first_character(files[0]) == "{"
 
 
@@ -212,7 +220,7 @@ def with_inputs(task: str, name: str, read, features, first: dict | None, args, 
         wanted = ["captions"] if records else find_captions(columns, args.caption_column, name)
 
         def inputs(row):
-            captions = (clean(caption) for caption in sources.captions_of(row, wanted, name))
+            captions = (clean(caption) for caption in captions_of(row, wanted, name))
             return {"captions": list(dict.fromkeys(filter(None, captions)))}
 
         return Source(name, read, features, inputs, wanted)
@@ -224,7 +232,7 @@ def with_inputs(task: str, name: str, read, features, first: dict | None, args, 
         wanted = [raw, synthetic]
     else:
         given = None if records else args.image_column
-        image = given or next((c for c in sources.IMAGE_COLUMNS if c in columns), None)
+        image = given or next((c for c in IMAGE_COLUMNS if c in columns), None)
         wanted = [raw, *(column for column in ("image_id", image) if column in columns)]
     folder = Path(name).expanduser()
     folder = folder if folder.is_dir() else folder.parent
@@ -250,10 +258,10 @@ def clean(caption) -> str:
 
 
 def find_captions(columns: list[str], given: str | None, name: str) -> list[str]:
-    numbered = sorted(column for column in columns if sources.NUMBERED_CAPTION.fullmatch(column))
+    numbered = sorted(column for column in columns if NUMBERED_CAPTION.fullmatch(column))
     if given is None and numbered and not {"captions", "caption"} & set(columns):
         return numbered
-    return [find_column(columns, given, sources.CAPTION_COLUMNS, "caption_column", name)]
+    return [find_column(columns, given, CAPTION_COLUMNS, "caption_column", name)]
 
 
 def find_column(columns: list[str], given: str | None, usual: Iterable[str], option: str, name: str) -> str:

@@ -333,9 +333,9 @@ def test_the_scan_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     dataset = data.load(plain_set(tmp_path))
     victim = dataset["train"][0]["image"]["path"]
     opened = []
-    real = data.records.open_image
+    real = data.checks.open_image
     monkeypatch.setattr(
-        data.records, "open_image", lambda value, **options: (opened.append(value), real(value, **options))
+        data.checks, "open_image", lambda value, **options: (opened.append(value), real(value, **options))
     )
     assert check_images(dataset)[1] == []
     assert len(opened) == 40

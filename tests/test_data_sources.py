@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 import data
-from data import DataError, ImageError, sources
+from data import DataError, ImageError
+from data.formats import karpathy
 
 FLICKR_NAMES = [f"{1000 + i}_{i:010x}.jpg" for i in range(40)]
 
@@ -314,7 +315,7 @@ def coco_server(monkeypatch):
     server.asked, server.faults = [], {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(sources, "COCO_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(karpathy, "COCO_HOST", f"http://127.0.0.1:{server.server_port}")
     yield server
     server.shutdown()
     server.server_close()
@@ -356,8 +357,8 @@ def test_a_redirect_to_another_host_is_not_followed(tmp_path, coco_server):
 
 
 def test_without_a_network_the_message_names_image_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "COCO_HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(karpathy, "COCO_HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr(karpathy.time, "sleep", lambda seconds: None)
     with pytest.raises(DataError, match="image_dir"):
         data.load(karpathy_hub_folder(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
 
@@ -515,7 +516,7 @@ def test_captions_in_numbered_columns(tmp_path):
         ("a.jsonl", '{"image": "http://x.org/a.jpg", "caption": "x"}\n', "not fetched"),
         ("a.jsonl", '{"image": 5, "caption": "x"}\n', "expected the path"),
         ("a.jsonl", '{"image": "a.jpg", "caption": "x", "split": "dogs"}\n', "unknown split 'dogs'"),
-        ("a.jsonl", "\xff\xfe".encode("latin-1"), "not UTF-8"),
+        ("a.jsonl", "\x81\xfe".encode("latin-1"), "not UTF-8"),
         ("a.txt", "a.jpg a dog", "cannot tell the format"),
     ],
 )

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from common.processes import processes, show_progress
 from data import CaptionPairs, EncodedRecords
-from data.records import cache_folder
+from data.cache import cache_folder
 from models.families import vision_encoder
 from models.vision import encode_images, takes_encoded
 

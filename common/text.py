@@ -1,0 +1,101 @@
+"""Text files of any encoding that people save: read right, or refused in one line that names the file.
+
+UTF-8 and UTF-16 with or without a byte order mark, UTF-32 with one, and Windows-1252 (Excel's CSV in Western Europe),
+which is only assumed of text that looks like it, and said.
+"""
+
+import codecs
+import io
+import logging
+import os
+import re
+
+logger = logging.getLogger(__name__)
+
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CHUNK = 1 << 20
+# Four bytes above ASCII in a row are a word of another script; a sign within a word is a letter of another code page.
+FOREIGN = re.compile(rb"[\x80-\xff]{4}|[A-Za-z][\xa1-\xa9\xac-\xaf\xb1-\xb6\xb8\xb9\xbc-\xbf][A-Za-z]")
+
+
+class TextError(ValueError):
+    """A file that is no text, or text of an encoding that cannot be told."""
+
+
+def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOWrapper:
+    """The file, opened to be read as text in its own encoding; `newline` as of `open`.
+
+    Raises:
+        TextError: naming the file and what it is not. OSError: as of `open`.
+    """
+    encoding = encoding_of(path)
+    if encoding == "cp1252":
+        logger.warning("%s: not UTF-8, read as Windows-1252. Save it as UTF-8 if letters look wrong", path)
+    return open(path, encoding=encoding, newline=newline)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """All of the text; see `open_text`."""
+    with open_text(path) as file:
+        return file.read()
+
+
+def encoding_of(path: str | os.PathLike) -> str:
+    """The encoding as `open` takes it. The file is read through once, in pieces."""
+    with open(path, "rb") as file:
+        first = file.read(CHUNK)
+        marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), None)
+        encoding = marked or _utf16_without_mark(first) or "utf-8"
+        decoder = codecs.getincrementaldecoder(encoding)()
+        fault = western = None
+        chunk = first
+        while True:
+            if fault is None:
+                try:
+                    decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    fault = error
+                    if encoding != "utf-8":
+                        break
+                    file.seek(0)
+                    western, chunk = True, file.read(CHUNK)
+            if western:
+                western = _looks_western(chunk)
+            if not chunk or western is False:
+                break
+            chunk = file.read(CHUNK)
+    if fault is None:
+        return encoding
+    if western:
+        return "cp1252"
+    if encoding != "utf-8":
+        raise TextError(f"{path}: begins as {encoding.upper()} text, but is not ({fault.reason}). Save it as UTF-8")
+    raise TextError(
+        f"{path}: not UTF-8 text (byte 0x{fault.object[fault.start]:02x}: {fault.reason}), nor UTF-16 or Windows-1252. "
+        "Save it as UTF-8"
+    )
+
+
+def _utf16_without_mark(first: bytes) -> str | None:
+    """UTF-16 of mostly ASCII text has a zero in every other byte."""
+    even, odd = first[0:4096:2].count(0), first[1:4096:2].count(0)
+    half = max(1, min(len(first), 4096) // 2)
+    if odd > half * 0.4 and even < half * 0.05:
+        return "utf-16-le"
+    return "utf-16-be" if even > half * 0.4 and odd < half * 0.05 else None
+
+
+def _looks_western(chunk: bytes) -> bool:
+    if FOREIGN.search(chunk) or b"\0" in chunk:
+        return False
+    try:
+        chunk.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,200 @@
+"""What makes data honest before they are used: captions that are captions, images that are there and can be read."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from data.cache import cache_folder, write_atomically
+from data.columns import parse_structure
+from data.images import MAX_PIXELS, ImageError, open_image
+from data.rows import DataError, Record
+
+SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"
+# The name of an image and a separator: the begin of a row.
+SWALLOWED = re.compile(
+    r"""([^\s,;|"'/\\]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif))(?:#\d+)?["']?\s*[,;|\t#]""", re.IGNORECASE
+)
+
+
+def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
+    """Collapse white space; an empty, blank or non-string caption is an error.
+
+    Args:
+        captions: the raw captions of one row: a string or a list of strings.
+        report: called with the message instead of raising, for the rows that are to be skipped.
+    """
+    if not isinstance(captions, (list, tuple)):
+        captions = [captions]
+    cleaned = []
+    for caption in captions:
+        if isinstance(caption, str) and caption.strip():
+            if "\n" in caption and any(SWALLOWED.search(line) for line in caption.splitlines()[1:]):
+                raise DataError(
+                    f"{where}: the caption of image {image} goes over rows of the file: {caption[:80]!r}. A quote opens "
+                    "there and is not closed"
+                )
+            caption = caption.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text for Arrow
+            cleaned.append(" ".join(caption.split()))
+            continue
+        fault = f"is {type(caption).__name__}, not text"
+        if caption is None or isinstance(caption, str):
+            fault = "is empty"
+        message = f"{where}: a caption of image {image} {fault} ({caption!r})"
+        if report is None:
+            raise DataError(f"{message}. Correct the file. {SKIPPING}")
+        report(message)
+    return cleaned
+
+
+def may_skip(record: Record) -> bool:
+    """A split that scores are reported on is never cut in silence: bad samples of it stay errors."""
+    return record.split in (None, "train")
+
+
+def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dropped: Counter, bad_samples: list):
+    """Records whose image is not there (size None): an error, or dropped. Returns the other records and sizes."""
+    missing = [record for record, size in zip(records, sizes, strict=True) if size is None]
+    unskippable = missing if not skip_bad_samples else [record for record in missing if not may_skip(record)]
+    if unskippable or (missing and len(missing) == len(records)):
+        first = (unskippable or missing)[0]
+        raise ImageError(
+            f"{len(missing)} of {len(records)} images are missing, the first: {described(first)} (named in "
+            f"{first.where}). Check --image_dir. {SKIPPING}"
+        )
+    for record in missing:
+        dropped["missing images"] += 1
+        image = described(record)
+        bad_samples.append(
+            {"image_id": record.image_id or record.name, "image": image, "reason": f"{image}: the image is missing"}
+        )
+    kept = [(record, size) for record, size in zip(records, sizes, strict=True) if size is not None]
+    return [record for record, _ in kept], [size for _, size in kept]
+
+
+def described(record: Record) -> str:
+    """The image of a record in a message: the path of its file, else its name or number in the table."""
+    return record.image if isinstance(record.image, str) else record.name or f"of row {record.image}"
+
+
+def check_images(
+    dataset: datasets.DatasetDict,
+    num_proc: int | None = None,
+    skip_bad_samples: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    cache_dir=None,
+) -> tuple[datasets.DatasetDict, list[dict]]:
+    """Decode every image once before training, to find the unreadable ones.
+
+    What was found is kept in a small file of the cache, keyed by every image's path, size and time of change (for
+    images inside a table: by the table), so that a second process or run does not decode again. A stream is returned
+    as it came: its images are checked when they are read.
+
+    Returns:
+        The dataset without the unreadable images, and these as a list of
+        `{"image_id", "image", "split", "reason"}` (what train.py writes to bad_samples.jsonl).
+
+    Raises:
+        ImageError: an image is unreadable and `skip_bad_samples` is off, or nothing is left of a split.
+    """
+    if isinstance(dataset, datasets.IterableDatasetDict):
+        return dataset, []
+    bad: list[dict] = []
+    clean = {}
+    for split, rows in dataset.items():
+        found = _unreadable(rows, split, num_proc, max_pixels, cache_folder(cache_dir) / "checked")
+        bad += found
+        broken = {sample["row"] for sample in found}
+        clean[split] = rows.select([row for row in range(len(rows)) if row not in broken]) if broken else rows
+    for sample in bad:
+        sample.pop("row")
+    if bad and not skip_bad_samples:
+        first = "\n".join(f"  {sample['split']}: {sample['reason']}" for sample in bad[:5])
+        raise ImageError(
+            f"{len(bad)} of {sum(len(rows) for rows in dataset.values())} images cannot be read:\n{first}\n"
+            "Correct or remove them, or pass --skip_bad_samples to train without them"
+        )
+    for split, rows in clean.items():
+        if len(rows) == 0:
+            raise ImageError(f"no image of split {split} can be read, the first: {bad[0]['reason']}")
+    return datasets.DatasetDict(clean), bad
+
+
+def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path) -> list[dict]:
+    column = pa.chunked_array(
+        [pc.struct_field(chunk, "path") for chunk in rows.data.column("image").chunks], pa.string()
+    )
+    if rows._indices is not None:
+        column = column.take(rows._indices.column(0))
+    key = hashlib.sha256(f"{split} {max_pixels} {rows._fingerprint}".encode())
+    for path in column.to_pylist():
+        if path is not None and os.path.isfile(path):
+            stat = os.stat(path)
+            key.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    kept = folder / f"{key.hexdigest()[:32]}.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+
+    rows = rows.select_columns(["image_id", "image"])
+
+    def check(row: int) -> dict | None:
+        record = rows[row]
+        try:
+            # 1/8 scale reads all of a JPEG's stream and costs a sixth of the time.
+            open_image(record["image"], max_pixels=max_pixels, size=(1, 1))
+        except ImageError as error:
+            image = record["image"]["path"] or f"row {row}"
+            return {
+                "row": row,
+                "image_id": record["image_id"],
+                "image": image,
+                "split": split,
+                "reason": str(error) if record["image"]["path"] else f"image {record['image_id']}: {error}",
+            }
+        return None
+
+    # Threads, not processes: Pillow decodes without holding the interpreter's lock.
+    found = in_threads(check, range(len(rows)), num_proc or os.cpu_count() or 1, f"checking {split} images")
+    bad = [sample for sample in found if sample is not None]
+    write_atomically(kept, json.dumps(bad).encode())
+    return bad
+
+
+def in_threads(function, items, threads: int, progress: str | None = None) -> list:
+    """[function(item) for item in items] on so many threads, in pieces, as a future an item would cost more than most
+    of the items do. `progress` names a bar."""
+    pieces = [items[start : start + 256] for start in range(0, len(items), 256)]
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=progress, disable=not progress) as bar:
+        results = []
+        for piece in pool.map(lambda piece: [*map(function, piece)], pieces):
+            results += piece
+            bar.update(len(piece))
+    return results
+
+
+def check_captions(records: list[Record]) -> None:
+    """DataError for captions that are other things than captions: a list written as text, rows that an unclosed quote
+    swallowed, the file names of other images. Names a line."""
+    names = {os.path.basename(record.name) for record in records if record.name and "." in record.name}
+    for record in records:
+        for caption in record.captions:
+            if caption[0] in "[{" and parse_structure(caption, record.where) is not None:
+                raise DataError(
+                    f"{record.where}: the caption of image {described(record)} is a list written as text inside another: "
+                    f"{caption[:80]!r}. Write it as one list of captions"
+                )
+            if "." in caption:
+                for word in SWALLOWED.findall(caption):
+                    if word in names and word != os.path.basename(record.name or ""):
+                        raise DataError(
+                            f"{record.where}: the caption of image {described(record)} holds the name of another image, "
+                            f"{word}, as if it had swallowed its row: {caption[:80]!r}. Is a quote not closed?"
+                        )

@@ -1,0 +1,52 @@
+"""Every format of captioned images, a module each, with
+
+    NAME, ABOUT                what --data_format calls it, and what it is in a few words
+    matches(path) -> bool      whether a file, a folder or a name is of this format, from the names and first bytes there
+    read(path, options)        an iterator of Record, a row each, in the source's order and in bounded memory; or, where
+                               the images lie inside the source, {split: table of `datasets`}
+    YIELDS_TO                  optional: names of formats that are meant where both match
+
+To add one, write its module and name it in FORMATS.
+"""
+
+from pathlib import Path
+
+from data.formats import annotations, flickr8k, hub, imagefolder, karpathy, parquet, saved, scenes, sidecar, webdataset
+from data.rows import DataError
+
+FORMATS = (hub, parquet, saved, webdataset, flickr8k, karpathy, annotations, imagefolder, sidecar, scenes)
+BY_NAME = {module.NAME: module for module in FORMATS}
+
+
+def detect(name: str):
+    """The format (module) of a file, a folder, a pattern of files or a Hub id.
+
+    Raises:
+        DataError: none matches, or more than one does.
+    """
+    path = Path(name).expanduser()
+    found = [module for module in FORMATS if module.matches(path)]
+    if name.startswith((".", "~")):  # the id of a Hub data set is no path
+        found = [module for module in found if module is not hub]
+    names = {module.NAME for module in found}
+    if saved in found:
+        return saved
+    found = [module for module in found if not names & set(getattr(module, "YIELDS_TO", ()))]
+    if found == [karpathy, annotations] or (path.is_file() and karpathy in found):
+        return karpathy
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{name}: could be {' or '.join(m.NAME for m in found)}. Say which with --data_format")
+    if path.is_file():
+        raise DataError(f"{name}: cannot tell the format of this file. {choices()}")
+    if path.is_dir():
+        raise DataError(f"{name}: no captions of a known format in this folder. {choices()}")
+    raise DataError(f"{name}: no such file or folder, and not the id of a Hub data set")
+
+
+def choices() -> str:
+    return "Say it with --data_format: " + "; ".join(f"{module.NAME} ({module.ABOUT})" for module in FORMATS)
+
+
+__all__ = ["BY_NAME", "FORMATS", "choices", "detect"]

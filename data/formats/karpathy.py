@@ -1,0 +1,136 @@
+"""COCO in Karpathy's splits (`dataset_coco.json`, also of Flickr8k and Flickr30k), and the Hub set of its columns.
+
+restval joins train: 113,287 images. The id is COCO's, so that results compare with everyone's. Missing images of COCO
+are fetched, from the data set's own host only.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from data.cache import write_atomically
+from data.columns import captions_of
+from data.finder import IMAGE_FOLDERS, Finder
+from data.rows import DataError, Options, Record, split_name
+from data.text_rows import read_json
+
+logger = logging.getLogger(__name__)
+
+NAME = "karpathy"
+ABOUT = "dataset_coco.json and its kin"
+
+COCO_HOST = "http://images.cocodataset.org"  # the data set's own, and the only one that images are fetched from
+COCO_FOLDER = re.compile(r"(train|val|test)(2014|2015|2017)")
+COCO_FILE = re.compile(r"(COCO_(train|val|test)(2014|2015)_)?\d{12}\.jpg")
+
+
+def matches(path: Path) -> bool:
+    if path.is_file():
+        if path.suffix.lower() != ".json":
+            return False
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return '"sentids"' in file.read(65536)
+    return path.is_dir() and any(path.glob("dataset_*.json"))
+
+
+def read(path: Path, options: Options) -> Iterator[Record]:
+    file = path
+    if not path.is_file():
+        files = sorted(path.glob("dataset_*.json"))
+        if len(files) != 1:
+            raise DataError(f"{path}: {len(files)} files are called dataset_*.json. Give the path of the one to load")
+        file = files[0]
+    return records_of(read_json(file)["images"], file.name)
+
+
+def is_karpathy(columns: Iterable[str]) -> bool:
+    """Whether a table has the columns of the Hub set yerevann/coco-karpathy."""
+    return {"filename", "split", "sentences"} <= set(columns) and "image" not in columns
+
+
+def records_of(rows: Iterable[dict], name: str) -> Iterator[Record]:
+    """The image is its path below the image folder until `locate_images`."""
+    for number, row in enumerate(rows):
+        where = f"{name} image {number}"
+        image_id = row.get("cocoid")
+        yield Record(
+            where,
+            os.path.join(row.get("filepath") or "", row["filename"]),
+            captions_of(row, ["sentences"], where),
+            name=row["filename"],
+            image_id=None if image_id is None else str(image_id),
+            split=split_name(row["split"], where),
+        )
+
+
+def locate_images(records: list[Record], image_dir, path: Path, cache: Path, fetch: bool = True) -> None:
+    """Put the path of each image's file into its record, from a local folder, else from the cache, into which missing
+    COCO images are first fetched. Without `fetch` a missing image keeps its path below the image folder."""
+    base = path if path.is_dir() else path.parent
+    roots = [Path(image_dir)] if image_dir else [base / folder for folder in IMAGE_FOLDERS]
+    find, find_flat = Finder([*roots, cache / "coco"], search=False), Finder(roots, search=False)
+    wanted = []
+    for record in records:
+        folder, name = os.path.split(record.image)
+        found = find(record.image)
+        if not os.path.exists(found) and os.path.exists(find_flat(name)):
+            found = find_flat(name)
+        if not os.path.exists(found) and not image_dir and COCO_FOLDER.fullmatch(folder) and COCO_FILE.fullmatch(name):
+            found = str(cache / "coco" / folder / name)
+            wanted.append(f"{folder}/{name}")
+        record.image = found if fetch or os.path.exists(found) else record.image
+    if wanted and fetch:
+        fetch_images(wanted, cache / "coco")
+
+
+def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
+    """Fetch COCO images ("val2014/COCO_val2014_000000000042.jpg") into a folder, from the data set's own host only.
+
+    Concurrent; a file appears under its name only when whole, so a broken-off run continues where it stopped.
+
+    Raises:
+        DataError: naming the first image that could not be had. What was fetched stays.
+    """
+    session = requests.Session()
+    session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=connections))
+
+    def fetch(name: str) -> None:
+        target = folder / name
+        if target.exists():
+            return
+        for attempt in range(4):
+            try:
+                answer = session.get(f"{COCO_HOST}/{name}", timeout=30, allow_redirects=False)
+                if answer.status_code == 200:
+                    content = answer.content
+                    if not content.startswith(b"\xff\xd8"):
+                        raise DataError(f"{COCO_HOST}/{name}: what came is no JPEG file")
+                    if len(content) != int(answer.headers.get("Content-Length", len(content))):
+                        raise requests.ConnectionError("the answer broke off")
+                    write_atomically(target, content)
+                    return
+                if answer.status_code < 500:
+                    raise DataError(f"{COCO_HOST}/{name}: the server answers {answer.status_code}")
+                fault = f"the server answers {answer.status_code}"
+            except requests.RequestException as error:
+                fault = type(error).__name__
+            time.sleep(0.2 * 4**attempt if attempt < 3 else 0)
+        raise DataError(
+            f"{COCO_HOST}/{name}: {fault}. Run again to continue, or give the folder of the images with --image_dir"
+        )
+
+    logger.info("fetching %d COCO images into %s", len(names), folder)
+    fetch(names[0])  # alone: without a network, one message rather than sixteen
+    pool = ThreadPoolExecutor(connections)
+    try:
+        for _ in tqdm(pool.map(fetch, names), total=len(names), desc="COCO images", mininterval=1):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)

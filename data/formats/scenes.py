@@ -1,0 +1,18 @@
+"""The scenes that this repo draws itself; with the configuration `shuffled`, paired with others' captions."""
+
+from pathlib import Path
+
+from data.rows import Options
+
+NAME = "scenes"
+ABOUT = "the scenes that this repo draws itself"
+
+
+def matches(path: Path) -> bool:
+    return str(path) == "scenes" and not path.exists()
+
+
+def read(path: Path, options: Options):
+    from data import scenes  # late: no other source needs it
+
+    return scenes.load(shuffled=options.config == "shuffled")

@@ -1,0 +1,170 @@
+"""WebDataset: tar files in which files of the same name but the ending are a sample: an image of any kind, and its
+caption in a .txt, .caption or .json file."""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+
+from data.columns import caption_key
+from data.images import ENDINGS, is_image
+from data.rows import SPLIT_NAMES, DataError, Options, split_of_file
+from data.tables import local_files
+
+NAME = "webdataset"
+ABOUT = "tar files of images with .txt or .json captions"
+TEXTS = ("txt", "text", "caption", "captions", "cap")
+TARS = (".tar", ".tar.gz", ".tgz")
+
+
+def matches(path: Path) -> bool:
+    if path.name.endswith(TARS):
+        return True
+    return path.is_dir() and bool(
+        any(path.glob("*.tar")) or any(file for split in SPLIT_NAMES for file in (path / split).glob("*.tar"))
+    )
+
+
+def read(path: Path, options: Options) -> dict:
+    """{split: table} with image, captions, __key__ and __url__."""
+    files: dict[str, list[Path]] = {}
+    for file in local_files(path, "*.tar"):
+        files.setdefault(SPLIT_NAMES.get(file.parent.name) or split_of_file(file) or "train", []).append(file)
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=False),
+            "captions": datasets.List(datasets.Value("string")),
+            "__key__": datasets.Value("string"),
+            "__url__": datasets.Value("string"),
+            "json": datasets.Value("string"),
+        }
+    )
+    tables = {}
+    for split, tars in files.items():
+        # Size and time of change are part of the arguments, so that a changed file is not taken from the cache.
+        shards = [(str(tar), os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
+        skip = options.skip_bad_samples and split == "train"
+        if options.streaming:
+            tables[split] = datasets.IterableDataset.from_generator(
+                table_rows, features=features, gen_kwargs={"shards": shards, "skip_bad_samples": skip}
+            )
+            continue
+        bad: list = []
+        for tar, *_ in shards if skip else ():
+            bad += [sample for sample in samples(tar) if sample["fault"]]
+        options.dropped["samples without an image or a caption"] += len(bad)
+        options.bad_samples += [
+            {"image_id": sample["key"], "image": sample["where"], "reason": sample["fault"]} for sample in bad
+        ]
+        tables[split] = datasets.Dataset.from_generator(
+            table_rows,
+            features=features,
+            cache_dir=options.cache_dir,
+            gen_kwargs={"shards": shards, "skip_bad_samples": skip},
+        )
+    options.dropped += {}  # leaves out what was counted as none
+    return tables
+
+
+def table_rows(shards: list, skip_bad_samples: bool) -> Iterator[dict]:
+    for tar, *_ in shards:
+        for sample in samples(tar):
+            if sample["fault"]:
+                if skip_bad_samples:
+                    continue
+                raise DataError(f"{sample['fault']}. With --skip_bad_samples such samples are left out of training")
+            row = {name: sample[name] for name in ("image", "captions", "json")}
+            yield row | {"__key__": sample["key"], "__url__": str(tar)}
+
+
+def samples(tar: str, captions: bool = True, opened=None) -> Iterator[dict]:
+    """The samples of a tar file in order, read as a stream.
+
+    Args:
+        captions: whether a sample without one is at fault.
+        opened: the tar file as an open binary file, where it is not a local one.
+
+    Returns:
+        {"key", "where", "image" ({"path", "bytes"} or None), "captions", "json" (text or None), "fault" (None or what is
+        missing), "members" ([(name, bytes)])} of each.
+    """
+    name = os.path.basename(tar)
+    key, members = None, []
+    for member, content in members_of(tar, opened):
+        folder, _, base = member.rpartition("/")
+        stem = f"{folder}/{base.split('.', 1)[0]}" if folder else base.split(".", 1)[0]
+        if stem != key and members:
+            yield _sample(key, members, name, captions)
+            members = []
+        key = stem
+        members.append((member, content))
+    if members:
+        yield _sample(key, members, name, captions)
+
+
+def members_of(tar: str, opened=None) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file in a tar, but for what macOS adds.
+
+    Raises:
+        DataError: the tar is broken or cut off; it names the last sound file.
+    """
+    last = None
+    try:
+        with tarfile.open(tar if opened is None else None, "r|*", fileobj=opened) as archive:
+            for member in archive:
+                base = member.name.rpartition("/")[2]
+                if not member.isfile() or base.startswith("._") or "__MACOSX" in member.name.split("/"):
+                    continue
+                content = archive.extractfile(member).read()
+                if len(content) != member.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield member.name.removeprefix("./"), content
+                last = member.name
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        after = f" after {last}" if last else ""
+        raise DataError(f"{tar}: the tar file is broken or cut off{after} ({error}). Fetch it again") from None
+
+
+def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
+    where = f"{tar} sample {key}"
+    image = text = inner = None
+    endings = [name.rpartition("/")[2].partition(".")[2].lower() for name, _ in members]
+    by_ending = dict(zip(endings, members, strict=True))
+    for ending, (name, content) in by_ending.items():
+        if image is None and (
+            f".{ending.rpartition('.')[2]}" in ENDINGS or (ending not in (*TEXTS, "json") and is_image(content))
+        ):
+            image = {"path": name, "bytes": content}
+    for ending in TEXTS:
+        if text is None and ending in by_ending:
+            text = by_ending[ending][1].decode("utf-8", "replace")
+    if "json" in by_ending:
+        try:
+            inner = json.loads(by_ending["json"][1])
+        except ValueError as error:
+            raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
+    fault, found = None, [text]
+    if text is None and isinstance(inner, dict):
+        found = inner.get(caption_key(inner))
+        if found is None and needs_captions:
+            fault = f"{where}: the json of this sample has no caption. Its keys: {', '.join(inner)}"
+        found = found if isinstance(found, list) else [found]
+    if image is None:
+        fault = f"{where}: has no image, only {', '.join(name for name, _ in members)}"
+    elif found == [None] and needs_captions and fault is None:
+        fault = f"{where}: has no caption (a .txt or .json file), only {', '.join(name for name, _ in members)}"
+    raw = by_ending["json"][1].decode("utf-8", "replace") if "json" in by_ending else None
+    return {
+        "key": key,
+        "where": where,
+        "image": image,
+        "captions": found,
+        "json": raw,
+        "fault": fault,
+        "members": members,
+    }

@@ -1,0 +1,177 @@
+"""Rows of text files: CSV with any separator, TSV, JSON lines, JSON. Nothing is misread in silence: what a line says is
+read as written, or refused with the file and the line."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.text import TextError, open_text, read_text
+from data.rows import DataError
+
+SEPARATORS = (",", ";", "\t", "|")
+IMAGE_NAME = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif|jpe|heic|avif)\b", re.IGNORECASE)
+LONGEST_CELL = 500  # lines of one quoted cell
+
+csv.field_size_limit(1 << 30)  # a cell may hold an image in base64
+
+
+def read_json(file: Path):
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: not valid JSON: {error}. One object a line belongs into a .jsonl file") from None
+    except TextError as error:
+        raise DataError(str(error)) from None
+
+
+def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line that is not blank."""
+    number = 0
+    try:
+        with open_text(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} line {number}: not valid JSON: {error}") from None
+    except TextError as error:
+        raise DataError(str(error)) from None
+
+
+def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, str]]:
+    """(row, "name line N") of a table with a header, its separator told from that: comma, semicolon, tab or |.
+
+    A quoted cell may go over several lines. A quote that opens and is not closed, so that it would swallow the rows
+    behind it, is taken as written where the line says by itself what its cells are; else it is an error. With
+    `last_takes_rest` separators too many belong to the last cell (Kaggle's captions.txt).
+    """
+    try:
+        with open_text(file, newline="") as text:
+            lines = _Lines(text)
+            header, separator = _header(lines, file)
+            for cells, number in _cells(lines, separator, len(header), file):
+                if last_takes_rest and len(cells) > len(header):
+                    cells[len(header) - 1 :] = [separator.join(cells[len(header) - 1 :])]
+                if len(cells) > len(header):
+                    raise DataError(
+                        f"{file} line {number}: more fields than the header has. Quote captions with commas"
+                        if separator == ","
+                        else f"{file} line {number}: more fields than the header has, separated by {separator!r}"
+                    )
+                if separator == "|":
+                    cells = [cell.strip() for cell in cells]
+                cells += [None] * (len(header) - len(cells))
+                yield dict(zip(header, cells, strict=True)), f"{file.name} line {number}"
+    except TextError as error:
+        raise DataError(str(error)) from None
+
+
+def _header(lines: "_Lines", file: Path) -> tuple[list[str], str]:
+    first = lines.take() or ""
+    said = re.fullmatch(r"sep=(.)\s*", first)  # Excel's own way to say it
+    if said:
+        first = lines.take() or ""
+    candidates = {}
+    for separator in [said[1]] if said else SEPARATORS:
+        cells = _parse(first, separator)
+        if cells:
+            candidates[separator] = [cell.strip() for cell in cells]
+    if not candidates:
+        raise DataError(f"{file} line 1: the header opens a quote and does not close it")
+    separator = max(candidates, key=lambda separator: len(candidates[separator]))  # the first of equals: the comma
+    header = candidates[separator]
+    double = next((name for name in header if header.count(name) > 1), None)
+    if double is not None and (double or header.count("") > 1):
+        raise DataError(f"{file} line 1: two columns are called {double!r}. Rename or remove one")
+    return header, separator
+
+
+class _Lines:
+    """Lines with their numbers, which can be looked at before they are taken."""
+
+    def __init__(self, text):
+        self.text, self.ahead, self.number = iter(text), [], 0
+
+    def take(self) -> str | None:
+        line = self.ahead.pop(0) if self.ahead else next(self.text, None)
+        self.number += line is not None
+        return line
+
+    def look(self, index: int) -> str | None:
+        while len(self.ahead) <= index:
+            line = next(self.text, None)
+            if line is None:
+                return None
+            self.ahead.append(line)
+        return self.ahead[index]
+
+
+def _parse(line: str, separator: str) -> list[str] | None:
+    """The cells of a whole row; None if a quote is open at its end, or closed in the middle of a cell."""
+    if '"' not in line:
+        return line.rstrip("\r\n").split(separator)
+    try:
+        rows = list(csv.reader(io.StringIO(line, newline=""), delimiter=separator, strict=True, skipinitialspace=True))
+    except csv.Error:
+        return None
+    return rows[0] if len(rows) == 1 else None
+
+
+def _cells(lines: _Lines, separator: str, width: int, file: Path) -> Iterator[tuple[list[str], int]]:
+    shapes: set[str] = set()
+    while (line := lines.take()) is not None:
+        number = lines.number
+        if not line.strip():
+            continue
+        cells = _parse(line, separator)
+        if cells is None:
+            shapes |= _shapes(line.split(separator))
+            cells = _over_lines(line, lines, separator, shapes)
+        if cells is None:  # a quote that is none: as written, if the line says by itself what its cells are
+            cells = line.rstrip("\r\n").split(separator)
+            if len(cells) > 2 == width and IMAGE_NAME.search(cells[0]):
+                cells = [cells[0], separator.join(cells[1:])]
+            if len(cells) != width:
+                raise DataError(
+                    f'{file} line {number}: a quote (") opens here and is not closed, so that it would swallow the '
+                    'rows behind it. Close it, or write a quote inside a quoted cell twice ("")'
+                )
+        shapes |= _shapes(cells)
+        if len(shapes) > 1000:
+            shapes = set(list(shapes)[:500])
+        yield cells, number
+
+
+def _over_lines(line: str, lines: _Lines, separator: str, shapes: set[str]) -> list[str] | None:
+    """The cells of a row whose quoted cell goes on over the next lines; None if these are rows of their own."""
+    for index in range(LONGEST_CELL):
+        following = lines.look(index)
+        if following is None or _is_row(following, separator, shapes):
+            return None
+        line += following
+        cells = _parse(line, separator)
+        if cells is not None:
+            for _ in range(index + 1):
+                lines.take()
+            return cells
+    return None
+
+
+def _is_row(line: str, separator: str, shapes: set[str]) -> bool:
+    cells = line.rstrip("\r\n").split(separator)
+    return len(cells) > 1 and bool(_shapes(cells) & shapes)
+
+
+def _shapes(cells: list[str]) -> set[str]:
+    """What the names of images in a row look like, by place: 1000_a1.jpg as "0:0_a.jpg". Other cells say nothing."""
+    found = set()
+    for place, cell in enumerate(cells):
+        name = (cell or "").strip().strip('"')
+        if (place == 0 and any(map(str.isdigit, name))) or IMAGE_NAME.search(name):
+            shape = re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", name)).replace("a0", "0").replace("0a", "0")
+            if len(name) < 300 and " " not in shape:
+                found.add(f"{place}:{re.sub(r'0+', '0', shape)}")
+    return found
