@@ -125,7 +125,7 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
 def is_image(value) -> bool:
     """Whether a file (a path) or its bytes open as an image, from the first bytes: no pixel is decoded."""
     try:
-        file = open(value, "rb") if isinstance(value, (str, os.PathLike)) else io.BytesIO(value)
+        file = open(value, "rb") if isinstance(value, (str, os.PathLike)) else io.BytesIO(value)  # noqa: SIM115
         with file, Image.open(file, formats=TOLD_BY_CONTENT):
             return True
     except Image.DecompressionBombError:

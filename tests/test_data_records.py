@@ -206,7 +206,7 @@ def test_an_id_of_two_different_images_is_an_error(tmp_path):
         (5, "is int, not text"),
         (["fine", ""], "is empty"),
         (["fine", 2.5], "is float, not text"),
-        ([{"raw": "x"}], "is dict, not text"),
+        ([{"tokens": "x"}], "is dict, not text"),
         ([], "is empty"),
     ],
 )
