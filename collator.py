@@ -1,5 +1,7 @@
 """Records -> batches. Nothing else makes one."""
 
+import copy
+
 import numpy as np
 import torch
 from PIL import Image
@@ -72,6 +74,13 @@ class CaptionCollator:
             inputs = self.images.inputs(images)
         inputs["image_ids"] = [sample["image_id"] for sample in samples]
         return self._with_captions(inputs, captions, per_image)
+
+    def for_evaluation(self) -> "CaptionCollator":
+        """The same batches with neither image nor caption changed, and with their captions as targets."""
+        plain = copy.copy(self)
+        plain.augmentation = plain.text_augmentation = None
+        plain.prompts_only = False
+        return plain
 
     @staticmethod
     def _draw_id(sample: dict) -> str:

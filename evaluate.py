@@ -8,10 +8,11 @@ python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evalu
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
-import functools
 import json
 import logging
 from pathlib import Path
+
+import datasets
 
 import data
 from arguments import (
@@ -29,11 +30,10 @@ from common.provenance import environment
 from data.caption_files import find_images, load_predictions, load_references
 from metrics.clip_scores import load_scorers
 from metrics.coco_caption.text_checks import remove_illegal_characters
-from reports import comparison
-from reports import outputs as results
-from reports.attention_maps import maps_of_worst
+from reports import comparison, outputs
 from reports.plots import plot_sweep
-from reports.report import write_comparison_report, write_report
+from reports.report import write_comparison_report
+from reports.score_split import score_split
 from reports.sweep import check_sweep, score_sweep, sweep_settings
 from reports.sweep import summary as sweep_summary
 
@@ -41,103 +41,122 @@ logger = logging.getLogger("evaluate")
 
 
 def main():
-    model_args, data_args, generation_args, metric_args, args = parse(
-        (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
-    )
+    groups = (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
+    model_args, data_args, generation_args, metric_args, args = parse(groups)
     folder = output_folder(args.output_dir)
     if args.compare:
-        runs = comparison.read_runs(args.compare)
-        found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
-        write_json(folder / "comparison.json", found | environment())
-        logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found), found["note"])
-        if metric_args.report:
-            write_comparison_report(folder, runs, found)
-        return
-    results.warn_of_missing_scores(metric_args)
+        return compare_runs(folder, args, metric_args)
+    check_flags(args, metric_args, model_args)
+    outputs.warn_of_missing_scores(metric_args)
+    if args.predictions:
+        return score_predictions(folder, data_args, generation_args, metric_args, args)
+
+    # Load the data and the model
+    state = processes()
+    with state.main_process_first():
+        splits = load_splits(data_args, args)
+    records = data.in_memory(splits[args.split])
+    scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
+    captioner = load_captioner(model_args, generation_args, args)
+
+    # Caption
+    how = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
+    looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
+    sweep = None
+    if args.sweep:
+        captioners = [captioner.with_settings(**setting) for setting in sweep_settings(args.sweep)]
+        captions = captioner.sweep_split(records, captioners, **how)
+        if state.is_main_process:
+            sweep = choose_settings(folder, captions, records, metric_args, args, looking)
+            captioner, predictions = captioners[sweep["best"]], captions[sweep["best"]]
+            if args.save_best_sweep:
+                save_settings(captioner, model_args.model_name_or_path)
+    else:
+        predictions = captioner.caption_split(records, **how)
+
+    # Score
+    if state.is_main_process:
+        if args.seen_in_training:
+            looking["training_captions"] = (text for row in splits["train"] for text in row["captions"])
+        model, name = model_args.model_name_or_path, data_args.dataset_name
+        source = {"split": args.split, "dataset_name": name, "model": model}
+        showing = {"captioner": captioner, "sweep": sweep}
+        score_split(folder, predictions, records, metric_args, args.seed, source=source, **showing, **looking)
+
+
+def check_flags(args, metric_args, model_args) -> None:
     if bool(args.predictions) != bool(args.references):
         raise ValueError("--predictions and --references go together: captions, and what to score them against.")
     if args.predictions and args.corrupt:
         raise ValueError("--corrupt changes the images that are captioned, and with --predictions none is.")
-    settings = sweep_settings(args.sweep) if args.sweep else []
-    if settings:
+    data.corruption(args.corrupt)
+    if args.sweep:
+        sweep_settings(args.sweep)
         check_sweep(args, metric_args, model_args.model_name_or_path)
-    sweep = looks = None
-    corruption = data.corruption(args.corrupt)
 
-    if args.predictions:
-        predictions, references = load_predictions(args.predictions), load_references(args.references)
-        if generation_args.remove_illegal_characters:
-            predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
-        scorers = load_scorers(metric_args, processes().device)
-        images = find_images(data_args.image_dir, references) if scorers or data_args.image_dir else None
-        looking = {"scorers": scorers, "images": images, "num_workers": args.dataloader_num_workers}
-        scores, rows = results.score_captions(predictions, references, metric_args, args.seed, **looking)
-        source = {"predictions": args.predictions, "references": args.references}
-    else:
-        state = processes()
-        with state.main_process_first():
-            splits = data.load(
-                **data_args.source(),
-                splits=(args.split, "train") if args.seen_in_training else (args.split,),
-                max_samples={args.split: args.max_samples} if args.max_samples is not None else None,
-            )
-        records = data.in_memory(splits[args.split])
-        scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
-        captioner = Captioner.from_pretrained(
-            model_args.model_name_or_path,
-            bf16=args.bf16,
-            fast_jpeg=model_args.fast_jpeg,
-            loading=model_args.loading(),
-            corruption=corruption,
-            **vars(generation_args),
-        )
-        how = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
-        captioners = [captioner.with_settings(**setting) for setting in settings]
-        if settings:
-            tried = captioner.sweep_split(records, captioners, **how)
-        else:
-            predictions = captioner.caption_split(records, **how)
-        if not state.is_main_process:
-            return
-        if settings:
-            found = [{"settings": s, "captions": c} for s, c in zip(settings, tried, strict=True)]
-            write_json(folder / "sweep_captions.json", found)
-            looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
-            sweep = score_sweep(settings, tried, records, args.sweep_metric, metric_args, args.seed, **looking)
-            captioner, predictions = captioners[sweep["best"]], tried[sweep["best"]]
-            write_json(folder / "sweep.json", {**sweep, "split": args.split, **environment()})
-            plot_sweep(sweep, folder)
-            logger.info("settings by %s on %s:\n%s", args.sweep_metric, args.split, sweep_summary(sweep))
-            if args.save_best_sweep:
-                path = Path(model_args.model_name_or_path, "generation_config.json")
-                own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                chosen = {name: value for name, value in captioner.settings.items() if value is not None}
-                write_json(path, own | chosen)
-                logger.info("written to %s: %s", path, settings[sweep["best"]])
-        results.write_predictions(folder, predictions)
-        captions = (text for row in splits["train"] for text in row["captions"]) if args.seen_in_training else None
-        scores, rows = results.score_records(
-            predictions,
-            records,
-            metric_args,
-            args.seed,
-            training_captions=captions,
-            scorers=scorers,
-            num_workers=args.dataloader_num_workers,
-        )
-        source = {
-            "split": args.split,
-            "dataset_name": data_args.dataset_name,
-            "dataset_fingerprint": data.fingerprint(records),
-            "model": model_args.model_name_or_path,
-            "generation": captioner.description(),
-        }
-        images = records["image"]
-        looks = functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)
-    results.write_scores(folder, scores, rows, **source)
-    logger.info("scores of %d images, in %s:\n%s", len(predictions), folder, results.summary(scores))
+
+def compare_runs(folder, args, metric_args) -> None:
+    runs = comparison.read_runs(args.compare)
+    found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
+    write_json(folder / "comparison.json", found | environment())
+    logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found), found["note"])
     if metric_args.report:
-        write_report(folder, rows, images, sweep=sweep, looks=looks)
+        write_comparison_report(folder, runs, found)
+
+
+def score_predictions(folder, data_args, generation_args, metric_args, args) -> None:
+    """Score captions that exist already, of any system."""
+    predictions, references = load_predictions(args.predictions), load_references(args.references)
+    if generation_args.remove_illegal_characters:
+        predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
+    scorers = load_scorers(metric_args, processes().device)
+    columns = {"image_id": list(references), "captions": list(references.values())}
+    if scorers or data_args.image_dir:
+        columns["image"] = find_images(data_args.image_dir, references)
+    source = {"predictions": args.predictions, "references": args.references}
+    looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
+    records = datasets.Dataset.from_dict(columns)
+    score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)
+
+
+def load_splits(data_args, args):
+    return data.load(
+        **data_args.source(),
+        splits=(args.split, "train") if args.seen_in_training else (args.split,),
+        max_samples={args.split: args.max_samples} if args.max_samples is not None else None,
+    )
+
+
+def load_captioner(model_args, generation_args, args) -> Captioner:
+    return Captioner.from_pretrained(
+        model_args.model_name_or_path,
+        bf16=args.bf16,
+        fast_jpeg=model_args.fast_jpeg,
+        loading=model_args.loading(),
+        corruption=data.corruption(args.corrupt),
+        **vars(generation_args),
+    )
+
+
+def choose_settings(folder, captions: list[dict], records, metric_args, args, looking: dict) -> dict:
+    """Score the captions of every setting of the sweep; sweep.json, with the number of the best one under "best"."""
+    settings = sweep_settings(args.sweep)
+    found = [{"settings": s, "captions": c} for s, c in zip(settings, captions, strict=True)]
+    write_json(folder / "sweep_captions.json", found)
+    sweep = score_sweep(settings, captions, records, args.sweep_metric, metric_args, args.seed, **looking)
+    write_json(folder / "sweep.json", {**sweep, "split": args.split, **environment()})
+    plot_sweep(sweep, folder)
+    logger.info("settings by %s on %s:\n%s", args.sweep_metric, args.split, sweep_summary(sweep))
+    return sweep
+
+
+def save_settings(captioner: Captioner, model_name_or_path: str) -> None:
+    """The captioner's settings become those that its checkpoint is captioned with."""
+    path = Path(model_name_or_path, "generation_config.json")
+    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    chosen = {name: value for name, value in captioner.settings.items() if value is not None}
+    write_json(path, own | chosen)
+    logger.info("written to %s: %s", path, chosen)
 
 
 if __name__ == "__main__":

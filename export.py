@@ -13,7 +13,7 @@ from arguments import ExportArguments
 from common.cli import parse, run
 from common.files import output_folder
 from models.loading import load_model
-from reports.model_card import write_card
+from reports.model_card import read_run, write_card
 
 logger = logging.getLogger("export")
 
@@ -39,7 +39,7 @@ def main():
         for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
             if not torch.equal(one, other):
                 raise ValueError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
-    write_card(folder, args.push_to_hub)
+    write_card(folder, *read_run(folder), args.push_to_hub)
     logger.info("%s loads by itself, with its card in README.md", folder)
 
     if args.push_to_hub:

@@ -4,12 +4,11 @@
     torchrun --nproc_per_node 2 train.py RECIPE.yaml
 
 Leaves in the output folder a model that from_pretrained loads, its scores on the validation and the test split, its
-captions, a report that shows them, its training curves and its model card. Started again after a kill, it goes on from
+captions, a report that shows them, its training curves and its model card. Started again after a kill, it resumes from
 the last checkpoint.
 """
 
 import dataclasses
-import functools
 import logging
 
 from transformers import EarlyStoppingCallback, set_seed
@@ -24,11 +23,10 @@ from metrics.clip_scores import load_scorers
 from models.families import vision_encoder
 from models.loading import build_model, load_model, make_trainable
 from objectives import build_objective, check_objective
-from reports import outputs as results
-from reports.attention_maps import maps_of_worst
-from reports.model_card import finish_run, write_card
+from reports import outputs
+from reports.model_card import run_facts, write_card
 from reports.plots import plot_curves
-from reports.report import write_report
+from reports.score_split import score_split
 from training.checkpoints import find_checkpoint, record_run
 from training.feature_cache import keep_features
 from training.trainer import CaptionTrainer
@@ -39,141 +37,150 @@ logger = logging.getLogger("train")
 def main():
     groups = parse(TRAIN_GROUPS)
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
+
+    # Set up the run
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
-    results.warn_of_missing_scores(metric_args)
+    outputs.warn_of_missing_scores(metric_args)
     scorers = load_scorers(metric_args, args.device, reward_metrics)
-    augmentation = data.Augmentation(data_args.augment, seed=args.seed) if data_args.augment else None
-    text_augmentation = data.TextAugmentation(data_args.augment_text, args.seed) if data_args.augment_text else None
+    augmentations = load_augmentations(data_args, args.seed)
     set_seed(args.seed)
 
-    # Data: records, one an image
-    with args.main_process_first(desc="preparing the dataset"):
-        bad_rows = []
-        splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
-        splits, bad_images = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
-    if "train" not in splits:
-        raise ValueError(f"{data_args.dataset_name} has no training split. It has: {', '.join(splits)}.")
-    train, validation, test = splits["train"], *(data.in_memory(splits.get(name)) for name in ("validation", "test"))
-    if validation is None and args.eval_strategy != "no":
-        raise ValueError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
-
-    # Model
-    if scratch_args.model_config:
-        vocab, captions = scratch_args.tokenizer_vocab, (text for row in train for text in row["captions"])
-        model, processor = build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention)
-    else:
-        model, processor = load_model(
-            model_args.model_name_or_path, merge=not adapter_args.use_peft, **model_args.loading()
-        )
-    model = make_trainable(model, adapter_args, scratch_args.freeze_vision)
+    # Load the data and the model
+    splits, bad_samples = load_splits(data_args, args)
+    model, processor = load_captioner(model_args, scratch_args, adapter_args, splits["train"])
     how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
     captioner = Captioner(model, processor, **how, **vars(generation_args))
     captioner.save_settings()
 
-    # Train
-    collating = {"max_txt_len": data_args.max_txt_len, "prompt": captioner.prompt, "fast_jpeg": model_args.fast_jpeg}
-    if augmentation:
-        augmentation.size = input_size(processor.image_processor)
-    # What training goes through: records, or with a frozen encoder these with their encoded images.
-    used = {"train": train, "validation": validation if args.eval_strategy != "no" else None}
-    draws = args.objective != "cross_entropy"  # captions of its own; the references are then all of the image
-    per_image = None if draws else data_args.captions_per_image
-    if not any(parameter.requires_grad for parameter in vision_encoder(model).parameters()):
-        used |= keep_features(scratch_args.feature_cache, captioner, used, args, per_image, augmentation)
-    if data_args.streaming:
-        pairs = data.CaptionStream(train, data_args.captions_per_image, seed=args.seed)
-    else:
-        pairs = data.CaptionPairs(used["train"], per_image)
+    # Build the trainer
+    collator = build_collator(captioner, augmentations, data_args, args)
+    train_dataset, validation = build_datasets(splits, captioner, collator, scratch_args, data_args, args)
     trainer = CaptionTrainer(
         model=model,
         args=args,
         processing_class=processor,
-        objective=build_objective(args, objective_args, captioner, train, scorers),
+        objective=build_objective(args, objective_args, captioner, splits["train"], scorers),
         captioner=captioner,
-        data_collator=CaptionCollator(
-            processor,
-            model.config,
-            augmentation=augmentation,
-            text_augmentation=text_augmentation,
-            prompts_only=draws,
-            **collating,
-        ),
-        eval_collator=CaptionCollator(processor, model.config, **collating),
-        train_dataset=pairs,
-        eval_dataset=used["validation"] and data.CaptionPairs(used["validation"], data_args.captions_per_image),
-        validation=used["validation"],
-        callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        validation=validation,
         scorers=scorers,
-        validation_images=validation["image"] if scorers and validation is not None else None,
-        shown=validation.select(range(min(8, len(validation)))) if validation is not None else None,
+        callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
     )
-    if trainer.is_world_process_zero():
-        record_run(folder, flags)
-        results.write_bad_samples(folder, bad_rows + bad_images)
-        if args.push_to_hub:  # the Hub leaves out what this names: pictures and texts of the data
-            write_text(folder / ".gitignore", "report.html\nper_image.jsonl\n")
-    trainer.accelerator.wait_for_everyone()
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_metrics("train", outcome.metrics | trainer.peak_memory(), combined=False)
-    trainer.save_state()
 
-    # Evaluate
-    known = None if data_args.streaming else [text for group in train["captions"] for text in group]
-    examples, scored = [], []
-    for name, records in (("validation", validation), ("test", test)):
-        if records is None:
-            continue
-        predictions = captioner.caption_split(
-            records, batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers
-        )
-        if not trainer.is_world_process_zero():
-            continue
-        target = folder if name == "test" or test is None else output_folder(folder / name)
-        results.write_predictions(target, predictions)
-        scores, rows = results.score_records(
-            predictions,
-            records,
-            metric_args,
-            args.seed,
-            training_captions=known,
-            scorers=scorers,
-            num_workers=args.dataloader_num_workers,
-        )
-        results.write_scores(
-            target,
-            scores,
-            rows,
-            split=name,
-            dataset_name=data_args.dataset_name,
-            dataset_fingerprint=data.fingerprint(records),
-            model=str(folder),
-            generation=captioner.description(),
-        )
-        scored.append((target, rows, records["image"]))
-        logger.info("%s:\n%s", name, results.summary(scores))
-        if name == "validation":
-            trainer.save_metrics("eval", results.flat(scores, "eval"), combined=False)
-        first = records.select(range(min(5, len(records))))
-        examples = [
-            {"image_id": row["image_id"], "caption": predictions[row["image_id"]], "references": row["captions"]}
-            for row in first.select_columns(["image_id", "captions"])
-        ]
-
-    # Save
+    # Train, save, evaluate, push
+    train_metrics = train(trainer, checkpoint, folder, flags, bad_samples)
+    scored = evaluate(trainer, splits, scorers, metric_args, data_args, folder)
     if trainer.is_world_process_zero():
-        plot_curves(trainer.state.log_history, folder)
-        finish_run(folder, trainer, splits, examples)
-        write_card(folder)
-        for target, rows, images in scored if metric_args.report else ():
-            looks = functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)
-            write_report(target, rows, images, curves=folder / "training_curves.svg", looks=looks)
+        facts = run_facts(trainer, splits, train_metrics, scored[-1].examples() if scored else [])
+        write_card(folder, record_run(folder, flags, **facts), [split.scores for split in reversed(scored)])
         logger.info("the model, its scores, captions, report, curves and card are in %s", folder)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def load_augmentations(data_args, seed: int) -> dict:
+    """Augmentations of images and captions as CaptionCollator takes them; ValueError names an unknown operation."""
+    images, texts = data_args.augment, data_args.augment_text
+    return {
+        "augmentation": data.Augmentation(images, seed=seed) if images else None,
+        "text_augmentation": data.TextAugmentation(texts, seed) if texts else None,
+    }
+
+
+def load_splits(data_args, args) -> tuple:
+    """(splits of records, bad training samples that were left out); ValueError if a split that is needed is missing."""
+    bad_rows = []
+    with args.main_process_first(desc="preparing the dataset"):
+        splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
+        splits, bad_images = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
+    if "train" not in splits:
+        raise ValueError(f"{data_args.dataset_name} has no training split. It has: {', '.join(splits)}.")
+    if "validation" not in splits and args.eval_strategy != "no":
+        raise ValueError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
+    held_out = {name: data.in_memory(splits[name]) for name in ("validation", "test") if name in splits}
+    return {"train": splits["train"], **held_out}, bad_rows + bad_images
+
+
+def load_captioner(model_args, scratch_args, adapter_args, train_records) -> tuple:
+    """(model with what is to be trained left trainable, processor), pretrained or from random weights."""
+    if scratch_args.model_config:
+        captions = (text for row in train_records for text in row["captions"])
+        vocab = scratch_args.tokenizer_vocab
+        model, processor = build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention)
+    else:
+        merge = not adapter_args.use_peft
+        model, processor = load_model(model_args.model_name_or_path, merge=merge, **model_args.loading())
+    return make_trainable(model, adapter_args, scratch_args.freeze_vision), processor
+
+
+def build_collator(captioner, augmentations: dict, data_args, args) -> CaptionCollator:
+    if augmentations["augmentation"]:
+        augmentations["augmentation"].size = input_size(captioner.processor.image_processor)
+    return CaptionCollator(
+        captioner.processor,
+        captioner.model.config,
+        max_txt_len=data_args.max_txt_len,
+        prompt=captioner.prompt,
+        fast_jpeg=captioner.fast_jpeg,
+        prompts_only=args.objective != "cross_entropy",  # the other objectives learn from captions of the model's own
+        **augmentations,
+    )
+
+
+def build_datasets(splits, captioner, collator, scratch_args, data_args, args) -> tuple:
+    """(training dataset, validation records or None), with a frozen encoder's images encoded in advance."""
+    used = {"train": splits["train"], "validation": splits.get("validation") if args.eval_strategy != "no" else None}
+    # Rewards look at all references of an image at once.
+    per_image = None if collator.prompts_only else data_args.captions_per_image
+    if not any(parameter.requires_grad for parameter in vision_encoder(captioner.model).parameters()):
+        used |= keep_features(scratch_args.feature_cache, captioner, used, args, per_image, collator.augmentation)
+    if data_args.streaming:
+        return data.CaptionStream(splits["train"], data_args.captions_per_image, seed=args.seed), used["validation"]
+    return data.CaptionPairs(used["train"], per_image), used["validation"]
+
+
+def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:
+    """Train, save the best model to `folder`, and return the Trainer's metrics."""
+    if trainer.is_world_process_zero():
+        record_run(folder, flags)
+        outputs.write_bad_samples(folder, bad_samples)
+        if trainer.args.push_to_hub:  # the Hub leaves out what this names: pictures and texts of the data
+            write_text(folder / ".gitignore", "report.html\nper_image.jsonl\n")
+    trainer.accelerator.wait_for_everyone()
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | trainer.peak_memory()
+    trainer.save_model()
+    trainer.save_metrics("train", metrics, combined=False)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_curves(trainer.state.log_history, folder)
+    return metrics
+
+
+def evaluate(trainer, splits, scorers, metric_args, data_args, folder) -> list:
+    """Caption and score the validation and the test split; a ScoredSplit of each, on the main process."""
+    args, captioner, scored = trainer.args, trainer.captioner, []
+    known = None if data_args.streaming else [text for group in splits["train"]["captions"] for text in group]
+    for name in ("validation", "test"):
+        if name not in splits:
+            continue
+        records, workers = splits[name], args.dataloader_num_workers
+        predictions = captioner.caption_split(records, batch_size=args.eval_batch_size, num_workers=workers)
+        if not trainer.is_world_process_zero():
+            continue
+        source = {"split": name, "dataset_name": data_args.dataset_name, "model": str(folder)}
+        where = folder if name == "test" or "test" not in splits else output_folder(folder / name)
+        looks = {"captioner": captioner, "curves": folder / "training_curves.svg"}
+        options = {"training_captions": known, "scorers": scorers, "num_workers": workers}
+        scored.append(
+            score_split(where, predictions, records, metric_args, args.seed, source=source, **looks, **options)
+        )
+        if name == "validation":
+            trainer.save_metrics("eval", outputs.flat(scored[-1].scores, "eval"), combined=False)
+    return scored
 
 
 if __name__ == "__main__":

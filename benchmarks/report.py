@@ -50,9 +50,9 @@ def main():
     scores, rows = score_captions(predictions, references, MetricArguments(meteor=False, spice=False), seed=42)
     with tempfile.TemporaryDirectory() as out:
         out = Path(out)
-        write_scores(out, scores, rows, predictions="predictions_contrastive.json")
+        scores = write_scores(out, scores, rows, predictions="predictions_contrastive.json")
         start = time.perf_counter()
-        write_report(out, rows, images)
+        write_report(out, scores, rows, images)
         written = time.perf_counter() - start
         size = (out / "report.html").stat().st_size
         opened = [open_report(out / "report.html") for _ in range(args.repeats)]

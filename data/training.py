@@ -26,10 +26,12 @@ def check_training_images(splits, *, skip_bad_samples: bool):
 
 
 class EncodedRecords(torch.utils.data.Dataset):
-    """Records with "features", `features[i]` of record i, in place of their image, which is never read."""
+    """Records with "features", `features[i]` of record i, in place of their image, which is never read.
+    `source` are the records themselves."""
 
     def __init__(self, records, features):
-        self.records, self.features = records.select_columns(["image_id", "captions"]), features
+        self.source, self.features = records, features
+        self.records = records.select_columns(["image_id", "captions"])
 
     def __len__(self) -> int:
         return len(self.records)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from common.files import write_json, write_text
+from common.files import write_text
 from models.families import base_model, family_of
 
 # Score name in coco_metrics.json: (name shown, metric id of the Hub)
@@ -20,13 +20,11 @@ SCORES = {
 }
 
 
-def finish_run(folder: Path, trainer, splits, examples: list[dict]) -> None:
-    """Adds to run.json what is known at the end of a training run: sizes, time, memory, best checkpoint, examples."""
-    run = _read(folder / "run.json")
+def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) -> dict:
+    """What is known at the end of a training run, for run.json: sizes, time, memory, best checkpoint, examples."""
     state, model = trainer.state, base_model(trainer.model)
     config = model.config
-    run["data"] = {name: _sizes(split) for name, split in splits.items()}
-    run["model"] = {
+    model_facts = {
         "class": type(model).__name__,
         "adapter": model is not trainer.model,
         "license": family_of(config).license,
@@ -35,24 +33,28 @@ def finish_run(folder: Path, trainer, splits, examples: list[dict]) -> None:
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "image_size": getattr(config.vision_config, "image_size", None),
     }
-    run["training"] = {
+    training = {
         "steps": state.global_step,
         "epochs": state.epoch,
         "processes": trainer.accelerator.num_processes,
         "precision": str(trainer.args.autocast_dtype or "float32").removeprefix("torch."),
         "best_step": state.best_global_step,
         "best_validation_score": state.best_metric,
-        **_read(folder / "train_results.json"),
+        **train_metrics,
     }
-    run["examples"] = examples
-    write_json(folder / "run.json", run)
+    sizes = {name: _sizes(split) for name, split in splits.items()}
+    return {"data": sizes, "model": model_facts, "training": training, "examples": examples}
 
 
-def write_card(folder: Path, repo_id: str | None = None) -> None:
-    """README.md of `folder`, from run.json, coco_metrics.json and validation/coco_metrics.json there."""
-    run = _read(folder / "run.json")
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """(run.json, the scores of its test and validation split) of a folder, as far as they are there."""
+    scores = (_read(folder / "coco_metrics.json"), _read(folder / "validation/coco_metrics.json"))
+    return _read(folder / "run.json"), [found for found in scores if found]
+
+
+def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | None = None) -> None:
+    """README.md of `folder`. run: what run.json holds. reported: what coco_metrics.json holds, of each split."""
     flags = run.get("flags", {})
-    reported = [s for s in (_read(folder / "coco_metrics.json"), _read(folder / "validation/coco_metrics.json")) if s]
     name = repo_id or folder.resolve().name
     from_scratch = flags.get("model_config")
     base = None if from_scratch or Path(flags.get("model_name_or_path", "/")).exists() else flags["model_name_or_path"]

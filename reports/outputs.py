@@ -28,11 +28,13 @@ def write_bad_samples(folder: Path, samples: list[dict]) -> None:
         logger.warning("left out %d bad training samples, listed in %s", len(samples), folder / "bad_samples.jsonl")
 
 
-def write_scores(folder: Path, scores: dict, rows: list[dict], **source) -> None:
+def write_scores(folder: Path, scores: dict, rows: list[dict], **source) -> dict:
     """coco_metrics.json: the scores, then what was scored (`source`) and where. per_image.jsonl: `rows` of
-    score_captions, for report.html and for evaluate.py --compare."""
-    write_json(folder / "coco_metrics.json", {**scores, **source, **environment()})
+    score_captions, for report.html and for evaluate.py --compare. Returns what coco_metrics.json holds."""
+    scores = {**scores, **source, **environment()}
+    write_json(folder / "coco_metrics.json", scores)
     write_text(folder / "per_image.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return scores
 
 
 def warn_of_missing_scores(metric_args) -> None:
@@ -50,7 +52,8 @@ def score_records(predictions: dict[str, str], records, metric_args, seed: int, 
     """`score_captions` for the captions of a split's records. Drawn scenes are checked for truth as well; VizWiz's
     photographs with legible text, and those without, are scored apart under `subsets`."""
     references = dict(zip(records["image_id"], records["captions"], strict=True))
-    metrics, rows = score_captions(predictions, references, metric_args, seed, images=records["image"], **options)
+    images = records["image"] if "image" in records.column_names else ()
+    metrics, rows = score_captions(predictions, references, metric_args, seed, images=images, **options)
     if "facts" in records.column_names:
         facts = [json.loads(scene) for scene in records["facts"]]
         metrics["scene_facts"] = score_scene_facts(predictions, dict(zip(references, facts, strict=True)))

@@ -42,11 +42,12 @@ SIZES = ((1000, 256, 75), (2500, 192, 65), (10_000, 128, 50))
 
 
 def write_report(
-    folder: Path, rows: list[dict], images=None, *, curves: Path | None = None, sweep=None, looks=None
+    folder: Path, scores: dict, rows: list[dict], images=None, *, curves: Path | None = None, sweep=None, looks=None
 ) -> None:
-    """report.html of a run, from coco_metrics.json there and `rows` of reports.outputs.score_captions.
+    """report.html of a run.
 
     Args:
+        scores, rows: what coco_metrics.json and per_image.jsonl hold, of reports.outputs.
         images: an image value (data.open_image) for each row, if there are any. Pictures are made small here.
         curves: training_curves.svg.
         looks: called without arguments, {image id: (words, (words, rows, columns) attention maps)} of some images.
@@ -55,7 +56,6 @@ def write_report(
     Whatever goes wrong is logged and not raised: the scores are written, and no report is worth losing what follows.
     """
     try:
-        scores = json.loads((folder / "coco_metrics.json").read_text(encoding="utf-8"))
         plots = [curves] if curves else []
         if sweep:
             plots.append(folder / "sweep.svg")

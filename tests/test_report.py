@@ -431,7 +431,7 @@ def test_a_report_without_pictures_says_so(runs):
 
 
 def test_a_failure_inside_the_report_is_logged_not_raised(tmp_path, caplog):
-    write_report(tmp_path, [], None)
+    write_report(tmp_path, {}, [], None)
     assert "report.html could not be written" in caplog.text
 
 

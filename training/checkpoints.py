@@ -57,12 +57,15 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
     return str(whole[-1]) if whole else None
 
 
-def record_run(folder: Path, flags: dict) -> None:
-    """run.json: the flags that make the run what it is, and where it was started. Removes unfinished checkpoints."""
-    write_json(folder / "run.json", {"flags": _binding(flags), "license": flags["license"], **environment()})
+def record_run(folder: Path, flags: dict, **facts) -> dict:
+    """Write run.json, and return what it holds: the flags that make the run what it is, where it was started, and at its
+    end the `facts` of reports.model_card.run_facts. Removes unfinished checkpoints."""
+    run = {"flags": _binding(flags), "license": flags["license"], **environment(), **facts}
+    write_json(folder / "run.json", run)
     for path in folder.glob("checkpoint-*"):
         if not _is_whole(path):
             shutil.rmtree(path)
+    return run
 
 
 def _binding(flags: dict) -> dict:

@@ -10,6 +10,7 @@ from accelerate import DistributedType
 from peft import PeftModel
 from transformers import Seq2SeqTrainer
 
+from data import CaptionPairs
 from metrics import score
 from metrics.clip_scores import clip_scores
 from models.families import base_model
@@ -25,29 +26,20 @@ class CaptionTrainer(Seq2SeqTrainer):
     """Trains by `objective(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`. The loss is a mean
     over target tokens, or over what the objective's `items(batch)` counts, if it has that.
 
-    An evaluation captions the records of `validation` through `captioner` and scores them against all their
-    references (`eval_sacrebleu`, `eval_CIDEr`, and of `scorers`, which look at the records' `validation_images`,
-    `eval_CLIP-S`, `eval_RefCLIP-S` or their kin); `eval_loss` is the unsmoothed cross-entropy of `eval_dataset`, the
-    pairs of the same records, batched by `eval_collator` (which does not augment). In several processes each captions
-    its share, and all get the same scores. The captions of `shown`, some of the records, go to the trackers as pictures.
+    An evaluation captions the records of `validation` (a datasets.Dataset, or data.EncodedRecords of one) through
+    `captioner` and scores them against all their references (`eval_sacrebleu`, `eval_CIDEr`, and of `scorers`, which look
+    at the images, `eval_CLIP-S`, `eval_RefCLIP-S` or their kin); `eval_loss` is the unsmoothed cross-entropy of their
+    pairs of image and caption, not augmented. In several processes each captions its share, and all get the same scores.
+    The captions of the first 8 records go to the trackers as pictures.
     """
 
-    def __init__(
-        self,
-        *,
-        objective,
-        captioner,
-        eval_collator=None,
-        validation=None,
-        scorers=(),
-        validation_images=None,
-        shown=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.objective, self.captioner = objective, captioner
-        self.eval_collator, self.validation = eval_collator, validation
-        self.scorers, self.validation_images, self.shown = scorers, validation_images, shown
+    def __init__(self, *, objective, captioner, validation=None, scorers=(), **kwargs):
+        per_image = kwargs["train_dataset"].captions_per_image
+        pairs = None if validation is None else CaptionPairs(validation, per_image)
+        super().__init__(eval_dataset=pairs, **kwargs)
+        self.objective, self.captioner, self.validation, self.scorers = objective, captioner, validation, scorers
+        self.eval_collator = self.data_collator.for_evaluation()
+        self.validation_records = getattr(validation, "source", validation)  # with their images
         # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
         self.label_smoother = None  # the objective's own
@@ -147,8 +139,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             for image_id, caption in list(predictions.items())[:3]:
                 logger.info("%s: %s", image_id, caption)
-            if self.shown is not None:
-                log_samples(self.callback_handler.callbacks, self.shown, predictions, self.state.global_step)
+            shown = self.validation_records.select(range(min(8, len(self.validation_records))))
+            log_samples(self.callback_handler.callbacks, shown, predictions, self.state.global_step)
         metrics["runtime"] = round(time.perf_counter() - start, 3)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -180,7 +172,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 self.scorers,
                 predictions,
                 references,
-                self.validation_images,
+                self.validation_records["image"],
                 bootstrap_samples=0,
                 seed=0,
                 num_workers=self.args.dataloader_num_workers,
