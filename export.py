@@ -26,7 +26,7 @@ def main():
     folder = output_folder(args.output_dir) if args.output_dir else source
 
     model, processor = load_model(str(source), merge=args.merge)
-    if folder != source:
+    if folder != source or not any(source.glob("*.safetensors")):  # of .bin weights, safetensors are made
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         # A checkpoint's scores and history are those of its run, one folder up.
@@ -51,7 +51,7 @@ def main():
             repo_id=args.push_to_hub,
             folder_path=folder,
             ignore_patterns=[
-                *("checkpoint-*", "**/optimizer.pt", "training_args.bin", "**/*.pth", "bad_samples.jsonl"),
+                *("checkpoint-*", "**/optimizer.pt", "*.bin", "*.bin.index.json", "**/*.pth", "bad_samples.jsonl"),
                 *("*report.html", "*per_image.jsonl"),  # pictures and texts of the data
             ],
         )

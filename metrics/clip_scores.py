@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
+from common.weights import read_weights
 from data import open_image
 from metrics.coco_caption.coco import resampled_sums
 
@@ -221,12 +222,10 @@ def load_clip(clip_model: str):
         config = AutoConfig.from_pretrained(clip_model, trust_remote_code=False)
         if config.model_type != "clip":
             raise ValueError(f"clip_model: {clip_model} is a {config.model_type}; a CLIP is needed.")
-        model, info = CLIPModel.from_pretrained(clip_model, dtype=torch.float32, output_loading_info=True)
+        model = read_weights(CLIPModel, clip_model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(clip_model, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"clip_model: {clip_model} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"clip_model: {clip_model} lacks {len(missing)} weights of a CLIP (first: {missing[0]}).")
     try:
         processor = CLIPImageProcessor.from_pretrained(clip_model)
         mean, std = processor.image_mean, processor.image_std

@@ -265,6 +265,7 @@ class HFBackend:
         import transformers
 
         from common.processes import processes
+        from common.weights import read_weights
         from models.loading import quantization_config
 
         self.args, self.device = args, torch.device(device) if device else processes().device
@@ -277,7 +278,10 @@ class HFBackend:
         config = transformers.AutoConfig.from_pretrained(model)
         seq2seq = config.is_encoder_decoder
         kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-        self.model = kind.from_pretrained(model, **options).eval()
+        # A model of images and text has more than its language model reads.
+        self.model = read_weights(
+            kind, model, unread=r"(.*\.)?(vision|visual|multi_modal|mm_)\w*\..*", **options
+        ).eval()
         if not args.quantization:
             self.model.to(self.device)
         tokenizer = load_tokenizer(model)

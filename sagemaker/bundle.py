@@ -1,6 +1,8 @@
 """What travels to SageMaker: the code of a training job, and a model with the code that serves it."""
 
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -48,7 +50,21 @@ def write_serving_code(code: Path) -> None:
 
 
 def write_model(model: Path, target: Path) -> None:
-    """What deploys of a model folder, and the code, in the folder `target`."""
+    """What deploys of a model folder, and the code, in the folder `target`. Of .bin weights safetensors are made."""
+    if (
+        (model / "config.json").is_file()
+        and any(model.glob("pytorch_model*.bin"))
+        and not any(model.glob("*.safetensors"))
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "export.py"), str(model.resolve()), "--output_dir", folder]
+            done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
+            if done.returncode:
+                raise ValueError(
+                    f"{model}: its .bin weights cannot be exported: {done.stderr.strip().splitlines()[-1]}"
+                )
+            write_model(Path(folder), target)
+        return
     if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
         hint = "export it first: python export.py" if (model / "adapter_config.json").is_file() else "no trained model"
         raise ValueError(f"{model}: lacks config.json or *.safetensors; {hint}.")
