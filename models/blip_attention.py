@@ -11,11 +11,20 @@ values for every beam and reorders the copies at every step. `use_fast_attention
 It changes the class of modules that exist already and adds no module, parameter, buffer or hook, so state dict, LoRA
 targets, DDP, gradient checkpointing, torch.compile, deepcopy and pickle see the model they know.
 Attention maps are never written out: `output_attentions=True` needs `use_fast_attention(model, False)`.
+
+What is put into the library's classes is right for the releases that it was tested with (requirements.txt). So
+`use_fast_attention` looks at the signatures that it overrides, compares a few tokens of the very model with what the
+library's own classes say of them, and leaves the library's attention in place where anything differs, with a warning.
 """
 
+import contextlib
+import copy
 import functools
+import inspect
+import logging
 
 import torch
+import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import BlipForConditionalGeneration, BlipVisionModel
 from transformers.cache_utils import EncoderDecoderCache
@@ -24,6 +33,8 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 
 from models.decoding import SharedBeams
+
+logger = logging.getLogger(__name__)
 
 
 def use_fast_attention(model: BlipForConditionalGeneration, enabled: bool = True) -> BlipForConditionalGeneration:
@@ -41,17 +52,151 @@ def use_fast_attention(model: BlipForConditionalGeneration, enabled: bool = True
 
     Same weights, same state dict; float32 results equal eager ones to 1e-5, bfloat16 ones to its rounding.
     Dropout falls on the same probabilities at the same rate, but from other random numbers.
+
+    Fast attention is checked before it is used: see `why_not_fast` and `difference_from_library`. Where it would not give
+    the library's numbers, the library's attention stays and one warning says why. RuntimeError if even then grouped
+    captions or chosen logits differ: this release of transformers is none that the scripts can be used with.
     """
-    for module in model.modules():
-        if isinstance(module, BlipAttention):
-            module.__class__ = FastVisionAttention if enabled else BlipAttention
-        elif isinstance(module, BlipTextSelfAttention):
-            module.__class__ = FastTextAttention if enabled else BlipTextSelfAttention
-        elif isinstance(module, BlipVisionModel):
-            module.__class__ = VisionModel
-        elif isinstance(module, BlipTextLMHeadModel):
-            module.__class__ = FastTextDecoder if enabled else TextDecoder
+    release = f"transformers {transformers.__version__}"
+    if enabled:
+        reason = why_not_fast(model)
+        if reason is None:
+            _put(FAST, model)
+            reason = difference_from_library(model)
+        if reason is None:
+            return model
+        logger.warning(
+            "Fast attention is off, since with %s %s. Captions and losses are right, by the library's own attention, but "
+            "captioning and training take several times as long. Releases that fast attention was tested with are in "
+            "requirements.txt.",
+            release,
+            reason,
+        )
+    _put(EAGER, model)
+    if reason := difference_from_library(model):
+        raise RuntimeError(f"BLIP cannot be used with {release}: {reason}. requirements.txt has the releases that can.")
     return model
+
+
+def why_not_fast(model) -> str | None:
+    """Why the classes in `model` are not the ones that fast attention was written for; None if they are."""
+    for module in model.modules():
+        ours = next((kind for kind in FAST if isinstance(module, kind)), None)
+        if ours is None or type(module) in PLAIN:
+            continue
+        if type(module) is not ours:
+            return f"{type(module).__name__} is used in place of {ours.__name__}"
+        found = tuple(inspect.signature(ours.forward).parameters)
+        if found not in SIGNATURES[ours]:
+            return f"{ours.__name__}.forward takes ({', '.join(found[1:])}), which is new"
+    return None
+
+
+def difference_from_library(model) -> str | None:
+    """Where the BLIPs in `model` say something else than with the library's classes alone; None if nowhere.
+
+    Three beams of two small random images are decoded with a cache from encoded images, then read again as grouped
+    captions; both times the logits must be those of the library, without a cache and with an image per caption. First
+    in a small float32 model of the same classes, then in the very model, which takes half a second with BLIP-base. There,
+    in half precision, on a GPU or with quantised weights only large differences can be told from rounding, and weights
+    on the meta device have no numbers at all. Random state, training mode and weights are left as they are.
+    """
+    for blip in model.modules():
+        if not isinstance(blip, BlipForConditionalGeneration):
+            continue
+        weights = list(blip.parameters())
+        here = not any(weight.is_meta or weight.numel() == 0 for weight in weights)  # DeepSpeed leaves none of a part
+        exact = torch.get_float32_matmul_precision() == "highest" and not getattr(blip, "is_quantized", False)
+        exact = exact and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
+        try:
+            reason = _compare(_small(blip), 1e-3, length=8)
+            if reason is None and here:
+                reason = _compare(blip, 1e-3 if exact else 0.1, length=3)
+            if reason is not None:
+                return reason
+        except Exception as error:  # whatever it is, it is the reason
+            return f"decoding fails ({type(error).__name__}: {error})"
+    return None
+
+
+@torch.no_grad()
+def _compare(blip: BlipForConditionalGeneration, tolerance: float, length: int) -> str | None:
+    beams = 3
+    training = {module: module.training for module in blip.modules()}
+    side = 2 * blip.config.vision_config.patch_size
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(blip.device, blip.dtype)
+    blip.eval()
+    try:
+        with torch.autocast(blip.device.type, enabled=False):
+            encoded = blip.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+            lengths = {"max_new_tokens": length, "min_new_tokens": length}
+            found = blip.generate(
+                pixel_values=encoded, num_beams=beams, num_return_sequences=beams, do_sample=False, use_cache=True,
+                output_logits=True, return_dict_in_generate=True, **lengths,
+            )  # fmt: skip
+            steps = [logits[rows] for logits, rows in zip(found.logits, found.beam_indices.T, strict=True)]
+            captions = {"input_ids": found.sequences, "attention_mask": torch.ones_like(found.sequences)}
+            captions["attention_mask"][::2, -1] = 0  # padding behind some of them
+            chosen = captions["attention_mask"].bool()
+            grouped = blip(pixel_values=encoded, logits_to_keep=chosen, **captions).logits
+            with _library(blip):
+                images = blip.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+                images = images.repeat_interleave(beams, dim=0)
+                expected = blip.text_decoder(encoder_hidden_states=images, use_cache=False, **captions).logits
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    for name, ours, theirs in (
+        ("decoding with a cache and beams", torch.stack(steps, dim=1).flatten(0, 1), expected[:, :-1].flatten(0, 1)),
+        ("reading grouped captions", grouped, expected[chosen]),
+    ):
+        ours, theirs = ours.float(), theirs.float()
+        finite = theirs.isfinite()
+        theirs = torch.where(finite, theirs, 0.0)
+        error = torch.where(finite, ours - theirs, 0.0).square().mean(dim=1).sqrt().max()
+        spread = theirs.std().clamp(min=1e-6)
+        if not error <= tolerance * spread:
+            return f"{name} gives logits {error / spread:.2g} standard deviations away from the library's"
+    return None
+
+
+def _small(blip: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
+    """A float32 BLIP of the same classes, 2 layers deep and 32 wide, with random weights."""
+    config = copy.deepcopy(blip.config)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for part in (config.text_config, config.vision_config):
+        for name, value in sizes.items():
+            setattr(part, name, value)
+    config.text_config.encoder_hidden_size = 32
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        small = BlipForConditionalGeneration(config).float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in small.parameters():
+            weight.normal_(std=0.2, generator=generator)
+    kinds = {type(module) for module in blip.modules()}
+    _put({PLAIN[kind]: kind for kind in kinds if kind in PLAIN}, small)
+    return small
+
+
+def _put(classes: dict[type, type], model) -> None:
+    for module in model.modules():
+        plain = PLAIN.get(type(module), type(module))
+        module.__class__ = classes.get(plain, plain)
+
+
+@contextlib.contextmanager
+def _library(model):
+    """The library's own classes in `model`, for a while."""
+    classes = {module: type(module) for module in model.modules()}
+    try:
+        _put({}, model)
+        yield
+    finally:
+        for module, kind in classes.items():
+            module.__class__ = kind
 
 
 def target_positions(labels: torch.LongTensor) -> torch.BoolTensor:
@@ -71,7 +216,9 @@ def target_positions(labels: torch.LongTensor) -> torch.BoolTensor:
 class FastVisionAttention(BlipAttention):
     """BLIP's vision self-attention without the attention matrix in memory."""
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if kwargs:  # something that the library may know of
+            return super().forward(hidden_states, **kwargs)
         images, tokens, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).view(images, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -93,28 +240,27 @@ class FastTextAttention(BlipTextSelfAttention):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        **kwargs,
+        cache=None,
+        past_key_values=None,  # what transformers called the cache before 5.24
     ) -> tuple[torch.Tensor, None]:
         is_cross_attention = encoder_hidden_states is not None
         # As in the library, whose callers never pass encoder_attention_mask: no image has padding.
         mask = encoder_attention_mask if is_cross_attention else attention_mask
 
-        cache = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = (
-                past_key_values.cross_attention_cache if is_cross_attention else past_key_values.self_attention_cache
-            )
-        if is_cross_attention and cache is not None and past_key_values.is_updated.get(self.layer_idx):
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        both = past_key_values if cache is None else cache
+        part = both
+        if isinstance(both, EncoderDecoderCache):
+            part = both.cross_attention_cache if is_cross_attention else both.self_attention_cache
+        if is_cross_attention and both is not None and both.is_updated.get(self.layer_idx):
+            key, value = part.layers[self.layer_idx].keys, part.layers[self.layer_idx].values
         else:
             states = encoder_hidden_states if is_cross_attention else hidden_states
             key = self._split_heads(self.key(states), batch=states.shape[0])
             value = self._split_heads(self.value(states), batch=states.shape[0])
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
+            if both is not None:
+                key, value = part.update(key, value, self.layer_idx)
                 if is_cross_attention:
-                    past_key_values.is_updated[self.layer_idx] = True
+                    both.is_updated[self.layer_idx] = True
 
         query = self._split_heads(self.query(hidden_states), batch=key.shape[0])
         if mask is not None:
@@ -129,12 +275,27 @@ class FastTextAttention(BlipTextSelfAttention):
         return states.view(batch, -1, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
 
 
+def check_nothing_asked(arguments: dict) -> None:
+    """TypeError if a vision encoder is asked for something of images that come to it already encoded."""
+    asked = [n for n, value in arguments.items() if n != "interpolate_pos_encoding" and value not in (None, False)]
+    if asked:
+        raise TypeError(f"Images that are already encoded cannot be given {', '.join(asked)}.")
+
+
+def check_no_maps_asked(asked: bool) -> None:
+    if asked:
+        raise ValueError("Fast attention keeps no attention maps: call use_fast_attention(model, False) first.")
+
+
 class VisionModel(BlipVisionModel):
     """BLIP's vision encoder, which hands back images that come already encoded."""
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         if pixel_values.dim() == 3 and pixel_values.shape[-1] == self.config.hidden_size:
+            check_nothing_asked(kwargs)
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values)
+        if isinstance(self.encoder.layers[0].self_attn, FastVisionAttention):
+            check_no_maps_asked(kwargs.get("output_attentions"))
         return super().forward(pixel_values=pixel_values, **kwargs)
 
 
@@ -166,17 +327,17 @@ class TextDecoder(BlipTextLMHeadModel):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        # transformers 5.6 does not know boolean positions, 5.23 does: the same lines for both.
-        if labels is not None:
+        # transformers 5.18 does not know boolean positions, 5.23 does: the same lines for both.
+        if labels is not None or kwargs.pop("return_logits", False):
             raise ValueError(
                 "Pass either labels or boolean logits_to_keep: the caller computes the loss of chosen logits."
             )
+        kwargs.pop("reduction", None)  # of a loss that is not computed
         hidden_states = self.bert(
             input_ids,
             attention_mask=attention_mask,
             encoder_hidden_states=encoder_hidden_states,
-            is_decoder=True,
-            use_cache=False,
+            **kwargs | {"is_decoder": True, "use_cache": False},
         ).last_hidden_state
         return CausalLMOutputWithCrossAttentions(logits=self.cls(hidden_states[logits_to_keep]))
 
@@ -188,5 +349,32 @@ class TextDecoder(BlipTextLMHeadModel):
 class FastTextDecoder(SharedBeams, TextDecoder):
     """The decoder whose captions, beams and samples share their image's keys and values."""
 
+    @functools.wraps(BlipTextLMHeadModel.forward)
+    def forward(self, *args, **kwargs):
+        check_no_maps_asked(kwargs.get("output_attentions"))
+        return super().forward(*args, **kwargs)
+
     def embeddings_for_rows(self, image_embeds, rows):
         return image_embeds
+
+
+# What takes the place of the library's classes, and the arguments of their `forward`, of every release looked at.
+FAST = {
+    BlipAttention: FastVisionAttention,
+    BlipTextSelfAttention: FastTextAttention,
+    BlipVisionModel: VisionModel,
+    BlipTextLMHeadModel: FastTextDecoder,
+}
+EAGER = {BlipVisionModel: VisionModel, BlipTextLMHeadModel: TextDecoder}
+PLAIN = {ours: theirs for classes in (FAST, EAGER) for theirs, ours in classes.items()}
+_DECODER = (
+    "self input_ids attention_mask position_ids inputs_embeds encoder_hidden_states encoder_attention_mask labels {} "
+    "use_cache return_logits is_decoder reduction logits_to_keep kwargs"
+)
+_TEXT = "self hidden_states attention_mask encoder_hidden_states encoder_attention_mask {} kwargs"
+SIGNATURES = {
+    BlipAttention: [("self", "hidden_states", "kwargs")],
+    BlipTextSelfAttention: [tuple(_TEXT.format(cache).split()) for cache in ("past_key_values", "cache")],
+    BlipVisionModel: [("self", "pixel_values", "interpolate_pos_encoding", "kwargs")],
+    BlipTextLMHeadModel: [tuple(_DECODER.format(cache).split()) for cache in ("past_key_values", "cache")],
+}

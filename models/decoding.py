@@ -32,8 +32,6 @@ def generate(
         `return_dict_in_generate=True` transformers' output object. BLIP's cache holds the cross-attention keys and
         values once an image.
     """
-    if generation_kwargs.get("output_attentions") and isinstance(getattr(model, "text_decoder", None), SharedBeams):
-        raise ValueError("Fast attention keeps no attention maps: call use_fast_attention(model, False) first.")
     return model.generate(
         pixel_values=pixel_values,
         input_ids=None if input_ids is None else input_ids.clone(),  # the library writes its start token into them

@@ -1,6 +1,5 @@
 """Models and their processors: from a folder, from the Hub, or from scratch by a config file."""
 
-import functools
 import json
 import logging
 from collections import Counter
@@ -174,23 +173,10 @@ def ready(model, processor, fast_attention: bool = True):
         )
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    use_onednn_linear(take_encoded_images(model), fast_attention)
     if model.config.model_type == "blip":
         use_fast_attention(model, fast_attention)
-    if model.config.model_type == "git":
-        image_tokens = model.git.encoder.layer[0].attention.self.image_patch_tokens
-        count = functools.partial(_count_words_only, image_tokens)
-        model.git.embeddings.register_forward_pre_hook(count, with_kwargs=True)
-    return use_onednn_linear(take_encoded_images(model), fast_attention)
-
-
-def _count_words_only(image_tokens: int, embeddings, args, kwargs):
-    """Older transformers (5.6 to 5.8 at least) give GIT's next word a position that counts the image's tokens in the
-    cache, which training does not."""
-    first = kwargs["past_key_values_length"] - image_tokens
-    if first > 0:
-        words = kwargs["input_ids"]
-        kwargs["position_ids"] = torch.arange(first, first + words.shape[1], device=words.device)[None]
-    return args, kwargs
+    return model
 
 
 def _fill_in_image_tokens(model, processor) -> None:

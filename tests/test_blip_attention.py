@@ -10,12 +10,20 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextSelfAttention
 
-from models.blip_attention import target_positions, use_fast_attention
+from models.blip_attention import (
+    FastTextAttention,
+    FastTextDecoder,
+    TextDecoder,
+    target_positions,
+    use_fast_attention,
+)
 
 VOCABULARY, START, SEP = 120, 118, 3
 
@@ -375,3 +383,133 @@ def test_real_photos_and_captions_give_eager_results(test_data):
     ours = fast(pixel_values=photos, **captions)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+
+
+def kinds(model) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if "Blip" in str(type(module).__mro__)}
+
+
+def assert_captions_of_library(model, eager):
+    arguments = {"num_beams": 3, "max_new_tokens": 8, "min_new_tokens": 8}
+    images = random_images(4)
+    assert torch.equal(
+        model.generate(pixel_values=images, **arguments), eager.generate(pixel_values=images, **arguments)
+    )
+    captions = random_captions(8, 6)
+    theirs = eager(pixel_values=images.repeat_interleave(2, dim=0), **captions).logits
+    torch.testing.assert_close(model(pixel_values=images, **captions).logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_renamed_argument_switches_to_the_librarys_attention_with_one_warning(monkeypatch, caplog):
+    """What transformers 5.24 did to `past_key_values`, once more: the argument and its caller have another name."""
+    plain = BlipTextSelfAttention.forward
+
+    def attention(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
+                  memory=None, **kwargs):  # fmt: skip
+        assert not kwargs
+        return plain(self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, memory)
+
+    def layer(self, hidden_states, attention_mask=None, encoder_hidden_states=None, cache=None, past_key_values=None,
+              **kwargs):  # fmt: skip
+        states = {"attention_mask": attention_mask, "encoder_hidden_states": encoder_hidden_states}
+        context, maps = self.self(hidden_states, memory=past_key_values if cache is None else cache, **states)
+        return self.output(context, hidden_states), maps
+
+    eager = tiny_blip()
+    monkeypatch.setattr(BlipTextSelfAttention, "forward", attention)
+    monkeypatch.setattr(BlipTextAttention, "forward", layer)
+    model = use_fast_attention(copy.deepcopy(eager))
+    [record] = caplog.records
+    assert "memory, kwargs), which is new. Captions and losses are right" in record.getMessage()
+    assert f"transformers {transformers.__version__}" in record.getMessage()
+    assert not kinds(model) & {"FastTextAttention", "FastVisionAttention", "FastTextDecoder"}
+    assert_captions_of_library(model, eager)
+
+
+def test_a_class_of_somebody_elses_is_left_in_place(caplog):
+    class Renamed(BlipTextSelfAttention):
+        def forward(self, hidden_states, mask=None, encoder_hidden_states=None, attention_mask=None, **kwargs):
+            kwargs |= {"attention_mask": attention_mask, "encoder_hidden_states": encoder_hidden_states}
+            context, maps = super().forward(hidden_states, **kwargs)
+            return 2 * context, maps
+
+    eager = tiny_blip()
+    for module in eager.modules():
+        if type(module) is BlipTextSelfAttention:
+            module.__class__ = Renamed
+    model = use_fast_attention(copy.deepcopy(eager))
+    [record] = caplog.records
+    assert "Renamed is used in place of BlipTextSelfAttention" in record.getMessage()
+    assert "Renamed" in kinds(model)
+    assert_captions_of_library(model, eager)
+
+
+def swallows_its_cache(self, *args, cache=None, past_key_values=None, **kwargs):
+    return plain_forward(self, *args, **kwargs)
+
+
+plain_forward = FastTextAttention.forward
+FAULTS = {
+    "a cache that is ignored": (FastTextAttention, "forward", swallows_its_cache),
+    "beams that are not followed": (FastTextDecoder, "_reorder_cache", lambda self, cache, beams: cache),
+    "the image of another": (FastTextDecoder, "embeddings_for_rows", lambda self, images, rows: images.flip(0)),
+    "an error": (FastTextAttention, "forward", lambda self, *args, **kwargs: {}["past_key_values_length"]),
+    "no numbers": (FastTextAttention, "forward", lambda self, states, *a, **kw: (states * float("nan"), None)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "meta"])
+def test_a_fast_path_with_other_numbers_is_not_used(fault, dtype, monkeypatch, caplog):
+    monkeypatch.setattr(*FAULTS[fault])
+    eager = tiny_blip().to(dtype)
+    model = use_fast_attention(copy.deepcopy(eager))
+    [record] = caplog.records
+    assert "Fast attention is off, since with transformers" in record.getMessage()
+    assert "standard deviations" in record.getMessage() or "KeyError" in record.getMessage()
+    assert not kinds(model) & {"FastTextAttention", "FastVisionAttention", "FastTextDecoder"}
+    if dtype == torch.float32:
+        assert_captions_of_library(model, eager)
+
+
+def test_a_thin_layer_with_other_numbers_is_an_error(monkeypatch):
+    monkeypatch.setattr(
+        TextDecoder, "embeddings_for_rows", lambda self, images, rows: images.repeat(rows // len(images), 1, 1)
+    )
+    with pytest.raises(RuntimeError, match=r"cannot be used with transformers .* reading grouped captions"):
+        use_fast_attention(tiny_blip(), False)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, "meta", "lora", "dropout"])
+def test_the_check_passes_and_leaves_no_trace(kind, caplog):
+    model = tiny_blip(dropout=0.3 if kind == "dropout" else 0.0)
+    if kind == "lora":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value"], lora_dropout=0.3))
+    elif kind != "dropout":
+        model = model.to(kind)
+    model.train()
+    list(model.modules())[5].eval()
+    state, training = torch.get_rng_state(), [module.training for module in model.modules()]
+    use_fast_attention(model)
+    assert not caplog.records
+    assert {"FastTextAttention", "FastVisionAttention", "FastTextDecoder"} <= kinds(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == training
+    assert all(weight.grad is None and not weight.is_inference() for weight in model.parameters())
+
+
+def test_no_argument_is_swallowed():
+    _, fast = eager_and_fast()
+    states = torch.randn(1, 3, 32)
+    attention = fast.text_decoder.bert.encoder.layer[0].attention.self
+    with pytest.raises(TypeError, match="memory"):
+        attention(states, memory=None)
+    encoded = fast.vision_model(random_images(1)).last_hidden_state
+    with pytest.raises(TypeError, match="output_attentions"):
+        fast.vision_model(encoded, output_attentions=True)
+    for part in (fast.vision_model, fast.text_decoder, fast):
+        given = {"pixel_values": random_images(1), "input_ids": torch.tensor([[START]])}
+        given.pop({fast.vision_model: "input_ids", fast.text_decoder: "pixel_values"}.get(part), None)
+        with pytest.raises(ValueError, match="keeps no attention maps"):
+            part(**given, output_attentions=True)

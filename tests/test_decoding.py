@@ -1,9 +1,13 @@
 """Shared-beam decoding returns what transformers' own generate returns: the peer is an untouched eager model."""
 
 import pytest
+import tiny
 import torch
+from PIL import Image
 from test_blip_attention import SEP, START, eager_and_fast, random_images, real_photos, tiny_blip
+from transformers import BlipForConditionalGeneration
 
+from captioner import Captioner
 from models.blip_attention import use_fast_attention
 from models.decoding import generate
 from models.vision import encode_images
@@ -93,7 +97,7 @@ def test_one_encoding_serves_several_decodings():
 def test_the_cache_holds_each_image_once():
     _, fast = eager_and_fast()
     output = generate(fast, pixel_values=random_images(3), num_beams=5, max_new_tokens=6, return_dict_in_generate=True)
-    cache = output.past_key_values
+    cache = output.cache if "cache" in output else output.past_key_values  # before transformers 5.24
     assert len(cache.cross_attention_cache.layers[0].keys) == 3
     assert len(cache.self_attention_cache.layers[0].keys) == 15
 
@@ -144,3 +148,41 @@ def test_real_photos_get_identical_captions(test_data, options):
     theirs = eager.generate(pixel_values=photos, max_new_tokens=12, **options)
     assert torch.equal(generate(fast, pixel_values=photos, max_new_tokens=12, **options), theirs)
     assert len({tuple(caption) for caption in theirs.tolist()}) > 50
+
+
+SETTINGS = {"beams": {"num_beams": 3}, "samples": {"num_beams": 1, "do_sample": True, "num_return_sequences": 3}}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("prompt", ["", "a picture of"])
+def test_a_loaded_captioner_says_what_the_library_says(settings, prompt, tmp_path):
+    """The whole way from a folder to tokens, against an untouched model of the installed release."""
+    folder = tiny.build_folder(tmp_path)
+    ours = Captioner.from_pretrained(
+        folder, device="cpu", prompt=prompt, max_new_tokens=9, min_new_tokens=4, **settings
+    )
+    library = BlipForConditionalGeneration.from_pretrained(folder).eval()
+    for model in (ours.model, library):  # as sure of its words as a trained one
+        for weight in model.text_decoder.parameters():
+            torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
+    noise = torch.randint(0, 256, (5, 40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures = [{"image": Image.fromarray(pixels.numpy()), "image_id": str(i)} for i, pixels in enumerate(noise)]
+    batch = ours.collator(pictures)
+    torch.manual_seed(3)
+    tokens = ours.generate_tokens(batch)
+    before = batch["input_ids"]
+    torch.manual_seed(3)
+    theirs = library.generate(
+        pixel_values=batch["pixel_values"],
+        input_ids=torch.nn.functional.pad(before, (0, 1), value=ours.collator.end),
+        **ours.settings,
+    )
+    assert torch.equal(tokens, theirs[:, -tokens.shape[1] :])
+    assert len({tuple(row) for row in tokens.tolist()}) > 2
+    times = len(tokens) // len(before)
+    if times > 1:  # their log-probabilities, as SCST and DiCO take them
+        grouped = ours.training_batch(batch, ours.rows(tokens))
+        inputs = {name: grouped[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        found = ours.model(**inputs).logits
+        inputs["pixel_values"] = inputs["pixel_values"].repeat_interleave(times, dim=0)
+        torch.testing.assert_close(found, library(**inputs).logits, rtol=1e-4, atol=1e-4)
