@@ -1,26 +1,18 @@
 """Every flag of every script: type, default, help. A script's `--help` prints this file's words."""
 
 import dataclasses
-import os
-import sys
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
-from transformers import Seq2SeqTrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from common.errors import UserError
+from common.trainer_flags import trainer_flags
 
 
 def flag(default, help: str):
+    help = help.replace("%", "%%")  # to argparse a format
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
-
-
-def default_workers() -> int:
-    """Processes that read images for one process with a GPU. Without one they would take the model's own cores."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, (os.cpu_count() or 1) // processes) if torch.cuda.is_available() else 0
 
 
 @dataclass
@@ -33,6 +25,9 @@ class ModelArguments:
         "float32", "Precision that weights are loaded in: float32, bfloat16. Those that are trained become float32."
     )
     quantization: str | None = flag(None, "Load the weights in 4bit (NF4) or 8bit, by bitsandbytes; needs a CUDA GPU.")
+    device: Literal["cpu", "cuda", "mps"] | None = flag(
+        None, "What to run on: cpu, cuda or mps. Default: the GPU that torch finds, else the CPU."
+    )
     fast_attention: bool = flag(
         True, "Scaled-dot-product attention and keys shared by the captions of an image: the same results, sooner."
     )
@@ -41,6 +36,13 @@ class ModelArguments:
         "Decode JPEGs that are several times larger than the model's input at a reduced size: up to six times sooner, "
         "but pixels differ (by 1 to 2 of 255 on average), and so may captions.",
     )
+
+    def complete(self):
+        if self.device:
+            from common.processes import use_device
+
+            use_device(self.device)
+        return self
 
     def loading(self) -> dict:
         """These flags as models.loading.load_model takes them."""
@@ -130,6 +132,11 @@ class TrainDataArguments(DataArguments):
     max_eval_samples: int | None = flag(None, "Use only the first so many validation images.")
     max_test_samples: int | None = flag(None, "Use only the first so many test images.")
 
+    def __post_init__(self):
+        for name in ("captions_per_image", "max_train_samples", "max_eval_samples", "max_test_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+
     @property
     def max_samples(self) -> dict[str, int]:
         """The limits that are set, as data.load takes them."""
@@ -138,9 +145,6 @@ class TrainDataArguments(DataArguments):
             "validation": self.max_eval_samples,
             "test": self.max_test_samples,
         }
-        for split, limit in limits.items():
-            if limit is not None and limit < 1:
-                raise ValueError(f"The number of {split} images to use must be at least 1, not {limit}.")
         return {split: limit for split, limit in limits.items() if limit is not None}
 
 
@@ -217,18 +221,18 @@ class ObjectiveArguments:
 
     def __post_init__(self):
         if self.scst_baseline not in ("leave_one_out", "greedy"):
-            raise ValueError(f"scst_baseline: '{self.scst_baseline}' is neither leave_one_out nor greedy.")
+            raise UserError(f"scst_baseline: '{self.scst_baseline}' is neither leave_one_out nor greedy.")
         if self.scst_samples < (2 if self.scst_baseline == "leave_one_out" else 1):
-            raise ValueError(
+            raise UserError(
                 f"scst_samples {self.scst_samples} is too few: leave_one_out compares an image's samples with each "
                 "other and needs 2 or more, greedy needs 1."
             )
         if not 0 < self.scst_top_p <= 1:
-            raise ValueError(f"scst_top_p must be above 0 and at most 1, not {self.scst_top_p}.")
+            raise UserError(f"scst_top_p must be above 0 and at most 1, not {self.scst_top_p}.")
         if self.scst_temperature <= 0:
-            raise ValueError(f"scst_temperature must be above 0, not {self.scst_temperature}.")
+            raise UserError(f"scst_temperature must be above 0, not {self.scst_temperature}.")
         if not 0 <= self.ce_weight < 1:
-            raise ValueError(f"ce_weight must be at least 0 and below 1, not {self.ce_weight}.")
+            raise UserError(f"ce_weight must be at least 0 and below 1, not {self.ce_weight}.")
 
 
 # What makes a checkpoint the best one, where metric_for_best_model is not given.
@@ -257,10 +261,8 @@ REPLACED = {
 
 
 @dataclass
-class TrainArguments(Seq2SeqTrainingArguments):
-    """transformers' own flags, with the defaults of the published BLIP recipe."""
-
-    REPLACED: ClassVar[dict[str, str]] = REPLACED
+class TrainFlags:
+    """train.py's own flags, and those of transformers whose defaults are the published BLIP recipe's."""
 
     objective: str = flag(
         "cross_entropy",
@@ -307,65 +309,28 @@ class TrainArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         if self.objective not in BEST:
-            raise ValueError(f"objective: '{self.objective}' is none of {', '.join(BEST)}.")
-        if self.metric_for_best_model is None:
-            self.metric_for_best_model = BEST[self.objective]
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else torchrun on CPUs runs lone processes
-        cuda = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 is None and self.fp16 is None:
-            self.bf16 = cuda and torch.cuda.is_bf16_supported()
-            self.fp16 = cuda and not self.bf16
-        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
-        if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = default_workers() if cuda else 0
-        self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()  # a log file wants lines, not a bar
-        # The collator reads columns that no model's forward has.
-        self.remove_unused_columns = False
-        self.label_names = ["labels"]
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end, self.metric_for_best_model = False, None
-        if self.load_best_model_at_end and self.save_strategy != "best" and self.save_strategy != self.eval_strategy:
-            raise ValueError(
+            raise UserError(f"objective: '{self.objective}' is none of {', '.join(BEST)}.")
+        keeps_best = self.load_best_model_at_end and self.eval_strategy != "no"
+        if keeps_best and self.save_strategy not in ("best", self.eval_strategy):
+            raise UserError(
                 f"load_best_model_at_end needs a checkpoint at each evaluation: save_strategy is {self.save_strategy}, "
                 f"eval_strategy is {self.eval_strategy}. Make them equal, or pass --load_best_model_at_end false."
             )
-        if self.gradient_checkpointing:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
-        if hasattr(self, "activation_checkpointing"):  # the name of it from transformers 5.20 on
-            if self.activation_checkpointing is None:
-                self.activation_checkpointing = bool(self.gradient_checkpointing)
-                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-            self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
-        trackers = get_available_reporting_integrations()
-        if not self.report_to:
-            self.report_to = ["tensorboard"] if "tensorboard" in trackers else ["none"]
-        for name in self.report_to:
-            if name not in (*trackers, "all", "none"):
-                raise ValueError(
-                    f"report_to: {name} is not installed, or no tracker. Here: {', '.join(trackers) or 'none'}."
-                )
-        if self.patience and not self.load_best_model_at_end:
-            raise ValueError("patience waits for a better best checkpoint: it needs load_best_model_at_end.")
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}  # of a stream: each process reads its own share
-        if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False  # all are constants; sent before a forward pass, autograd sees a change
-        if self.metric_for_best_model and self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        super().__post_init__()
-        # One process drives one device. Several devices are driven by torchrun or accelerate launch.
-        self._n_gpu = min(self.n_gpu, 1)
+        if self.patience and not keeps_best:
+            raise UserError("patience waits for a better best checkpoint: it needs load_best_model_at_end.")
 
-    def samples_drawn(self, epoch_length: int) -> float:
-        """Samples that training goes through in all, of a dataset of so many."""
-        a_step = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return self.max_steps * a_step if self.max_steps > 0 else self.num_train_epochs * epoch_length
 
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+@dataclass
+class AllTrainFlags(TrainFlags, trainer_flags()):
+    """With those of transformers."""
+
+    REPLACED: ClassVar[dict[str, str]] = REPLACED
+
+    def complete(self):
+        """The Trainer's arguments with these values (training.arguments.TrainArguments)."""
+        from training.arguments import TrainArguments
+
+        return TrainArguments(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
 
 
 @dataclass
@@ -412,8 +377,19 @@ class EvaluateArguments:
     seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
 
     def __post_init__(self):
+        if self.compare:
+            return
+        if bool(self.predictions) != bool(self.references):
+            raise UserError("--predictions and --references go together: captions, and what to score them against.")
+        if self.predictions and self.corrupt:
+            raise UserError("--corrupt changes the images that are captioned, and with --predictions none is.")
+
+    def complete(self):
         if self.dataloader_num_workers is None:
+            from common.processes import default_workers
+
             self.dataloader_num_workers = default_workers()
+        return self
 
 
 @dataclass
@@ -426,9 +402,16 @@ class InferArguments:
     bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
     skip_bad_images: bool = flag(False, "Write unreadable images down with their error instead of stopping at one.")
 
-    def __post_init__(self):
+    def check_words(self, paths: list[str]) -> None:
+        if not paths:
+            raise UserError("Name what to caption: image files, folders, globs, or a .txt or .jsonl list of images.")
+
+    def complete(self):
         if self.dataloader_num_workers is None:
+            from common.processes import default_workers
+
             self.dataloader_num_workers = default_workers()
+        return self
 
 
 @dataclass
@@ -484,9 +467,17 @@ class RewriteArguments:
         choices = {"on_reject": (None, "keep_synthetic", "keep_raw", "drop", "null"), "language": ("en", "any")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose one of {', '.join(filter(None, known))}.")
+                raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(filter(None, known))}.")
         if self.rows_per_file < 1:
-            raise ValueError("--rows_per_file must be at least 1.")
+            raise UserError("--rows_per_file must be at least 1.")
+
+    def check_words(self, what: list[str]) -> None:
+        if len(what) != 2 or what[0] not in ("paragraph", "fuse"):
+            raise UserError("Say what to do with what: rewrite.py paragraph INPUT ... or rewrite.py fuse INPUT ...")
+        if what[0] == "paragraph" and self.on_reject == "keep_synthetic":
+            raise UserError("--on_reject keep_synthetic is for fuse. Of a paragraph: keep_raw, drop or null.")
+        if not self.llm or not (self.output or self.dry_run):
+            raise UserError("Name the LLM, --llm openai:MODEL or hf:MODEL, and the --output.")
 
 
 @dataclass
@@ -528,7 +519,7 @@ class LLMArguments:
             "max_prompt_tokens",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass
@@ -536,6 +527,10 @@ class ExportArguments:
     push_to_hub: str | None = flag(None, "Upload to this Hub repository, user/name.")
     merge: bool = flag(True, "Merge an adapter into its base model.")
     output_dir: str | None = flag(None, "Folder to export to. Default: the folder itself.")
+
+    def check_words(self, folders: list[str]) -> None:
+        if len(folders) != 1:
+            raise UserError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
 
 
 TRAIN_GROUPS = (
@@ -546,5 +541,18 @@ TRAIN_GROUPS = (
     GenerationArguments,
     ObjectiveArguments,
     MetricArguments,
-    TrainArguments,
+    AllTrainFlags,
 )
+EVALUATE_GROUPS = (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
+INFER_GROUPS = (ModelArguments, GenerationArguments, InferArguments)
+DEMO_GROUPS = (ModelArguments, GenerationArguments, DemoArguments)
+REWRITE_GROUPS = (RewriteArguments, LLMArguments)
+EXPORT_GROUPS = (ExportArguments,)
+
+
+def __getattr__(name: str):
+    if name == "TrainArguments":  # imports torch
+        from training.arguments import TrainArguments
+
+        return TrainArguments
+    raise AttributeError(name)

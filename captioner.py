@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from collator import ImageCollator, pad_rows, with_targets
+from common.errors import UserError
 from common.processes import processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
@@ -32,7 +33,7 @@ DEFAULTS = {
 FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
 
 
-class UnfitLengths(ValueError):
+class UnfitLengths(UserError):
     """The prompt and the lengths asked for do not suit each other or the model."""
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from common.processes import in_threads
 from data import ImageError, open_image
 from models.families import family_of, is_encoder_decoder, special_tokens
@@ -57,7 +58,7 @@ class CaptionCollator:
         self.augmentation, self.text_augmentation = augmentation, text_augmentation
         self.room = max_txt_len - self.images.words_before
         if self.room < 2:
-            raise ValueError(f"The prompt '{prompt}' leaves no room for a caption in max_txt_len {max_txt_len}.")
+            raise UserError(f"The prompt '{prompt}' leaves no room for a caption in max_txt_len {max_txt_len}.")
 
     def __call__(self, samples: list[dict]) -> dict:
         captions = [sample["captions"] for sample in samples]

@@ -13,14 +13,19 @@ The same from Python, by `gradio_client`; every setting is an argument with the 
 Nothing is sent anywhere: no telemetry, no fonts or scripts from elsewhere, and no URL is fetched for a visitor.
 """
 
+from arguments import DEMO_GROUPS
+from common.cli import check, parse, run
+
+if __name__ == "__main__":
+    check(DEMO_GROUPS)  # answers --help and mistakes before torch is imported
+
 import logging
 import os
 import tempfile
 from pathlib import Path
 
-from arguments import DemoArguments, GenerationArguments, ModelArguments
 from captioner import Captioner
-from common.cli import parse, run
+from common.errors import UserError
 from data import scenes
 
 try:
@@ -34,9 +39,9 @@ logger = logging.getLogger("demo")
 
 
 def main():
-    model_args, generation_args, args = parse((ModelArguments, GenerationArguments, DemoArguments))
+    model_args, generation_args, args = parse(DEMO_GROUPS)
     if gr is None:
-        raise ValueError("The demo is built with Gradio, which is not installed: pip install gradio")
+        raise UserError("The demo is built with Gradio, which is not installed: pip install gradio")
     login = read_login(args.login) if args.login else None
     if args.host not in ("127.0.0.1", "localhost", "::1") and not login:
         logger.warning("everybody who can reach %s can use this demo; --login FILE asks for a password", args.host)
@@ -63,7 +68,7 @@ def main():
                 theme=gr.themes.Default(primary_hue="blue"),
             )
         except OSError as error:
-            raise ValueError(f"--host {args.host} --port {args.port}: {error}") from None
+            raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
 
 
 def draw_examples(folder: str) -> list[str]:
@@ -79,7 +84,7 @@ def read_login(path: str) -> list[tuple[str, str]]:
     """(user, password) pairs of a file with one user:password a line."""
     pairs = [line.partition(":")[::2] for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not pairs or not all(user and password for user, password in pairs):
-        raise ValueError(f"--login {path}: every line must be user:password.")
+        raise UserError(f"--login {path}: every line must be user:password.")
     return pairs
 
 

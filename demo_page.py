@@ -12,6 +12,7 @@ import gradio as gr
 import torch
 
 from captioner import Captioner
+from common.errors import UserError
 from data.uploads import list_uploads, read_upload, read_uploads
 from objectives.cross_entropy import mean_log_probs
 from reports.attention_maps import attention_maps, overlay
@@ -36,7 +37,7 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
     def caption(image, **settings):
         """For each model its best caption, [[caption, score], ...] best first, and heat maps a word, as HTML."""
         if image is None:
-            raise ValueError("Give an image first: upload, paste or photograph one.")
+            raise UserError("Give an image first: upload, paste or photograph one.")
         picture = read_upload(Path(image).name, image)
         if isinstance(picture, Exception):
             raise picture
@@ -53,7 +54,7 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
         with mistakes_shown():
             uploads = list_uploads(files or [], max_images)
             if not uploads:
-                raise ValueError("Give some images first: files, or a zip of them.")
+                raise UserError("Give some images first: files, or a zip of them.")
             captioner = with_settings(next(iter(captioners.values())), **settings | {"num_captions": 1})
             rows = []
             for chunk in read_uploads(uploads, CHUNK):
@@ -148,7 +149,7 @@ def with_settings(
 ) -> Captioner:  # fmt: skip
     """The same model with what was set on the page."""
     if len(prompt or "") > 200:
-        raise ValueError("A prompt may have 200 characters.")
+        raise UserError("A prompt may have 200 characters.")
     if do_sample:
         how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_beams": 1}
     else:

@@ -8,6 +8,12 @@ python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evalu
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
+from arguments import EVALUATE_GROUPS
+from common.cli import check, parse, run
+
+if __name__ == "__main__":
+    check(EVALUATE_GROUPS)  # answers --help and mistakes before torch is imported
+
 import json
 import logging
 from pathlib import Path
@@ -15,15 +21,7 @@ from pathlib import Path
 import datasets
 
 import data
-from arguments import (
-    DataArguments,
-    EvaluateArguments,
-    GenerationArguments,
-    MetricArguments,
-    ModelArguments,
-)
 from captioner import Captioner
-from common.cli import parse, run
 from common.files import output_folder, write_json
 from common.processes import processes
 from common.provenance import environment
@@ -41,8 +39,7 @@ logger = logging.getLogger("evaluate")
 
 
 def main():
-    groups = (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
-    model_args, data_args, generation_args, metric_args, args = parse(groups)
+    model_args, data_args, generation_args, metric_args, args = parse(EVALUATE_GROUPS)
     folder = output_folder(args.output_dir)
     if args.compare:
         return compare_runs(folder, args, metric_args)
@@ -85,10 +82,6 @@ def main():
 
 
 def check_flags(args, metric_args, model_args) -> None:
-    if bool(args.predictions) != bool(args.references):
-        raise ValueError("--predictions and --references go together: captions, and what to score them against.")
-    if args.predictions and args.corrupt:
-        raise ValueError("--corrupt changes the images that are captioned, and with --predictions none is.")
     data.corruption(args.corrupt)
     if args.sweep:
         sweep_settings(args.sweep)

@@ -3,14 +3,19 @@
 python export.py DIR [--output_dir OUT] [--push_to_hub user/name]
 """
 
+from arguments import EXPORT_GROUPS
+from common.cli import check, parse, run
+
+if __name__ == "__main__":
+    check(EXPORT_GROUPS, positional="folder")  # answers --help and mistakes before torch is imported
+
 import logging
 import shutil
 from pathlib import Path
 
 import torch
 
-from arguments import ExportArguments
-from common.cli import parse, run
+from common.errors import UserError
 from common.files import output_folder
 from models.loading import load_model
 from reports.model_card import read_run, write_card
@@ -19,9 +24,7 @@ logger = logging.getLogger("export")
 
 
 def main():
-    args, paths = parse((ExportArguments,), positional="folder")
-    if len(paths) != 1:
-        raise ValueError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
+    args, paths = parse(EXPORT_GROUPS, positional="folder")
     source = Path(paths[0])
     folder = output_folder(args.output_dir) if args.output_dir else source
 
@@ -38,7 +41,7 @@ def main():
         exported, _ = load_model(str(folder), merge=args.merge)
         for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
             if not torch.equal(one, other):
-                raise ValueError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
+                raise UserError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
     write_card(folder, *read_run(folder), args.push_to_hub)
     logger.info("%s loads by itself, with its card in README.md", folder)
 

@@ -8,6 +8,12 @@ With --output a stopped run goes on where it was when the same command is given 
 in any number of processes.
 """
 
+from arguments import INFER_GROUPS
+from common.cli import check, parse, run
+
+if __name__ == "__main__":
+    check(INFER_GROUPS, positional="paths")  # answers --help and mistakes before torch is imported
+
 import contextlib
 import glob
 import hashlib
@@ -18,9 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import data
-from arguments import GenerationArguments, InferArguments, ModelArguments
 from captioner import Captioner
-from common.cli import parse, run
+from common.errors import UserError
 from common.files import write_json
 from common.processes import processes, show_progress
 from common.resumable import check_settings, open_part, parts, settings_file, whole_lines, write_row
@@ -30,9 +35,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 
 
 def main():
-    model_args, generation_args, args, paths = parse(
-        (ModelArguments, GenerationArguments, InferArguments), positional="paths"
-    )
+    model_args, generation_args, args, paths = parse(INFER_GROUPS, positional="paths")
     state = processes(patience=timedelta(days=7))  # who is done waits for the others
     images = find_images(paths)
     captioner = Captioner.from_pretrained(
@@ -44,7 +47,7 @@ def main():
     )
     if not args.output:
         if state.num_processes > 1:
-            raise ValueError("Several processes need --output, a file to bring their captions together in.")
+            raise UserError("Several processes need --output, a file to bring their captions together in.")
         for path, captions in caption(captioner, images, args):
             print(
                 f"{path}\t{f'error: {captions}' if isinstance(captions, data.ImageError) else captions[0]}", flush=True
@@ -83,8 +86,6 @@ def caption(captioner, images: list[str], args):
 
 def find_images(paths: list[str]) -> list[str]:
     """The images that files, folders (searched through), globs and lists (.txt, .jsonl) name, each once, in order."""
-    if not paths:
-        raise ValueError("Name what to caption: image files, folders, globs, or a .txt or .jsonl list of images.")
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
@@ -93,7 +94,7 @@ def find_images(paths: list[str]) -> list[str]:
             )
             images = [file for file in inside if os.path.splitext(file)[1].lower() in EXTENSIONS]
             if not images:
-                raise ValueError(f"{path}: there is no image in this folder ({' '.join(sorted(EXTENSIONS))}).")
+                raise UserError(f"{path}: there is no image in this folder ({' '.join(sorted(EXTENSIONS))}).")
         elif path.endswith((".txt", ".jsonl")) and os.path.isfile(path):
             images = read_list(path)
         elif os.path.exists(path):
@@ -101,7 +102,7 @@ def find_images(paths: list[str]) -> list[str]:
         else:
             images = sorted(glob.glob(path, recursive=True))
             if not images:
-                raise ValueError(f"{path}: there is no such file or folder, and no file that fits it as a pattern.")
+                raise UserError(f"{path}: there is no such file or folder, and no file that fits it as a pattern.")
         found.update(dict.fromkeys(images))
     return list(found)
 
@@ -114,17 +115,17 @@ def read_list(path: str) -> list[str]:
             try:
                 name = json.loads(line)["image"] if path.endswith(".jsonl") else line
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}, line {number}: expected an object with "image", got {line[:80]}') from None
+                raise UserError(f'{path}, line {number}: expected an object with "image", got {line[:80]}') from None
             images.append(name if os.path.exists(name) else os.path.join(folder, name))
     if not images:
-        raise ValueError(f"{path}: the list is empty.")
+        raise UserError(f"{path}: the list is empty.")
     return images
 
 
 def prepare_output(output: Path, settings: dict, state) -> None:
     """Refuses to add to captions of another model or other settings, which stand in OUTPUT.settings.json."""
     if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f"--output {output}: name a file in a folder that exists.")
+        raise UserError(f"--output {output}: name a file in a folder that exists.")
     if written(output):
         check_settings(output, settings)
     if state.is_main_process:

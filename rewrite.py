@@ -12,6 +12,12 @@ on when the same command is given again, in any number of processes; no row that
 --dry_run tells first what it would cost. Keys come from the environment (OPENAI_API_KEY).
 """
 
+from arguments import REWRITE_GROUPS
+from common.cli import check, parse, run
+
+if __name__ == "__main__":
+    check(REWRITE_GROUPS, positional="task")  # answers --help and mistakes before torch is imported
+
 import itertools
 import json
 import logging
@@ -19,8 +25,7 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-from arguments import LLMArguments, RewriteArguments
-from common.cli import parse, run
+from common.errors import UserError
 from common.files import write_json
 from common.processes import processes, show_progress
 from common.provenance import environment
@@ -35,8 +40,7 @@ logger = logging.getLogger("rewrite")
 
 
 def main():
-    args, llm_args, what = parse((RewriteArguments, LLMArguments), positional="task")
-    task, name = check_words(what, args)
+    args, llm_args, (task, name) = parse(REWRITE_GROUPS, positional="task")
     llm_args.max_new_tokens = llm_args.max_new_tokens or (80 if task == "fuse" else 256)
     llm_args.max_prompt_tokens = llm_args.max_prompt_tokens or (256 if task == "fuse" else 1024)
     prompt = load_prompt(task, args.prompt_file)
@@ -82,27 +86,17 @@ def main():
         bring_together(task, source, output, args, llm_args, settings)
 
 
-def check_words(what: list[str], args) -> tuple[str, str]:
-    if len(what) != 2 or what[0] not in ("paragraph", "fuse"):
-        raise ValueError("Say what to do with what: rewrite.py paragraph INPUT ... or rewrite.py fuse INPUT ...")
-    if what[0] == "paragraph" and args.on_reject == "keep_synthetic":
-        raise ValueError("--on_reject keep_synthetic is for fuse. Of a paragraph: keep_raw, drop or null.")
-    if not args.llm or not (args.output or args.dry_run):
-        raise ValueError("Name the LLM, --llm openai:MODEL or hf:MODEL, and the --output.")
-    return what[0], what[1]
-
-
 def check_output(args, source) -> Path:
     output = Path(args.output)
     if not output.absolute().parent.is_dir():
-        raise ValueError(f"--output {output}: its folder does not exist.")
+        raise UserError(f"--output {output}: its folder does not exist.")
     if output.is_dir() == (output.suffix == ".jsonl") and output.exists():
-        raise ValueError(f"--output {output}: a name ending in .jsonl is a file, any other a folder of Parquet files.")
+        raise UserError(f"--output {output}: a name ending in .jsonl is a file, any other a folder of Parquet files.")
     if output.exists() and not settings_file(output).exists():
-        raise ValueError(f"--output {output} is there already, and no run of rewrite.py made it. Name another.")
+        raise UserError(f"--output {output} is there already, and no run of rewrite.py made it. Name another.")
     for column in (args.output_column, "rewrite"):
         if column in next(source.read(None)):
-            raise ValueError(f"{source.name} has a column {column!r} already. Rename it, or choose --output_column.")
+            raise UserError(f"{source.name} has a column {column!r} already. Rename it, or choose --output_column.")
     return output
 
 

@@ -8,16 +8,21 @@ captions, a report that shows them, its training curves and its model card. Star
 the last checkpoint.
 """
 
+from arguments import TRAIN_GROUPS
+from common.cli import check, parse, run
+
+if __name__ == "__main__":
+    check(TRAIN_GROUPS)  # answers --help and mistakes before torch is imported
+
 import dataclasses
 import logging
 
 from transformers import EarlyStoppingCallback, set_seed
 
 import data
-from arguments import TRAIN_GROUPS
 from captioner import Captioner
 from collator import CaptionCollator, input_size
-from common.cli import parse, run
+from common.errors import UserError
 from common.files import output_folder, write_text
 from metrics.clip_scores import load_scorers
 from models.families import vision_encoder
@@ -98,9 +103,9 @@ def load_splits(data_args, args) -> tuple:
         splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
         splits, bad_images = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
     if "train" not in splits:
-        raise ValueError(f"{data_args.dataset_name} has no training split. It has: {', '.join(splits)}.")
+        raise UserError(f"{data_args.dataset_name} has no training split. It has: {', '.join(splits)}.")
     if "validation" not in splits and args.eval_strategy != "no":
-        raise ValueError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
+        raise UserError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
     held_out = {name: data.in_memory(splits[name]) for name in ("validation", "test") if name in splits}
     return {"train": splits["train"], **held_out}, bad_rows + bad_images
 

@@ -5,18 +5,18 @@ Values come from the defaults of the dataclasses, then a recipe (`train.py recip
 
 import dataclasses
 import difflib
+import importlib.util
 import logging
 import os
 import sys
-import traceback
 from argparse import SUPPRESS
 from pathlib import Path
 
-import torch
-import transformers
 import yaml
-from huggingface_hub.errors import HfHubHTTPError
-from transformers import HfArgumentParser
+
+from common.errors import UserError
+
+# Nothing here imports torch or transformers before the arguments are known to be right: that takes ten seconds.
 
 
 def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None):
@@ -24,12 +24,29 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
     on a user's mistake.
 
     The first argument may be a recipe: a YAML file of flags. With `positional` ("paths"), arguments that are no flags
-    are collected instead, and returned as a last value (list of str).
+    are collected instead, and returned as a last value (list of str); a dataclass with a `check_words` method looks at
+    them. What a dataclass can only say once torch is imported, its method `complete` does: it returns the instance.
     """
+    parser, found, words = _read(dataclasses_, argv, positional)
+    try:
+        found = [values.complete() if hasattr(values, "complete") else values for values in found]
+    except (ValueError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    return (*found, words) if positional else tuple(found)
+
+
+def check(dataclasses_: tuple, *, positional: str | None = None) -> None:
+    """Answers --help and mistakes of the command line as `parse` does, but before torch is imported. Scripts call it
+    above their other imports."""
+    _read(dataclasses_, None, positional)
+
+
+def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
+    """(parser, instances, positional arguments)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     first = f"{positional.upper()} ..." if positional else "[RECIPE.yaml]"
     usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
-    parser = HfArgumentParser(dataclasses_, allow_abbrev=False, usage=usage)
+    parser = argument_parser(dataclasses_, usage=usage)
     actions = {action.dest: action for action in reversed(parser._actions)}  # a switch stands before its --no_ twin
     replaced = replaced_flags(dataclasses_)
     for name in replaced:
@@ -43,19 +60,33 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
         for word in [*argv, *unknown]:
             name = word.removeprefix("--").split("=")[0].replace("-", "_")
             if word.startswith("--") and name in replaced:
-                raise ValueError(f"--{name} is not used here: {replaced[name]}.")
+                raise UserError(f"--{name} is not used here: {replaced[name]}.")
         if unknown:
-            raise ValueError(
-                f"{unknown[0]} is no flag.{nearest(unknown[0].lstrip('-').split('=')[0], actions.keys() - replaced.keys())}"
-            )
-        values = vars(namespace)
-        results = []
+            raise UserError(unrecognized(unknown[0], actions.keys() - replaced.keys()))
+        values, found = vars(namespace), []
         for cls in dataclasses_:
             names = {f.name for f in dataclasses.fields(cls) if f.init}
-            results.append(cls(**{name: values[name] for name in names}))
+            found.append(cls(**{name: values[name] for name in names}))
+        words = getattr(namespace, positional) if positional else []
+        for group in found:
+            if hasattr(group, "check_words"):
+                group.check_words(words)
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    return (*results, getattr(namespace, positional)) if positional else tuple(results)
+    return parser, found, words
+
+
+def argument_parser(dataclasses_: tuple, **options):
+    """transformers' parser of dataclasses, read from its file: importing the package around it takes seconds."""
+    try:
+        file = Path(importlib.util.find_spec("transformers").origin).with_name("hf_argparser.py")
+        spec = importlib.util.spec_from_file_location("hf_argparser", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        HfArgumentParser = module.HfArgumentParser
+    except ImportError:  # a release whose parser needs the package
+        from transformers import HfArgumentParser
+    return HfArgumentParser(dataclasses_, allow_abbrev=False, **options)
 
 
 def replaced_flags(dataclasses_: tuple) -> dict[str, str]:
@@ -82,7 +113,7 @@ def read_recipe(path: str, actions: dict, parser, replaced: dict[str, str]) -> d
     checked = {}
     for name, value in recipe.items():
         if name not in actions or name == "help":
-            fail(f"'{name}' is no flag.{nearest(str(name), actions.keys() - replaced.keys())}")
+            fail(unrecognized(str(name), actions.keys() - replaced.keys()))
         if name in replaced:
             fail(f"'{name}' is not used here: {replaced[name]}.")
         try:
@@ -98,38 +129,51 @@ def convert(value, action):
         return None
     if action.nargs == "+":
         if not isinstance(value, list):
-            raise ValueError(f"expected a list, got {value!r}")
+            raise UserError(f"expected a list, got {value!r}")
         return [action.type(item) for item in value]
     if isinstance(value, dict):
         if not action.dest.endswith(("_kwargs", "_config")) and action.dest not in ("fsdp", "deepspeed"):
-            raise ValueError(f"expected one value, got {value!r}")
+            raise UserError(f"expected one value, got {value!r}")
         return value
     kind = getattr(action.type, "__name__", "")
     is_switch = kind == "string_to_bool"
     kind = {"string_to_bool": "true or false", "str": "text"}.get(kind, kind)
     if isinstance(value, list) or isinstance(value, bool) != is_switch:
-        raise ValueError(f"expected {kind}, got {value!r}")
+        raise UserError(f"expected {kind}, got {value!r}")
     try:
         converted = value if is_switch else action.type(str(value))
     except (ValueError, TypeError):
-        raise ValueError(f"expected {kind}, got {value!r}") from None
+        raise UserError(f"expected {kind}, got {value!r}") from None
     if action.choices and converted not in action.choices:
-        raise ValueError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
+        raise UserError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
     return converted
 
 
-def nearest(name: str, known) -> str:
+def unrecognized(word: str, known) -> str:
+    """The message about `word`, a flag or a recipe's key, that is none of the `known` names."""
+    return f"unrecognized argument: {word}.{nearest(word, known, '--' if word.startswith('-') else '')}"
+
+
+def nearest(name: str, known, dashes: str = "") -> str:
     """A hint at the known name that is most like a misspelt one, or nothing."""
-    match = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{match[0]}'?" if match else ""
+    name = name.lstrip("-").split("=")[0].replace("-", "_")
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {dashes}{match[0]}?" if match else ""
 
 
 def run(main) -> None:
     """Runs a script's `main`: logs to stderr, and ends a user's mistake with one message and exit code 2.
 
-    A mistake is a ValueError that our own code raised, or an error of the file system. Anything else is a fault of the
-    program, and keeps its traceback.
+    A mistake is a UserError, or an error of the file system. Anything else is a fault of the program, and keeps its
+    traceback.
     """
+    import torch
+    import transformers
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for stream in (sys.stdout, sys.stderr):  # Windows has code pages that cannot print every caption
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -142,15 +186,16 @@ def run(main) -> None:
     script = Path(sys.argv[0]).name
     try:
         main()
-        if torch.distributed.is_initialized():  # leave together: a group that is left open at exit can abort or hang
-            torch.distributed.barrier()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # leave together: a group that is left open at exit can abort or hang
             torch.distributed.destroy_process_group()
     except Exception as error:
         if "No space left" in str(error):
             message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"
-        elif isinstance(error, ValueError) and _raised_by_us(error):
-            # A loader's worker process hands its error over as a text that holds the whole traceback.
-            message = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
+        elif isinstance(error, UserError):
+            # A DataLoader worker hands its error over as a text that ends with the traceback's last line.
+            text = str(error).strip()
+            message = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}."
         elif isinstance(error, ConnectionError | HfHubHTTPError) or type(error).__module__.startswith("http"):
@@ -160,12 +205,5 @@ def run(main) -> None:
         print(f"{script}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{script}: stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        print(f"{script}: stopped. What was finished is kept; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    if "Original Traceback" in str(error):
-        return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent.parent) and "/.venv/" not in last.filename

@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from common.errors import UserError
+
 
 def write_text(path, text: str) -> None:
     """Write a file whole or not at all: a temporary file beside it, then a rename."""
@@ -34,7 +36,7 @@ def output_folder(path: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"output_dir: {path} is a file, or lies under one. Name a folder.") from None
+        raise UserError(f"output_dir: {path} is a file, or lies under one. Name a folder.") from None
     except OSError as error:
-        raise ValueError(f"output_dir: {path} cannot be written to: {error.strerror}.") from None
+        raise UserError(f"output_dir: {path} cannot be written to: {error.strerror}.") from None
     return folder

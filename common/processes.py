@@ -1,18 +1,59 @@
 """This process among others, its threads, and what people see of long work."""
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
+
+from common.errors import UserError
 
 
 def processes(patience: timedelta | None = None) -> PartialState:
     """This process among those that torchrun or accelerate launch started; joins them on its first call, which also
     says how long one waits for another (default: torch's, 10 to 30 minutes)."""
-    return PartialState(cpu=not torch.accelerator.is_available(), **({"timeout": patience} if patience else {}))
+    return PartialState(cpu=not on_accelerator(), **({"timeout": patience} if patience else {}))
+
+
+def on_accelerator() -> bool:
+    """Whether this process runs on a GPU: there is one, and the CPU was not asked for."""
+    return torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+
+
+def use_device(name: str) -> None:
+    """Run on "cpu", "cuda" or "mps" from here on. UserError if this machine does not have it."""
+    there = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
+    if name not in there:
+        raise UserError(f"--device {name}: torch finds none on this machine. It can run on: {', '.join(there)}.")
+    os.environ["ACCELERATE_USE_CPU"] = str(name == "cpu").lower()
+
+
+def default_workers() -> int:
+    """Processes that read images for one process with a GPU. Without one they would take the model's own cores."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, (os.cpu_count() or 1) // processes_here) if torch.cuda.is_available() and on_accelerator() else 0
+
+
+def fork_rng(device: torch.device):
+    """A context that leaves the random states of the CPU and of `device` as they were before it."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def show_progress(items, total: int, doing: str = "captioning"):

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -35,7 +37,7 @@ def check_settings(output: Path, settings: dict) -> None:
     differ = [name for name in settings if before.get(name) != settings[name]]
     if differ:
         what = "; ".join(f"{name} was {before.get(name)!r}, is {settings[name]!r}" for name in differ)
-        raise ValueError(f"{output} was begun with other settings: {what}. Name another --output.")
+        raise UserError(f"{output} was begun with other settings: {what}. Name another --output.")
 
 
 def open_part(output: Path, process: int):
@@ -47,7 +49,7 @@ def open_part(output: Path, process: int):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
         except OSError:
             file.close()
-            raise ValueError(f"{path}: another run is writing it. Let it finish, or stop it.") from None
+            raise UserError(f"{path}: another run is writing it. Let it finish, or stop it.") from None
     with open(path, "r+b") as lines:
         lines.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
     return file

@@ -10,6 +10,8 @@ import logging
 import os
 import re
 
+from common.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 MARKS = (
@@ -24,7 +26,7 @@ CHUNK = 1 << 20
 FOREIGN = re.compile(rb"[\x80-\xff]{4}|[A-Za-z][\xa1-\xa9\xac-\xaf\xb1-\xb6\xb8\xb9\xbc-\xbf][A-Za-z]")
 
 
-class TextError(ValueError):
+class TextError(UserError):
     """A file that is no text, or text of an encoding that cannot be told."""
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
+from common.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # transformers would ask a service of the Hub to convert a .bin repository in the background.
@@ -51,14 +53,14 @@ def errors_in_one_line(source):
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"The weights in {source} are damaged ({error}): copy or download them again.") from None
+        raise UserError(f"The weights in {source} are damaged ({error}): copy or download them again.") from None
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(_refusal(source, error)) from None
+        raise UserError(_refusal(source, error)) from None
     except RuntimeError as error:
         if "PytorchStreamReader" in str(error) or "central directory" in str(error):
-            raise ValueError(_refusal(source, error)) from None
+            raise UserError(_refusal(source, error)) from None
         if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"{source}: its weights have other shapes than its config says. Copy both from one source."
             ) from None
         raise
@@ -73,12 +75,12 @@ def check_keys(source, model: str, missing, unexpected, unread: str = "") -> Non
     missing, unexpected = of_weight(missing), of_weight(unexpected)
     if missing:
         other = f", and holds {len(unexpected)} that it does not know (first: {unexpected[0]})" if unexpected else ""
-        raise ValueError(
+        raise UserError(
             f"{source} lacks {len(missing)} weights of {model} (first: {missing[0]}){other}: "
             "it is a checkpoint of another kind of model, or of another release that names them otherwise."
         )
     if unexpected:
-        raise ValueError(
+        raise UserError(
             f"{source} holds {len(unexpected)} weights that {model} has no place for (first: {unexpected[0]}): its "
             "config.json describes another model than its weights."
         )

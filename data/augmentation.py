@@ -17,6 +17,7 @@ import re
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from common.errors import UserError
 from data.images import open_image
 
 GRAY = (128, 128, 128)  # what the official RandAugment fills bared corners with
@@ -124,17 +125,17 @@ def parse_operation(text: str, forms: dict = FORMS, flag: str = "augment") -> tu
     """ "randaugment:2:5" -> ("randaugment", [2, 5])."""
     name, *numbers = str(text).strip().split(":")
     if name not in forms:
-        raise ValueError(f"{flag} {text!r}: unknown operation {name!r}. Known: {', '.join(forms)}")
+        raise UserError(f"{flag} {text!r}: unknown operation {name!r}. Known: {', '.join(forms)}")
     form, number, valid, rule = forms[name]
     expected = f"{name}:{form}" if form else name
     try:
         values = [float(value) for value in numbers]
     except ValueError:
-        raise ValueError(f"{flag} {text!r}: expected numbers, {expected}") from None
+        raise UserError(f"{flag} {text!r}: expected numbers, {expected}") from None
     if form.endswith("[:P]") and len(values) == 1:
         values.append(1.0)
     if len(values) != number or not valid(*values):
-        raise ValueError(f"{flag} {text!r}: expected {expected}{', with ' + rule if rule else ''}")
+        raise UserError(f"{flag} {text!r}: expected {expected}{', with ' + rule if rule else ''}")
     return name, values
 
 

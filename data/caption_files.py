@@ -15,8 +15,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import UserError
 
-class CaptionFileError(ValueError):
+
+class CaptionFileError(UserError):
     """A captions file that cannot be used; the message names the file and the place."""
 
 

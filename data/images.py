@@ -9,6 +9,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageFile
 
+from common.errors import UserError
+
 try:
     import pillow_heif
 except ImportError:
@@ -63,7 +65,7 @@ UNDO_ORIENTATION = {
 }
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be had; the message names the file, the fault and what to do."""
 
 

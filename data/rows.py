@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError
+
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     "train": "train",
@@ -19,7 +21,7 @@ SPLIT_NAMES = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used as it is; the message says where, what is wrong and what to do."""
 
 

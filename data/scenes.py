@@ -23,6 +23,8 @@ from pathlib import Path
 import datasets
 from PIL import Image, ImageDraw
 
+from common.errors import UserError
+
 SIZE = 96  # pixels a side
 GRID = 4  # a scene is GRID x GRID slots of SIZE // GRID pixels; a slot holds at most one object
 COLOURS = {
@@ -61,7 +63,7 @@ def load(
     splits = {}
     for split, number in {"train": train, "validation": validation, "test": test}.items():
         if number < 0 or (shuffled and number == 1):
-            raise ValueError(
+            raise UserError(
                 f"scenes: cannot make {number} scenes for {split}" + (" and shuffle them" if shuffled else "")
             )
         rows = {"image_id": [], "image": [], "captions": [], "facts": []}

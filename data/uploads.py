@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.errors import UserError
 from data.images import MAX_PIXELS, open_image
 
 MEMBER_BYTES = 50_000_000  # of a file in a zip, unpacked
@@ -27,7 +28,7 @@ def list_uploads(paths: list[str], limit: int) -> list[tuple[str, str, str | Non
         else:
             uploads.append((Path(path).name, path, None))
     if len(uploads) > limit:
-        raise ValueError(f"{len(uploads)} files are more than the {limit} that are captioned in one go.")
+        raise UserError(f"{len(uploads)} files are more than the {limit} that are captioned in one go.")
     return uploads
 
 
@@ -54,7 +55,7 @@ def read_upload(name: str, path: str, member: str | None = None) -> Image.Image 
             with zipfile.ZipFile(path) as archive, archive.open(member) as file:
                 content = file.read(MEMBER_BYTES + 1)
             if len(content) > MEMBER_BYTES:
-                raise ValueError(f"{name}: larger than {MEMBER_BYTES // 1_000_000} MB unpacked")
+                raise UserError(f"{name}: larger than {MEMBER_BYTES // 1_000_000} MB unpacked")
         return open_image({"path": name, "bytes": content})
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         return error  # RuntimeError: encrypted, or packed in a way that zipfile does not know
@@ -68,10 +69,10 @@ def _names(path: Path) -> list[str]:
             tail = file.read()
         end = tail.rfind(b"PK\5\6")
         if end < 0 or len(tail) - end < 22:
-            raise ValueError("its list of files is missing")
+            raise UserError("its list of files is missing")
         if b"PK\6\7" in tail or int.from_bytes(tail[end + 12 : end + 16], "little") > DIRECTORY_BYTES:
-            raise ValueError("it lists too many files")
+            raise UserError("it lists too many files")
         with zipfile.ZipFile(path) as archive:
             return [i.filename for i in archive.infolist() if not i.is_dir() and not i.filename.startswith("__MACOSX/")]
     except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise ValueError(f"{path.name}: not a zip that can be read ({error}).") from None
+        raise UserError(f"{path.name}: not a zip that can be read ({error}).") from None

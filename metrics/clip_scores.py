@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
+from common.errors import UserError
 from common.weights import read_weights
 from data import open_image
 from metrics.coco_caption.coco import resampled_sums
@@ -59,12 +60,12 @@ class ClipScorer:
         ValueError if the CLIP is none, or if the checkpoint is not what `metric` claims.
         """
         if metric not in NAMES:
-            raise ValueError(f"'{metric}' is no CLIP-based score. Known: {', '.join(NAMES)}.")
+            raise UserError(f"'{metric}' is no CLIP-based score. Known: {', '.join(NAMES)}.")
         model, tokenizer, mean, std = load_clip(clip_model)
         if metric == "clip-s":
             source = {"clip_model": str(clip_model), "sha256": fingerprint(model)}
         elif not pac_checkpoint:
-            raise ValueError(
+            raise UserError(
                 f"{metric} is {NAMES[metric]} only with its published weights: pass --pac_checkpoint FILE (the .pth files "
                 f"that github.com/aimagelab/pacscore links to). With {clip_model} alone the score is clip-s."
             )
@@ -89,7 +90,7 @@ class ClipScorer:
         """
         k = len(captions) // len(image_ids)
         if not captions or len(captions) != k * len(image_ids):
-            raise ValueError(f"{len(captions)} captions cannot be shared out evenly over {len(image_ids)} images.")
+            raise UserError(f"{len(captions)} captions cannot be shared out evenly over {len(image_ids)} images.")
         pictures = self.image_features(image_ids, images, num_workers)
         texts = self.text_features([prefix + caption for caption in captions])
         cosines = (pictures.repeat_interleave(k, dim=0) * texts).sum(dim=-1)
@@ -152,7 +153,7 @@ def load_scorers(metric_args, device="cpu", also=()) -> list[ClipScorer]:
     """The scorers that the flags of MetricArguments ask for, and those of `also`; ValueError where one cannot be had."""
     names = list(dict.fromkeys([*metric_args.clip_metrics, *also]))
     if names and not metric_args.clip_model:
-        raise ValueError(f"{' '.join(names)} needs --clip_model: the folder or Hub id of a CLIP to score with.")
+        raise UserError(f"{' '.join(names)} needs --clip_model: the folder or Hub id of a CLIP to score with.")
     return [ClipScorer.load(name, metric_args.clip_model, metric_args.pac_checkpoint, device) for name in names]
 
 
@@ -221,11 +222,11 @@ def load_clip(clip_model: str):
     try:
         config = AutoConfig.from_pretrained(clip_model, trust_remote_code=False)
         if config.model_type != "clip":
-            raise ValueError(f"clip_model: {clip_model} is a {config.model_type}; a CLIP is needed.")
+            raise UserError(f"clip_model: {clip_model} is a {config.model_type}; a CLIP is needed.")
         model = read_weights(CLIPModel, clip_model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(clip_model, trust_remote_code=False)
     except OSError as error:
-        raise ValueError(f"clip_model: {clip_model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"clip_model: {clip_model} cannot be loaded: {str(error).splitlines()[0]}") from error
     try:
         processor = CLIPImageProcessor.from_pretrained(clip_model)
         mean, std = processor.image_mean, processor.image_std
@@ -286,16 +287,16 @@ def read_pac_checkpoint(path: str, model: CLIPModel, metric: str) -> dict[str, t
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         state = dict(loaded["state_dict"])
     except FileNotFoundError:
-        raise ValueError(f"pac_checkpoint: there is no file {path}.") from None
+        raise UserError(f"pac_checkpoint: there is no file {path}.") from None
     except Exception as error:  # not a zip, not a pickle, a pickle of other things than tensors, no such key
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"pac_checkpoint: {path} is not one of PAC-S's published files, tensors under 'state_dict' ({reason})."
         ) from None
     has_lora = any("lora_" in name for name in state)
     if has_lora != (metric == "pac-s++"):
         right = "pac-s++" if has_lora else "pac-s"
-        raise ValueError(f"pac_checkpoint: {path} is a checkpoint of {NAMES[right]}: ask for {right}, not {metric}.")
+        raise UserError(f"pac_checkpoint: {path} is a checkpoint of {NAMES[right]}: ask for {right}, not {metric}.")
     _check_activation(path, state, model, has_lora)
 
     try:
@@ -303,7 +304,7 @@ def read_pac_checkpoint(path: str, model: CLIPModel, metric: str) -> dict[str, t
             state = _without_lora(state)
         converted = _to_transformers(state)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"pac_checkpoint: {path} is not of the published layout: {error}") from None
+        raise UserError(f"pac_checkpoint: {path} is not of the published layout: {error}") from None
     expected = model.state_dict()
     problems = [f"lacks {name}" for name in expected if name not in converted]
     problems += [f"has an unknown {name}" for name in converted if name not in expected]
@@ -314,9 +315,9 @@ def read_pac_checkpoint(path: str, model: CLIPModel, metric: str) -> dict[str, t
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"pac_checkpoint: {path} does not fit clip_model: {'; '.join(problems[:3])}{more}.")
+        raise UserError(f"pac_checkpoint: {path} does not fit clip_model: {'; '.join(problems[:3])}{more}.")
     if all(torch.equal(converted[name].float(), expected[name].cpu().float()) for name in PROJECTIONS):
-        raise ValueError(
+        raise UserError(
             f"pac_checkpoint: the projections in {path} are those of clip_model, so it was not trained as PAC is: with "
             "it the score would be CLIP-S. Use PAC's own file, or ask for clip-s."
         )
@@ -330,7 +331,7 @@ def _check_activation(path, state, model, has_lora: bool) -> None:
     found = model.config.vision_config.hidden_act
     if wanted and found != wanted:
         right = {"gelu": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"}.get(wanted, "OpenAI's CLIP of this shape")
-        raise ValueError(f"pac_checkpoint: {path} needs a clip_model with {wanted}, not {found}: {right}.")
+        raise UserError(f"pac_checkpoint: {path} needs a clip_model with {wanted}, not {found}: {right}.")
 
 
 def _without_lora(state: dict) -> dict:
@@ -358,7 +359,7 @@ def _to_transformers(state: dict) -> dict:
             continue
         tower, block, rest = name.partition("transformer.resblocks.")
         if not block or tower not in ("visual.", ""):
-            raise ValueError(f"'{name}' is no parameter of a CLIP with a vision transformer")
+            raise UserError(f"'{name}' is no parameter of a CLIP with a vision transformer")
         number, _, rest = rest.partition(".")
         layer = f"{'vision_model' if tower else 'text_model'}.encoder.layers.{number}"
         if rest.startswith("attn.in_proj_"):

@@ -22,6 +22,8 @@ import json
 import re
 from collections import Counter
 
+from common.errors import UserError
+
 ATTRIBUTES = ("count", "size", "colour", "shape")
 KINDS = (*ATTRIBUTES, "relation")
 WORDS = {  # word -> what it says of the group that it belongs to
@@ -73,12 +75,12 @@ def score_scene_facts(predictions: dict[str, str], facts: dict[str, dict | str])
     """
     if predictions.keys() != facts.keys():
         missing, extra = sorted(facts.keys() - predictions.keys()), sorted(predictions.keys() - facts.keys())
-        raise ValueError(
+        raise UserError(
             f"scene_facts: ids of predictions and scenes differ: {len(missing)} scenes have no caption {missing[:3]}, "
             f"{len(extra)} captions have no scene {extra[:3]}"
         )
     if not facts:
-        raise ValueError("scene_facts: no captions to score")
+        raise UserError("scene_facts: no captions to score")
     true, total = Counter(), Counter()
     for image_id, scene in facts.items():
         of_this = scene_facts(predictions[image_id], json.loads(scene) if isinstance(scene, str) else scene)

@@ -11,6 +11,7 @@ from peft.utils.save_and_load import load_peft_weights
 from transformers import GenerationConfig
 from transformers.utils import find_adapter_config_file
 
+from common.errors import UserError
 from common.weights import check_keys, errors_in_one_line
 from models.families import family_of
 
@@ -27,17 +28,17 @@ def add_adapter(
     """
     base = model.config.name_or_path
     if not base:
-        raise ValueError("An adapter is for a trained model: give --model_name_or_path instead of --model_config.")
+        raise UserError("An adapter is for a trained model: give --model_name_or_path instead of --model_config.")
     targets = targets or family_of(model.config).lora_targets
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     matched = [name for name in linear if re.fullmatch(targets, name)]
     if not matched:
         some = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})[:12])
-        raise ValueError(f"lora_targets '{targets}' matches no linear layer of {type(model).__name__}. It has: {some}.")
+        raise UserError(f"lora_targets '{targets}' matches no linear layer of {type(model).__name__}. It has: {some}.")
     names = {name for name, _ in model.named_modules()}
     for name in modules_to_save:
         if not any(module == name or module.endswith(f".{name}") for module in names):
-            raise ValueError(f"modules_to_save: {type(model).__name__} has no module {name}.")
+            raise UserError(f"modules_to_save: {type(model).__name__} has no module {name}.")
     kinds: dict[str, int] = {}
     for name in matched:
         kind = re.sub(r"\.\d+\.", ".*.", name)

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from common.errors import UserError
+
 
 def _blip_prompt(processor, config, words: str) -> dict:
     # [DEC] starts a caption at generation, so also in training; the plain processor's [CLS] would be a mismatch.
@@ -154,7 +156,7 @@ def family_of(config, where: str = "the model") -> Family:
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return CHAT
     chat = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(FAMILIES))
-    raise ValueError(
+    raise UserError(
         f"{where} is of family '{config.model_type}'. Known families: {', '.join(FAMILIES)}, and with a chat template "
         f"{', '.join(chat)}."
     )
@@ -188,7 +190,7 @@ def vision_encoder(model):
             return model.get_submodule(path)
         except AttributeError:
             continue
-    raise ValueError(f"{type(model).__name__} has no vision encoder under a known name.")
+    raise UserError(f"{type(model).__name__} has no vision encoder under a known name.")
 
 
 def is_encoder_decoder(config) -> bool:

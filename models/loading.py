@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoConfig, AutoProcessor, BertTokenizer, BitsAndBytesConfig, BlipConfig, BlipProcessor
 from transformers.utils import is_bitsandbytes_available
 
+from common.errors import UserError
 from common.weights import check_keys, read_weights
 from models.adapters import add_adapter, find_adapter, load_adapter, load_adapter_weights
 from models.blip_attention import use_fast_attention
@@ -41,7 +42,7 @@ def load_model(
     is not known, or if its weights are not those of the captioner, each of them.
     """
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(
+        raise UserError(
             f"dtype {dtype}: weights are loaded in float32 or bfloat16. float16 has too small a range to train."
         )
     adapter = find_adapter(model_name_or_path, revision)
@@ -52,7 +53,7 @@ def load_model(
             options = {"dtype": dtype, "quantization": quantization}
             model, processor = load_model(base, fast_attention, adapter.get("revision") or "main", **options)
         except ValueError as error:
-            raise ValueError(f"{model_name_or_path} is an adapter, and its base model does not load: {error}") from None
+            raise UserError(f"{model_name_or_path} is an adapter, and its base model does not load: {error}") from None
         model = load_adapter(model, model_name_or_path, revision)
         return (model.merge_and_unload() if merge else model), processor
     folder = Path(model_name_or_path)
@@ -61,20 +62,20 @@ def load_model(
         hint = ""
         if folder.is_dir() and (checkpoints := sorted(folder.glob("checkpoint-*"))):
             hint = f" It holds checkpoints: try {checkpoints[-1]}."
-        raise ValueError(f"{model_name_or_path} is not a model folder: {inside}.{hint}")
+        raise UserError(f"{model_name_or_path} is not a model folder: {inside}.{hint}")
     options = {"trust_remote_code": False, "revision": revision}
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **options)
         family = family_of(config, model_name_or_path)
         wanted = family.model_class.__name__
         if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
-            raise ValueError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
+            raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
         processor = AutoProcessor.from_pretrained(model_name_or_path, **options)
         if quantization:
             options["quantization_config"] = quantization_config(quantization)
         model = read_weights(family.model_class, model_name_or_path, dtype=getattr(torch, dtype), **options)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"Could not load a model from '{model_name_or_path}'. Neither a local folder nor a reachable model of the "
             f"Hub with safetensors or pytorch_model.bin. The library says: {str(error).splitlines()[0]}"
         ) from error
@@ -103,11 +104,11 @@ def load_weights(model, checkpoint: str) -> None:
 def quantization_config(quantization: str) -> BitsAndBytesConfig:
     """bitsandbytes' 4-bit NF4 or 8-bit; ValueError where it cannot run."""
     if quantization not in ("4bit", "8bit"):
-        raise ValueError(f"quantization {quantization}: it is 4bit or 8bit.")
+        raise UserError(f"quantization {quantization}: it is 4bit or 8bit.")
     if not torch.cuda.is_available():
-        raise ValueError(f"quantization {quantization} needs a CUDA GPU, and there is none here. Leave it out.")
+        raise UserError(f"quantization {quantization} needs a CUDA GPU, and there is none here. Leave it out.")
     if not is_bitsandbytes_available():
-        raise ValueError(f"quantization {quantization} needs bitsandbytes: pip install bitsandbytes")
+        raise UserError(f"quantization {quantization} needs bitsandbytes: pip install bitsandbytes")
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -150,7 +151,7 @@ def make_trainable(model, adapter_args, freeze_vision: bool):
         modules = {"targets": a.lora_targets, "modules_to_save": a.modules_to_save}
         model = add_adapter(model, r=a.lora_r, alpha=a.lora_alpha, dropout=a.lora_dropout, **modules)
     elif getattr(model, "is_quantized", False):
-        raise ValueError("Quantised weights cannot be trained: pass --use_peft, or leave --quantization out.")
+        raise UserError("Quantised weights cannot be trained: pass --use_peft, or leave --quantization out.")
     if freeze_vision:
         vision_encoder(model).requires_grad_(False)
     # The Trainer calls this with checkpointing on, for the reentrant kind that we do not use; GIT adds in place to the
@@ -168,7 +169,7 @@ def ready(model, processor, fast_attention: bool = True):
         _fill_in_image_tokens(model, processor)
     asks = getattr(processor, "chat_template", None) or model.config.model_type in FAMILIES
     if not asks:
-        raise ValueError(
+        raise UserError(
             f"The processor of this {model.config.model_type} model has no chat template: none to ask with."
         )
     if processor.tokenizer.pad_token_id is None:
@@ -194,11 +195,11 @@ def read_model_config(config_path: str) -> dict:
     try:
         settings = json.loads(Path(config_path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"model_config: there is no file {config_path}.") from None
+        raise UserError(f"model_config: there is no file {config_path}.") from None
     except ValueError as error:
-        raise ValueError(f"model_config: {config_path} is not JSON: {error}") from None
+        raise UserError(f"model_config: {config_path} is not JSON: {error}") from None
     if not isinstance(settings, dict) or not {"vision_config", "text_config"} <= set(settings):
-        raise ValueError(f"model_config: {config_path} must hold a BlipConfig with a vision_config and a text_config.")
+        raise UserError(f"model_config: {config_path} must hold a BlipConfig with a vision_config and a text_config.")
     return settings
 
 
@@ -231,10 +232,10 @@ def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
         try:
             lines = Path(vocab_file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise ValueError(f"tokenizer_vocab: {vocab_file} cannot be read: {error}") from None
+            raise UserError(f"tokenizer_vocab: {vocab_file} cannot be read: {error}") from None
         vocab = {word: index for index, word in enumerate(lines)}
         if absent := set(SPECIAL) - set(vocab):
-            raise ValueError(f"tokenizer_vocab: {vocab_file} lacks {', '.join(sorted(absent))}: not a BERT vocab.txt.")
+            raise UserError(f"tokenizer_vocab: {vocab_file} lacks {', '.join(sorted(absent))}: not a BERT vocab.txt.")
     tokenizer = BertTokenizer(vocab=vocab, do_lower_case=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer

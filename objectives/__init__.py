@@ -2,6 +2,7 @@
 
 import logging
 
+from common.errors import UserError
 from metrics.clip_scores import NAMES
 from objectives.cross_entropy import CrossEntropy, caption_loss, token_log_probs
 from objectives.dico import Dico
@@ -24,13 +25,13 @@ def check_objective(args, objective_args, metric_args, scratch_args, data_args) 
         args.metric_for_best_model = f"Ref{NAMES[metrics[0]]}" if metrics else "CIDEr"
         logger.info("without PAC-S the best checkpoint is chosen by %s", args.metric_for_best_model)
     if scratch_args.model_config:
-        raise ValueError(
+        raise UserError(
             f"--objective {args.objective} goes on from a trained captioner: rewards of a random model's captions are "
             "all alike and teach nothing. Train with --objective cross_entropy first, then pass its folder as "
             "--model_name_or_path, without --model_config."
         )
     if data_args.streaming:
-        raise ValueError(
+        raise UserError(
             f"--objective {args.objective} needs the references of the whole training split, for the rewards' document "
             "frequencies: leave out --streaming."
         )

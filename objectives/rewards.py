@@ -12,6 +12,7 @@ self-critical training learns to break off.
 
 import torch
 
+from common.errors import UserError
 from data.cache import cache_folder
 from metrics import CiderD, tokenize
 from metrics.clip_scores import NAMES
@@ -121,15 +122,15 @@ def parse_rewards(text: str) -> dict[str, float]:
     for word in text.replace(",", " ").split():
         name, _, weight = word.partition(":")
         if name not in NGRAM_REWARDS and name not in CLIP_REWARDS:
-            raise ValueError(f"reward: '{name}' is no reward. Known: {known}.")
+            raise UserError(f"reward: '{name}' is no reward. Known: {known}.")
         if name in weights:
-            raise ValueError(f"reward: {name} is named twice in '{text}'.")
+            raise UserError(f"reward: {name} is named twice in '{text}'.")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
-            raise ValueError(f"reward: the weight of {name} is '{weight}', not a number.") from None
+            raise UserError(f"reward: the weight of {name} is '{weight}', not a number.") from None
     if not any(weights.values()):
-        raise ValueError(f"reward: '{text}' names no reward. Example: cider:1.0 clip-s:0.5. Known: {known}.")
+        raise UserError(f"reward: '{text}' names no reward. Example: cider:1.0 clip-s:0.5. Known: {known}.")
     return weights
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
+from common.errors import UserError
 from models.blip_attention import target_positions
 from models.families import base_model
 
@@ -46,7 +47,7 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     spans = [(begin - len(before), end - len(before)) for begin, end in encoded["offset_mapping"]]
     pieces = [(token, span) for token, span in zip(encoded["input_ids"], spans, strict=True) if span[0] >= 0]
     if not pieces:
-        raise ValueError("An empty caption has no word to show the attention of.")
+        raise UserError("An empty caption has no word to show the attention of.")
     batch = captioner.collator([{"image": image, "image_id": ""}])
     batch = captioner.training_batch(batch, [[token for token, _ in pieces]])
     attention = cross_attention(captioner.model, batch)
@@ -86,7 +87,7 @@ def cross_attention(model, batch: dict) -> torch.Tensor:
     stays on."""
     model = base_model(model)
     if model.config.model_type != "blip":
-        raise ValueError(f"Attention maps are made of BLIP's cross-attention, and this is a {model.config.model_type}.")
+        raise UserError(f"Attention maps are made of BLIP's cross-attention, and this is a {model.config.model_type}.")
     maps, hooks, thread = [], [], threading.get_ident()
 
     def keep(attention, args, kwargs, _):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from metrics.coco_caption.coco import corpus_scores, resampled_scores
 
 SIGNIFICANT = 0.05
@@ -30,11 +31,9 @@ def read_run(folder: str) -> dict:
             lines = [text] if name.endswith(".json") else text.strip("\n").split("\n")
             found[name] = [json.loads(line) for line in lines]
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(
-                f"compare: {folder} holds no {name}. Let evaluate.py score these captions first."
-            ) from None
+            raise UserError(f"compare: {folder} holds no {name}. Let evaluate.py score these captions first.") from None
         except ValueError as error:
-            raise ValueError(f"compare: {path} is damaged ({error}). Let evaluate.py write it again.") from None
+            raise UserError(f"compare: {path} is damaged ({error}). Let evaluate.py write it again.") from None
     return {"folder": str(folder), "scores": found["coco_metrics.json"][0], "rows": found["per_image.jsonl"]}
 
 
@@ -44,10 +43,10 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
     ValueError names the images that not all of them have, and images whose references differ.
     """
     if len(folders) < 2:
-        raise ValueError("compare: name two folders or more that evaluate.py or train.py wrote scores to.")
+        raise UserError("compare: name two folders or more that evaluate.py or train.py wrote scores to.")
     paths = [Path(folder).resolve() for folder in folders]
     if len(set(paths)) < len(paths):
-        raise ValueError("compare: the same folder is named twice.")
+        raise UserError("compare: the same folder is named twice.")
     shared = os.path.commonpath(paths)
     names = [os.path.relpath(path, shared) if str(path) != shared else path.name for path in paths]
     runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
@@ -60,14 +59,14 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
             (first, run, [image for image in rows if image not in expected]),
         ):
             if images:
-                raise ValueError(
+                raise UserError(
                     f"compare: {lacking['folder']} lacks {len(images)} images of {has['folder']}: "
                     f"{', '.join(map(repr, images[:5]))}{', ...' if len(images) > 5 else ''}. Only captions of the "
                     "same images can be compared: score both on one split."
                 )
         differing = [image for image in expected if rows[image]["references"] != expected[image]]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"compare: {run['folder']} and {first['folder']} have other references for {len(differing)} images: "
                 f"{', '.join(map(repr, differing[:5]))}. Score both against the same ones."
             )
@@ -129,7 +128,7 @@ def compare(runs: dict[str, dict], samples: int, seed: int) -> dict:
     """What comparison.json holds: the scores of all runs, and how far each is above or below the first, and whether
     that is real: p, by Holm's method corrected for the number of runs that are compared with the first, below 0.05."""
     if samples < 100:
-        raise ValueError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; 1000 do.")
+        raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; 1000 do.")
     baseline, *others = runs
     differences = {name: paired_bootstrap(runs[baseline]["rows"], runs[name]["rows"], samples, seed) for name in others}
     for metric in {metric for found in differences.values() for metric in found}:

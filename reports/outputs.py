@@ -5,10 +5,11 @@ import json
 import logging
 from pathlib import Path
 
+from common.errors import UserError
 from common.files import write_json, write_text
 from common.provenance import environment
 from metrics.clip_scores import clip_scores
-from metrics.coco_caption.coco import score
+from metrics.coco_caption.coco import InvalidCaptions, score
 from metrics.coco_caption.java import preflight
 from metrics.scene_facts import scene_facts, score_scene_facts
 
@@ -93,17 +94,20 @@ def score_captions(
     Returns (metrics, rows): what coco_metrics.json and per_image.jsonl hold. A row, one an image in the references'
     order, is {"image_id", "caption", "references", "scores": {metric: value}, "statistics": {name: counts}}.
     """
-    metrics, per_image = score(
-        predictions,
-        references,
-        meteor=metric_args.meteor,
-        spice=metric_args.spice,
-        spice_samples=metric_args.spice_samples or None,
-        java_timeout=metric_args.java_timeout,
-        bootstrap_samples=metric_args.bootstrap_samples,
-        seed=seed,
-        training_captions=training_captions,
-    )
+    try:
+        metrics, per_image = score(
+            predictions,
+            references,
+            meteor=metric_args.meteor,
+            spice=metric_args.spice,
+            spice_samples=metric_args.spice_samples or None,
+            java_timeout=metric_args.java_timeout,
+            bootstrap_samples=metric_args.bootstrap_samples,
+            seed=seed,
+            training_captions=training_captions,
+        )
+    except InvalidCaptions as error:  # the metric's files import nothing of ours, so that evaluate.load can copy them
+        raise UserError(str(error)) from None
     if scorers:
         options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed, "num_workers": num_workers}
         found, clip_per_image = clip_scores(scorers, predictions, references, images, **options)

@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 
 from arguments import GenerationArguments
 from common.cli import convert, nearest
+from common.errors import UserError
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.java import preflight
 from reports.comparison import paired_bootstrap
@@ -35,35 +36,35 @@ def sweep_settings(sweep: str) -> list[dict]:
     for part in sweep.split():
         name, equals, listed = part.partition("=")
         if not equals or not listed:
-            raise ValueError(f"sweep: '{part}' is not of the form key=value,value. Example: num_beams=1,3,5")
+            raise UserError(f"sweep: '{part}' is not of the form key=value,value. Example: num_beams=1,3,5")
         if name not in known:
-            raise ValueError(f"sweep: '{name}' cannot be swept.{nearest(name, known)} Known: {', '.join(known)}.")
+            raise UserError(f"sweep: '{name}' cannot be swept.{nearest(name, known)} Known: {', '.join(known)}.")
         if name in values:
-            raise ValueError(f"sweep: '{name}' stands there twice: list all its values behind one '='.")
+            raise UserError(f"sweep: '{name}' stands there twice: list all its values behind one '='.")
         try:
             converted = [convert(yaml.safe_load(value), known[name]) for value in listed.split(",")]
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"sweep: {name}: {error}") from None
+            raise UserError(f"sweep: {name}: {error}") from None
         if None in converted:
-            raise ValueError(f"sweep: {name}: a value is missing in '{part}'.")
+            raise UserError(f"sweep: {name}: a value is missing in '{part}'.")
         values[name] = list(dict.fromkeys(converted))
     if not values:
-        raise ValueError("sweep: no setting to sweep. Example: --sweep 'num_beams=1,3,5 length_penalty=0.6,1.0'")
+        raise UserError("sweep: no setting to sweep. Example: --sweep 'num_beams=1,3,5 length_penalty=0.6,1.0'")
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
 def check_sweep(args, metric_args, model: str) -> None:
     """ValueError, before anything is captioned, if the sweep of these EvaluateArguments cannot end well."""
     if args.predictions:
-        raise ValueError("--sweep captions with several settings, and with --predictions nothing is captioned.")
+        raise UserError("--sweep captions with several settings, and with --predictions nothing is captioned.")
     clip = [prefix + NAMES[name] for name in metric_args.clip_metrics if name in NAMES for prefix in ("", "Ref")]
     if args.sweep_metric not in (*SHOWN, *clip):
-        raise ValueError(f"--sweep_metric {args.sweep_metric}: choose one of {', '.join((*SHOWN, *clip))}.")
+        raise UserError(f"--sweep_metric {args.sweep_metric}: choose one of {', '.join((*SHOWN, *clip))}.")
     asked = {"meteor": args.sweep_metric == "METEOR", "spice": args.sweep_metric == "SPICE"}
     if reason := preflight(**asked).get(args.sweep_metric):
-        raise ValueError(f"--sweep_metric {args.sweep_metric}: {reason}")
+        raise UserError(f"--sweep_metric {args.sweep_metric}: {reason}")
     if args.save_best_sweep and not Path(model, "config.json").is_file():
-        raise ValueError(f"--save_best_sweep writes into the model's folder, and {model} is none.")
+        raise UserError(f"--save_best_sweep writes into the model's folder, and {model} is none.")
 
 
 def score_sweep(
@@ -85,7 +86,7 @@ def score_sweep(
             scored[texts] = score_records(of_one, records, asked, seed, **how)
         found.append(scored[texts])
     if found[0][0][metric] is None:
-        raise ValueError(f"sweep_metric: {metric} failed, {found[0][0]['unavailable'][metric]}. The captions are kept.")
+        raise UserError(f"sweep_metric: {metric} failed, {found[0][0]['unavailable'][metric]}. The captions are kept.")
     order = sorted(range(len(found)), key=lambda place: -found[place][0][metric])  # stable: the first of equal ones
     best = order[0]
     p = {}

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.errors import UserError
 from rewriting.checks import tidy
 from rewriting.prompt_cache import prompt_cache
 from rewriting.prompts import Tokens
@@ -51,7 +52,7 @@ def open_backend(llm: str, args):
     """The backend that --llm names, `openai:MODEL` or `hf:MODEL`. `args` are LLMArguments."""
     kind, _, model = (llm or "").partition(":")
     if kind not in ("openai", "hf") or not model:
-        raise ValueError(f"--llm {llm}: expected openai:MODEL (on a server) or hf:MODEL (a folder or Hub id).")
+        raise UserError(f"--llm {llm}: expected openai:MODEL (on a server) or hf:MODEL (a folder or Hub id).")
     return OpenAIBackend(model, args) if kind == "openai" else HFBackend(model, args)
 
 
@@ -99,7 +100,7 @@ class OpenAIBackend:
         base_url = args.base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not base_url:
-            raise ValueError("Set OPENAI_API_KEY in the environment, or name another server with --base_url.")
+            raise UserError("Set OPENAI_API_KEY in the environment, or name another server with --base_url.")
         self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=args.timeout, max_retries=0)
         self.tokens = Tokens(load_tokenizer(args.tokenizer) if args.tokenizer else None)
         # OpenAI's newer models know the one name, most other servers the other.
@@ -108,7 +109,7 @@ class OpenAIBackend:
         try:
             self.request["extra_body"] = json.loads(args.extra_body) if args.extra_body else {}
         except json.JSONDecodeError as error:
-            raise ValueError(f"--extra_body is not JSON: {error}") from None
+            raise UserError(f"--extra_body is not JSON: {error}") from None
         self.requests, self.volume = Pace(args.requests_per_minute), Pace(args.tokens_per_minute)
         self.stop, self.answered, self.lock = threading.Event(), threading.Event(), threading.Lock()
         self.not_before = self.noted = 0.0
@@ -200,7 +201,7 @@ class OpenAIBackend:
                     self.note(f"refused a prompt ({code}: {message})")
                     return None
                 if (code not in (408, 409, 429) and code < 500) or error.code == "insufficient_quota":
-                    raise ValueError(
+                    raise UserError(
                         f"the server of {self.model} answers {code}: {message}. {ADVICE.get(code, '')}"
                     ) from None
                 trouble, wait = f"answered {code}", retry_after(error.response.headers)
@@ -210,7 +211,7 @@ class OpenAIBackend:
                 trouble = f"sent what is not JSON ({type(error).__name__})"
             self.note(trouble)
             self.stop.wait(min(60, 0.5 * 2**trial) * random.uniform(0.5, 1) if wait is None else wait)
-        raise ValueError(
+        raise UserError(
             f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. What was finished is kept; "
             "the same command goes on from there."
         )
@@ -295,7 +296,7 @@ class HFBackend:
         self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
         limit = getattr(config, "max_position_embeddings", None)
         if limit and not seq2seq and args.max_prompt_tokens + args.max_new_tokens > limit:
-            raise ValueError(
+            raise UserError(
                 f"{model} holds {limit} tokens; --max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
                 f"{args.max_new_tokens} are more."
             )

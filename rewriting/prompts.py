@@ -6,6 +6,8 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+
 FIELDS = {"paragraph": ("captions",), "fuse": ("raw", "synthetic")}
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PROMPT_FILES = {"paragraph": RECIPES / "instruct/prompt.txt", "fuse": RECIPES / "capsfusion/prompt.txt"}
@@ -32,14 +34,14 @@ def load_prompt(task: str, path: str | None = None) -> Prompt:
     try:
         fields = [(name, spec or conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
     except ValueError as error:
-        raise ValueError(f"{file}: {error}. A brace that is no field is written twice: {{{{ or }}}}.") from None
+        raise UserError(f"{file}: {error}. A brace that is no field is written twice: {{{{ or }}}}.") from None
     names = [name for name, _ in fields if name is not None]
     wrong = [name for name, extra in fields if name is not None and (name not in wanted or extra)]
     missing = [name for name in wanted if name not in names]
     if wrong or missing:
         expected = " ".join(f"{{{name}}}" for name in wanted)
         what = f"{{{wrong[0]}}} is no field" if wrong else f"the field {{{missing[0]}}} is missing"
-        raise ValueError(f"{file}: {what}. A prompt of '{task}' has {expected}, and no other braces.")
+        raise UserError(f"{file}: {what}. A prompt of '{task}' has {expected}, and no other braces.")
     return Prompt(template, hashlib.sha256(template.encode()).hexdigest()[:12])
 
 
@@ -114,7 +116,7 @@ def fit(prompt: Prompt, inputs: dict, tokens: Tokens, limit: int) -> tuple[str, 
             where, key, before = inputs, "synthetic", inputs["synthetic"]
             where[key] = tokens.cut(before, len(tokens.pieces(before)) - (len(ids) - limit))
         if where[key] == before:
-            raise ValueError(
+            raise UserError(
                 f"The prompt alone takes {len(tokens.encode(prompt.template))} tokens, which leaves no room for captions "
                 f"in --max_prompt_tokens {limit}. Raise it, or shorten the prompt file."
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import xxhash
 
+from common.errors import UserError
 from common.resumable import parts
 from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
@@ -62,7 +63,7 @@ class Results:
         """Whether the row has a result. ValueError if it was made of other captions than it has now."""
         known = self.digests[row] if row < len(self.digests) else 0
         if known and known != (int(value, 16) or 1):
-            raise ValueError(
+            raise UserError(
                 f"{name}: row {row} has other captions than when it was rewritten. Give the input as it was, or name "
                 "another --output."
             )
@@ -181,7 +182,7 @@ def merged(source: Source, results: Results, task: str, args, provenance: dict, 
         result = {"text": None, "reason": "no_input", "attempts": 0, "tokens": [0, 0]}
         if given:
             if not results.has(number, source.name, digest(inputs)):
-                raise ValueError(f"{source.name}: row {number} has no result. Start the same command again.")
+                raise UserError(f"{source.name}: row {number} has no result. Start the same command again.")
             result = results.read(number)
         caption, status = result["text"], "rewritten"
         if result["reason"]:

@@ -82,21 +82,18 @@ def check_train_flags(recipe: str | None, words: list[str]) -> None:
         raise ValueError(f"--recipe {recipe}: there is no such file.")
     sys.path.insert(0, str(ROOT))
     try:
-        from transformers import HfArgumentParser
-
         from arguments import TRAIN_GROUPS
         from common import cli
     except ImportError:
         print("train.py's flags are checked in the job only: its requirements are not installed here.")
         return
-    parser = HfArgumentParser(TRAIN_GROUPS, allow_abbrev=False, prog="launch.py", usage="launch.py --help")
+    parser = cli.argument_parser(TRAIN_GROUPS, prog="launch.py", usage="launch.py --help")
     actions = {action.dest: action for action in parser._actions}
     if recipe:
         cli.read_recipe(recipe, actions, parser, cli.replaced_flags(TRAIN_GROUPS))
     unknown = parser.parse_known_args(words)[1]
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"{unknown[0]} is no flag of launch.py or train.py.{cli.nearest(name, actions)}")
+        raise ValueError(f"{cli.unrecognized(unknown[0], actions)} Neither launch.py nor train.py has it.")
 
 
 def job_of_flags(args, words: list[str]) -> tuple[dict[str, str], dict[str, str]]:

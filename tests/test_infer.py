@@ -138,7 +138,7 @@ def test_a_bad_image_is_named_or_written_down_as_told(model, tmp_path):
         (["nowhere.jpg"], "there is no such file"),
         (["EMPTY"], "there is no image in this folder"),
         (["LIST.jsonl"], 'line 1: expected an object with "image"'),
-        (["--num_beam", "3"], "Did you mean 'num_beams'?"),
+        (["--num_beam", "3"], "unrecognized argument: --num_beam. Did you mean --num_beams?"),
     ],
 )
 def test_what_cannot_be_captioned_is_one_clear_message(arguments, said, model, tmp_path):

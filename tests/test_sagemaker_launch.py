@@ -214,7 +214,7 @@ except ValueError as error:
 """
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert "--learning_rat is no flag of launch.py or train.py. Did you mean 'learning_rate'?" in result.stdout
+    assert "unrecognized argument: --learning_rat. Did you mean --learning_rate?" in result.stdout
 
 
 # ---------------------------------------------------------------- deploy.py

@@ -321,7 +321,7 @@ def test_two_machines_stopped_by_sigterm_go_on_from_what_s3_keeps_of_both(two_ma
 @pytest.mark.parametrize(
     ("hyperparameters", "reason"),
     [
-        ({**FLAGS, "learning_rat": "1"}, "--learning_rat is no flag. Did you mean 'learning_rate'?"),
+        ({**FLAGS, "learning_rat": "1"}, "unrecognized argument: --learning_rat. Did you mean --learning_rate?"),
         ({**FLAGS, "recipe": '"mine.yaml"'}, "there is no mine.yaml in the source bundle"),
     ],
 )

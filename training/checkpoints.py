@@ -5,6 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from common.errors import UserError
 from common.files import write_json
 from common.provenance import environment
 
@@ -18,7 +19,7 @@ FREE = {
     "hub_private_repo", "hub_always_push", "local_rank", "ddp_timeout", "ddp_backend", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "license", "meteor",
     "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp",
-    "per_device_eval_batch_size", "report_maps", "max_test_samples", "feature_cache", "clip_metrics",
+    "per_device_eval_batch_size", "report_maps", "max_test_samples", "feature_cache", "clip_metrics", "device",
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
     """
     if resume_from_checkpoint:
         if not _is_whole(Path(resume_from_checkpoint)):
-            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint of train.py.")
+            raise UserError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint of train.py.")
         return resume_from_checkpoint
     flags = _binding(flags)
     if (folder / "run.json").is_file():
@@ -39,11 +40,11 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
         if differ:
             what = "; ".join(f"{name} was {before.get(name)!r}, is {flags.get(name)!r}" for name in differ[:5])
             more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
-            raise ValueError(
+            raise UserError(
                 f"output_dir {folder} holds another run: {what}{more}. Name another --output_dir, or delete that one."
             )
     elif stray := sorted(folder.glob("checkpoint-*")):
-        raise ValueError(
+        raise UserError(
             f"output_dir {folder} holds {stray[0].name}, but no run.json that says what run it is of. "
             f"Name another --output_dir, or pass --resume_from_checkpoint {stray[0]} to go on from it all the same."
         )

@@ -22,6 +22,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from common.errors import UserError
 from common.processes import processes, show_progress
 from data import CaptionPairs, EncodedRecords
 from data.cache import cache_folder
@@ -83,7 +84,7 @@ def keep_features(
             return {name: EncodedRecords(records, files[name]) for name, records in splits.items()}
         why = f"as {gib(to_write)} are to be written and {folder} has {gib(free)} free"
     if place != "auto":
-        raise ValueError(f"feature_cache {place}: image features cannot be kept, {why}. Pass --feature_cache off.")
+        raise UserError(f"feature_cache {place}: image features cannot be kept, {why}. Pass --feature_cache off.")
     logger.info("image features are not kept, %s", why)
     return {}
 

@@ -1,15 +1,17 @@
 """The one trainer: transformers' Seq2SeqTrainer, with an objective for a loss and captions for an evaluation."""
 
 import logging
-import resource
 import time
 from pathlib import Path
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import Seq2SeqTrainer
 
+from common.errors import UserError
+from common.processes import fork_rng, peak_memory
 from data import CaptionPairs
 from metrics import score
 from metrics.clip_scores import clip_scores
@@ -87,7 +89,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 self._scalars.setdefault(name, []).append(torch.as_tensor(value).detach())
         loss = result["loss"]
         if not torch.isfinite(loss):
-            raise ValueError(
+            raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the images "
                 f"{', '.join(inputs['image_ids'])}. Checkpoints before it are kept. Look at these samples; if they are "
                 "sound, lower learning_rate or max_grad_norm, or train in bf16 or float32 instead of fp16."
@@ -119,18 +121,17 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def peak_memory(self) -> dict:
         """Peak memory of this process in GiB: of its GPU where it has one, and of the host."""
-        peak = {"train_peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-        if torch.cuda.is_available():
+        peak = {"train_peak_host_memory_gib": peak_memory() / 2**30}
+        if self.args.device.type == "cuda":
             peak["train_peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return {name: round(value, 2) for name, value in peak.items()}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         start = time.perf_counter()
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
             # Chance in training (dropout, samples) is the same whether an evaluation comes in between or not.
-            with torch.random.fork_rng(devices), self._sigterm.breaking_off():
+            with fork_rng(self.args.device), self._sigterm.breaking_off():
                 metrics, predictions = self._evaluate_now(pairs)
         except EvaluationStopped:
             self._sigterm.stop(self.args, self.state, self.control, evaluation_due=True)
@@ -197,7 +198,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     @torch.no_grad()
     def _pairs_loss(self, pairs) -> float:
         """Mean unsmoothed cross-entropy over all target tokens of `pairs`."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # summed loss, tokens
+        total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens; on the CPU, as MPS has no float64
         # Not the Trainer's loader: it repeats samples until all processes have as many.
         share = torch.utils.data.Subset(pairs, range(self.args.process_index, len(pairs), self.args.world_size))
         loader = torch.utils.data.DataLoader(
@@ -209,7 +210,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         for batch in loader:
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                total[0] += caption_loss(self.model, batch, num_items_in_batch=1).double()
-            total[1] += batch["labels"][:, 1:].ne(-100).sum()
-        total = self.accelerator.reduce(total, "sum")
+                loss = caption_loss(self.model, batch, num_items_in_batch=1)
+            total += torch.stack([loss.float(), batch["labels"][:, 1:].ne(-100).sum()]).cpu()
+        if self.accelerator.num_processes > 1:
+            total = sum(gather_object([total]))
         return (total[0] / total[1]).item()

@@ -48,7 +48,11 @@ def repeated_bigrams(tokens: list[str]) -> float:
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-class MismatchedImages(ValueError):
+class InvalidCaptions(ValueError):
+    """Predictions or references that cannot be scored."""
+
+
+class MismatchedImages(InvalidCaptions):
     """Predictions and references are not about the same images."""
 
 
@@ -168,7 +172,7 @@ def _warn_of_few_images(images: int) -> None:
 
 def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
     if not references:
-        raise ValueError("There are no references, so there is nothing to score against.")
+        raise InvalidCaptions("There are no references, so there is nothing to score against.")
     missing = [image for image in references if image not in predictions]
     extra = [image for image in predictions if image not in references]
     if missing or extra:
@@ -187,12 +191,12 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
         )
     for image, captions in references.items():
         if isinstance(captions, str):
-            raise ValueError(f"The references of image {image!r} are one text; a list of captions is needed.")
+            raise InvalidCaptions(f"The references of image {image!r} are one text; a list of captions is needed.")
         if not captions:
-            raise ValueError(f"Image {image!r} has no reference captions.")
+            raise InvalidCaptions(f"Image {image!r} has no reference captions.")
         for caption in (predictions[image], *captions):
             if not isinstance(caption, str):
-                raise ValueError(f"A caption of image {image!r} is no text: {caption!r:.80}")
+                raise InvalidCaptions(f"A caption of image {image!r} is no text: {caption!r:.80}")
 
 
 def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.ndarray:

@@ -1,0 +1,61 @@
+"""transformers' training flags, read from its source: importing it brings torch, and takes ten seconds."""
+
+import ast
+import builtins
+import dataclasses
+import enum
+import importlib.util
+import re
+import typing
+from importlib.metadata import version
+from pathlib import Path
+
+SOURCES = ("trainer_utils.py", "training_args.py", "training_args_seq2seq.py")
+CLASSES = ("TrainingArguments", "Seq2SeqTrainingArguments")
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+
+
+def trainer_flags() -> type:
+    """A dataclass with the fields of the installed transformers' Seq2SeqTrainingArguments (names, types, defaults,
+    help), without its methods: what a parser needs. tests/test_arguments.py compares it with the real class."""
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    classes = []
+    for name in SOURCES:
+        for node in ast.parse((folder / name).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in CLASSES:
+                node.body = [statement for statement in node.body if _is_field(statement)]
+                node.decorator_list = [ast.Name("dataclass", ast.Load())]
+                classes.append(node)
+            elif isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Enum") for base in node.bases):
+                node.body = [statement for statement in node.body if isinstance(statement, ast.Assign)]
+                classes.append(node)
+    module = ast.fix_missing_locations(ast.Module(classes, []))
+    names = {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Path": Path, "__name__": __name__}
+    names |= {name: getattr(typing, name) for name in typing.__all__}
+    names |= {
+        "ExplicitEnum": enum.Enum("ExplicitEnum", {}, type=str),
+        "Enum": enum.Enum,
+        "is_torch_available": lambda: True,
+    }
+    names["trainer_log_levels"] = dict.fromkeys(LOG_LEVELS)
+    for node in ast.walk(module):
+        if isinstance(node, ast.Name) and not hasattr(builtins, node.id):
+            names.setdefault(node.id, _stand_in(node.id))
+    exec(compile(module, "training flags of transformers", "exec"), names)
+    return names[CLASSES[-1]]
+
+
+def _is_field(statement: ast.stmt) -> bool:
+    """A field, or what gives one its default: a constant of the class, also one that depends on torch's version."""
+    if isinstance(statement, ast.If):
+        statement.body = [inner for inner in statement.body if _is_field(inner)]
+        return bool(statement.body)
+    constant = isinstance(statement, ast.Assign) and not ast.unparse(statement.targets[0]).startswith("__")
+    return constant or isinstance(statement, ast.AnnAssign)
+
+
+def _stand_in(name: str):
+    """For a name that is imported from elsewhere: whether torch has some version, or a type."""
+    if found := re.fullmatch(r"is_torch_greater_or_equal_than_(\d+)_(\d+)", name):
+        return tuple(map(int, version("torch").split(".")[:2])) >= tuple(map(int, found.groups()))
+    return type(name, (str,), {})

@@ -1,0 +1,102 @@
+"""The command line: --help and mistakes answer at once, and the flags are those of the dataclasses and of transformers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from transformers import HfArgumentParser
+
+import arguments
+from common import cli
+
+SCRIPTS = {"train.py": [], "evaluate.py": [], "demo.py": [], "infer.py": ["x.jpg"], "export.py": ["folder"],
+           "rewrite.py": ["fuse", "IN", "--llm", "hf:x", "--dry_run"]}  # fmt: skip
+# One mistake that argparse finds, one that a dataclass finds, for each script.
+MISTAKES = [
+    ("train.py", ["--lerning_rate", "1"], "unrecognized argument: --lerning_rate. Did you mean --learning_rate?"),
+    ("train.py", ["--scst_top_p", "2"], "scst_top_p must be above 0 and at most 1"),
+    ("train.py", ["--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
+    ("train.py", ["--max_steps", "many"], "invalid int value: 'many'"),
+    ("train.py", ["--eval_strategy", "steps"], "load_best_model_at_end needs a checkpoint at each evaluation"),
+    ("train.py", ["--use_cache"], "--use_cache is not used here"),
+    ("evaluate.py", ["--splitt=test"], "unrecognized argument: --splitt=test. Did you mean --split?"),
+    ("evaluate.py", ["--predictions", "p.json"], "--predictions and --references go together"),
+    ("infer.py", ["--device", "gpu", "x.jpg"], "invalid choice: 'gpu'"),
+    ("infer.py", [], "Name what to caption"),
+    ("export.py", [], "Name one model folder"),
+    ("rewrite.py", ["fuse", "IN", "--llm", "hf:x", "--output", "o", "--rows_per_file", "0"], "must be at least 1"),
+    ("rewrite.py", ["merge", "IN"], "Say what to do with what"),
+    ("demo.py", ["--max_quue", "1"], "unrecognized argument: --max_quue. Did you mean --max_queue?"),
+]  # fmt: skip
+
+
+def start(script: str, *words, cwd=None) -> tuple[subprocess.CompletedProcess, float]:
+    """A script's end, and the seconds of CPU that it took."""
+    code = "import resource, runpy, sys, atexit\n" \
+           "atexit.register(lambda: print('CPU', sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), file=sys.stderr))\n" \
+           "sys.argv = sys.argv[1:]\n" \
+           "runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
+    command = [sys.executable, "-c", code, str(ROOT / script), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / script.rpartition("/")[0])}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return result, float(result.stderr.rpartition("CPU ")[2])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once(script):
+    result, seconds = start(script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--model_name_or_path" in result.stdout or script in ("export.py", "rewrite.py")
+    assert seconds < 2
+
+
+def test_help_shows_per_cents_as_they_are():
+    assert "95 % intervals" in " ".join(start("evaluate.py", "--help")[0].stdout.split())
+
+
+@pytest.mark.parametrize(("script", "words", "said"), MISTAKES)
+def test_a_mistake_answers_at_once(script, words, said, tmp_path):
+    result, seconds = start(script, *words, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("mistake", ["num_beam: 3", "num_beams: many", "scst_top_p: 2", "a: ["])
+def test_a_mistake_in_a_recipe_answers_at_once(mistake, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(mistake, encoding="utf-8")
+    result, seconds = start("train.py", str(tmp_path / "recipe.yaml"))
+    assert result.returncode == 2
+    assert seconds < 2
+
+
+def test_the_trainers_flags_are_those_of_the_installed_transformers():
+    """Read from its source, they are what its own parser makes of the class itself."""
+
+    def flags(parser):
+        return {
+            action.option_strings[0]: (
+                action.dest, action.option_strings, action.default, action.nargs, action.const,
+                action.choices and list(action.choices), getattr(action.type, "__name__", str(action.type)), action.help,
+            )
+            for action in parser._actions
+        }  # fmt: skip
+
+    read = flags(cli.argument_parser((arguments.AllTrainFlags,)))
+    real = flags(HfArgumentParser((arguments.TrainArguments,)))
+    assert list(read) == list(real)
+    assert read == real
+
+
+def test_flags_reach_the_trainer(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--seed", "7", "--optim", "adamw_torch", "--no_load_best_model_at_end"]
+    words += ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--report_to", "none"]
+    (args,) = cli.parse((arguments.AllTrainFlags,), words)
+    assert type(args) is arguments.TrainArguments
+    assert (args.seed, args.optim, args.load_best_model_at_end) == (7, "adamw_torch", False)
+    assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("cosine", {"num_cycles": 2})
+    default, same = arguments.TrainArguments(output_dir=str(tmp_path)), cli.parse((arguments.AllTrainFlags,), words[:2])
+    assert same[0].to_dict() == default.to_dict()
