@@ -1,12 +1,16 @@
 # make quickstart   a trained captioner, its scores and three captions, on scenes that the repo draws itself
 # make test         the tests (CAPTION_TEST_DATA=folder adds those on real data)
+# make test-torchvision  those that torchvision can change, in an environment that has it (2 GB more)
+# make test-oldest-transformers  those that transformers can change, with the oldest release of requirements.txt
+# make test-sagemaker  those of sagemaker/, in the environments of make sagemaker-envs
 # make sagemaker-envs  three environments for the tests of sagemaker/, which skip without them (3 GB, some minutes)
 # make lint         formatting and lint
 PYTHON ?= python3
 BIN = .venv/bin
 OUT ?= runs/quickstart
+PYTEST = -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: quickstart test sagemaker-envs lint format clean
+.PHONY: quickstart test torchvision-env test-torchvision test-oldest-transformers sagemaker-envs test-sagemaker lint format clean
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ". Try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
@@ -24,19 +28,47 @@ quickstart: .venv/installed
 	@echo "what evaluate.py scored again in $(OUT)/evaluation, the three captioned pictures in $(OUT)/photos."
 
 test: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST)
+
+# torch and torchvision of the same build: torch 2.13.0, which .venv has, has no torchvision for the CPU.
+TORCHVISION = .venv-torchvision
+torchvision-env: $(TORCHVISION)/installed
+$(TORCHVISION)/installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(TORCHVISION)
+	grep -v '^torch==' constraints.txt > $(TORCHVISION)/constraints.txt
+	$(TORCHVISION)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 num2words \
+	  sentencepiece -r requirements-dev.txt -c $(TORCHVISION)/constraints.txt
+	@touch $@
+
+# The tests of what models and processors do, by the start of their names.
+LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels, \
+  $(wildcard tests/test_$(name)*.py))
+test-torchvision: $(TORCHVISION)/installed
+	HF_HUB_OFFLINE=1 $(TORCHVISION)/bin/python $(PYTEST) $(LIBRARY_TESTS)
+
+OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
+OVERLAY = .venv-transformers-$(OLDEST)
+$(OVERLAY)/installed: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OVERLAY) transformers==$(OLDEST)
+	@touch $@
+test-oldest-transformers: $(OVERLAY)/installed
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python $(PYTEST) $(LIBRARY_TESTS) \
+	  tests/test_scst.py tests/test_dico.py
 
 # SDK v2 and v3 exclude each other, and the toolkits want numpy < 2 (and so pyarrow < 26): each has its own.
 SAGEMAKER = .venv-sagemaker
 sagemaker-envs: $(SAGEMAKER)/v2/installed $(SAGEMAKER)/v3/installed $(SAGEMAKER)/platform/installed
 $(SAGEMAKER)/v2/installed: PACKAGES = "sagemaker==2.257.7"
 $(SAGEMAKER)/v3/installed: PACKAGES = "sagemaker==3.27.0" "moto[server]==5.2.5"
-$(SAGEMAKER)/platform/installed: PACKAGES = -r requirements.txt "pyarrow<26" "setuptools<81" "sagemaker-training==5.1.4" \
+$(SAGEMAKER)/platform/installed: PACKAGES = -r $(SAGEMAKER)/platform/requirements.txt "setuptools<81" "sagemaker-training==5.1.4" \
   "sagemaker-inference==1.10.1" "sagemaker-huggingface-inference-toolkit==2.6.0" "multi-model-server==1.1.11"
-$(SAGEMAKER)/%/installed: Makefile requirements.txt
+$(SAGEMAKER)/%/installed: Makefile requirements.txt constraints.txt sagemaker/bundle.py
 	$(PYTHON) -m venv $(SAGEMAKER)/$*
+	cd sagemaker && $(PYTHON) -c 'import bundle; print(bundle.requirements("requirements.txt"))' > ../$(SAGEMAKER)/$*/requirements.txt
 	$(SAGEMAKER)/$*/bin/pip install --quiet --disable-pip-version-check $(PACKAGES)
 	@touch $@
+test-sagemaker: .venv/installed sagemaker-envs
+	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) $(wildcard tests/test_sagemaker_*.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -47,4 +79,4 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-sagemaker runs
+	rm -rf .venv .venv-* runs

@@ -1,5 +1,6 @@
 """What travels to SageMaker: the code of a training job, and a model with the code that serves it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,20 @@ SERVING = ("captioner.py", "collator.py", "common/*.py", "data/*.py", "models/*.
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*processor*.json",
          "token*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
          "chat_template.*", "README.md", "coco_metrics.json", "training_curves.svg")  # fmt: skip
+# Installed over what the image has, in the exact versions that the tests run with (constraints.txt).
+TESTED = ("accelerate", "datasets", "peft", "transformers")
 # The images have numpy 1, as their toolkits want it, and newer releases of pyarrow refuse to be imported beside that
 # without saying so to pip.
 FOR_THE_IMAGE = "pyarrow<26\n"
+
+
+def requirements(path: str) -> str:
+    """A requirements file of this repo as it travels: with exact versions where they are not the image's to choose."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    named = {re.split(r"[^\w-]", line, maxsplit=1)[0] for line in text.splitlines()}
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [pin for pin in pins if pin.partition("==")[0] in named.intersection(TESTED)]
+    return "\n".join([text + FOR_THE_IMAGE.strip(), *pins]) + "\n"
 
 
 def copy(patterns, folder: Path) -> None:
@@ -34,7 +46,7 @@ def copy(patterns, folder: Path) -> None:
 def write_job(folder: Path, recipe: str | None) -> tuple[int, int]:
     """The code of a training job, and the recipe as recipe.yaml, in `folder`; (files, bytes)."""
     copy(JOB, folder)
-    (folder / "requirements.txt").write_text((ROOT / "requirements.txt").read_text() + FOR_THE_IMAGE)
+    (folder / "requirements.txt").write_text(requirements("requirements.txt"), encoding="utf-8")
     if recipe:
         shutil.copyfile(recipe, folder / "recipe.yaml")
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
@@ -46,7 +58,7 @@ def write_serving_code(code: Path) -> None:
     shutil.rmtree(code, ignore_errors=True)
     copy(SERVING, code)
     shutil.copyfile(ROOT / "sagemaker/inference.py", code / "inference.py")
-    (code / "requirements.txt").write_text((ROOT / "sagemaker/requirements-serving.txt").read_text() + FOR_THE_IMAGE)
+    (code / "requirements.txt").write_text(requirements("sagemaker/requirements-serving.txt"), encoding="utf-8")
 
 
 def write_model(model: Path, target: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from data.caption_files import find_images
-from metrics.clip_scores import ClipScorer, clip_scores, load_clip, load_scorers, preprocess
+from metrics.clip_scores import OPENAI_MEAN, OPENAI_STD, ClipScorer, clip_scores, load_clip, load_scorers, preprocess
 
 WIDTH, LAYERS, HEADS, SIDE, PATCH, EMBED, LENGTH = 32, 2, 2, 48, 16, 24, 20
 CAPTIONS = ["a red circle", "two dogs near the water on the green grass", "a man"]
@@ -276,7 +276,8 @@ def test_more_images_than_a_batch_are_scored_as_each_alone(clip_folder):
 
 def test_preprocessing_is_that_of_the_published_code():
     rng = np.random.default_rng(0)
-    processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    # The one that resizes by Pillow, as the published code does; CLIPImageProcessor resizes tensors where torchvision is.
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
     # transformers' own processor agrees with torchvision where what is cropped is even.
     for height, width in ((300, 400), (224, 224), (501, 334), (100, 81)):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -288,6 +289,19 @@ def test_preprocessing_is_that_of_the_published_code():
     image = Image.fromarray(rng.integers(0, 256, (224, 227, 3), dtype=np.uint8))
     pixels = preprocess(image, 224, mean=(0, 0, 0), std=(1, 1, 1)).transpose(1, 2, 0) * 255
     np.testing.assert_allclose(pixels, np.asarray(image)[:, 2:226], atol=1e-4)
+
+
+def test_preprocessing_is_torchvisions():
+    transforms = pytest.importorskip("torchvision.transforms")
+    bicubic = transforms.InterpolationMode.BICUBIC
+    published = transforms.Compose([
+        transforms.Resize(224, interpolation=bicubic), transforms.CenterCrop(224), transforms.ToTensor(),
+        transforms.Normalize(OPENAI_MEAN, OPENAI_STD),
+    ])  # fmt: skip
+    rng = np.random.default_rng(0)
+    for height, width in ((300, 400), (224, 224), (224, 227), (501, 334), (100, 81), (333, 500), (1023, 77)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        np.testing.assert_allclose(preprocess(image, 224), published(image).numpy(), atol=1e-6)
 
 
 def test_the_folder_says_how_its_images_are_normalised(tmp_path):
