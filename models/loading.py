@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def load_model(
         wanted = family.model_class.__name__
         if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
             raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
-        processor = AutoProcessor.from_pretrained(model_name_or_path, **options)
+        processor = _load_processor(model_name_or_path, options)
         if quantization:
             options["quantization_config"] = quantization_config(quantization)
         model = read_weights(family.model_class, model_name_or_path, dtype=getattr(torch, dtype), **options)
@@ -80,6 +81,19 @@ def load_model(
             f"Hub with safetensors or pytorch_model.bin. The library says: {str(error).splitlines()[0]}"
         ) from error
     return ready(model, processor, fast_attention), processor
+
+
+def _load_processor(model_name_or_path: str, options: dict):
+    try:
+        return AutoProcessor.from_pretrained(model_name_or_path, **options)
+    except ImportError as error:
+        said = " ".join(str(error).split())
+        named = re.search(r"pip install ([\w.-]+)|requires the (\w+) library", said)
+        package = error.name or (next(filter(None, named.groups())).lower() if named else "a package")
+        raise UserError(
+            f"The processor of {model_name_or_path} needs {package}, which is not installed: pip install {package}. The "
+            f"library says: {said.partition('. ')[0]}"
+        ) from error
 
 
 def load_weights(model, checkpoint: str) -> None:

@@ -3,12 +3,18 @@
 BLIP has this, and more, in models/blip_attention.py.
 """
 
+import inspect
+import logging
+
 import torch
+import transformers
 from transformers import Blip2VisionModel, GitVisionModel, InstructBlipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from models.blip_attention import VisionModel
+from models.blip_attention import VisionModel, check_nothing_asked
 from models.families import vision_encoder
+
+logger = logging.getLogger(__name__)
 
 
 class TakesEncoded:
@@ -16,6 +22,7 @@ class TakesEncoded:
 
     def forward(self, pixel_values, **kwargs):
         if pixel_values.dim() == 4 and pixel_values.shape[1] == 1:
+            check_nothing_asked(kwargs)
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values[:, 0])
         return super().forward(pixel_values, **kwargs)
 
@@ -36,9 +43,23 @@ KINDS = {Blip2VisionModel: Blip2Vision, InstructBlipVisionModel: InstructBlipVis
 
 
 def take_encoded_images(model):
-    """Lets the model take (images, 1, patches, hidden) encoded images as `pixel_values`, where its family can."""
+    """Lets the model take (images, 1, patches, hidden) encoded images as `pixel_values`, where its family can.
+
+    A vision encoder whose arguments are not those looked at stays the library's, with a warning."""
     for module in model.modules():
-        module.__class__ = KINDS.get(type(module), type(module))
+        if type(module) not in KINDS:
+            continue
+        found = tuple(inspect.signature(type(module).forward).parameters)
+        if found == ("self", "pixel_values", "interpolate_pos_encoding", "kwargs"):
+            module.__class__ = KINDS[type(module)]
+        else:
+            logger.warning(
+                "Each image is encoded once per caption, since with transformers %s %s.forward takes (%s), which is new. "
+                "Captions and losses are the same, but training on several captions per image takes longer.",
+                transformers.__version__,
+                type(module).__name__,
+                ", ".join(found[1:]),
+            )
     return model
 
 

@@ -5,6 +5,7 @@ on drawn scenes how far the two agree.
 """
 
 import contextlib
+import inspect
 import math
 import threading
 
@@ -93,7 +94,8 @@ def cross_attention(model, batch: dict) -> torch.Tensor:
     def keep(attention, args, kwargs, _):
         if threading.get_ident() != thread:
             return  # somebody else's pass through the same model
-        states, image = args[0] if args else kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        given = inspect.signature(attention.forward).bind(*args, **kwargs).arguments
+        states, image = given["hidden_states"], given["encoder_hidden_states"]
         split = (attention.num_attention_heads, attention.attention_head_size)
         query = attention.query(states).unflatten(-1, split).transpose(1, 2)
         key = attention.key(image).unflatten(-1, split).transpose(1, 2)

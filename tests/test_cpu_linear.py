@@ -9,7 +9,7 @@ from torch import nn
 
 from models import cpu_linear
 from models.blip_attention import use_fast_attention
-from models.cpu_linear import OneDnnLinear, use_onednn_linear
+from models.cpu_linear import OneDnnLinear, _product_is_right, use_onednn_linear
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +113,19 @@ def test_switching_back_and_other_processors_leave_pytorchs_layers(monkeypatch):
     assert type(use_onednn_linear(model, False)[0]) is nn.Linear
     monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: False)
     assert type(use_onednn_linear(model)[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("product", "reason"), [(lambda *_: torch.zeros(4, 3, 5), "other numbers"), (lambda: 0, "takes 0 positional")]
+)
+def test_another_operator_is_not_used(product, reason, monkeypatch, caplog):
+    monkeypatch.setattr("models.cpu_linear.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("models.cpu_linear._product", product)
+    _product_is_right.cache_clear()
+    try:
+        layers = [use_onednn_linear(torch.nn.Linear(2, 3)) for _ in range(2)]
+    finally:
+        _product_is_right.cache_clear()
+    assert [type(layer) for layer in layers] == [torch.nn.Linear] * 2
+    [record] = caplog.records
+    assert reason in record.getMessage()
