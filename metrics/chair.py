@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from metrics.coco_caption.coco import resampled_scores
 
 # Each category and the words that name it, as they were published (LisaAnne/Hallucination, data/synonyms.txt).
@@ -207,12 +208,12 @@ def read_instances(path: str | os.PathLike) -> dict[str, set[str]]:
         for annotation in content["annotations"]:
             found.setdefault(str(annotation["image_id"]), set()).add(names[annotation["category_id"]])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"instances: {path} is not COCO's instances file (such as instances_val2014.json), with images, annotations "
             f"and categories: {error!r}."
         ) from None
     if unknown := sorted(set(names.values()) - set(_CATEGORY_OF)):
-        raise ValueError(f"instances: {path} has a category that is not COCO's: {unknown[0]!r}. CHAIR knows COCO's 80.")
+        raise UserError(f"instances: {path} has a category that is not COCO's: {unknown[0]!r}. CHAIR knows COCO's 80.")
     return {image: {_CATEGORY_OF[name] for name in objects} for image, objects in found.items()}
 
 
@@ -265,13 +266,13 @@ def _words(text: str) -> list[str]:
 
 
 # Singular forms as pattern.en 2.6 makes them. A word is kept if one of these ends with it, however short it is.
-_KEPT = (
+_KEPT = str.split(
     "bison debris headquarters pincers trout bream diabetes herpes pliers tuna breeches djinn high-jinks proceedings whiting "
     "britches eland homework rabies wildebeest carp elk innings salmon chassis flounder jackanapes scissors christmas gallows "
     "mackerel series clippers georgia measles shears cod graffiti mews species contretemps mumps swine corps news swiss "
     "advice equipment happiness luggage software bread fruit information mathematics progress understanding butter furniture "
     "ketchup mayonnaise research water cheese garbage knowledge meat rice electricity gravel love mustard sand"
-).split()
+)
 _KEPT_ENDINGS = frozenset(word[start:] for word in _KEPT for start in range(len(word) + 1))
 _IN_IE = tuple(
     f"{word}s"
@@ -309,8 +310,10 @@ _ENDINGS = [
     )
 ]  # fmt: skip
 _PREPOSITIONS = frozenset(
-    "about before during of till above behind except off to across below for on under after beneath from onto until among "
-    "beside in out unto around besides into over upon at between near since with athwart betwixt beyond but by".split()
+    str.split(
+        "about before during of till above behind except off to across below for on under after beneath from onto until among "
+        "beside in out unto around besides into over upon at between near since with athwart betwixt beyond but by"
+    )
 )
 
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from metrics.coco_caption.java import _package_folder, find_java
+from metrics.coco_caption.java import find_java, package_folder
 from metrics.coco_caption.tokenizer import tokenize
 
 # pycocoevalcap's list, brackets included (which never match, for by then they are lower case).
@@ -18,7 +18,7 @@ def stanford_tokens(captions: list[str], folder) -> list[list[str]]:
     """What pycocoevalcap's PTBTokenizer makes of these captions, one line each."""
     file = folder / "captions.txt"
     file.write_text("".join(caption + "\n" for caption in captions), encoding="utf-8", newline="")
-    jar = _package_folder() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    jar = package_folder() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     command = [find_java(), "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-cp", str(jar)]
     command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", str(file)]
     output = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
