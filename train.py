@@ -30,7 +30,7 @@ from models.loading import build_model, load_model, make_trainable
 from objectives import build_objective, check_objective
 from reports import outputs
 from reports.model_card import run_facts, write_card
-from reports.plots import plot_curves
+from reports.plots import plot_curves, training_panels
 from reports.score_split import score_split
 from training.checkpoints import find_checkpoint, record_run
 from training.feature_cache import keep_features
@@ -161,7 +161,7 @@ def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:
     trainer.save_metrics("train", metrics, combined=False)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        plot_curves(trainer.state.log_history, folder)
+        plot_curves(training_panels(trainer.state), folder)
     return metrics
 
 
@@ -178,7 +178,7 @@ def evaluate(trainer, splits, scorers, metric_args, data_args, folder) -> list:
             continue
         source = {"split": name, "dataset_name": data_args.dataset_name, "model": str(folder)}
         where = folder if name == "test" or "test" not in splits else output_folder(folder / name)
-        looks = {"captioner": captioner, "curves": folder / "training_curves.svg"}
+        looks = {"captioner": captioner, "curves": training_panels(trainer.state)}
         options = {"training_captions": known, "scorers": scorers, "num_workers": workers}
         scored.append(
             score_split(where, predictions, records, metric_args, args.seed, source=source, **looks, **options)

@@ -3,27 +3,62 @@
 import itertools
 from pathlib import Path
 
+# Of Okabe and Ito: distinct for colour-blind readers, and darkened until they can be read on white.
+COLOURS = ("#0072b2", "#c8500a", "#00795a", "#a4487f")
+DASHES = ("-", "--", ":", "-.")  # for readers without any colour
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.labelcolor": "#575c65", "axes.edgecolor": "#a9adb5", "xtick.color": "#575c65",
+    "ytick.color": "#575c65", "font.size": 10, "grid.color": "#dcdee3",
+}  # fmt: skip
 
-def plot_curves(log_history: list[dict], folder: Path) -> None:
-    """Loss, learning rate, sacreBLEU and CIDEr against the step."""
-    pyplot = _pyplot()
-    panels = {
-        "loss": [("loss", "training"), ("eval_loss", "validation")],
-        "learning rate": [("learning_rate", None)],
-        "sacreBLEU": [("eval_sacrebleu", None)],
-        "CIDEr": [("eval_CIDEr", None)],
+
+def training_panels(state) -> list[dict]:
+    """What can be drawn of a run with this TrainerState, [{"title", "best_step", "lines": [{"label", "points": [(step, value), ...]}]}]: loss,
+    learning rate, reward and validation scores, as far as they were logged. `best_step` is that of the checkpoint
+    that was kept, None where none was chosen by its score."""
+    wanted = {
+        "Loss": [("loss", "training"), ("eval_loss", "validation")],
+        "Learning rate": [("learning_rate", None)],
+        "Reward": [("reward", None)],
+        "sacreBLEU, validation": [("eval_sacrebleu", None)],
+        "CIDEr, validation": [("eval_CIDEr", None)],
     }
-    with pyplot.rc_context({"svg.hashsalt": "curves", "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
-        for axis, (title, lines) in zip(axes.flat, panels.items(), strict=True):
-            for key, label in lines:
-                points = [(row["step"], row[key]) for row in log_history if key in row]
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, ms=3, label=label)
-            axis.set(title=title, xlabel="step")
-            axis.grid(alpha=0.3)
-            if any(label for _, label in lines):
-                axis.legend(frameon=False)
+    panels = []
+    for title, keys in wanted.items():
+        lines = [
+            {"label": label, "points": [(row["step"], float(row[key])) for row in state.log_history if key in row]}
+            for key, label in keys
+        ]
+        if lines := [line for line in lines if line["points"]]:
+            panels.append({"title": title, "best_step": state.best_global_step, "lines": lines})
+    return panels
+
+
+def plot_curves(panels: list[dict], folder: Path) -> None:
+    """training_curves.svg and .png of `training_panels`: all over one range of steps."""
+    if not panels:
+        return
+    pyplot = _pyplot()
+    with pyplot.rc_context(STYLE | {"svg.hashsalt": "curves"}):
+        rows = -(-len(panels) // 2)
+        figure, axes = pyplot.subplots(rows, 2, figsize=(9, 3 * rows), layout="constrained", sharex=True, squeeze=False)
+        for axis, panel in itertools.zip_longest(axes.flat, panels):
+            if panel is None:
+                axis.set_axis_off()
+                continue
+            for line, colour, dash in zip(panel["lines"], COLOURS, DASHES, strict=False):
+                marker = (
+                    {"marker": "o", "ms": 4 if len(line["points"]) <= 10 else 2} if len(line["points"]) <= 60 else {}
+                )
+                axis.plot(*zip(*line["points"], strict=True), dash, color=colour, label=line["label"], **marker)
+            if panel["best_step"] is not None:
+                axis.axvline(panel["best_step"], color="#1b1d21", lw=1, ls=(0, (2, 2)), label="checkpoint kept")
+            axis.set(title=panel["title"], xlabel="step")
+            axis.xaxis.set_tick_params(labelbottom=True)
+            axis.grid(lw=0.6)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False, fontsize=9)
         _save(figure, folder, "training_curves")
 
 
@@ -35,14 +70,13 @@ def plot_sweep(sweep: dict, folder: Path) -> None:
     values = {key: list(dict.fromkeys(row["settings"][key] for row in rows)) for key in rows[0]["settings"]}
     score_of = {tuple(row["settings"].values()): row["scores"][metric] for row in rows}
     first, *others = values
-    with pyplot.rc_context({"svg.hashsalt": "sweep"}):
+    with pyplot.rc_context(STYLE | {"svg.hashsalt": "sweep"}):
         if not others:
             figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
             places = range(len(values[first]))
-            axis.plot(places, [score_of[value,] for value in values[first]], marker="o")
+            axis.plot(places, [score_of[value,] for value in values[first]], marker="o", color=COLOURS[0])
             axis.set(xlabel=first, ylabel=metric, xticks=places, xticklabels=map(str, values[first]))
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.3)
+            axis.grid(lw=0.6)
         else:
             second, *rest = others
             panels = list(itertools.product(*(values[key] for key in rest)))
@@ -53,7 +87,7 @@ def plot_sweep(sweep: dict, folder: Path) -> None:
             low, high = min(score_of.values()), max(score_of.values())
             for axis, panel in zip(axes.flat, panels, strict=True):
                 table = [[score_of[(a, b, *panel)] for b in values[second]] for a in values[first]]
-                image = axis.imshow(table, vmin=low, vmax=high, aspect="auto", cmap="viridis")
+                image = axis.imshow(table, vmin=low, vmax=high, aspect="auto", cmap="cividis")
                 for y, x in itertools.product(range(len(table)), range(len(table[0]))):
                     dark = table[y][x] < (low + high) / 2
                     axis.text(x, y, f"{table[y][x]:.3f}", ha="center", va="center", color="white" if dark else "black")

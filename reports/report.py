@@ -1,4 +1,4 @@
-"""report.html: scores, distributions and every caption beside its picture and references, in one file.
+"""report.html: scores, distributions and every caption with its picture and references, in one file.
 
 The page asks nothing of any server (its content security policy forbids it) and runs no script but its own: pictures are
 data URIs, captions reach the page as JSON and become text nodes. Template, style and script are report.html.jinja,
@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from data.images import ImageError, open_image
 from metrics.coco_caption.coco import ends_badly
 from metrics.coco_caption.text_checks import contradictions, illegal_characters, repetition
 from metrics.coco_caption.tokenizer import tokenize
+from reports.charts import charts, line_charts
 
 logger = logging.getLogger(__name__)
 NAMES = {
@@ -37,35 +37,35 @@ SHARES = {
     "bad_endings": "bad endings", "repeated_words": "a word twice in a row", "repetition": "loops", "empty": "empty",
     "illegal_characters": "illegal characters",
 }  # fmt: skip
-# Thumbnails: (up to so many images, longest side in pixels, JPEG quality). A page has some 15 MB of them at most.
-SIZES = ((1000, 256, 75), (2500, 192, 65), (10_000, 128, 50))
+MAIN_SCORES = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE", "scene_facts")  # shown large
+# Thumbnails: (up to so many images, longest side in pixels, WebP quality): some 5 to 15 MB, of 40,000 images 45 MB.
+SIZES = ((1000, 256, 70), (2500, 192, 60), (10_000, 128, 45), (40_000, 80, 40))
 
 
 def write_report(
-    folder: Path, scores: dict, rows: list[dict], images=None, *, curves: Path | None = None, sweep=None, looks=None
+    folder: Path, scores: dict, rows: list[dict], images=None, *, curves=(), sweep=None, looks=None
 ) -> None:
     """report.html of a run.
 
     Args:
         scores, rows: what coco_metrics.json and per_image.jsonl hold, of reports.outputs.
         images: an image value (data.open_image) for each row, if there are any. Pictures are made small here.
-        curves: training_curves.svg.
+        curves: reports.plots.training_panels of the run that trained the model.
         looks: called without arguments, {image id: (words, (words, rows, columns) attention maps)} of some images.
         sweep: what sweep.json holds, of reports.sweep; its heat map is sweep.svg in the folder.
 
     Whatever goes wrong is logged and not raised: the scores are written, and no report is worth losing what follows.
     """
     try:
-        plots = [curves] if curves else []
-        if sweep:
-            plots.append(folder / "sweep.svg")
+        plot = folder / "sweep.svg"
         what = scores.get("model") or scores.get("predictions")
         _write(
             folder,
             {Path(str(what)).name: {"scores": scores, "rows": rows}},
             thumbnails([row["image_id"] for row in rows], images, [row["scores"]["CIDEr"] for row in rows]),
-            plots={path.stem: _svg_uri(path) for path in plots if path.is_file()},
+            curve_charts=line_charts(curves) if curves else [],
             sweep=sweep,
+            sweep_plot=_svg_uri(plot) if sweep and plot.is_file() else None,
             looks=_script_json(encode_maps(looks() if looks else {})),
         )
     except Exception:
@@ -73,7 +73,7 @@ def write_report(
 
 
 def write_comparison_report(folder: Path, runs: dict[str, dict], comparison: dict) -> None:
-    """report.html of several runs side by side, of reports.comparison. Pictures are those of the runs' own reports."""
+    """report.html of several runs side by side, from reports.comparison. Pictures are those of the runs' own reports."""
     try:
         pictures = next(filter(None, (read_thumbnails(run["folder"]) for run in runs.values())), {})
         _write(folder, runs, pictures, comparison=comparison)
@@ -90,6 +90,8 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
     columns = [name for name in first["rows"][0]["scores"] if name not in ("Bleu_1", "Bleu_2", "Bleu_3")]
     columns.sort(key=lambda name: list(NAMES).index(name) if name in NAMES else len(NAMES))
     faults_of_run = [faults(run["rows"]) for run in runs.values()]
+    # In the order of the images' ids, numbers by their value: what the page sorts "by image id" is this order.
+    order = sorted(range(len(first["rows"])), key=lambda number: _natural(first["rows"][number]["image_id"]))
     content = {
         "runs": list(runs),
         "metrics": {name: NAMES.get(name, name) for name in columns},
@@ -102,16 +104,19 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
                 "scores": [[_rounded(row["scores"].get(name)) for name in columns] for row in rows],
                 "faults": list(found),
             }
-            for rows, found in zip(
-                zip(*(run["rows"] for run in runs.values()), strict=True), zip(*faults_of_run, strict=True), strict=True
+            for rows, found in (
+                ([run["rows"][number] for run in runs.values()], [of_run[number] for of_run in faults_of_run])
+                for number in order
             )
         ],
     }
     page = environment.get_template("report.html.jinja").render(
         runs=runs,
         names=NAMES | {name: name for name in columns if name not in NAMES},
+        main_scores=MAIN_SCORES,
         shares=SHARES,
         charts=charts(runs),
+        frequent={name: most_frequent(run["rows"]) for name, run in runs.items()},
         style=style,
         script=script,
         style_hash=_hash(style),
@@ -119,7 +124,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
         content=_script_json(content),
         thumbnails=_script_json(pictures),
         has_pictures=bool(pictures),
-        **{"comparison": None, "sweep": None, "plots": {}, "looks": "{}"} | parts,
+        **{"comparison": None, "sweep": None, "sweep_plot": None, "curve_charts": [], "looks": "{}"} | parts,
     )
     write_text(folder / "report.html", page)
 
@@ -129,7 +134,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
 
 
 def thumbnails(image_ids: list[str], images, scores: list[float]) -> dict[str, str]:
-    """{image id: small JPEG in base64} of the images that can be opened; of very many, those of the lowest scores."""
+    """{image id: small WebP in base64} of the images that can be opened; of very many, those of the lowest scores."""
     if images is None:
         return {}
     limit = SIZES[-1][0]
@@ -144,7 +149,7 @@ def thumbnails(image_ids: list[str], images, scores: list[float]) -> dict[str, s
             return None
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality, optimize=True)
+        picture.save(file, "WEBP", quality=quality)
         return base64.b64encode(file.getvalue()).decode()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -181,8 +186,15 @@ def _svg_uri(path: Path) -> str:
 ALWAYS_SHOWN = ("bad ending", "repeated words", "colour contradicted", "count contradicted")
 
 
+def most_frequent(rows: list[dict], number: int = 5) -> dict:
+    """{"different": number of different captions, "most": [(caption, images), ...] of those of several images}."""
+    counts = Counter(row["caption"] for row in rows)
+    most = [(caption, images) for caption, images in counts.most_common(number) if images > 1]
+    return {"different": len(counts), "most": most}
+
+
 def faults(rows: list[dict]) -> list[dict[str, str]]:
-    """What is wrong with each caption by itself or beside all its references: {fault: what exactly} for each row."""
+    """What is wrong with each caption by itself or compared with all its references: {fault: what exactly} for each row."""
     found = []
     for row, tokens in zip(rows, tokenize(row["caption"] for row in rows), strict=True):
         caption, of_one = row["caption"], {}
@@ -204,75 +216,15 @@ def faults(rows: list[dict]) -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Charts
-
-
-def charts(runs: dict[str, dict]) -> list[dict]:
-    """Histograms over the images: of CIDEr, length and CLIP-based scores; of several runs, of how far CIDEr is above or
-    below the first run's."""
-    first, *others = runs.values()
-    scores = [row["scores"] for row in first["rows"]]
-    if others:
-        made = []
-        for name, run in list(runs.items())[1:]:
-            values = [
-                b["scores"]["CIDEr"] - a["scores"]["CIDEr"] for a, b in zip(first["rows"], run["rows"], strict=True)
-            ]
-            made.append(histogram(values, f"CIDEr of {name} minus that of {next(iter(runs))}"))
-        return made
-    lengths = [len(tokens) for tokens in tokenize(row["caption"] for row in first["rows"])]
-    made = [histogram([of_one["CIDEr"] for of_one in scores], "CIDEr of an image")]
-    made.append(histogram(lengths, "Words of a caption", whole=True))
-    made += [
-        histogram([of_one[name] for of_one in scores], f"{name} of an image")
-        for name in scores[0]
-        if name.endswith(("CLIP-S", "PAC-S", "PAC-S++"))
-    ]
-    return made
-
-
-def histogram(values: list[float], title: str, whole: bool = False) -> dict:
-    """What the template draws: {"title", "text", "bars": [{"x", "y", "width", "height", "text"}], "ticks": [{"x", "text"}],
-    "zero": x or None, "most"}, in a box of 100 by 40, y pointing down. `whole` numbers have bars of their own."""
-    low, high = min(values), max(values)
-    width = (high - low) / 20 or 1
-    magnitude = 10 ** math.floor(math.log10(width))
-    width = next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= width * 0.999)
-    if whole:
-        width = max(1, round(width))
-    start = math.floor(low / width) * width
-    counts = Counter(math.floor((value - start) / width + 1e-9) for value in values)
-    bins, most = max(counts) + 1, max(counts.values())
-    alone = whole and width == 1  # a bar stands for one number, and is named in its middle
-    ends = [_number(start + width * number) for number in range(bins + 1)]
-    bars = [
-        {
-            "x": 100 * number / bins,
-            "y": 40 * (1 - count / most),
-            "width": 100 / bins,
-            "height": 40 * count / most,
-            "text": f"{ends[number] if alone else f'{ends[number]} to {ends[number + 1]}'}: {count} images",
-        }
-        for number, count in sorted(counts.items())
-    ]
-    named = range(0, bins if alone else bins + 1, math.ceil((bins + 1) / 6))
-    median, mean = sorted(values)[len(values) // 2], sum(values) / len(values)
-    return {
-        "title": title,
-        "text": f"mean {_number(mean)}, median {_number(median)}, {_number(low)} to {_number(high)}",
-        "bars": bars,
-        "ticks": [{"x": 100 * (number + 0.5 * alone) / bins, "text": ends[number]} for number in named],
-        "zero": 100 * -start / (width * bins) if low < 0 < high else None,
-        "most": most,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.2f}"
+def _natural(text: str) -> tuple:
+    """Sorts numbers in texts by their value, and letters without regard to case."""
+    parts = re.split(r"(\d+)", text.casefold())
+    return [
+        (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else (0, part) for place, part in enumerate(parts)
+    ], text
 
 
 def _rounded(value: float | None) -> float | None:

@@ -37,7 +37,7 @@ def score_split(
     *,
     source: dict,
     captioner=None,
-    curves: Path | None = None,
+    curves: list[dict] = (),
     sweep: dict | None = None,
     **options,
 ) -> ScoredSplit:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from transformers import TrainerState
 
+from reports.charts import histogram, labels, line_charts
 from reports.comparison import compare, paired_bootstrap, read_runs
 from reports.outputs import score_captions
-from reports.report import contradictions, faults, histogram, read_thumbnails, thumbnails, write_report
+from reports.plots import COLOURS, plot_curves, training_panels
+from reports.report import contradictions, faults, read_thumbnails, thumbnails, write_report
 
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\"><!-- <script>document.title='hacked'</script>"
 REFERENCES = {
@@ -135,17 +138,87 @@ def test_a_reader_sorts_searches_and_filters_and_hostile_captions_stay_text(chro
     assert chromium.get_log("browser") == []
 
 
-def test_cards_are_added_to_the_end_of_all_as_they_are_scrolled_to(chromium, runs):
+def test_only_cards_in_sight_are_made_and_scrolling_comes_by_all_of_them(chromium, runs):
     opened(chromium, runs / "bad")
-    from selenium.webdriver.support.ui import WebDriverWait
+    choose(chromium, "sort", "image id")
+    expected = ["</script>", "cat", "dog", *(f"more{n}" for n in range(60))]
+    seen, most = {}, 0
+    for _ in range(60):
+        found = chromium.execute_script(
+            "return [...document.querySelectorAll('#gallery > li')].map((card) => ["
+            "Number(card.getAttribute('aria-posinset')), card.querySelector('.id').textContent,"
+            "card.getBoundingClientRect().top + scrollY, card.getBoundingClientRect().left])"
+        )
+        most = max(most, len(found))
+        for place, image, top, left in found:
+            assert seen.setdefault(place, (image, top, left)) == (image, top, left), "a card keeps its place"
+        if chromium.execute_script("return scrollY + innerHeight >= document.documentElement.scrollHeight - 1"):
+            break
+        chromium.execute_async_script(
+            "scrollBy(0, 700); requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+        )
+    assert most < 40
+    assert [seen[place][0][:9] for place in sorted(seen)] == [image[:9] for image in expected]
+    assert len(seen) == 63
+    chromium.execute_async_script("scrollTo(0, 0); requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert len(cards(chromium)) < 40
 
-    def all_there(driver):
-        driver.execute_script("scrollTo(0, document.body.scrollHeight)")
-        return len(cards(driver)) == 63
 
-    WebDriverWait(chromium, 10).until(all_there)
-    assert set(cards(chromium)) == set(REFERENCES)
-    assert not chromium.find_element("id", "more").is_displayed()
+def test_an_image_is_opened_and_the_next_ones_turned_to_by_keyboard_alone(chromium, runs):
+    from selenium.webdriver.common.keys import Keys
+
+    opened(chromium, runs / "bad")
+    chromium.execute_script("document.body.tabIndex = -1; document.body.focus()")
+
+    def focused():
+        return chromium.switch_to.active_element
+
+    def tab_to(name, most=40):
+        for _ in range(most):
+            browser.press(chromium, Keys.TAB)
+            if focused().accessible_name.startswith(name):
+                return
+        raise AssertionError(f"no {name} within {most} tabs")
+
+    tab_to("Search")
+    browser.press(chromium, "water")
+    wait_for(chromium, "60 of 63 images")
+    tab_to("Sort by")
+    browser.press(chromium, "image")  # a select takes the option that is typed
+    assert chromium.execute_script("return $('sort').selectedOptions[0].text") == "image id"
+    assert cards(chromium)[:2] == ["more0", "more1"]
+    tab_to("bad ending") if chromium.find_element("css selector", "input[value='bad ending']").is_enabled() else None
+    tab_to("Open image more0")
+    for image in ("more1", "more2", "more3", "more4", "more5", "more6", "more7", "more8"):
+        browser.press(chromium, Keys.TAB)
+        assert focused().accessible_name == f"Open image {image}"
+        box = focused().rect["y"] - chromium.execute_script("return scrollY")
+        assert 0 <= box <= 900, "what has the focus is in sight"
+    browser.press(chromium, Keys.ENTER)
+    assert chromium.find_element("id", "viewer-title").text == "more8 (9 of 60)"
+    viewer = chromium.find_element("id", "viewer")
+    assert viewer.find_element("css selector", ".prediction").text == GOOD["more8"]
+    assert [item.text for item in viewer.find_elements("css selector", ".references li")] == REFERENCES["more8"]
+    browser.press(chromium, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    assert chromium.find_element("id", "viewer-title").text == "more9 (10 of 60)"
+    for _ in range(5):
+        browser.press(chromium, Keys.TAB)
+        assert chromium.execute_script("return !document.activeElement.closest('#gallery, #controls')"), "focus stays"
+    browser.press(chromium, Keys.ESCAPE)
+    assert not viewer.is_displayed()
+    assert focused().accessible_name == "Open image more9", "where the reader was"
+    assert chromium.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_a_screen_reader_finds_no_serious_fault(chromium, runs, width):
+    for folder, dark in (("bad", False), ("both", True)):
+        opened(chromium, runs / folder)
+        browser.screen(chromium, width, dark=dark)
+        assert browser.faults_for_readers(chromium) == []
+        chromium.find_element("css selector", "#gallery button").click()
+        assert browser.faults_for_readers(chromium) == []
+    browser.screen(chromium)
 
 
 def test_nothing_is_asked_of_any_server_and_every_control_has_a_name(chromium, runs):
@@ -157,18 +230,31 @@ def test_nothing_is_asked_of_any_server_and_every_control_has_a_name(chromium, r
     controls = chromium.find_elements("css selector", "input, select, summary, nav a")
     assert len(controls) > 8
     assert [control.get_attribute("outerHTML") for control in controls if not control.accessible_name] == []
-    for width in (360, 1280):
-        chromium.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
-        )
-        assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
-    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    for folder in ("bad", "both"):
+        chromium.get((runs / folder / "report.html").as_uri())
+        for width in (360, 390, 1280, 1400):
+            browser.screen(chromium, width)
+            assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
+            cut = chromium.execute_script(
+                "return [...document.querySelectorAll('svg text')].filter((text) => {"
+                "const [own, all] = [text.getBoundingClientRect(), text.closest('svg').getBoundingClientRect()];"
+                "return own.left < all.left - 0.5 || own.right > all.right + 0.5}).map((text) => text.textContent)"
+            )
+            assert cut == [], "every label of a chart is in sight"
+            broken = chromium.execute_script(
+                "return [...document.querySelectorAll('.interval')].filter((one) => one.getClientRects().length > 1).length"
+            )
+            assert broken == 0, "no interval is broken over two lines"
+            wide = chromium.execute_script(
+                "return [...document.querySelectorAll('.wide')].filter((one) => one.scrollWidth > one.clientWidth).length"
+            )
+            assert wide == 0, "tables of two runs fit"
+    browser.screen(chromium)
 
 
 def test_runs_stand_side_by_side_and_the_greatest_difference_first(chromium, runs):
     opened(chromium, runs / "both")
-    assert chromium.find_element("tag name", "h1").text == "bad beside good"
+    assert chromium.find_element("tag name", "h1").text == "bad compared with good"
     choose(chromium, "order", "highest first")
     first = chromium.find_element("css selector", "#gallery > li")
     captions = [p.text for p in first.find_elements("css selector", ".prediction")]
@@ -415,12 +501,90 @@ def test_thumbnails_are_small_and_a_damaged_picture_is_left_out(tmp_path, caplog
 
 def test_histograms_count_every_value_once():
     chart = histogram([0.0, 0.1, 0.1, 0.3, 1.9], "CIDEr")
-    assert chart["bars"][0]["text"] == "0 to 0.10: 1 images"
-    assert [bar["text"].split(": ")[1] for bar in chart["bars"]] == ["1 images", "2 images", "1 images", "1 images"]
+    assert chart["bars"][0]["text"] == "0.0 to 0.1: 1 image"
+    assert [bar["text"].split(": ")[1] for bar in chart["bars"]] == ["1 image", "2 images", "1 image", "1 image"]
     words = histogram([3, 3, 5], "words", whole=True)
-    assert [(bar["text"], bar["height"]) for bar in words["bars"]] == [("3: 2 images", 40), ("5: 1 images", 20)]
+    assert [(bar["text"], bar["height"]) for bar in words["bars"]] == [("3: 2 images", 40), ("5: 1 image", 20)]
     assert histogram([2.5, 2.5], "all the same")["bars"][0]["text"].endswith("2 images")
     assert histogram([-1.0, 1.0], "differences")["zero"] == pytest.approx(50, abs=5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ticks_are_all_different_evenly_spaced_and_true(seed):
+    chance = random.Random(seed)
+    scale = 10 ** chance.uniform(-4, 4)
+    low = chance.choice([0, chance.uniform(-3, 3)])
+    values = [(low + chance.random()) * scale for _ in range(chance.choice([2, 5, 5000]))]
+    chart = histogram(values, "any")
+    assert sum(int(bar["text"].split(": ")[1].split()[0].replace(",", "")) for bar in chart["bars"]) == len(values)
+    for axis, place in (("x_ticks", "x"), ("y_ticks", "y")):
+        ticks = chart[axis]
+        numbers = [float(tick["text"].replace(",", "").replace("\u2212", "-")) for tick in ticks]
+        assert len(set(numbers)) == len(ticks) >= (2 if axis == "y_ticks" else 1)
+        gaps = np.diff([tick[place] for tick in ticks])
+        assert np.allclose(gaps, gaps[0] if len(gaps) else 0)
+        assert np.allclose(np.diff(numbers), np.diff(numbers)[0] if len(gaps) else 0), (
+            "labels are as far apart as ticks"
+        )
+        if axis == "x_ticks" and len(ticks) > 1:  # what a bar says of its edge is where it is drawn
+            edge = float(chart["bars"][0]["text"].split(" to ")[0].replace(",", "").replace("\u2212", "-"))
+            drawn = numbers[0] + (chart["bars"][0]["x"] - ticks[0]["x"]) * (numbers[1] - numbers[0]) / gaps[0]
+            assert edge == pytest.approx(drawn, abs=1e-3 * (numbers[1] - numbers[0]))
+
+
+def test_labels_of_small_steps_differ():
+    assert labels([0.01, 0.015, 0.02], 0.005) == ["0.010", "0.015", "0.020"]
+    assert labels([0, 2000, 4000], 2000) == ["0", "2,000", "4,000"]
+    assert labels([-0.5, 0.0, 0.5], 0.5) == ["\u22120.5", "0.0", "0.5"]
+    assert [float(text) for text in labels([0, 5e-5, 1e-4, 1.5e-4], 5e-5)] == [0, 5e-5, 1e-4, 1.5e-4]
+
+
+LOG = [
+    *({"step": step, "loss": 4 - step / 500, "learning_rate": 1e-3} for step in range(10, 1001, 10)),
+    *({"step": step, "eval_loss": 3, "eval_CIDEr": step / 1000, "eval_sacrebleu": 9} for step in (400, 800)),
+]
+
+
+def test_training_charts_share_their_steps_and_mark_the_checkpoint_that_was_kept(tmp_path):
+    panels = training_panels(TrainerState(log_history=LOG, best_global_step=800))
+    drawn = line_charts(panels)
+    assert [chart["title"] for chart in drawn] == [
+        "Loss",
+        "Learning rate",
+        "sacreBLEU, validation",
+        "CIDEr, validation",
+    ]
+    assert len({tuple((tick["x"], tick["text"]) for tick in chart["x_ticks"]) for chart in drawn}) == 1
+    training, validation = drawn[0]["lines"]
+    assert (training["points"][0]["x"], training["points"][-1]["x"]) == (0, 100)
+    place = {
+        round(float(point["text"].split(":")[0].removeprefix("step ").replace(",", ""))): point["x"]
+        for point in training["points"]
+    }
+    assert {chart["best"]["x"] for chart in drawn} == {place[800]}
+    assert [point["x"] for point in drawn[3]["lines"][0]["points"]] == [place[400], place[800]]
+    assert not training["marked"]
+    assert validation["marked"]
+    plot_curves(panels, tmp_path)
+    assert Image.open(tmp_path / "training_curves.png").size == (1350, 900)
+
+
+def test_a_run_without_validation_has_the_charts_of_what_it_logged(tmp_path):
+    panels = training_panels(TrainerState(log_history=[row for row in LOG if "loss" in row][:1]))
+    assert [chart["title"] for chart in line_charts(panels)] == ["Loss", "Learning rate"]
+    assert line_charts(panels)[0]["best"] is None
+    plot_curves(panels, tmp_path)
+    assert (tmp_path / "training_curves.svg").stat().st_size
+    assert training_panels(TrainerState(log_history=[])) == []
+    plot_curves([], tmp_path)
+
+
+def test_charts_in_files_and_in_the_report_have_the_same_colours():
+    from pathlib import Path
+
+    style = Path(browser.__file__).parents[1].joinpath("reports/report.css").read_text(encoding="utf-8")
+    light = style.split("@media")[0]
+    assert [f"--run{number}: {colour}" in light for number, colour in enumerate(COLOURS)] == [True] * len(COLOURS)
 
 
 def test_a_report_without_pictures_says_so(runs):
@@ -445,11 +609,10 @@ def test_a_card_shows_where_the_model_looked_for_each_word(chromium, tmp_path):
         tmp_path / "out", "--min_new_tokens", 4, "--max_new_tokens", 6, "--report_maps", 2, *NO_JAVA,
     )  # fmt: skip
     opened(chromium, tmp_path / "out")
-    looks = chromium.find_elements("css selector", ".looks")
-    assert len(looks) == 2, "as many as were asked for"
-    looks[0].find_element("tag name", "summary").click()
-    caption = chromium.find_element("css selector", ".prediction").text
-    words = [figure.text for figure in looks[0].find_elements("tag name", "figure")]
+    assert chromium.execute_script("return Object.keys(looks).length") == 2, "as many as were asked for"
+    chromium.find_element("css selector", "#gallery img").click()
+    caption = chromium.find_element("css selector", "#opened .prediction").text
+    words = browser.wait(lambda: [figure.text for figure in chromium.find_elements("css selector", ".looks figure")])
     assert words == caption.split() != []
     dark, light = chromium.execute_script(
         "const canvas = document.querySelector('.looks canvas');"
