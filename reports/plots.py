@@ -14,9 +14,9 @@ STYLE = {
 
 
 def training_panels(state) -> list[dict]:
-    """What can be drawn of a run with this TrainerState, [{"title", "best_step", "lines": [{"label", "points": [(step, value), ...]}]}]: loss,
-    learning rate, reward and validation scores, as far as they were logged. `best_step` is that of the checkpoint
-    that was kept, None where none was chosen by its score."""
+    """What can be drawn of the run with this TrainerState, as far as it was logged: loss, learning rate, reward and
+    validation scores, `[{"title", "best_step", "lines": [{"label", "points": [(step, value), ...]}]}]`. `best_step` is
+    that of the checkpoint that was kept; None where none was chosen by its score."""
     wanted = {
         "Loss": [("loss", "training"), ("eval_loss", "validation")],
         "Learning rate": [("learning_rate", None)],

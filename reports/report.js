@@ -211,7 +211,8 @@ function draw() {
   const count = Math.ceil(shown.length / columns);
   const top = -gallery.getBoundingClientRect().top;
   const first = Math.max(0, Math.min(Math.floor(top / height) - 1, count - 1));
-  const last = Math.min(count, Math.max(first + 1, Math.ceil((top + innerHeight) / height) + 1));
+  const screen = Math.ceil(innerHeight / height) + 1; // rows that fill the screen: the first of them are there before they are scrolled to
+  const last = Math.min(count, Math.max(first + screen, Math.ceil((top + innerHeight) / height) + 1));
   for (const [place, node] of cards) {
     if (place < first * columns || place >= last * columns) {
       node.remove();

@@ -64,6 +64,7 @@ def chromium():
 
 
 def opened(driver, folder):
+    browser.screen(driver)
     driver.get_log("browser"), driver.get_log("performance")
     driver.get((folder / "report.html").as_uri())
     assert driver.get_log("browser") == []
