@@ -51,10 +51,18 @@ def test_the_quickstart_runs_and_measures_truth(control, tmp_path):
     assert {"count", "size", "colour", "shape", "relation"} <= set(facts)
 
 
-def test_every_file_and_script_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\(([\w./-]+)\)|`((?:recipes|benchmarks|docs)/[\w./-]+)`", text):
-        assert (ROOT / (path[0] or path[1])).exists(), path
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_script_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for linked, named in re.findall(r"\]\(([\w./-]+)\)|`((?:recipes|benchmarks|docs|data|models|metrics)/[\w./-]+)`", text):
+        assert (page.parent / linked if linked else ROOT / named).exists(), linked or named
+
+
+def test_the_readme_fits_in_200_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_every_test_that_the_corrections_name_exists():
@@ -64,13 +72,14 @@ def test_every_test_that_the_corrections_name_exists():
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
 
 
-def test_every_flag_that_the_readme_names_exists():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_that_a_page_names_exists(page):
     known = {field for group in GROUPS for field in group.__dataclass_fields__}
     others = ("Evaluate", "Infer", "Demo", "Rewrite", "LLM", "Export")
     for group in (getattr(arguments, f"{name}Arguments") for name in others):
         known |= set(group.__dataclass_fields__)
-    named = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text())) - {"help", "nproc_per_node"}
-    assert named <= known
+    of_other_programs = {"help", "nproc_per_node"}
+    assert set(re.findall(r"--(\w+)", page.read_text(encoding="utf-8"))) - of_other_programs <= known
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("benchmarks/results/*.json")))
