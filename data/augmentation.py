@@ -4,7 +4,7 @@ The recipe of BLIP's paper (section 4.1; data/__init__.py and transform/randaugm
 
     augment: ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
 
-docs/augmentation.png shows what each operation makes of a picture; `python benchmarks/augmentation.py PHOTO...` draws
+docs/augmentation.png shows what each operation makes of a picture; `python benchmarks/quality/augmentation.py PHOTO...` draws
 that of yours.
 """
 

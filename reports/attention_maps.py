@@ -1,6 +1,6 @@
 """Where BLIP looks as it writes each word of a caption: cross-attention over the image's patches.
 
-What a map shows is where information was fetched from, and not why a word was chosen: benchmarks/attention.py measures
+What a map shows is where information was fetched from, and not why a word was chosen: benchmarks/quality/attention.py measures
 on drawn scenes how far the two agree.
 """
 

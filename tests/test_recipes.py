@@ -57,7 +57,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_and_script_that_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
-    for linked, named in re.findall(r"\]\(([\w./-]+)\)|`((?:recipes|benchmarks|docs|data|models|metrics)/[\w./-]+)`", text):
+    for linked, named in re.findall(
+        r"\]\(([\w./-]+)\)|`((?:recipes|benchmarks|docs|data|models|metrics)/[\w./-]+)`", text
+    ):
         assert (page.parent / linked if linked else ROOT / named).exists(), linked or named
 
 

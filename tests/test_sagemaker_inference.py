@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "sagemaker"))
 import inference
 
 import bundle
-from benchmarks import serving
+from benchmarks.speed import serving
 from captioner import Captioner
 
 
@@ -326,7 +326,7 @@ def test_short_answers_do_not_make_the_server_misread_the_next_one(server, capti
 
 
 def test_nothing_that_clients_send_crashes_or_stalls_the_server(server, captioner, photos):
-    """benchmarks/serving.py sends ten thousand."""
+    """benchmarks/speed/serving.py sends ten thousand."""
     result = serving.attack(server, photos, 1500, 8, serving.checker(captioner(photos)), seed=1)
     assert result["faults"] == []
     assert not result["worker_restarted"]

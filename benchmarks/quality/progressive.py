@@ -1,7 +1,7 @@
 """The three stages of progressive training with small models, over several seeds: what each stage gives.
 
-    python benchmarks/progressive.py scenes                                # the quickstart's scenes; nothing is needed
-    CAPTION_TEST_DATA=... python benchmarks/progressive.py photos          # Flickr8k photographs of the test data
+    python -m benchmarks.quality.progressive scenes                                # the quickstart's scenes; nothing is needed
+    CAPTION_TEST_DATA=... python -m benchmarks.quality.progressive photos          # Flickr8k photographs of the test data
 
 1 cross-entropy   recipes/quickstart/scenes.yaml, recipes/photos/small.yaml
 1 continued       a control, on the scenes: as many more steps of cross-entropy as stage 2 has, without augmentation
@@ -22,9 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 
@@ -129,7 +127,7 @@ def main() -> None:
     table = summarize(seeds)
     commands = {stage: " ".join(map(str, flags)) for stage, (_, flags) in stages(arguments.what).items()}
     write_json(
-        ROOT / f"benchmarks/results/progressive_{arguments.what}.json",
+        RESULTS / f"progressive_{arguments.what}.json",
         {"stages": commands, "table": table, "seeds": seeds, **environment()},
     )
     for stage, splits in table.items():

@@ -1,6 +1,6 @@
 """rewrite.py against `transformers serve`, with everything going wrong that can (must show 1).
 
-    CAPTION_TEST_DATA=... python benchmarks/rewrite_server.py --serve_python PYTHON [--llm FOLDER] [--rows 2000]
+    CAPTION_TEST_DATA=... python -m benchmarks.rewriting.rewrite_server --serve_python PYTHON [--llm FOLDER] [--rows 2000]
 
 PYTHON is one whose environment has transformers[serving]. Between the client and the server stands a proxy that answers
 429 and 500, and lets requests hang. The client is killed three times (SIGKILL), the server once, in the middle. Then:
@@ -23,10 +23,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from benchmarks import small_llm
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 from rewriting.prompts import fill, load_prompt
@@ -195,7 +193,7 @@ def main() -> None:
         "client_command": " ".join(map(str, command[1:])).replace(str(ROOT), "."),
         **environment(),
     }
-    write_json(ROOT / "benchmarks/results/rewrite_server.json", result)
+    write_json(RESULTS / "rewrite_server.json", result)
     print(json.dumps(result, indent=2))
 
 

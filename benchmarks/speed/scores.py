@@ -1,6 +1,6 @@
 """Scores and rewards side by side with pycocoevalcap.
 
-    CAPTION_TEST_DATA=... python benchmarks/scores.py [--repeats 5] [--output benchmarks/results/scores.json]
+    CAPTION_TEST_DATA=... python -m benchmarks.speed.scores [--repeats 5] [--output benchmarks/results/scores.json]
 
 (a) COCO Karpathy test, 5,000 images: BLEU-1..4, ROUGE-L, CIDEr and METEOR, tokenizing included. The predictions are each
     image's first reference, the references the others, so that the captions are as varied as people's.
@@ -14,15 +14,12 @@ import argparse
 import os
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.harness import RESULTS
 from common.files import write_json
 from common.provenance import environment
 from data.caption_files import load_references
@@ -87,7 +84,7 @@ def summary(theirs: list[float], ours: list[float]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/scores.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scores.json")
     arguments = parser.parse_args()
     data = os.environ.get("CAPTION_TEST_DATA")
     if not data:

@@ -1,6 +1,6 @@
 """A model archive behind the real inference toolkit and model server: latency, throughput, and what hostile clients do.
 
-    python benchmarks/serving.py [--malformed 10000]        (needs make sagemaker-envs; writes results/serving.json)
+    python -m benchmarks.speed.serving [--malformed 10000]        (needs make sagemaker-envs; writes results/serving.json)
 
 The model is the quickstart's, with random weights: what is measured is the server and its handlers around a small
 model. First 500 valid requests from 8 clients, then malformed ones with valid ones in between, whose answers are compared
@@ -29,8 +29,9 @@ import time
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "sagemaker")]
+from benchmarks.harness import RESULTS, ROOT
+
+sys.path.insert(0, str(ROOT / "sagemaker"))
 
 import psutil
 import torch
@@ -413,7 +414,7 @@ def main():
         finally:
             server.stop()
     result["malformed"]["faults"] = [repr(fault) for fault in result["malformed"]["faults"][:20]]
-    write_json(ROOT / "benchmarks/results/serving.json", result | environment())
+    write_json(RESULTS / "serving.json", result | environment())
     print(json.dumps(result, indent=2))
 
 

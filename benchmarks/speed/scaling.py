@@ -1,6 +1,6 @@
 """What more images and more processes cost.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.speed.scaling
 
 1. infer.py and evaluate.py on 1,000, 10,000 and 100,000 small images with a tiny model: wall time, and the peak memory of
    the largest process, which must not grow with the images. Plotted to docs/scaling.png.
@@ -20,13 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch
-
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 from models.loading import build_model
@@ -202,7 +199,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--training_images", type=int, default=800)
     parser.add_argument("--repeats", type=int, default=3, help="turns of training in one and in two processes")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/scaling.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/scaling.png")
     arguments = parser.parse_args()
     if arguments.training_images % 40:

@@ -1,6 +1,6 @@
 """evaluate.py's scores beside pycocoevalcap's, on COCO's Karpathy test split.
 
-    CAPTION_TEST_DATA=... python benchmarks/exactness.py
+    CAPTION_TEST_DATA=... python -m benchmarks.quality.exactness
 
 Twice: the published system's captions that lie beside the data (which are one caption for all 5,000 images), and each
 image's first reference scored against the others, whose captions are as varied as people's.
@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scores import ROOT, pycocoevalcap_scores
-
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.speed.scores import pycocoevalcap_scores
 from common.files import write_json
 from common.provenance import environment
 from data.caption_files import load_predictions, load_references
@@ -58,7 +58,7 @@ def main() -> None:
             worst = max(worst, abs(value - ours[metric]))
     print(f"largest difference: {worst:.1e}")
     write_json(
-        ROOT / "benchmarks/results/exactness.json",
+        RESULTS / "exactness.json",
         {"images": len(references), **record, "largest_difference": worst, **environment()},
     )
 

@@ -1,7 +1,7 @@
 """Captions per second: beam search of transformers' BLIP beside ours, same weights, images and token ids.
 
-    python benchmarks/captioning.py                                        # CPU, batches of 8, 1, 2 and 4
-    python benchmarks/captioning.py --device cuda --dtype bfloat16 --batch_sizes 1 8 32 128
+    python -m benchmarks.speed.captioning                                        # CPU, batches of 8, 1, 2 and 4
+    python -m benchmarks.speed.captioning --device cuda --dtype bfloat16 --batch_sizes 1 8 32 128
 
 BLIP-base at 384 px with random weights, which never end a caption, so each has --max_new_tokens tokens. The two take
 turns in one process; the result has every time, medians, spread and the machine, and docs/captioning.png is drawn of it.
@@ -9,64 +9,15 @@ turns in one process; the result has every time, medians, spread and the machine
 
 import argparse
 import copy
-import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-from transformers import BlipConfig, BlipForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from common.files import write_json
-from common.provenance import environment
+from benchmarks.harness import RESULTS, ROOT, blip_base, summary, timed, write_result
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.decoding import generate
-
-
-def blip_base() -> BlipForConditionalGeneration:
-    """The architecture of Salesforce/blip-image-captioning-base (12 heads in the text decoder), random weights."""
-    torch.manual_seed(0)
-    config = BlipConfig(
-        text_config={"num_attention_heads": 12}, vision_config={"image_size": 384, "initializer_range": 0.02}
-    )
-    return BlipForConditionalGeneration(config)
-
-
-def summary(seconds: dict[str, list[float]], items: int) -> dict:
-    """Rates (items a second) of the alternating runs of "peer" and "ours": medians, spread, ratio of the medians."""
-    rates = {name: [items / value for value in values] for name, values in seconds.items()}
-    return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
-        for name, values in rates.items()
-    } | {"ratio": statistics.median(rates["ours"]) / statistics.median(rates["peer"])}
-
-
-def timed(function, device: str) -> tuple[float, object]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
-def peak_mib(device: str) -> float:
-    """The most memory that this process has had: the GPU's, or main memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage's ru_maxrss: a child process starts with its parent's.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-
-
-def write_result(path: Path, result: dict) -> None:
-    write_json(path, {**result, "load_average": os.getloadavg()[0], **environment()})
-    print(f"Written to {path}")
 
 
 def main() -> None:
@@ -79,7 +30,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--without_onednn", action="store_true", help="ours with PyTorch's own linear layers")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "captioning.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "captioning.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "captioning.png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

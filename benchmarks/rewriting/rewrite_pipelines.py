@@ -1,6 +1,6 @@
 """Both published pipelines end to end on drawn scenes with small local models, up to a trained captioner (must show 4).
 
-    python benchmarks/rewrite_pipelines.py [paragraph] [fuse]
+    python -m benchmarks.rewriting.rewrite_pipelines [paragraph] [fuse]
 
 paragraph   a small LLM turns the five captions of a scene into a paragraph (rewrite.py paragraph), a captioner is trained
             on the paragraphs (train.py), and scored: n-gram scores, lengths, repetition, and whether it is true
@@ -20,11 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import data
 from benchmarks import small_llm
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 from metrics.scene_facts import score_scene_facts
@@ -147,7 +145,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         result = paragraph(folder) if name == "paragraph" else fuse(folder, folder.parent / "paragraph/captioner")
-        write_json(ROOT / f"benchmarks/results/rewrite_{name}.json", {**result, **environment()})
+        write_json(RESULTS / f"rewrite_{name}.json", {**result, **environment()})
         print(json.dumps(result, indent=2, ensure_ascii=False), flush=True)
 
 

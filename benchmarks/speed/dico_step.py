@@ -1,6 +1,6 @@
 """Images per second and peak memory of a DiCO step: the published code's shape beside ours.
 
-    python benchmarks/dico_step.py                                         # CPU, 2 images of 5 candidates a step
+    python -m benchmarks.speed.dico_step                                         # CPU, 2 images of 5 candidates a step
 
 Both sides take BLIP-base at 384 px with random weights, its vision encoder frozen as published, and the same images,
 rewards and AdamW; their losses and gradients must agree.
@@ -22,11 +22,11 @@ import sys
 from pathlib import Path
 
 import torch
-from captioning import ROOT, blip_base, peak_mib, summary, timed, write_result
-from training_step import largest_gradient_difference
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 from transformers.generation import GenerationMixin
 
+from benchmarks.harness import RESULTS, blip_base, peak_mib, summary, timed, write_result
+from benchmarks.speed.training_step import largest_gradient_difference
 from captioner import Captioner
 from collator import CaptionCollator
 from models.blip_attention import use_fast_attention
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each side, after the comparison")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "dico_step.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "dico_step.json")
     parser.add_argument("--memory_of", choices=["peer", "ours"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -141,7 +141,7 @@ def main() -> None:
     del sides
     memory = {}
     for side in ("peer", "ours"):
-        command = [sys.executable, __file__, "--memory_of", side, *sys.argv[1:]]
+        command = [sys.executable, "-m", __spec__.name, "--memory_of", side, *sys.argv[1:]]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         memory[side] = json.loads(done.stdout.splitlines()[-1])
     memory["ratio"] = memory["ours"] / memory["peer"]

@@ -1,6 +1,6 @@
 """How well the checks of rewrite.py find faults in the 2,000 official fused captions of CapsFusion.
 
-    CAPTION_TEST_DATA=... python benchmarks/detector.py
+    CAPTION_TEST_DATA=... python -m benchmarks.rewriting.detector
 
 Counts what is flagged, by reason, and compares with texts read by hand (detector_annotations.json: flagged ones and
 passed ones, drawn at random): precision, share of faults among the passed, and what follows for recall.
@@ -9,13 +9,10 @@ passed ones, drawn at random): precision, share of faults among the passed, and 
 import json
 import math
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 from metrics.coco_caption.text_checks import unsupported_facts
@@ -33,7 +30,7 @@ def wilson(hits: int, count: int) -> list[float]:
 
 def main() -> None:
     rows = json.loads((Path(os.environ["CAPTION_TEST_DATA"]) / "capsfusion/example_data.json").read_text())
-    notes = json.loads((ROOT / "benchmarks/detector_annotations.json").read_text())
+    notes = json.loads((ROOT / "benchmarks/rewriting/detector_annotations.json").read_text())
     checker = Checker(load_prompt("fuse"))
     reasons, warned = {}, 0
     for number, row in enumerate(rows):
@@ -70,7 +67,7 @@ def main() -> None:
         "faults_found_by_searching_the_passed": sorted(map(int, notes["searched"]["at_fault"])),
         **environment(),
     }
-    write_json(ROOT / "benchmarks/results/detector.json", result)
+    write_json(RESULTS / "detector.json", result)
     print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "hardware")}, indent=2))
 
 

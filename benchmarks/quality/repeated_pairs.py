@@ -1,6 +1,6 @@
 """Which pairs of words the captions of a run repeat: whether repetition is a fault, or the wording of sound captions.
 
-    python benchmarks/repeated_pairs.py runs/dico_scenes/xe-1 runs/dico-scenes
+    python -m benchmarks.quality.repeated_pairs runs/dico_scenes/xe-1 runs/dico-scenes
 
 Counts, over each folder's predictions.json, the pairs of neighbouring words that stood in their caption before, and
 writes the commonest to benchmarks/results/repeated_pairs.json.
@@ -9,13 +9,10 @@ writes the commonest to benchmarks/results/repeated_pairs.json.
 import argparse
 import itertools
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.harness import RESULTS
 from common.files import write_json
 from common.provenance import environment
 from data.caption_files import load_predictions
@@ -25,7 +22,7 @@ from metrics import tokenize
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/repeated_pairs.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "repeated_pairs.json")
     arguments = parser.parse_args()
     found = {str(run): count(load_predictions(run / "predictions.json")) for run in arguments.runs}
     write_json(arguments.output, {"runs": found, **environment()})

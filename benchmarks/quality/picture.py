@@ -1,20 +1,17 @@
 """docs/overview.png: a drawn scene, its caption, where the model looks for each word, and the scores of its run.
 It is the first scene of the test split with a caption that is true in all that it says and leaves nothing out.
 
-python benchmarks/picture.py runs/quickstart        (a folder that train.py left)
+python -m benchmarks.quality.picture runs/quickstart        (a folder that train.py left)
 """
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from matplotlib.figure import Figure
 
+from benchmarks.harness import ROOT
 from captioner import Captioner
 from data import open_image, scenes
 from metrics.scene_facts import scene_facts

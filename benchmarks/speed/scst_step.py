@@ -1,7 +1,7 @@
 """Seconds of a step of self-critical training: the published loop's shape beside ours, same samples and same loss.
 
-    python benchmarks/scst_step.py                                 # CPU, 2 images a step
-    python benchmarks/scst_step.py --device cuda --images 16
+    python -m benchmarks.speed.scst_step                                 # CPU, 2 images a step
+    python -m benchmarks.speed.scst_step --device cuda --images 16
 
 Both sides train BLIP-base at 384 px with random weights (which never end a caption: each has --max_new_tokens tokens) on
 the same images, with the same rewards (CIDEr-D, five references an image) and AdamW:
@@ -27,10 +27,10 @@ from pathlib import Path
 
 import datasets
 import torch
-from captioning import ROOT, blip_base, summary, timed, write_result
 from torch.nn.functional import cross_entropy
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
+from benchmarks.harness import RESULTS, blip_base, summary, timed, write_result
 from captioner import Captioner
 from collator import IGNORE, CaptionCollator
 from models.blip_attention import use_fast_attention
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each side, after one warm-up turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "scst_step.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scst_step.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     datasets.config.HF_DATASETS_CACHE = tempfile.mkdtemp()  # of the document frequencies

@@ -1,21 +1,18 @@
 """A contact sheet of augmented pictures: what each operation makes of them, and whole recipes, twice each.
 
-python benchmarks/augmentation.py                                    docs/augmentation.png, of three drawn scenes
-python benchmarks/augmentation.py PHOTO ... --output sheet.png
-python benchmarks/augmentation.py PHOTO --augment "rotation:30 jpeg:5" "flip"       a column each
+python -m benchmarks.quality.augmentation                                    docs/augmentation.png, of three drawn scenes
+python -m benchmarks.quality.augmentation PHOTO ... --output sheet.png
+python -m benchmarks.quality.augmentation PHOTO --augment "rotation:30 jpeg:5" "flip"       a column each
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import data
+from benchmarks.harness import ROOT
 from data import scenes
 
 TILE, LINE, GAP = 136, 13, 4  # pixels

@@ -1,6 +1,6 @@
 """One caption an image in a batch against five: validation loss and CIDEr at equal numbers of pairs seen.
 
-    python benchmarks/convergence.py --data FOLDER      (the folder that CAPTION_TEST_DATA names)
+    python -m benchmarks.quality.convergence --data FOLDER      (the folder that CAPTION_TEST_DATA names)
 
 train.py runs on recipes/photos/model.json with and without `captions_per_image: 5`. A step has as many pairs in both
 (batch 80 of 1, batch 16 of 5), and so have the epochs, the schedule and the evaluations: what differs is that 80 pairs
@@ -16,9 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 
@@ -101,7 +99,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--max_train_samples", type=int, help="fewer images, for a quick look")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/convergence.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "convergence.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/convergence.png")
     arguments = parser.parse_args()
     if not arguments.data:

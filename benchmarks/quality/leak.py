@@ -2,20 +2,17 @@
 
 The published BLIP repo evaluates the second way, and reports BLEU-4 0.97.
 
-    python benchmarks/leak.py --data FOLDER        (the folder that CAPTION_TEST_DATA names)
+    python -m benchmarks.quality.leak --data FOLDER        (the folder that CAPTION_TEST_DATA names)
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 
 import data
+from benchmarks.harness import RESULTS, ROOT
 from captioner import Captioner
 from collator import ImageCollator
 from common.files import write_json
@@ -73,7 +70,7 @@ def main():
         print(name, {metric: round(value, 4) for metric, value in results[name].items()})
     example = records[0]["image_id"]
     write_json(
-        ROOT / "benchmarks/results/leak.json",
+        RESULTS / "leak.json",
         {
             "what": "one untrained model (recipes/photos/model.json, random weights) on 40 Flickr8k test photos",
             **results,

@@ -1,7 +1,7 @@
 """Fine-tuning pairs per second and peak memory of a step: a plain Trainer script's batch beside ours.
 
-    python benchmarks/training_step.py                                     # CPU, 2 images of 5 captions a step
-    python benchmarks/training_step.py --device cuda --dtype bfloat16 --images 16
+    python -m benchmarks.speed.training_step                                     # CPU, 2 images of 5 captions a step
+    python -m benchmarks.speed.training_step --device cuda --dtype bfloat16 --images 16
 
 Both sides train BLIP-base at 384 px on the same (image, caption) pairs, with the same weights, loss and AdamW:
 
@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 import torch
-from captioning import ROOT, blip_base, peak_mib, summary, timed, write_result
 
+from benchmarks.harness import RESULTS, blip_base, peak_mib, summary, timed, write_result
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.vision import encode_images
@@ -105,7 +105,7 @@ def largest_gradient_difference(sides: Sides) -> float:
 
 def peak_memory(arguments, side: str, frozen_vision: bool) -> dict:
     """MiB of a process that does two steps of one side (Adam's moments exist from the first on)."""
-    command = [sys.executable, __file__, "--memory_of", side, *sys.argv[1:]] + ["--frozen"] * frozen_vision
+    command = [sys.executable, "-m", __spec__.name, "--memory_of", side, *sys.argv[1:]] + ["--frozen"] * frozen_vision
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--skip_memory", action="store_true")
     parser.add_argument("--without_onednn", action="store_true", help="ours with PyTorch's own linear layers")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training_step.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training_step.json")
     parser.add_argument("--memory_of", choices=["peer", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

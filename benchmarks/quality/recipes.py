@@ -1,6 +1,6 @@
 """Runs the recipes that need no GPU, and records what they gave.
 
-    CAPTION_TEST_DATA=... python benchmarks/recipes.py [quickstart] [shuffled] [photos]
+    CAPTION_TEST_DATA=... python -m benchmarks.quality.recipes [quickstart] [shuffled] [photos]
 
 quickstart   `make quickstart`, timed after the install
 shuffled     the same recipe, each image with another image's captions: what is scored without looking
@@ -16,9 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 
@@ -51,7 +49,7 @@ def record(name: str, folder: Path, **more) -> None:
         "run_command": scores["command"],
         **environment(),
     }
-    write_json(ROOT / f"benchmarks/results/{name}.json", result)
+    write_json(RESULTS / f"{name}.json", result)
     print(name, json.dumps({"facts": scores.get("scene_facts"), "CIDEr": scores["CIDEr"], "seconds": more}, indent=2))
 
 

@@ -1,6 +1,6 @@
 """A sweep of 9 generation settings beside one evaluation, and beside nine.
 
-    CAPTION_TEST_DATA=... python benchmarks/sweep.py [--model FOLDER --images 200]
+    CAPTION_TEST_DATA=... python -m benchmarks.speed.sweep [--model FOLDER --images 200]
 
 Without --model: BLIP-base at 384 px with random weights, which never end a caption, so each has 20 tokens. An evaluation
 captions the photographs with 5 beams and scores them; the sweep does so with 1, 3 and 5 beams by three length penalties.
@@ -11,16 +11,13 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import data
 from arguments import MetricArguments
+from benchmarks.harness import RESULTS
 from captioner import Captioner
 from common.files import write_json
 from common.provenance import environment
@@ -96,7 +93,7 @@ def main():
         "nine_evaluations_to_sweep": medians["one_by_one"] / medians["sweep"],
     }
     name = "sweep_trained" if args.model else "sweep_blip_base"
-    write_json(ROOT / f"benchmarks/results/{name}.json", result | environment())
+    write_json(RESULTS / f"{name}.json", result | environment())
     print(json.dumps({name: value for name, value in result.items() if name != "seconds"}, indent=2))
 
 

@@ -1,7 +1,7 @@
 """Whether a shape's word looks at that shape: the quickstart model's attention maps on drawn scenes, whose objects lie
 where the drawing put them.
 
-    python benchmarks/attention.py runs/quickstart        (a model that `make quickstart` trained)
+    python -m benchmarks.quality.attention runs/quickstart        (a model that `make quickstart` trained)
 
 Of a word for a shape, the share of its map that falls on the shape's patches, over the share of the image that these
 patches are: 1 is chance. The control is the same word's share on the other group of objects.
@@ -12,11 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 
+from benchmarks.harness import RESULTS
 from captioner import Captioner
 from collator import IGNORE
 from common.files import write_json
@@ -89,7 +87,7 @@ def main():
                         heat = heats[at].reshape(scenes.GRID, scenes.GRID).numpy()
                         layers.setdefault(f"layer {layer}, {where} the word", []).append(times_chance(heat, own))
     write_json(
-        ROOT / "benchmarks/results/attention.json",
+        RESULTS / "attention.json",
         {
             "what": f"attention maps of a quickstart model on {len(found['own shape'])} scenes with two different shapes; "
             "share of a shape word's map on the patches named, over these patches' share of the image (1 is chance)",

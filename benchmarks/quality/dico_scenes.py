@@ -1,7 +1,7 @@
 """DiCO beside cross-entropy and SCST on the quickstart scenes: what each buys in CLIP-S, and what it pays.
 
-    python benchmarks/train_scene_clip.py runs/scene_clip
-    python benchmarks/dico_scenes.py
+    python -m benchmarks.quality.train_scene_clip runs/scene_clip
+    python -m benchmarks.quality.dico_scenes
 
 Of each seed one captioner is trained with cross-entropy (train.py, recipes/quickstart/scenes.yaml, --xe_steps). From it
 four go on for the same number of steps, of the same images, optimiser and learning rate: cross-entropy, SCST on CIDEr,
@@ -24,10 +24,8 @@ from pathlib import Path
 import torch
 from transformers import get_scheduler
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import data
+from benchmarks.harness import RESULTS, ROOT
 from captioner import Captioner
 from collator import IGNORE, CaptionCollator
 from common.files import write_json
@@ -265,7 +263,7 @@ def main() -> None:
     parser.add_argument("--schedule", default="constant", help="of the learning rate: constant, linear, cosine")
     parser.add_argument("--batch_size", type=int, default=16, help="images a step")
     parser.add_argument("--sampled", action="store_true", help="DiCO's candidates are samples instead of beams")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/dico_scenes.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "dico_scenes.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/dico_tradeoff.png")
     arguments = parser.parse_args()
     if len(set(arguments.seeds)) < 2:

@@ -1,7 +1,7 @@
 """How soon report.html opens with 5,000 images, in Chromium; and the screenshots in docs/.
 
-    CAPTION_TEST_DATA=... python benchmarks/report.py
-    python benchmarks/report.py --screenshots RUN COMPARISON        folders with a report.html each
+    CAPTION_TEST_DATA=... python -m benchmarks.speed.report
+    python -m benchmarks.speed.report --screenshots RUN COMPARISON        folders with a report.html each
 
 The rows are the 5,000 captions of COCO's Karpathy test split in the test data, beside a published system's captions. The
 test data has none of their pictures, so the Flickr8k photographs stand in, each several times: what counts is their size.
@@ -15,8 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from benchmarks.harness import RESULTS, ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
 
 import browser
 from PIL import Image
@@ -33,7 +34,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--screenshots", nargs=2, type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/report.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "report.json")
     args = parser.parse_args()
     if args.screenshots:
         run, comparison = args.screenshots

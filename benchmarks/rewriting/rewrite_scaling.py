@@ -1,6 +1,6 @@
 """Memory and time of rewrite.py over the number of rows, with a backend that answers at once (must show 5).
 
-    python benchmarks/rewrite_scaling.py [--rows 1000 10000 100000 1000000]
+    python -m benchmarks.rewriting.rewrite_scaling [--rows 1000 10000 100000 1000000]
 
 Everything but the LLM is real: reading, prompts, checks, part files, merging, the report. Each size runs in a process of
 its own, whose memory is read while it runs. Writes benchmarks/results/rewrite_scaling.json and docs/rewrite_scaling.png.
@@ -13,12 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import matplotlib
 import psutil
 
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 
@@ -65,7 +63,9 @@ def measure(rows: int, folder: Path) -> dict:
             }
             file.write(json.dumps(row) + "\n")
     start, curve = time.perf_counter(), []
-    process = subprocess.Popen([sys.executable, __file__, "--worker", source, output], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", __spec__.name, "--worker", source, output], stderr=subprocess.DEVNULL
+    )
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         try:
@@ -103,7 +103,7 @@ def main() -> None:
         "bytes_of_memory_a_row": (last["peak_mib"] - first["peak_mib"]) * 2**20 / (last["rows"] - first["rows"]),
         **environment(),
     }
-    write_json(ROOT / "benchmarks/results/rewrite_scaling.json", result)
+    write_json(RESULTS / "rewrite_scaling.json", result)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for run in runs:
         left.plot(

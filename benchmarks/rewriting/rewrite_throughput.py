@@ -1,6 +1,6 @@
 """The hf: backend beside a loop of the published script's shape, and 2,000 rows under torchrun, killed once (must show 2).
 
-    CAPTION_TEST_DATA=... python benchmarks/rewrite_throughput.py [--llm FOLDER] [--timed_rows 400]
+    CAPTION_TEST_DATA=... python -m benchmarks.rewriting.rewrite_throughput [--llm FOLDER] [--timed_rows 400]
 
 The published shape: every prompt padded to 256 tokens, batches of 4 in the file's order. Both use the same model, 3
 beams, at most 80 new tokens, 2 processes; loading is not timed. Then the whole file through rewrite.py, with a kill.
@@ -15,11 +15,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import psutil
 
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 from rewriting.prompts import fit, load_prompt
@@ -31,7 +29,7 @@ def worker(how: str, llm: Path, rows: list[dict], out: Path) -> None:
     """One of two processes: caption every second row by the published loop, or by our backend; write texts and seconds."""
     import torch
 
-    from benchmarks.rewrite_server import captions
+    from benchmarks.rewriting.rewrite_server import captions
     from rewriting.backends import HFBackend, Job
 
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -89,13 +87,13 @@ def main() -> None:
     for old in out.iterdir():
         old.unlink()
     if not arguments.llm.exists():
-        from benchmarks.rewrite_server import train_fuse_llm
+        from benchmarks.rewriting.rewrite_server import train_fuse_llm
 
         train_fuse_llm(rows, arguments.llm)
 
     environ, measured = {**os.environ, "OMP_NUM_THREADS": "1"}, {}
     for how in ("loop", "ours at 4", "ours"):
-        words = (__file__, "--worker", how, "--llm", arguments.llm, "--timed_rows", arguments.timed_rows)
+        words = ("-m", __spec__.name, "--worker", how, "--llm", arguments.llm, "--timed_rows", arguments.timed_rows)
         subprocess.run(torchrun(*words), env=environ, check=True)
         halves = [json.loads((out / f"{how}-{rank}.json").read_text()) for rank in (0, 1)]
         measured[how] = {
@@ -151,7 +149,7 @@ def main() -> None:
         },
         **environment(),
     }
-    write_json(ROOT / "benchmarks/results/rewrite_throughput.json", result)
+    write_json(RESULTS / "rewrite_throughput.json", result)
     print(json.dumps(result, indent=2))
 
 

@@ -1,6 +1,6 @@
 """infer.py end to end on 2,000 JPEG files, beside a loop of transformers' processor and `generate` at the same batch.
 
-    python benchmarks/inference.py --data FOLDER        (the folder that CAPTION_TEST_DATA names)
+    python -m benchmarks.speed.inference --data FOLDER        (the folder that CAPTION_TEST_DATA names)
 
 Both are processes of their own, from start to the last caption in a file, on the same model folder, files, batch and
 settings; they take turns. The files are the Flickr8k photos at the 500 pixels that the published set has, mirrored and
@@ -20,10 +20,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import data
+from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 from models.loading import build_model
@@ -92,7 +90,7 @@ def turn(side: str, folder: Path, arguments) -> tuple[float, list[dict]]:
         command = [ROOT / "infer.py", folder / "images", "--model_name_or_path", folder / "model", "--output", output]
         command += [word for pair in zip(names, settings, strict=True) for word in pair]
     else:
-        command = [__file__, "--peer", folder / "model", folder / "images", output, *settings]
+        command = ["-m", __spec__.name, "--peer", folder / "model", folder / "images", output, *settings]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     elapsed = time.perf_counter() - start
@@ -109,7 +107,7 @@ def main() -> None:
     parser.add_argument("--num_beams", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/inference.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "inference.json")
     arguments = parser.parse_args()
     if not arguments.data:
         parser.error("name the folder of test data: --data, or CAPTION_TEST_DATA")

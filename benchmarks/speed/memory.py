@@ -1,9 +1,9 @@
 """Peak memory of fine-tuning BLIP-base at 384 px, at the settings that the README names: what fits which GPU.
 
-    python benchmarks/memory.py                    # CPU, float32: about what a GPU needs in float32, beside its context
-    python benchmarks/memory.py --device cuda
+    python -m benchmarks.speed.memory                    # CPU, float32: about what a GPU needs in float32, beside its context
+    python -m benchmarks.speed.memory --device cuda
 
-Each setting runs two steps of benchmarks/training_step.py in a process of its own, with captions padded to 40 tokens,
+Each setting runs two steps of benchmarks/speed/training_step.py in a process of its own, with captions padded to 40 tokens,
 the longest that `max_txt_len` lets through. "peer" is transformers' eager model with one caption a row.
 """
 
@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 
-from captioning import ROOT, write_result
+from benchmarks.harness import RESULTS, write_result
 
 SETTINGS = {
     "the defaults: 8 images, checkpointing": ("ours", 8, 1, True, False),
@@ -30,13 +30,13 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {}
     for name, (side, images, captions, checkpointing, frozen) in SETTINGS.items():
-        command = [sys.executable, ROOT / "benchmarks/training_step.py", "--memory_of", side, "--pad_to", 40]
+        command = [sys.executable, "-m", "benchmarks.speed.training_step", "--memory_of", side, "--pad_to", 40]
         command += ["--images", images, "--captions_per_image", captions, "--device", arguments.device]
         command += ["--gradient_checkpointing"] * checkpointing + ["--frozen"] * frozen
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: {found[name]['peak_mib']:.0f} MiB", flush=True)
-    write_result(ROOT / f"benchmarks/results/memory_{arguments.device}.json", {"settings": found})
+    write_result(RESULTS / f"memory_{arguments.device}.json", {"settings": found})
 
 
 if __name__ == "__main__":

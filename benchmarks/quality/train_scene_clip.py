@@ -1,6 +1,6 @@
 """Two small CLIPs of the quickstart's scenes, so that CLIP-S has a meaning there: one to reward, one to judge.
 
-    python benchmarks/train_scene_clip.py runs/scene_clip [--steps 1000]
+    python -m benchmarks.quality.train_scene_clip runs/scene_clip [--steps 1000]
 
 Leaves runs/scene_clip/reward and runs/scene_clip/judge, folders that `--clip_model` takes, and
 benchmarks/results/scene_clip.json: what they tell apart on the test scenes, whose pairs of kinds no CLIP has seen, and
@@ -11,7 +11,6 @@ own drawn scenes, its own order of them. Neither has seen the scenes that the ca
 import argparse
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch.nn.functional import cross_entropy, normalize
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, get_cosine_schedule_with_warmup
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.harness import RESULTS
 from common.files import output_folder, write_json
 from common.provenance import environment
 from data import open_image, scenes
@@ -30,7 +28,7 @@ from metrics.clip_scores import PREFIX, ClipScorer, preprocess
 
 SEEDS = {"reward": 1, "judge": 2}  # 0 is that of the captioners' scenes
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_act": "gelu", "attention_dropout": 0.0}
-RESULTS = Path(__file__).parent / "results" / "scene_clip.json"
+OUTPUT = RESULTS / "scene_clip.json"
 
 
 def main():
@@ -51,7 +49,7 @@ def main():
         print(name, json.dumps(found[name]), flush=True)
     settings = {name: value for name, value in vars(args).items() if name != "folder"}
     write_json(
-        RESULTS, {"clips": found, "chance": {"retrieval": 1 / 500, "told_apart": 0.5}, **settings, **environment()}
+        OUTPUT, {"clips": found, "chance": {"retrieval": 1 / 500, "told_apart": 0.5}, **settings, **environment()}
     )
 
 

@@ -1,0 +1,59 @@
+"""What the benchmarks share: the model, turns, peak memory and result files. Run one from the repo's root:
+
+python -m benchmarks.speed.captioning
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import BlipConfig, BlipForConditionalGeneration
+
+from common.files import write_json
+from common.provenance import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+
+def blip_base() -> BlipForConditionalGeneration:
+    """The architecture of Salesforce/blip-image-captioning-base (12 heads in the text decoder), random weights."""
+    torch.manual_seed(0)
+    config = BlipConfig(
+        text_config={"num_attention_heads": 12}, vision_config={"image_size": 384, "initializer_range": 0.02}
+    )
+    return BlipForConditionalGeneration(config)
+
+
+def summary(seconds: dict[str, list[float]], items: int) -> dict:
+    """Rates (items a second) of the alternating runs of "peer" and "ours": medians, spread, ratio of the medians."""
+    rates = {name: [items / value for value in values] for name, values in seconds.items()}
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+        for name, values in rates.items()
+    } | {"ratio": statistics.median(rates["ours"]) / statistics.median(rates["peer"])}
+
+
+def timed(function, device: str) -> tuple[float, object]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def peak_mib(device: str) -> float:
+    """The most memory that this process has had: the GPU's, or main memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Not getrusage's ru_maxrss: a child process starts with its parent's.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def write_result(path: Path, result: dict) -> None:
+    write_json(path, {**result, "load_average": os.getloadavg()[0], **environment()})
+    print(f"Written to {path}")
