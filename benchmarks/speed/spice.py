@@ -1,6 +1,6 @@
 """What SPICE costs on COCO's Karpathy test split: 5,000 images, first run and second run.
 
-    CAPTION_TEST_DATA=... CORENLP_DIR=... python benchmarks/spice.py [--output benchmarks/results/spice.json]
+    CAPTION_TEST_DATA=... CORENLP_DIR=... python -m benchmarks.speed.spice [--output benchmarks/results/spice.json]
 
 The first run parses every distinct caption; the second, of another model's captions (here the first reference of each
 image, against the others), finds the references' tuples kept. Times are of the clock and of the CPU: the second counts
@@ -11,14 +11,11 @@ import argparse
 import json
 import os
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from benchmarks.harness import ROOT
 from common.files import write_json
 from common.provenance import environment
 from data.caption_files import load_predictions, load_references
