@@ -196,6 +196,16 @@ class MetricArguments:
         "Language of the captions, such as en, vi, zh, ja or th. Scripts without spaces between words (Chinese, Japanese, "
         "Thai, Lao, Khmer, Burmese, Tibetan) are scored per character. METEOR and SPICE are for English only.",
     )
+    instances: str | None = flag(
+        None,
+        "COCO's instances file of the images (instances_val2014.json): adds CHAIR, the share of captions and of named "
+        "objects that are hallucinated, and the share of the images' objects that captions name.",
+    )
+    subset_column: str | None = flag(
+        None,
+        "Column of the dataset, or of the references, by whose values images are also scored apart. Default: nocaps' "
+        "domain and VizWiz's text_detected, where they are there.",
+    )
     java_timeout: int = flag(1800, "Seconds without an answer after which a Java scorer is given up.")
     bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
     report: bool = flag(
@@ -393,9 +403,20 @@ class EvaluateArguments:
     compare: list[str] = flag(
         [],
         "Compare the scores in these folders, of the same images, with those in the first: which differences are real "
-        "(paired bootstrap over images). Writes comparison.json and a report.html that has them side by side.",
+        "(paired bootstrap over images). Writes comparison.json and a report.html that has them side by side. Several "
+        "seeds of a recipe are one group, 'A=runs/a-*' 'B=runs/b-*': mean and standard deviation over its folders, and "
+        "tables as comparison.md, .tex and .csv.",
     )
-    references: str | None = flag(None, "Reference captions for predictions: COCO JSON, JSONL or {id: [captions]}.")
+    references: str | None = flag(
+        None,
+        "Reference captions for predictions: COCO's or Karpathy's JSON (of that, the images of split), JSONL, CSV, Parquet "
+        "or {id: [captions]}. Predictions are found by image id, file name, or base name.",
+    )
+    fail_under: str | None = flag(
+        None,
+        "Exit with code 1 if a score is below its bar, such as 'CIDEr=1.0 Bleu_4=0.3'; a score that is null is below. "
+        "CHAIRs and CHAIRi, where less is better, must not be above theirs.",
+    )
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."

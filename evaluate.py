@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,7 @@ from captioner import Captioner
 from common.files import output_folder, write_json
 from common.processes import processes
 from common.provenance import environment
-from data.caption_files import find_images, load_predictions, load_references
+from data.caption_files import find_images, load_predictions, read_references
 from metrics.clip_scores import load_scorers
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from reports import comparison, outputs
@@ -78,11 +79,13 @@ def main():
         model, name = model_args.model_name_or_path, data_args.dataset_name
         source = {"split": args.split, "dataset_name": name, "model": model}
         showing = {"captioner": captioner, "sweep": sweep}
-        score_split(folder, predictions, records, metric_args, args.seed, source=source, **showing, **looking)
+        scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **showing, **looking)
+        check_gate(args.fail_under, scored.scores)
 
 
 def check_flags(args, metric_args, model_args) -> None:
     data.corruption(args.corrupt)
+    outputs.bars(args.fail_under)
     if args.sweep:
         sweep_settings(args.sweep)
         check_sweep(args, metric_args, model_args.model_name_or_path)
@@ -99,17 +102,30 @@ def compare_runs(folder, args, metric_args) -> None:
 
 def score_predictions(folder, data_args, generation_args, metric_args, args) -> None:
     """Score captions that exist already, of any system."""
-    predictions, references = load_predictions(args.predictions), load_references(args.references)
+    found = read_references(args.references, args.split)
+    predictions, references = load_predictions(args.predictions, found), found.captions
     if generation_args.remove_illegal_characters:
         predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
     scorers = load_scorers(metric_args, processes().device)
     columns = {"image_id": list(references), "captions": list(references.values())}
+    for name in outputs.subset_columns({name for of_one in found.columns.values() for name in of_one}, metric_args):
+        columns[name] = [found.columns[image].get(name) for image in references]
     if scorers or data_args.image_dir:
-        columns["image"] = find_images(data_args.image_dir, references)
+        columns["image"] = find_images(data_args.image_dir, references, found.names)
     source = {"predictions": args.predictions, "references": args.references}
     looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
     records = datasets.Dataset.from_dict(columns)
-    score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)
+    scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)
+    check_gate(args.fail_under, scored.scores)
+
+
+def check_gate(fail_under: str | None, scores: dict) -> None:
+    """Ends with exit code 1, and one line for each score that is below its bar."""
+    below = outputs.below_bars(fail_under, scores)
+    for line in below:
+        logger.error("fail_under: %s", line)
+    if below:
+        sys.exit(1)
 
 
 def load_splits(data_args, args):

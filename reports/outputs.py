@@ -9,11 +9,16 @@ from common.errors import UserError
 from common.files import write_json, write_text
 from common.provenance import environment
 from data.cache import cache_folder
+from metrics.chair import chair_scores, read_instances
 from metrics.clip_scores import clip_scores
 from metrics.coco_caption.coco import InvalidCaptions, preflight, score
+from metrics.names import is_better_low
 from metrics.scene_facts import scene_facts, score_scene_facts
 
 logger = logging.getLogger(__name__)
+
+SUBSET_COLUMNS = ("text_detected", "domain")  # VizWiz's and nocaps'
+MOST_SUBSETS = 50
 
 
 def write_predictions(folder: Path, predictions: dict[str, str]) -> None:
@@ -70,13 +75,25 @@ def score_records(predictions: dict[str, str], records, metric_args, seed: int, 
         for row, scene in zip(rows, facts, strict=True):
             true, total = (counts.total() for counts in scene_facts(row["caption"], scene))
             row["scores"]["scene_facts"], row["statistics"]["scene_facts"] = true / total, [true, total]
-    if "text_detected" in records.column_names:
-        metrics["subsets"] = {}
-        for name, wanted in (("text_detected", True), ("no_text_detected", False)):
-            chosen = [row for row, text in zip(rows, records["text_detected"], strict=True) if text is wanted]
-            if chosen:
-                metrics["subsets"][name] = _subset_scores(chosen, metric_args, seed)
+    for column in subset_columns(records.column_names, metric_args):
+        groups: dict[str, list[dict]] = {}
+        for row, value in zip(rows, records[column], strict=True):
+            if value is not None:
+                name = {True: column, False: f"no_{column}"}[value] if isinstance(value, bool) else str(value)
+                groups.setdefault(name, []).append(row)
+        if len(groups) > MOST_SUBSETS:
+            raise UserError(f"subset_column: {column} has {len(groups)} values; {MOST_SUBSETS} can be scored apart.")
+        metrics.setdefault("subsets", {})
+        metrics["subsets"] |= {name: _subset_scores(group, metric_args, seed) for name, group in groups.items()}
     return metrics, rows
+
+
+def subset_columns(there, metric_args) -> list[str]:
+    """Those of the columns by whose values images are scored apart. UserError if the one that was named is not there."""
+    named = metric_args.subset_column
+    if named and named not in there:
+        raise UserError(f"subset_column: there is no column {named!r}. Columns: {', '.join(sorted(there)) or 'none'}.")
+    return [name for name in ((named,) if named else SUBSET_COLUMNS) if name in there]
 
 
 def _subset_scores(rows: list[dict], metric_args, seed: int) -> dict:
@@ -85,7 +102,7 @@ def _subset_scores(rows: list[dict], metric_args, seed: int) -> dict:
     part, part_rows = score_captions(
         {row["image_id"]: row["caption"] for row in rows},
         {row["image_id"]: row["references"] for row in rows},
-        dataclasses.replace(metric_args, spice=False),
+        dataclasses.replace(metric_args, spice=False, instances=None),
         seed,
     )
     for name in {name for row in rows for name in row["scores"]} - set(part_rows[0]["scores"]):
@@ -127,10 +144,22 @@ def score_captions(
         for name, values in clip_per_image.items():
             for image_id, value in zip(references, values.tolist(), strict=True):
                 per_image[image_id][name] = value
+    if metric_args.instances:
+        options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed}
+        found, hallucinated = chair_scores(predictions, references, read_instances(metric_args.instances), **options)
+        metrics["intervals"] |= found.pop("intervals")
+        metrics |= found
+        for image_id, of_one in hallucinated.items():
+            row = per_image[image_id]
+            row["CHAIRs"] = float(bool(of_one["hallucinated"]))
+            row["statistics"] |= of_one["statistics"]
+            row["objects"] = {"named": of_one["objects"]} | {name: of_one[name] for name in ("hallucinated", "missed")}
+            for name, (part, whole) in of_one["statistics"].items():
+                row[name] = part / whole if whole else 0.0
     rows = []
     for image_id, captions in references.items():
         scores = per_image[image_id]
-        more = {name: scores.pop(name) for name in ("statistics", "spice_tuples") if name in scores}
+        more = {name: scores.pop(name) for name in ("statistics", "spice_tuples", "objects") if name in scores}
         row = {"image_id": image_id, "caption": predictions[image_id], "references": list(captions)}
         rows.append({**row, "scores": scores, **more})
     return metrics, rows
@@ -165,6 +194,36 @@ def summary(metrics: dict) -> str:
             + ", ".join(f"{k} {v:.3f}" for k, v in facts.items() if k != "scene_facts" and isinstance(v, float))
         )
     return "\n".join(lines)
+
+
+def bars(fail_under: str | None) -> dict[str, float]:
+    """{score: bar} of "CIDEr=1.0 Bleu_4=0.3". UserError if it is not of that form."""
+    found = {}
+    for part in (fail_under or "").split():
+        name, _, value = part.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UserError(f"fail_under: '{part}' is not of the form CIDEr=1.0.") from None
+    return found
+
+
+def below_bars(fail_under: str | None, scores: dict) -> list[str]:
+    """What of the scores misses its bar, and by how much, a line each. UserError for a name that is no score here."""
+    missed = []
+    for name, bar in bars(fail_under).items():
+        value = scores.get(name)
+        if isinstance(value, dict):
+            value = value.get(name)
+        if name not in scores or isinstance(value, dict | str | bool | list):
+            known = [key for key, value in scores.items() if isinstance(value, float)]
+            raise UserError(f"fail_under: there is no score '{name}' here. Scores: {', '.join(known)}.")
+        if value is None:
+            missed.append(f"{name} is null ({scores['unavailable'].get(name)}), its bar is {bar:g}")
+        elif (value > bar) if is_better_low(name) else (value < bar):
+            way = "above" if is_better_low(name) else "below"
+            missed.append(f"{name} is {value:.4f}, {abs(value - bar):.4f} {way} {bar:g}")
+    return missed
 
 
 def _between(metrics: dict, name: str) -> str:

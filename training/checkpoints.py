@@ -20,7 +20,7 @@ FREE = {
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "license", "meteor",
     "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp",
     "per_device_eval_batch_size", "report_maps", "max_test_samples", "feature_cache", "clip_metrics", "device",
-    "caption_language",
+    "caption_language", "instances", "subset_column",
 }  # fmt: skip
 
 

@@ -1,0 +1,64 @@
+"""The one table of scores: how each is called where, how it is shown, which way is better.
+
+A score that is added here is shown by the summary, the report, the model card, comparisons and sweeps wherever it is in
+coco_metrics.json. What is not in the table (CLIP-based scores, which are named after their weights) is shown under its own
+name with three decimals.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+    name: str  # in coco_metrics.json
+    label: str  # for people
+    hub_id: str | None = None  # of the Hub's metric, for the model card's metadata
+    decimals: int = 3
+    better_low: bool = False
+    per_image: bool = True  # shown with every caption of the report
+    main: bool = False  # in the first row of the report
+
+    @property
+    def anchor(self) -> str:
+        """Its heading in docs/scores.md."""
+        return self.label.lower().replace(" ", "-")
+
+
+SCORES = {
+    score.name: score
+    for score in (
+        Score("CIDEr", "CIDEr", "cider", main=True),
+        Score("Bleu_4", "BLEU-4", "bleu", main=True),
+        Score("METEOR", "METEOR", "meteor", main=True),
+        Score("ROUGE_L", "ROUGE-L", "rouge", main=True),
+        Score("SPICE", "SPICE", "spice", main=True),
+        Score("SPIDEr", "SPIDEr"),
+        Score("sacrebleu", "sacreBLEU", "sacrebleu", decimals=1),
+        Score("Bleu_1", "BLEU-1", "bleu", per_image=False),
+        Score("Bleu_2", "BLEU-2", per_image=False),
+        Score("Bleu_3", "BLEU-3", per_image=False),
+        Score("CHAIRs", "CHAIRs", better_low=True),
+        Score("CHAIRi", "CHAIRi", better_low=True),
+        Score("object_recall", "Object recall"),
+        Score("scene_facts", "Scene facts"),
+    )
+}
+
+
+def score_named(name: str) -> Score:
+    return SCORES.get(name) or Score(name, name)
+
+
+def is_better_low(name: str) -> bool:
+    return score_named(name).better_low
+
+
+def shown(name: str, value: float, signs: bool = False) -> str:
+    """The value with the score's own number of decimals."""
+    return f"{value:{'+' if signs else ''}.{score_named(name).decimals}f}"
+
+
+def in_order(names) -> list[str]:
+    """These names as the table has them, those that it has not behind."""
+    order = list(SCORES)
+    return sorted(names, key=lambda name: order.index(name) if name in SCORES else len(order))
