@@ -111,7 +111,8 @@ def score_predictions(folder, data_args, generation_args, metric_args, args) -> 
     for name in outputs.subset_columns({name for of_one in found.columns.values() for name in of_one}, metric_args):
         columns[name] = [found.columns[image].get(name) for image in references]
     if scorers or data_args.image_dir:
-        columns["image"] = find_images(data_args.image_dir, references, found.names)
+        images = find_images(data_args.image_dir, references, found.names)
+        columns["image"] = [str(path) for path in images]
     source = {"predictions": args.predictions, "references": args.references}
     looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
     records = datasets.Dataset.from_dict(columns)

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from peft import PeftModel
@@ -215,3 +216,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.accelerator.num_processes > 1:
             total = sum(gather_object([total]))
         return (total[0] / total[1]).item()
+
+
+# The Trainer's own names for what is overridden above: under another name it would go its own way without a word.
+_OVERRIDDEN = ("_load_best_model", "_load_from_checkpoint", "_save")
+if missing := [name for name in _OVERRIDDEN if not hasattr(Seq2SeqTrainer, name)]:
+    raise ImportError(
+        f"transformers {transformers.__version__}: its Trainer has no {', '.join(missing)}. Releases that the scripts were "
+        "tested with are in requirements.txt."
+    )
