@@ -23,7 +23,7 @@ import datasets
 
 import data
 from captioner import Captioner
-from common.files import output_folder, write_json
+from common.files import output_folder, write_json, write_text
 from common.processes import processes
 from common.provenance import environment
 from data.caption_files import find_images, load_predictions, read_references
@@ -92,11 +92,16 @@ def check_flags(args, metric_args, model_args) -> None:
 
 
 def compare_runs(folder, args, metric_args) -> None:
-    runs = comparison.read_runs(args.compare)
-    found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
+    if groups := comparison.read_groups(args.compare):
+        found = comparison.compare_groups(groups, metric_args.bootstrap_samples, args.seed)
+    else:
+        runs = comparison.read_runs(args.compare)
+        found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
     write_json(folder / "comparison.json", found | environment())
+    for name, text in comparison.tables(found).items():
+        write_text(folder / name, text)
     logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found), found["note"])
-    if metric_args.report:
+    if metric_args.report and not groups:
         write_comparison_report(folder, runs, found)
 
 

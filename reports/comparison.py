@@ -1,5 +1,8 @@
 """Which differences between captioners are real: a paired bootstrap test over the images that all of them captioned."""
 
+import csv
+import glob
+import io
 import json
 import os
 from pathlib import Path
@@ -8,6 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from metrics.coco_caption.coco import corpus_scores, resampled_scores
+from metrics.names import in_order, is_better_low, score_named
 
 SIGNIFICANT = 0.05
 NOTE = (
@@ -113,14 +117,7 @@ def paired_bootstrap(
     below, above = resampled_scores(one, samples, seed), resampled_scores(two, samples, seed)
     found = {}
     for metric in scores[0]:
-        difference = scores[1][metric] - scores[0][metric]
-        resampled = above[metric] - below[metric]
-        as_far = np.abs(resampled - resampled.mean()) >= abs(difference)
-        found[metric] = {
-            "difference": difference,
-            "interval": np.percentile(resampled, [2.5, 97.5]).tolist(),
-            "p": float((as_far.sum() + 1) / (samples + 1)),
-        }
+        found[metric] = difference_of(scores[1][metric] - scores[0][metric], above[metric] - below[metric])
     return found
 
 
@@ -131,12 +128,7 @@ def compare(runs: dict[str, dict], samples: int, seed: int) -> dict:
         raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; 1000 do.")
     baseline, *others = runs
     differences = {name: paired_bootstrap(runs[baseline]["rows"], runs[name]["rows"], samples, seed) for name in others}
-    for metric in {metric for found in differences.values() for metric in found}:
-        tests = sorted((found[metric] for found in differences.values() if metric in found), key=lambda test: test["p"])
-        corrected = 0.0
-        for rank, test in enumerate(tests):
-            corrected = max(corrected, min(1.0, test["p"] * (len(tests) - rank)))
-            test["p_corrected"], test["real"] = corrected, corrected < SIGNIFICANT
+    _correct(differences)
     return {
         "images": len(runs[baseline]["rows"]),
         "baseline": baseline,
@@ -149,6 +141,124 @@ def compare(runs: dict[str, dict], samples: int, seed: int) -> dict:
     }
 
 
+def _is_better(metric: str, test: dict) -> bool:
+    return (test["difference"] > 0) != is_better_low(metric)
+
+
+GROUP_NOTE = (
+    "Each group is compared with the first by the mean of its runs. The interval and p come from resamples of the images, "
+    "the same for all runs, and of each group's runs: they tell what other images and other seeds of this kind would "
+    "change. With several groups p is corrected for their number (Holm)."
+)
+
+
+def read_groups(named: list[str]) -> dict[str, list[dict]] | None:
+    """{group: its runs} of "A=runs/a-*" "B=runs/b-*", all rows in one order; None if these are plain folders.
+
+    UserError for a pattern without folders, and for what read_runs refuses.
+    """
+    pairs = [(entry, *entry.partition("=")) for entry in named]
+    if not any(equals and not Path(entry).exists() for entry, _, equals, _ in pairs):
+        return None
+    groups: dict[str, list[str]] = {}
+    for entry, name, equals, pattern in pairs:
+        if not equals or not name:
+            raise UserError(f"compare: '{entry}' is not of the form NAME=FOLDERS, such as A=runs/a-*.")
+        folders = sorted(folder for folder in glob.glob(pattern) if (Path(folder) / "coco_metrics.json").is_file())
+        if not folders:
+            raise UserError(f"compare: no folder that matches {pattern} holds a coco_metrics.json.")
+        groups.setdefault(name, []).extend(folders)
+    if len(groups) < 2:
+        raise UserError("compare: name two groups or more, such as 'A=runs/a-*' 'B=runs/b-*'.")
+    runs = iter(read_runs([folder for folders in groups.values() for folder in folders]).values())
+    return {name: [next(runs) for _ in folders] for name, folders in groups.items()}
+
+
+def compare_groups(groups: dict[str, list[dict]], samples: int, seed: int) -> dict:
+    """What comparison.json holds of groups of runs: mean and standard deviation (n - 1) of each score over a group's runs,
+    and how far each group's mean is above or below the first group's."""
+    if samples < 100:
+        raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; 1000 do.")
+    tables = {name: [statistics(run["rows"]) for run in runs] for name, runs in groups.items()}
+    shared = set.intersection(*(set(table) for of_group in tables.values() for table in of_group))
+    # SPICE is scored on a sample: the runs are compared on the images that all have.
+    for name in shared:
+        columns = [table[name] for of_group in tables.values() for table in of_group]
+        unknown = np.logical_or.reduce([np.isnan(column.reshape(len(column), -1)[:, 0]) for column in columns])
+        if unknown.all():
+            shared = shared - {name}
+        elif unknown.any():
+            for of_group in tables.values():
+                for table in of_group:
+                    table[name] = np.where(unknown, np.nan, table[name])
+    scores, resampled = {}, {}
+    for number, (group, of_group) in enumerate(tables.items()):
+        kept = [{name: table[name] for name in table if name in shared} for table in of_group]
+        found = [corpus_scores(table) for table in kept]
+        scores[group] = {metric: np.array([of_run[metric] for of_run in found]) for metric in found[0]}
+        again = [resampled_scores(table, samples, seed) for table in kept]
+        drawn = np.random.default_rng([seed, number]).integers(0, len(kept), (samples, len(kept)))
+        resampled[group] = {
+            metric: np.stack([of_run[metric] for of_run in again], axis=1)[np.arange(samples)[:, None], drawn].mean(
+                axis=1
+            )
+            for metric in found[0]
+        }
+    baseline, *others = groups
+    differences = {
+        name: {
+            metric: difference_of(values.mean() - scores[baseline][metric].mean(), resampled[name][metric] - before)
+            for metric, values in scores[name].items()
+            for before in [resampled[baseline][metric]]
+        }
+        for name in others
+    }
+    _correct(differences)
+    return {
+        "images": len(groups[baseline][0]["rows"]),
+        "baseline": baseline,
+        "groups": {
+            name: {
+                "folders": [run["folder"] for run in runs],
+                "scores": {
+                    metric: {
+                        "mean": float(values.mean()),
+                        "std": float(values.std(ddof=1)) if len(values) > 1 else None,
+                        "values": values.tolist(),
+                    }
+                    for metric, values in scores[name].items()
+                },
+            }
+            for name, runs in groups.items()
+        },
+        "scores": in_order(scores[baseline]),
+        "differences": differences,
+        "bootstrap_samples": samples,
+        "seed": seed,
+        "note": GROUP_NOTE,
+    }
+
+
+def difference_of(difference: float, resampled: np.ndarray) -> dict:
+    """{"difference", "interval", "p"} of a difference and its resamples; paired_bootstrap says what they are."""
+    as_far = np.abs(resampled - resampled.mean()) >= abs(difference)
+    return {
+        "difference": float(difference),
+        "interval": np.percentile(resampled, [2.5, 97.5]).tolist(),
+        "p": float((as_far.sum() + 1) / (len(resampled) + 1)),
+    }
+
+
+def _correct(differences: dict[str, dict]) -> None:
+    """Adds to each test its p by Holm's method, corrected for the number of comparisons, and whether it is real."""
+    for metric in {metric for found in differences.values() for metric in found}:
+        tests = sorted((found[metric] for found in differences.values() if metric in found), key=lambda test: test["p"])
+        corrected = 0.0
+        for rank, test in enumerate(tests):
+            corrected = max(corrected, min(1.0, test["p"] * (len(tests) - rank)))
+            test["p_corrected"], test["real"] = corrected, corrected < SIGNIFICANT
+
+
 def summary(comparison: dict) -> str:
     """The differences in lines for people."""
     lines = []
@@ -158,7 +268,99 @@ def summary(comparison: dict) -> str:
             low, high = test["interval"]
             lines.append(
                 f"    {metric:<12} {test['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]  p {test['p_corrected']:.3f}  "
-                + ("better" if test["difference"] > 0 else "worse" if test["difference"] < 0 else "equal")
+                + ("equal" if not test["difference"] else "better" if _is_better(metric, test) else "worse")
                 + ("" if test["real"] else ", but it may be chance")
             )
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+
+def tables(comparison: dict) -> dict[str, str]:
+    """{file name: content}: the scores and differences as Markdown, as LaTeX (needs the package booktabs), and as CSV with
+    a line for each run or group and score. A star marks what differs from the first beyond chance."""
+    rows = _rows(comparison)
+    metrics = [name for name in in_order(comparison["scores"]) if all(name in found for found in rows.values())]
+    cells = {
+        name: [_cell(metric, *found[metric], comparison["differences"].get(name, {}).get(metric)) for metric in metrics]
+        for name, found in rows.items()
+    }
+    labels = [score_named(name).label for name in metrics]
+    return {
+        "comparison.md": _markdown(labels, cells),
+        "comparison.tex": _latex(labels, cells, comparison),
+        "comparison.csv": _csv(metrics, rows, comparison["differences"]),
+    }
+
+
+def _rows(comparison: dict) -> dict[str, dict]:
+    """{run or group: {score: (mean, standard deviation or None, runs)}}"""
+    if "groups" in comparison:
+        return {
+            name: {
+                metric: (of_one["mean"], of_one["std"], len(of_one["values"]))
+                for metric, of_one in group["scores"].items()
+            }
+            for name, group in comparison["groups"].items()
+        }
+    found = {}
+    for name, run in comparison["runs"].items():
+        values = {metric: run["scores"].get(metric) for metric in comparison["scores"]}
+        values = {metric: value.get(metric) if isinstance(value, dict) else value for metric, value in values.items()}
+        found[name] = {metric: (value, None, 1) for metric, value in values.items() if value is not None}
+    return found
+
+
+def _cell(metric: str, mean: float, std: float | None, runs: int, test: dict | None) -> tuple[str, str | None, bool]:
+    decimals = score_named(metric).decimals
+    return f"{mean:.{decimals}f}", None if std is None else f"{std:.{decimals}f}", bool(test and test["real"])
+
+
+def _markdown(labels: list[str], cells: dict) -> str:
+    lines = [f"| | {' | '.join(labels)} |", f"|---|{'---|' * len(labels)}"]
+    for name, row in cells.items():
+        texts = [mean + (f" ± {std}" if std else "") + ("*" if real else "") for mean, std, real in row]
+        lines.append(f"| {name.replace('|', '&#124;')} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+def _latex(labels: list[str], cells: dict, comparison: dict) -> str:
+    def text(words: str) -> str:
+        return "".join(_LATEX.get(character, character) for character in words)
+
+    lines = [
+        "% \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{l{'r' * len(labels)}}}",
+        "\\toprule",
+        " & ".join(["", *map(text, labels)]) + r" \\",
+        "\\midrule",
+    ]
+    for name, row in cells.items():
+        values = [
+            f"${mean}" + (f" \\pm {std}" if std else "") + ("^{*}" if real else "") + "$" for mean, std, real in row
+        ]
+        lines.append(" & ".join([text(name), *values]) + r" \\")
+    lines += [
+        "\\bottomrule",
+        "\\end{tabular}",
+        f"% {comparison['images']} images; * differs from the first, p < {SIGNIFICANT}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _csv(metrics: list[str], rows: dict, differences: dict) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["run", "score", "mean", "std", "runs", "difference", "low", "high", "p", "p_corrected"])
+    for name, found in rows.items():
+        for metric in metrics:
+            mean, std, runs = found[metric]
+            test = differences.get(name, {}).get(metric)
+            tested = [test["difference"], *test["interval"], test["p"], test["p_corrected"]] if test else [""] * 5
+            writer.writerow([name, metric, mean, "" if std is None else std, runs, *tested])
+    return file.getvalue()

@@ -6,18 +6,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common.files import write_text
+from metrics.names import SCORES
 from models.families import base_model, family_of
-
-# Score name in coco_metrics.json: (name shown, metric id of the Hub)
-SCORES = {
-    "sacrebleu": ("sacreBLEU", "sacrebleu"),
-    "Bleu_1": ("BLEU-1", "bleu"),
-    "Bleu_4": ("BLEU-4", "bleu"),
-    "METEOR": ("METEOR", "meteor"),
-    "ROUGE_L": ("ROUGE-L", "rouge"),
-    "CIDEr": ("CIDEr", "cider"),
-    "SPICE": ("SPICE", "spice"),
-}
 
 
 def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) -> dict:
@@ -114,13 +104,13 @@ def _eval_results(reported: list[dict]) -> list[EvalResult]:
             dataset_type=_shown(scores["dataset_name"]),
             dataset_name=_shown(scores["dataset_name"]),
             dataset_split=scores["split"],
-            metric_type=metric_id,
-            metric_name=shown,
-            metric_value=round(scores[key], 4),
+            metric_type=score.hub_id,
+            metric_name=score.label,
+            metric_value=round(scores[score.name], 4),
         )
         for scores in reported
-        for key, (shown, metric_id) in SCORES.items()
-        if scores.get(key) is not None
+        for score in SCORES.values()
+        if score.hub_id and scores.get(score.name) is not None
     ]
 
 
@@ -174,7 +164,7 @@ def _scores(reported: list[dict]) -> str:
     parts = []
     for scores in reported:
         rows = []
-        for key, (shown, _) in SCORES.items():
+        for key, shown in [(score.name, score.label) for score in SCORES.values() if score.name != "scene_facts"]:
             if scores.get(key) is None:
                 reason = scores.get("unavailable", {}).get(key)
                 if reason:

@@ -12,7 +12,7 @@ from data.cache import cache_folder
 from metrics.chair import chair_scores, read_instances
 from metrics.clip_scores import clip_scores
 from metrics.coco_caption.coco import InvalidCaptions, preflight, score
-from metrics.names import is_better_low
+from metrics.names import SCORES, is_better_low
 from metrics.scene_facts import scene_facts, score_scene_facts
 
 logger = logging.getLogger(__name__)
@@ -168,14 +168,18 @@ def score_captions(
 def summary(metrics: dict) -> str:
     """The scores in lines for people: each with its interval, or with the reason why it is missing."""
     lines = []
-    names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "sacrebleu")
+    names = [name for name in SCORES if name in metrics and name != "scene_facts"]
+    width = max(map(len, names))
     for name in names:
-        value = metrics.get(name)
+        value = metrics[name]
         if value is None:
             reason = metrics["unavailable"][name]
-            lines.append(f"  {name:<10} null    {reason if len(reason) < 80 else reason[:77] + '...'}")
+            lines.append(f"  {name:<{width}} null    {reason if len(reason) < 80 else reason[:77] + '...'}")
         else:
-            lines.append(f"  {name:<10} {value:.4f}{_between(metrics, name)}")
+            lines.append(f"  {name:<{width}} {value:.4f}{_between(metrics, name)}")
+    if categories := metrics.get("SPICE_categories"):
+        values = ", ".join(f"{name} {value:.4f}" for name, value in categories.items() if value is not None)
+        lines.append(f"  SPICE by category: {values}")
     for metric, weights in metrics.get("clip_weights", {}).items():
         for name in (metric, f"Ref{metric}"):
             lines.append(f"  {name:<10} {metrics[name]:.4f}{_between(metrics, name)}")

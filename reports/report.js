@@ -94,6 +94,15 @@ function text(row, most) {
     });
     if (list.childElementCount) box.append(list);
   });
+  row.tuples?.forEach((tuples, number) => {
+    if (!tuples) return;
+    const name = several ? `SPICE's tuples of ${runs[number]}` : "SPICE's tuples";
+    const details = element("details", {}, element("summary", {}, name));
+    for (const [kind, found] of Object.entries(tuples)) {
+      if (found.length) details.append(element("p", {}, `${kind}: ${found.join(", ")}`));
+    }
+    box.append(details);
+  });
   const title = row.references.length === 1 ? "1 reference" : `${row.references.length} references`;
   const references = element("ul", { class: "references" }, ...row.references.map((reference) => element("li", {}, reference)));
   box.append(element("p", { class: "heading" }, title), references);

@@ -22,22 +22,19 @@ from PIL import Image
 
 from common.files import write_text
 from data.images import ImageError, open_image
+from metrics import names
 from metrics.coco_caption.coco import ends_badly
 from metrics.coco_caption.text_checks import contradictions, illegal_characters, repetition
 from metrics.coco_caption.tokenizer import tokenize
 from reports.charts import charts, line_charts
 
 logger = logging.getLogger(__name__)
-NAMES = {
-    "CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "SPICE": "SPICE",
-    "sacrebleu": "sacreBLEU", "Bleu_1": "BLEU-1", "Bleu_2": "BLEU-2", "Bleu_3": "BLEU-3", "scene_facts": "Scene facts",
-}  # fmt: skip
 SHARES = {
     "distinct": "different captions", "seen_in_training": "word for word in the training captions",
     "bad_endings": "bad endings", "repeated_words": "a word twice in a row", "repetition": "loops", "empty": "empty",
     "illegal_characters": "illegal characters",
 }  # fmt: skip
-MAIN_SCORES = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "SPICE", "scene_facts")  # shown large
+MOST_TUPLES = 5000  # images: SPICE's tuples are a kilobyte each
 # Thumbnails: (up to so many images, longest side in pixels, WebP quality): some 5 to 15 MB, of 40,000 images 45 MB.
 SIZES = ((1000, 256, 70), (2500, 192, 60), (10_000, 128, 45), (40_000, 80, 40))
 
@@ -87,14 +84,15 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
     environment.filters["last_part"] = lambda path: Path(path).name if Path(path).exists() else path
     style, script = (here / "report.css").read_text("utf-8"), (here / "report.js").read_text("utf-8")
     first = next(iter(runs.values()))
-    columns = [name for name in first["rows"][0]["scores"] if name not in ("Bleu_1", "Bleu_2", "Bleu_3")]
-    columns.sort(key=lambda name: list(NAMES).index(name) if name in NAMES else len(NAMES))
+    environment.globals |= {"shown": names.shown, "score_named": names.score_named, "doc": _doc(folder)}
+    had = dict.fromkeys(name for row in first["rows"] for name in row["scores"])
+    columns = names.in_order(name for name in had if names.score_named(name).per_image)
     faults_of_run = [faults(run["rows"]) for run in runs.values()]
     # In the order of the images' ids, numbers by their value: what the page sorts "by image id" is this order.
     order = sorted(range(len(first["rows"])), key=lambda number: _natural(first["rows"][number]["image_id"]))
     content = {
         "runs": list(runs),
-        "metrics": {name: NAMES.get(name, name) for name in columns},
+        "metrics": {name: names.score_named(name).label for name in columns},
         "faults": list(dict.fromkeys(itertools.chain(ALWAYS_SHOWN, *itertools.chain(*faults_of_run)))),
         "rows": [
             {
@@ -103,6 +101,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
                 "captions": [row["caption"] for row in rows],
                 "scores": [[_rounded(row["scores"].get(name)) for name in columns] for row in rows],
                 "faults": list(found),
+                "tuples": [_tuples(row) if len(first["rows"]) <= MOST_TUPLES else None for row in rows],
             }
             for rows, found in (
                 ([run["rows"][number] for run in runs.values()], [of_run[number] for of_run in faults_of_run])
@@ -112,8 +111,8 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
     }
     page = environment.get_template("report.html.jinja").render(
         runs=runs,
-        names=NAMES | {name: name for name in columns if name not in NAMES},
-        main_scores=MAIN_SCORES,
+        names={name: names.score_named(name).label for name in names.in_order({*names.SCORES, *columns})},
+        main_scores=[score.name for score in names.SCORES.values() if score.main],
         shares=SHARES,
         charts=charts(runs),
         frequent={name: most_frequent(run["rows"]) for name, run in runs.items()},
@@ -208,6 +207,9 @@ def faults(rows: list[dict]) -> list[dict[str, str]]:
             of_one["loop"] = loop
         if characters := illegal_characters(caption):
             of_one["illegal characters"] = " ".join(f"U+{ord(character):04X}" for character in characters)
+        for name in ("hallucinated", "missed"):
+            if objects := row.get("objects", {}).get(name):
+                of_one[f"object {name}"] = ", ".join(objects)
         for kind, (wrong, instead) in contradictions(caption, row["references"]).items():
             if wrong:
                 of_one[f"{kind} contradicted"] = f"{', '.join(wrong)}; references: {', '.join(instead)}"
@@ -217,6 +219,25 @@ def faults(rows: list[dict]) -> list[dict[str, str]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
+
+
+def _doc(folder: Path) -> str | None:
+    """Where docs/scores.md lies as seen from the folder of a report; None if there is no way from there."""
+    path = Path(__file__).parent.parent / "docs/scores.md"
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix() if path.is_file() else None
+    except ValueError:  # another drive of Windows
+        return None
+
+
+def _tuples(row: dict) -> dict[str, list[str]] | None:
+    """SPICE's tuples of an image in words: {"matched": ["man", "man: tall", "man ride horse"], ...}."""
+    if "spice_tuples" not in row:
+        return None
+    return {
+        kind: [": ".join(words) if len(words) == 2 else " ".join(words) for words in tuples]
+        for kind, tuples in row["spice_tuples"].items()
+    }
 
 
 def _natural(text: str) -> tuple:

@@ -12,6 +12,7 @@ from common.cli import convert, nearest
 from common.errors import UserError
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.coco import preflight
+from metrics.names import SCORES, is_better_low
 from reports.comparison import paired_bootstrap
 from reports.outputs import score_records, spice_cache
 
@@ -20,7 +21,7 @@ NOTE = (
     "images, not corrected for the number of settings): where it is large, the cheaper setting is as good a choice. The "
     "best setting was chosen on these very captions, so its own score is flattering: report another split's."
 )
-SHOWN = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "sacrebleu", "METEOR", "SPICE")
+SHOWN = tuple(name for name in SCORES if name != "scene_facts")
 
 
 def sweep_settings(sweep: str) -> list[dict]:
@@ -60,6 +61,8 @@ def check_sweep(args, metric_args, model: str) -> None:
     clip = [prefix + NAMES[name] for name in metric_args.clip_metrics if name in NAMES for prefix in ("", "Ref")]
     if args.sweep_metric not in (*SHOWN, *clip):
         raise UserError(f"--sweep_metric {args.sweep_metric}: choose one of {', '.join((*SHOWN, *clip))}.")
+    if args.sweep_metric in ("CHAIRs", "CHAIRi", "object_recall") and not metric_args.instances:
+        raise UserError(f"--sweep_metric {args.sweep_metric} needs --instances.")
     asked = _java_scores(args.sweep_metric, metric_args)
     if reason := preflight(**asked, cache=spice_cache(), language=metric_args.caption_language).get(args.sweep_metric):
         raise UserError(f"--sweep_metric {args.sweep_metric}: {reason}")
@@ -69,7 +72,7 @@ def check_sweep(args, metric_args, model: str) -> None:
 
 def _java_scores(metric: str, metric_args) -> dict:
     """METEOR and SPICE take Java minutes: they are computed where they name the best setting."""
-    return {"meteor": metric == "METEOR", "spice": metric == "SPICE" and (metric_args.spice or "auto")}
+    return {"meteor": metric == "METEOR", "spice": metric in ("SPICE", "SPIDEr") and (metric_args.spice or "auto")}
 
 
 def score_sweep(
@@ -92,7 +95,10 @@ def score_sweep(
         found.append(scored[texts])
     if found[0][0][metric] is None:
         raise UserError(f"sweep_metric: {metric} failed, {found[0][0]['unavailable'][metric]}. The captions are kept.")
-    order = sorted(range(len(found)), key=lambda place: -found[place][0][metric])  # stable: the first of equal ones
+    sign = 1 if is_better_low(metric) else -1
+    order = sorted(
+        range(len(found)), key=lambda place: sign * found[place][0][metric]
+    )  # stable: the first of equal ones
     best = order[0]
     p = {}
     if asked.bootstrap_samples >= 100:
