@@ -175,6 +175,262 @@ def llava():
     return t.LlavaForConditionalGeneration(config), processor
 
 
+# Families that chat -------------------------------------------------------------------------------------------------
+# Chat templates in the structure that their publishers gave them: who writes the start token, what stands around a turn.
+
+
+def content(image: str, text: str = "{{ part['text'] }}") -> str:
+    """The parts of a message: `image` for each picture, `text` for each text."""
+    return (
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}" + image + "{% elif part['type'] == 'text' %}" + text + "{% endif %}"
+        "{% endfor %}{% endif %}"
+    )
+
+
+def chatml(image: str, system: str = "") -> str:
+    first = "{% if loop.first and message['role'] != 'system' %}" + system + "{% endif %}"
+    return (
+        "{% for message in messages %}" + (first if system else "") + "<|im_start|>{{ message['role'] }}\n"
+        + content(image) + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )  # fmt: skip
+
+
+QWEN = chatml(
+    "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+)
+IDEFICS = (
+    "{% for message in messages %}{{ message['role'].capitalize() }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    + content("<image>")
+    + "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' }}" + content("{{ '<start_of_image>' }}", "{{ part['text'] | trim }}")
+    + "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)  # fmt: skip
+MLLAMA = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    + content("<|image|>", "{{ part['text'] | trim }}")
+    + "{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# The answer is written with a space before its line end, which the generation prompt lacks: it is no prefix.
+ONEVISION = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAVA = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+JANUS = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|User|>: ' }}{% else %}{{ '<|Assistant|>: ' }}"
+    "{% endif %}" + content("<image_placeholder>\n") + "{% if message['role'] == 'user' %}{{ '\n\n' }}{% else %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|>:' }}{% endif %}"
+)
+
+
+def qwen_tokenizer(*more: str, **names):
+    """ChatML's: no start token, the end of a turn and the padding are two special tokens."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
+    return tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>", **names)
+
+
+def qwen_text(words, **kw) -> dict:
+    return {**LLAMA, "vocab_size": len(words), "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 0, **kw}
+
+
+def qwen_vl(kind: str):
+    words = qwen_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    ids = words.convert_tokens_to_ids
+    tokens = {
+        "image_token_id": ids("<|image_pad|>"), "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"), "vision_end_token_id": ids("<|vision_end|>"),
+    }  # fmt: skip
+    patch = {"patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    vision = {**patch, "depth": 2, "num_heads": 2, "in_channels": 3}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = qwen_text(words, rope_parameters=rope)
+    if kind == "qwen2_vl":
+        vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+        model, config, processor = t.Qwen2VLForConditionalGeneration, t.Qwen2VLConfig, t.Qwen2VLProcessor
+    elif kind == "qwen2_5_vl":
+        vision |= {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "window_size": 32}
+        vision |= {"fullatt_block_indexes": [1]}
+        model, config, processor = t.Qwen2_5_VLForConditionalGeneration, t.Qwen2_5_VLConfig, t.Qwen2_5_VLProcessor
+    else:
+        vision |= {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_position_embeddings": 16}
+        vision |= {"deepstack_visual_indexes": [0, 1]}
+        text["rope_parameters"] = rope | {"mrope_interleaved": True}
+        model, config, processor = t.Qwen3VLForConditionalGeneration, t.Qwen3VLConfig, t.Qwen3VLProcessor
+    sizes = {"shortest_edge": 16 * 16, "longest_edge": 48 * 48}  # numbers of pixels, as published
+    images = t.Qwen2VLImageProcessor(size=sizes, patch_size=8, temporal_patch_size=2, merge_size=2)
+    video = t.Qwen3VLVideoProcessor if kind == "qwen3_vl" else t.Qwen2VLVideoProcessor
+    processor = processor(images, words, video(size=sizes, patch_size=8), chat_template=QWEN)
+    return model(config(text_config=text, vision_config=vision, **tokens)), processor
+
+
+def idefics2():
+    words = llama_tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+    perceiver = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16}
+    perceiver |= {"hidden_size": 32, "num_key_value_heads": 2}
+    config = t.Idefics2Config(
+        vision_config=VISION, text_config=llama_config(words, t.MistralConfig), perceiver_config=perceiver,
+        image_token_id=words.convert_tokens_to_ids("<image>"), pad_token_id=0,
+    )  # fmt: skip
+    images = t.Idefics2ImageProcessor(size={"shortest_edge": 16, "longest_edge": SIDE}, do_image_splitting=False)
+    processor = t.Idefics2Processor(images, words, image_seq_len=4, chat_template=IDEFICS)
+    return t.Idefics2ForConditionalGeneration(config), processor
+
+
+TILES = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
+
+
+def idefics3_llama3():
+    """As Idefics3-8B-Llama3: the template writes the start token, and so does the tokenizer; pictures are tiled."""
+    special = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *TILES]
+    words = llama_tokenizer(*special)
+    config = t.Idefics3Config(
+        vision_config=t.models.idefics3.Idefics3VisionConfig(**VISION), text_config=llama_config(words), scale_factor=2,
+        image_token_id=words.convert_tokens_to_ids("<image>"), pad_token_id=0,
+    )  # fmt: skip
+    images = t.Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    processor = t.Idefics3Processor(images, words, image_seq_len=4, chat_template="{{ bos_token }}" + IDEFICS)
+    return t.Idefics3ForConditionalGeneration(config), processor
+
+
+def smolvlm():
+    special = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *TILES]
+    words = tokenizer(
+        ["<|endoftext|>", "<|im_start|>", *special], bos_token="<|im_start|>", eos_token="<end_of_utterance>",
+        pad_token="<|endoftext|>",
+    )  # fmt: skip
+    text = llama_config(words)
+    text.eos_token_id, text.pad_token_id = words.eos_token_id, 0
+    config = t.SmolVLMConfig(
+        vision_config=t.models.smolvlm.SmolVLMVisionConfig(**VISION), text_config=text, scale_factor=2,
+        image_token_id=words.convert_tokens_to_ids("<image>"), pad_token_id=0,
+    )  # fmt: skip
+    images = t.SmolVLMImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    processor = t.SmolVLMProcessor(
+        images, words, t.SmolVLMVideoProcessor(size={"longest_edge": SIDE}), image_seq_len=4,
+        chat_template="<|im_start|>" + IDEFICS,
+    )  # fmt: skip
+    return t.SmolVLMForConditionalGeneration(config), processor
+
+
+def gemma3():
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    words = llama_tokenizer(*names.values(), "<start_of_turn>", "<end_of_turn>", extra_special_tokens=names)
+    text = t.Gemma3TextConfig(
+        vocab_size=len(words), bos_token_id=1, eos_token_id=2, pad_token_id=0, query_pre_attn_scalar=16,
+        sliding_window=64, **LLAMA,
+    )  # fmt: skip
+    config = t.Gemma3Config(
+        vision_config=t.SiglipVisionConfig(**VISION), text_config=text, mm_tokens_per_image=4,
+        image_token_index=words.image_token_id, image_token_id=words.image_token_id,
+        boi_token_index=words.boi_token_id, eoi_token_index=words.eoi_token_id,
+    )  # fmt: skip
+    images = t.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
+    return t.Gemma3ForConditionalGeneration(config), t.Gemma3Processor(
+        images, words, chat_template=GEMMA, image_seq_length=4
+    )
+
+
+def llava_onevision():
+    words = qwen_tokenizer("<image>", "<video>", extra_special_tokens={"image_token": "<image>", "video_token": "<video>"})
+    pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [SIDE, SIDE]]
+    config = t.LlavaOnevisionConfig(
+        vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False), text_config=t.Qwen2Config(**qwen_text(words)),
+        image_token_index=words.image_token_id, video_token_index=words.video_token_id, image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    images = t.LlavaOnevisionImageProcessor(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=pinpoints)
+    video = t.LlavaOnevisionVideoProcessor(size={"height": SIDE, "width": SIDE})
+    processor = t.LlavaOnevisionProcessor(
+        images, words, video, num_image_tokens=(SIDE // 8) ** 2, vision_feature_select_strategy="full",
+        chat_template=ONEVISION,
+    )  # fmt: skip
+    return t.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def internvl():
+    names = {
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }  # fmt: skip
+    words = qwen_tokenizer(*names.values(), extra_special_tokens=names)
+    vision = {**VISION, "image_size": [SIDE, SIDE], "patch_size": [8, 8]}
+    config = t.InternVLConfig(
+        vision_config=vision, text_config=t.Qwen2Config(**qwen_text(words)), image_seq_length=4,
+        image_token_id=words.context_image_token_id, downsample_ratio=0.5,
+    )  # fmt: skip
+    images = t.GotOcr2ImageProcessor(
+        size={"height": SIDE, "width": SIDE}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    video = t.InternVLVideoProcessor(size={"height": SIDE, "width": SIDE})
+    processor = t.InternVLProcessor(
+        images, words, video, image_seq_length=4, chat_template=chatml("{{ '<IMG_CONTEXT>\n' }}")
+    )
+    return t.InternVLForConditionalGeneration(config), processor
+
+
+def mllama():
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>"]
+    special += ["<|eot_id|>", "<|python_tag|>", "<|image|>"]
+    words = tokenizer(
+        special, before=["<|begin_of_text|>"], bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>"
+    )
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "intermediate_size": 64,
+        "vision_output_dim": 64, "image_size": SIDE, "patch_size": 8, "max_num_tiles": 4,
+        "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2], [1, 3], [3, 1], [1, 4], [4, 1]],
+    }  # fmt: skip
+    sizes = {name: value for name, value in LLAMA.items() if name != "head_dim"}
+    text = {
+        **sizes, "num_hidden_layers": 3, "vocab_size": len(words), "cross_attention_layers": [1], "bos_token_id": 0,
+        "eos_token_id": words.eos_token_id, "pad_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    config = t.MllamaConfig(vision_config=vision, text_config=text, image_token_index=words.convert_tokens_to_ids("<|image|>"))
+    model = t.MllamaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "attn_gate" in name or "mlp_gate" in name or name.endswith("gate"):
+            torch.nn.init.constant_(parameter, 0.5)  # as a trained model's: from zero, no picture is seen
+    images = t.MllamaImageProcessor(size={"height": SIDE, "width": SIDE}, max_image_tiles=4)
+    return model, t.MllamaProcessor(images, words, chat_template=MLLAMA)
+
+
+def janus():
+    names = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    words = llama_tokenizer(*names.values(), "<|User|>", "<|Assistant|>", extra_special_tokens=names)
+    vision = {**VISION, "projection_dim": 32, "depth": 2, "num_image_tokens": (SIDE // 8) ** 2}
+    vision.pop("intermediate_size")
+    vq = {
+        "embed_dim": 4, "num_embeddings": 8, "latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1],
+        "num_res_blocks": 1, "num_patches": 4, "projection_dim": 32, "image_token_embed_dim": 32, "hidden_size": 32,
+    }  # fmt: skip
+    config = t.JanusConfig(
+        text_config=llama_config(words).to_dict(), vision_config=vision, vq_config=vq, image_token_id=words.image_token_id
+    )
+    images = t.JanusImageProcessor(size={"height": SIDE, "width": SIDE}, min_size=8)
+    processor = t.JanusProcessor(images, words, chat_template=JANUS, num_image_tokens=(SIDE // 8) ** 2)
+    return t.JanusForConditionalGeneration(config), processor
+
+
+CHAT = {
+    "git": git, "paligemma": paligemma, "idefics2": idefics2, "idefics3": idefics3, "idefics3-llama3": idefics3_llama3,
+    "smolvlm": smolvlm, "qwen2_vl": lambda: qwen_vl("qwen2_vl"), "qwen2_5_vl": lambda: qwen_vl("qwen2_5_vl"),
+    "qwen3_vl": lambda: qwen_vl("qwen3_vl"), "gemma3": gemma3, "llava": llava, "llava_onevision": llava_onevision,
+    "internvl": internvl, "mllama": mllama, "janus": janus,
+}  # fmt: skip
+
+
 def build(name: str, seed: int = 0):
     torch.manual_seed(seed)
     if name == "blip":
@@ -190,7 +446,7 @@ def build(name: str, seed: int = 0):
         words, text = words(), {"opt": opt_config, "t5": t5_config, "vicuna": llama_config}[name.rpartition("-")[2]]
         model, processor = with_queries("blip-2" if name.startswith("blip2") else "instructblip", words, text(words))
     else:
-        model, processor = {"git": git, "paligemma": paligemma, "idefics3": idefics3, "llava": llava}[name]()
+        model, processor = CHAT[name]()
     from models.loading import ready
 
     return ready(model, processor), processor
