@@ -8,14 +8,14 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from collator import ImageCollator, pad_rows, with_targets
+from collator import ImageCollator, pad_rows
 from common.errors import UserError
 from common.processes import processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
-from models.families import base_model, family_of, vision_encoder
+from models.families import ENCODED, base_model, family_of
 from models.loading import load_model
-from models.vision import encode_images, takes_encoded
+from models.vision import check_repeatable, encode_once, encodes_once
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,11 @@ class Captioner:
             del inputs["attention_mask"]
         else:
             settings |= {"eos_token_id": end, "pad_token_id": self.collator.pad}
+        if self.collator.placeholders:
+            own = getattr(self.model.generation_config, "suppress_tokens", None) or []
+            settings["suppress_tokens"] = [*own, *self.collator.placeholders]
+        if max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences")) > 1:
+            check_repeatable(self.model, inputs, len(prompt))
         with self._precision():
             output = generate(self.model, **inputs, **settings)
         before = 1 if self.collator.decoder_start is not None else prompt.shape[1]
@@ -174,10 +179,8 @@ class Captioner:
         gradients where the encoder is trained; the pixels themselves in families that cannot take encoded images."""
         inputs = self._on_device(batch)
         inputs.pop("labels", None)
-        if takes_encoded(vision_encoder(self.model)):
-            with self._precision():
-                inputs["pixel_values"] = encode_images(self.model, inputs["pixel_values"])
-        return inputs
+        with self._precision():
+            return encode_once(self.model, inputs)
 
     def texts(self, tokens: torch.LongTensor) -> list[str]:
         """The captions that rows of generated tokens spell."""
@@ -193,20 +196,16 @@ class Captioner:
 
     def training_batch(self, batch: dict, rows: list[list[int]]) -> dict:
         """A batch whose targets are `rows` of token ids, as many for each image of `batch`, behind its prompt: for the
-        log-probabilities of samples and candidates (objectives.cross_entropy.token_log_probs). Families that cannot take
-        encoded images get the pixels of an image again for each, as at generation."""
-        model = base_model(self.model)
+        log-probabilities of samples and candidates (objectives.cross_entropy.token_log_probs)."""
         batch = self._on_device(batch)
-        times = len(rows) // len(batch["input_ids"])
-        if times > 1 and not takes_encoded(vision_encoder(model)):
-            input_ids, batch = model._expand_inputs_for_generation(expand_size=times, **batch)
-            batch["input_ids"] = input_ids
-        padded, lengths = (tensor.to(model.device) for tensor in pad_rows(rows, self.collator.pad))
-        return with_targets(batch, padded, lengths, self.collator.decoder_start)
+        batch.pop("labels", None)
+        padded, lengths = (tensor.to(self.model.device) for tensor in pad_rows(rows, self.collator.pad))
+        return self.collator.with_targets(batch, padded, lengths)
 
-    def _on_device(self, batch: dict) -> dict[str, torch.Tensor]:
+    def _on_device(self, batch: dict) -> dict:
         device = self.model.device
-        return {n: v.to(device, non_blocking=True) for n, v in batch.items() if isinstance(v, torch.Tensor)}
+        inputs = {n: v.to(device, non_blocking=True) for n, v in batch.items() if isinstance(v, torch.Tensor)}
+        return inputs | {name: batch[name] for name in (ENCODED,) if name in batch}
 
     def _precision(self):
         if self.autocast is None:
@@ -242,7 +241,7 @@ class Captioner:
         """What `caption_split` of each of `captioners` (with_settings) gives. An image is read and encoded once for all
         of them, where the family takes encoded images, and captioners of equal settings share one search."""
         different = {str(captioner.settings): captioner for captioner in captioners}
-        if len(different) > 1 and not takes_encoded(vision_encoder(self.model)):
+        if len(different) > 1 and not encodes_once(self.model):
             name = type(base_model(self.model)).__name__
             logger.info("%s takes no encoded images: each is encoded again for every one of its settings", name)
         captions = self._captions(records, batch_size, num_workers, list(different.values()))

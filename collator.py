@@ -9,7 +9,7 @@ from PIL import Image
 from common.errors import UserError
 from common.processes import in_threads
 from data import ImageError, open_image
-from models.families import family_of, is_encoder_decoder, special_tokens
+from models.families import family_of, is_encoder_decoder, placeholders, special_tokens
 
 IGNORE = -100  # torch's cross-entropy passes over targets of this value
 
@@ -32,7 +32,7 @@ class CaptionCollator:
 
     Labels stand at their own token; the objective shifts them, once. Other families have their own prompt in front
     (models/families.py), image placeholders included; where an encoder reads it (T5), `input_ids` are the prompt alone,
-    and `decoder_input_ids` and `labels` the caption. Chat models take the pixels of an image again for each caption.
+    and `decoder_input_ids` and `labels` the caption. `rows_per_image` is K.
 
     With `prompts_only` a batch is one to draw captions from: the inputs of I images end in their prompts, and `labels`
     (I * K, 1 + L) are the references' target tokens behind a first -100.
@@ -70,8 +70,6 @@ class CaptionCollator:
             inputs["pixel_values"] = torch.stack([sample["features"] for sample in samples])
         else:
             images = in_threads(self._image, samples)
-            if self.images.joint and not self.prompts_only:
-                images = [image for image in images for _ in range(per_image)]
             inputs = self.images.inputs(images)
         inputs["image_ids"] = [sample["image_id"] for sample in samples]
         return self._with_captions(inputs, captions, per_image)
@@ -108,7 +106,7 @@ class CaptionCollator:
         if self.prompts_only:
             labels = padded.masked_fill(torch.arange(padded.shape[1]) >= lengths[:, None], IGNORE)
             return inputs | {"labels": torch.nn.functional.pad(labels, (1, 0), value=IGNORE)}
-        return with_targets(inputs, padded, lengths, self.images.decoder_start)
+        return self.images.with_targets(inputs, padded, lengths)
 
 
 def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,35 +116,6 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tenso
     for padded_row, row in zip(padded, rows, strict=True):
         padded_row[: len(row)] = torch.tensor(row, dtype=torch.long)
     return padded, lengths
-
-
-def with_targets(inputs: dict, targets: torch.Tensor, lengths: torch.Tensor, decoder_start: int | None = None) -> dict:
-    """A training batch: the model inputs of I images with their prompts, and after each prompt its targets.
-
-    inputs: as ImageCollator makes them; its `input_ids` (I, P) and what is shaped like them are repeated K times.
-    targets: (I * K, L) token ids, of which the first `lengths` (I * K,) of a row count. decoder_start: where an encoder
-    reads the prompt, the token that a caption's decoding starts with; else None.
-    """
-    times = len(targets) // len(inputs["input_ids"])
-    counted = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
-    labels = targets.masked_fill(~counted, IGNORE)
-    batch = {}
-    for name, value in inputs.items():
-        behind = {"input_ids": targets, "attention_mask": counted, "token_type_ids": counted, "mm_token_type_ids": None}
-        if name in (*behind, "qformer_input_ids", "qformer_attention_mask"):
-            value = value.repeat_interleave(times, dim=0)
-        if name in behind and decoder_start is None:
-            more = torch.zeros_like(targets) if behind[name] is None else behind[name]
-            value = torch.cat([value, more.to(value.dtype)], dim=1)
-        batch[name] = value
-    if decoder_start is not None:
-        start = torch.full((len(targets), 1), decoder_start, device=targets.device)
-        batch["decoder_input_ids"] = torch.cat([start, targets[:, :-1]], dim=1)
-        batch["labels"] = labels
-    else:
-        prompt = batch["input_ids"][:, : -targets.shape[1]]
-        batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
-    return batch
 
 
 class ImageCollator:
@@ -159,8 +128,9 @@ class ImageCollator:
         self.corruption = corruption
         self.processor, self.pixels = processor, Pixels(processor.image_processor, fast_jpeg)
         self.skip_bad_images = skip_bad_images
-        family = family_of(config)
+        self.family = family = family_of(config)
         self.joint, self.words = family.prompt is None, prompt.rstrip()
+        self.placeholders = placeholders(config, processor)
         if self.joint:
             self.lead, self.end = family.answer(processor, prompt)
             self.pad = processor.tokenizer.pad_token_id
@@ -203,11 +173,13 @@ class ImageCollator:
         """What the model takes of RGB PIL images and the prompt."""
         if not self.joint:
             return {"pixel_values": self.pixels(images), **self.prompts(len(images))}
+        start = self.processor.tokenizer.bos_token
         inputs = self.processor(
+            add_special_tokens=not (start and self.text.startswith(start)),  # as apply_chat_template does
             images=[[image] for image in images],
             text=[self.text] * len(images),
             padding=True,
-            padding_side="left",  # a caption goes on right behind its prompt
+            padding_side="left",  # a caption follows right behind its prompt
             return_tensors="pt",
         )
         inputs.pop("labels", None)  # PaliGemma's processor makes some, with nothing to learn in them
@@ -218,6 +190,44 @@ class ImageCollator:
         rows = {name: torch.tensor(ids).repeat(images, 1) for name, ids in self.before.items()}
         masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in rows.items()}
         return rows | masks
+
+    def with_targets(self, inputs: dict, targets: torch.Tensor, lengths: torch.Tensor) -> dict:
+        """A training batch: the model inputs of I images with their prompts, and after each prompt its targets.
+
+        inputs: as this collator makes them, images encoded or not; what runs along the text is repeated K times.
+        targets: (I * K, L) token ids, of which the first `lengths` (I * K,) of a row count. ValueError for an input of
+        the prompt's length of which it is not known what a caption's tokens have in it.
+        """
+        images, length = inputs["input_ids"].shape
+        times = len(targets) // images
+        counted = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
+        labels = targets.masked_fill(~counted, IGNORE)
+        along = {"input_ids": targets, "attention_mask": counted, **self.family.caption_tokens}
+        batch = {"rows_per_image": times}
+        for name, value in inputs.items():
+            if name in self.family.text_inputs:
+                value = value.repeat_interleave(times, dim=0)
+            elif name != "pixel_values" and getattr(value, "shape", ())[:2] == (images, length):
+                raise UserError(
+                    f"The input '{name}' runs along the prompt, and it is not known what a caption's tokens have in it: "
+                    "the family's row in models/families.py must say so in caption_tokens."
+                )
+            if name in along and self.decoder_start is None:
+                more = along[name]
+                if isinstance(more, int):
+                    more = torch.full_like(targets, more)
+                elif isinstance(more, str):  # LAST
+                    more = value[:, -1:].expand(-1, targets.shape[1], *value.shape[2:])
+                value = torch.cat([value, more.to(value.dtype)], dim=1)
+            batch[name] = value
+        if self.decoder_start is not None:
+            start = torch.full((len(targets), 1), self.decoder_start, device=targets.device)
+            batch["decoder_input_ids"] = torch.cat([start, targets[:, :-1]], dim=1)
+            batch["labels"] = labels
+        else:
+            prompt = batch["input_ids"][:, :length]
+            batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
+        return batch
 
     def target_ids(self, caption: str) -> list[int]:
         """Token ids of a caption as it goes on from the prompt, and its end."""
@@ -269,13 +279,20 @@ class Pixels:
         return torch.from_numpy(batch)
 
 
-def input_size(image_processor) -> tuple[int, int]:
-    """(height, width) that a processor brings images to, for augmentation to aim at."""
-    for size in (getattr(image_processor, "crop_size", None), image_processor.size):
-        for names in (("height", "width"), ("shortest_edge",) * 2, ("longest_edge",) * 2):
-            if size and all(size.get(name) for name in names):
-                return tuple(size[name] for name in names)
-    return 384, 384
+# Settings of processors that cut an image into tiles, as many as its shape asks for.
+TILING = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan", "image_grid_pinpoints", "max_image_tiles")
+
+
+def input_size(image_processor) -> tuple[int, int] | None:
+    """(height, width) that a processor brings every image to, for augmentation to aim at. None where that depends on the
+    image: the processor names a number of pixels or the length of an edge, or cuts tiles."""
+    if any(getattr(image_processor, name, None) for name in TILING):
+        return None
+    cropped = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", None) else None
+    for size in (cropped, image_processor.size):
+        if size and size.get("height") and size.get("width"):
+            return size["height"], size["width"]
+    return None
 
 
 def _plain_size(image_processor) -> tuple[int, int] | None:

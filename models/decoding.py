@@ -5,14 +5,18 @@ habits change, for decoders with fast attention (`models.blip_attention`): it no
 every beam, and a step reorders the self-attention cache alone. benchmarks/NOTES.md has the measurements behind this.
 """
 
+import copy
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from models.families import ENCODED
+
 
 def generate(
     model: PreTrainedModel,
-    pixel_values: torch.Tensor,
+    pixel_values: torch.Tensor | None = None,
     input_ids: torch.LongTensor | None = None,
     attention_mask: torch.LongTensor | None = None,
     **generation_kwargs,
@@ -21,7 +25,8 @@ def generate(
 
     Args:
         pixel_values: (images, 3, height, width), or what `models.vision.encode_images` made of them: one encoding can
-            then serve several decodings (SCST's sample and its greedy baseline, DiCO's candidates).
+            then serve several decodings (SCST's sample and its greedy baseline, DiCO's candidates). None where a
+            family has them in another form, among `generation_kwargs`.
         input_ids: (images, length) prompt tokens. For BLIP as its processor makes them: the last one, [SEP], is dropped
             and the first becomes the decoder's start token. Left as they are for the caller.
         attention_mask: (images, length), 0 at the prompt's padding, which must be on the left.
@@ -32,8 +37,11 @@ def generate(
         `return_dict_in_generate=True` transformers' output object. BLIP's cache holds the cross-attention keys and
         values once an image.
     """
+    if ENCODED in generation_kwargs:  # the library repeats them for every beam in place
+        generation_kwargs[ENCODED] = {kind: copy.copy(found) for kind, found in generation_kwargs[ENCODED].items()}
+    if pixel_values is not None:
+        generation_kwargs["pixel_values"] = pixel_values
     return model.generate(
-        pixel_values=pixel_values,
         input_ids=None if input_ids is None else input_ids.clone(),  # the library writes its start token into them
         attention_mask=attention_mask,
         **generation_kwargs,

@@ -4,7 +4,9 @@ A caption's tokens are laid out alike in all of them: the prompt, made here, the
 prompt holds the start token, the tokens that stand for the image where a family has such, and the user's words.
 """
 
-from dataclasses import dataclass
+import functools
+import logging
+from dataclasses import dataclass, field, replace
 
 from transformers import (
     AutoModelForImageTextToText,
@@ -17,6 +19,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from common.errors import UserError
+
+logger = logging.getLogger(__name__)
+ENCODED = "mm_encoder_outputs"  # the library's name of encoded images among a chat model's inputs
+LAST = "last"  # in Family.caption_tokens: what the prompt's last token has
 
 
 def _blip_prompt(processor, config, words: str) -> dict:
@@ -42,20 +48,45 @@ def _words(processor, words: str) -> list[int]:
     return processor.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
 
 
+def _chat_texts(processor, words: str) -> tuple[str, str, str]:
+    """What a chat template writes before an answer, between that and the answer's first word, and behind the answer.
+
+    Words that a conversation has between its generation prompt and an answer (the header of the answer's turn, where a
+    template knows no generation prompt) belong to the prompt: they are never learnt.
+    """
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
+    prompt = processor.apply_chat_template([user], add_generation_prompt=True)
+    before, found, closing = processor.apply_chat_template([user, answer]).rpartition("ANSWER")
+    if not found:
+        raise UserError("The chat template leaves out the text of an answer: a caption cannot be trained behind it.")
+    if not before.startswith(prompt):
+        _warn_once(
+            f"The chat template opens an answer with {before[-24:]!r}, but its generation prompt ends in {prompt[-24:]!r}: "
+            "captions are trained and generated right behind the generation prompt."
+        )
+        return prompt, "", closing
+    lead = before.removeprefix(prompt)
+    if lead.strip():
+        _warn_once(f"The chat template's generation prompt lacks {lead!r}, which opens an answer: it is added.")
+        spaces = lead[len(lead.rstrip(" ")) :]
+        return before.removesuffix(spaces), spaces, closing
+    return prompt, lead, closing
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _chat_prompt(processor, words: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": words}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return _chat_texts(processor, words)[0]
 
 
 def _chat_answer(processor, words: str) -> tuple[str, int]:
     """What a template puts between its prompt and an answer, and the token that ends the answer."""
-    tokenizer, marker = processor.tokenizer, "ANSWER"
-    content = [{"type": "image"}, {"type": "text", "text": words}]
-    answer = [{"type": "text", "text": marker}]
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    lead, _, closing = (
-        processor.apply_chat_template(turns).removeprefix(_chat_prompt(processor, words)).rpartition(marker)
-    )
+    tokenizer = processor.tokenizer
+    _, lead, closing = _chat_texts(processor, words)
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
     closing = [token for token in ids if token in tokenizer.added_tokens_decoder]
     return lead, closing[0] if closing else tokenizer.eos_token_id
@@ -86,7 +117,27 @@ class Family:
     joint_prompt: callable = None
     answer: callable = None
     default_words: str = ""
+    # What the tokens of a caption have in each input that runs along the text, but for the ids and the attention mask.
+    caption_tokens: dict = field(default_factory=lambda: {"token_type_ids": 0, "mm_token_type_ids": 0})
     license: str | None = None  # of the published weights, where all have the same
+
+    @property
+    def chats(self) -> bool:
+        """Whether the prompt is made by the processor's chat template."""
+        return self.joint_prompt is _chat_prompt
+
+    @property
+    def text_inputs(self) -> set[str]:
+        """Names of the inputs that have a row for each caption. All others have rows for images."""
+        own = {
+            "input_ids",
+            "attention_mask",
+            "qformer_input_ids",
+            "qformer_attention_mask",
+            "decoder_input_ids",
+            "labels",
+        }
+        return own | set(self.caption_tokens)
 
 
 _LANGUAGE = r"language_model\..*\.(q|k|v|o|wi_0|wi_1|wo|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
@@ -136,10 +187,11 @@ FAMILIES = {
         joint_prompt=_paligemma_prompt,
         answer=_paligemma_answer,
         default_words="caption en",
+        caption_tokens={"token_type_ids": 1},  # 0 is the prefix, whose tokens see each other both ways
         **_CHAT,
     ),
 }
-# Every other model that takes images and text and has a chat template: SmolVLM, Idefics3, Qwen-VL, LLaVA, ...
+# Models that are asked by their processor's chat template.
 CHAT = Family(
     AutoModelForImageTextToText,
     joint_prompt=_chat_prompt,
@@ -147,19 +199,50 @@ CHAT = Family(
     default_words="Describe the image in one sentence.",
     **_CHAT,
 )
+FAMILIES |= {
+    "gemma3": CHAT,
+    "idefics2": CHAT,
+    "idefics3": CHAT,
+    "internvl": CHAT,
+    "janus": CHAT,
+    "llava": CHAT,
+    "llava_onevision": CHAT,
+    "mllama": replace(CHAT, caption_tokens={"cross_attention_mask": LAST}),
+    "qwen2_5_vl": CHAT,
+    "qwen2_vl": CHAT,
+    "qwen3_vl": CHAT,
+    "smolvlm": CHAT,
+}
+# Families of the library's image-text-to-text models that no caption can be had from, each with the reason.
+REFUSED = {
+    "diffusion_gemma": "it writes all tokens at once, by diffusion, and captions are decoded one token after the other",
+    "evolla": "it takes proteins, not pictures",
+    "instructblipvideo": "it takes videos",
+    "pi0": "it moves robots, and writes nothing",
+    "shieldgemma2": "it judges whether a picture is harmful, and writes nothing",
+    "udop": "it takes the words of a page and their boxes with the picture",
+}
 
 
 def family_of(config, where: str = "the model") -> Family:
-    """The row of a model's config; ValueError names the known families if there is none."""
-    if config.model_type in FAMILIES:
-        return FAMILIES[config.model_type]
-    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    """The row of a model's config; ValueError names the known families if there is none. A chat family of the library
+    that was not tested gets the general row, and a warning."""
+    kind = config.model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind in REFUSED:
+        raise UserError(f"{where} is of family '{kind}', which cannot caption: {REFUSED[kind]}.")
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        _warn_once(f"Not tested on family '{kind}': its prompt is what its chat template says.")
         return CHAT
-    chat = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(FAMILIES))
-    raise UserError(
-        f"{where} is of family '{config.model_type}'. Known families: {', '.join(FAMILIES)}, and with a chat template "
-        f"{', '.join(chat)}."
-    )
+    raise UserError(f"{where} is of family '{kind}'. Known families: {', '.join(sorted(FAMILIES))}.")
+
+
+def placeholders(config, processor) -> list[int]:
+    """Ids of the tokens that stand for images, videos and sounds: a caption can have none of them."""
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    found = {getattr(source, name, None) for source in (config, processor) for name in names}
+    return sorted(token for token in found if isinstance(token, int) and token >= 0)
 
 
 def special_tokens(config) -> tuple[int, int]:

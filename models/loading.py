@@ -19,7 +19,7 @@ from common.weights import check_keys, read_weights
 from models.adapters import add_adapter, find_adapter, load_adapter, load_adapter_weights
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
-from models.families import FAMILIES, base_model, family_of, vision_encoder
+from models.families import base_model, family_of, vision_encoder
 from models.vision import take_encoded_images
 
 logger = logging.getLogger(__name__)
@@ -181,8 +181,7 @@ def ready(model, processor, fast_attention: bool = True):
     """The model with its fast paths, and what old checkpoints and their processors lack filled in, in place."""
     if model.config.model_type in ("blip-2", "instructblip"):
         _fill_in_image_tokens(model, processor)
-    asks = getattr(processor, "chat_template", None) or model.config.model_type in FAMILIES
-    if not asks:
+    if family_of(model.config).chats and not getattr(processor, "chat_template", None):
         raise UserError(
             f"The processor of this {model.config.model_type} model has no chat template: none to ask with."
         )

@@ -1,18 +1,22 @@
-"""Images that are encoded once for all their captions, in families whose library class encodes them once a caption.
+"""Images that are encoded once for all their captions.
 
-BLIP has this, and more, in models/blip_attention.py.
+BLIP has this, and more, in models/blip_attention.py. BLIP-2, InstructBLIP and GIT get it here, in the vision encoder's
+class. Chat families have it in the library: `get_image_features` encodes images, and the model takes that back as
+`mm_encoder_outputs` (transformers >= 5.23). Whether that gives the same is checked once for each model.
 """
 
 import inspect
 import logging
+import weakref
 
 import torch
 import transformers
 from transformers import Blip2VisionModel, GitVisionModel, InstructBlipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from common.errors import UserError
 from models.blip_attention import VisionModel, check_nothing_asked
-from models.families import vision_encoder
+from models.families import ENCODED, base_model, family_of, vision_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -77,3 +81,127 @@ def encode_images(model, pixel_values: torch.Tensor) -> torch.Tensor:
     vision = model if takes_encoded(model) else vision_encoder(model)
     encoded = vision(pixel_values=pixel_values).last_hidden_state
     return encoded[:, None] if isinstance(vision, TakesEncoded) else encoded
+
+
+def encodes_once(model) -> bool:
+    """Whether a model takes encoded images in place of pixels."""
+    model = base_model(model)
+    if takes_encoded(vision_encoder(model)):
+        return True
+    return hasattr(model.base_model, "get_image_features") and ENCODED in inspect.signature(model.forward).parameters
+
+
+_AGREES = weakref.WeakKeyDictionary()  # model: whether its encoded images gave the logits of its pixels
+
+
+def encode_once(model, inputs: dict, times: int = 1) -> dict:
+    """`inputs` of I images and I * `times` rows of text, with the images encoded where the family can; else as they are.
+
+    Gradients flow if they are enabled. The first images that a chat model encodes here are also passed as pixels: if that
+    gives other logits, this model's images are not encoded here, and a warning says so.
+    """
+    base = base_model(model)
+    if "pixel_values" not in inputs or not encodes_once(base):
+        return inputs
+    if takes_encoded(vision_encoder(base)):
+        return inputs | {"pixel_values": encode_images(base, inputs["pixel_values"])}
+    if base not in _AGREES:
+        rows = family_of(base.config).text_inputs
+        first = {name: value[::times] if name in rows else value for name, value in inputs.items()}
+        _AGREES[base] = _agrees(base, first)
+        if not _AGREES[base]:
+            logger.warning(
+                "%s gives other logits for encoded images than for pixels with this release of transformers: images are "
+                "encoded again for every caption, which costs time.",
+                type(base).__name__,
+            )
+    return _encode_for_chat(base, inputs) if _AGREES[base] else inputs
+
+
+def _encode_for_chat(model, inputs: dict) -> dict:
+    encoder = model.base_model.get_image_features
+    taken = {name: inputs[name] for name in inspect.signature(encoder).parameters if name in inputs}
+    found = encoder(**taken, return_dict=True)
+    kept = {name: found[name] for name in ("pooler_output", "deepstack_features") if found.get(name) is not None}
+    others = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
+    return {**others, ENCODED: {"image": type(found)(**kept)}}
+
+
+@torch.no_grad()
+def _agrees(model, inputs: dict) -> bool:
+    """Whether two copies of each row of text have the logits at its end that it has with the image's pixels."""
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "labels"}
+    rows = family_of(model.config).text_inputs
+    was_training = model.training
+    model.eval()
+    try:
+        expected = model(**inputs).logits[:, -1].float()
+        encoded = _encode_for_chat(model, inputs)
+        twice = {n: v.repeat_interleave(2, dim=0) if n in rows else v for n, v in encoded.items()}
+        logits = model(**repeat_images(model, twice, 2)).logits[:, -1].float()
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        logger.warning("%s does not take encoded images: %s", type(model).__name__, error)
+        return False
+    finally:
+        model.train(was_training)
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(expected.device.type)
+    difference = (logits.view(-1, 2, logits.shape[-1]) - expected[:, None]).abs().max()
+    return bool(difference <= (1e-3 if exact else 0.1) * expected.std())
+
+
+def repeat_images(model, inputs: dict, times: int) -> dict:
+    """`inputs` whose text has `times` rows for each image, with every image repeated for its rows.
+
+    ValueError where it is not known which rows of an input are an image's.
+    """
+    model = base_model(model)
+    rows, images = family_of(model.config).text_inputs, len(inputs["input_ids"]) // times
+    check_repeatable(model, inputs, images)
+    repeated = {
+        name: value.repeat_interleave(times, dim=0) if isinstance(value, torch.Tensor) and name not in rows else value
+        for name, value in inputs.items()
+    }
+    if ENCODED in inputs:
+        counts = (inputs["input_ids"][::times] == model.config.image_token_id).sum(dim=1).tolist()
+        found = inputs[ENCODED]["image"]
+        features = {"pooler_output": _repeat(found.pooler_output, counts, times)}
+        if found.get("deepstack_features") is not None:
+            features["deepstack_features"] = [_repeat(layer, counts, times) for layer in found.deepstack_features]
+        repeated[ENCODED] = {"image": type(found)(**features)}
+    return repeated
+
+
+def _repeat(features, counts: list[int], times: int):
+    """The features of images' tiles, those of an image `times` over. counts: (images,) placeholders in the text."""
+    tiles, repeated = iter(features), []
+    for count in counts:
+        group = []
+        while sum(map(len, group)) < count:
+            group.append(next(tiles, torch.empty(count + 1)))
+        if sum(map(len, group)) != count:
+            raise ValueError("the features of an image are not as many as its placeholders")
+        repeated += group * times
+    return torch.stack(repeated) if isinstance(features, torch.Tensor) else repeated
+
+
+def check_repeatable(model, inputs: dict, images: int) -> None:
+    """ValueError if several captions per image would mix up the images: pixels that are rows of patches or tiles, an
+    image's more than one, and a library that repeats rows before it encodes them."""
+    model = base_model(model)
+    if ENCODED not in inputs and encodes_once(model):
+        return  # generate encodes them itself
+    rows = family_of(model.config).text_inputs
+    for name, value in inputs.items():
+        # An image has at least a row, so as many rows as images are one for each.
+        if isinstance(value, torch.Tensor) and name not in rows and len(value) != images:
+            raise UserError(
+                f"{type(model).__name__} has {len(value)} rows of {name} for {images} images, and they cannot be repeated "
+                "for several captions per image with this release of transformers: 5.23 or newer is needed, or num_beams "
+                "1 and captions_per_image 1."
+            )
+
+
+def has_gradients(inputs: dict) -> bool:
+    """Whether the images among model inputs were encoded by an encoder that is trained."""
+    features = inputs[ENCODED]["image"].pooler_output if ENCODED in inputs else [inputs["pixel_values"]]
+    return any(tensor.requires_grad for tensor in features)

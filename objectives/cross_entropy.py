@@ -5,8 +5,8 @@ from torch.nn.functional import cross_entropy
 
 from collator import IGNORE
 from models.blip_attention import target_positions
-from models.families import base_model, vision_encoder
-from models.vision import encode_images, takes_encoded
+from models.families import ENCODED, base_model, vision_encoder
+from models.vision import encode_images, encode_once, repeat_images, takes_encoded
 
 
 def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,11 +21,16 @@ def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     if captioner.config.model_type == "blip":
         # Logits are computed where there is a target to predict, and nowhere else.
         return model(**inputs, logits_to_keep=target_positions(labels)).logits, labels[:, 1:][labels[:, 1:] != IGNORE]
-    times = len(labels) // len(inputs["pixel_values"]) if takes_encoded(vision_encoder(model)) else 1
-    if times > 1:
-        pixel_values = inputs["pixel_values"]
-        encoded = pixel_values if pixel_values.shape[1] == 1 else encode_images(model, pixel_values)
-        inputs["pixel_values"] = encoded.repeat_interleave(times, dim=0)
+    if ENCODED in batch:
+        inputs[ENCODED] = batch[ENCODED]
+    if takes_encoded(vision_encoder(model)):
+        times = len(labels) // len(inputs["pixel_values"])
+        if times > 1:
+            pixel_values = inputs["pixel_values"]
+            encoded = pixel_values if pixel_values.shape[1] == 1 else encode_images(model, pixel_values)
+            inputs["pixel_values"] = encoded.repeat_interleave(times, dim=0)
+    elif (times := batch.get("rows_per_image", 1)) > 1:
+        inputs = repeat_images(model, encode_once(model, inputs, times), times)
     logits = model(**inputs).logits
     if "decoder_input_ids" not in batch:
         # Image tokens that stand before the text (GIT) have logits too.

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from collator import IGNORE
+from models.vision import has_gradients
 from objectives.cross_entropy import target_logits
 from objectives.policy import SAMPLING, draw, facts, switch_off_dropout
 
@@ -90,7 +91,11 @@ class Dico:
 
         passed = self.captioner.training_batch(encoded, candidates.tokens)
         row = (passed["labels"] != IGNORE).nonzero()[:, 0]
-        reference = self.reference_log_probs(passed, batch)
+        # If its encoder was trained since, the reference encodes the images too.
+        of_reference = passed
+        if has_gradients(encoded):
+            of_reference = self.captioner.training_batch(batch, candidates.tokens)
+        reference = self.reference_log_probs(of_reference)
         logits, targets = target_logits(model, passed)
         policy = logits.float().log_softmax(dim=-1)
 
@@ -119,11 +124,9 @@ class Dico:
         }
 
     @torch.no_grad()
-    def reference_log_probs(self, passed: dict, batch: dict) -> torch.Tensor:
+    def reference_log_probs(self, passed: dict) -> torch.Tensor:
         """(targets, vocabulary) log-probabilities of the starting model where `passed` has targets."""
-        if passed["pixel_values"].requires_grad:  # its encoder was trained since
-            passed = passed | {"pixel_values": batch["pixel_values"].to(passed["pixel_values"].device)}
-        device, dtype = passed["pixel_values"].device.type, self.captioner.autocast
+        device, dtype = passed["input_ids"].device.type, self.captioner.autocast
         self._exchange_weights()
         try:
             with torch.autocast(device, dtype=dtype, enabled=dtype is not None):

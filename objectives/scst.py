@@ -17,7 +17,12 @@ What the gradient is of. The policy is the distribution that captions are drawn 
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from collator import IGNORE
 from objectives.cross_entropy import target_logits
@@ -63,6 +68,8 @@ class SelfCritical:
             self.sampling |= {"num_return_sequences": samples + 1, "logits_processor": together}
         self.warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
         self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        if captioner.collator.placeholders:  # never drawn
+            self.warpers.append(SuppressTokensLogitsProcessor(captioner.collator.placeholders, captioner.model.device))
         self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
         switch_off_dropout(captioner.model)
 
