@@ -354,9 +354,9 @@ def gemma3():
         boi_token_index=words.boi_token_id, eoi_token_index=words.eoi_token_id,
     )  # fmt: skip
     images = t.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
-    return t.Gemma3ForConditionalGeneration(config), t.Gemma3Processor(
-        images, words, chat_template=GEMMA, image_seq_length=4
-    )
+    model = t.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # begins as zeros
+    return model, t.Gemma3Processor(images, words, chat_template=GEMMA, image_seq_length=4)
 
 
 def llava_onevision():

@@ -6,10 +6,15 @@ import families
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig, LlavaForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 
 from captioner import Captioner
-from collator import CaptionCollator
+from collator import CaptionCollator, input_size
+from models import vision
+from models.families import ENCODED, family_of
+from models.vision import encodes_once
 from objectives import CrossEntropy, caption_loss, token_log_probs
+from objectives.cross_entropy import target_logits
 
 WORDS = families.TEXT[:10]
 
@@ -29,6 +34,224 @@ def samples(captions=WORDS, sizes=((8, 8),)):
 @pytest.fixture(params=families.NAMES)
 def model_and_processor(request):
     return families.build(request.param)
+
+
+SHAPES = ((8, 8), (20, 8), (6, 16))  # of pictures: processors that cut tiles or patches make other numbers of each
+
+
+@pytest.fixture(scope="module", params=families.NAMES)
+def disturbed(request):
+    """(captioner, batch of three pictures) of a model whose weights are large enough for pictures to matter."""
+    model, processor = families.build(request.param)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    captioner = Captioner(model.eval(), processor, num_beams=1, max_new_tokens=6)
+    return captioner, captioner.collator(samples(WORDS[:3], SHAPES))
+
+
+def one_by_one(captioner, rows, times) -> list[torch.Tensor]:
+    """The log-probabilities of the tokens of each of `rows`, an image and a row at a time, never encoded beforehand."""
+    found = []
+    for number, row in enumerate(rows):
+        batch = captioner.collator([samples(WORDS[:3], SHAPES)[number // times]])
+        with torch.no_grad():
+            log_probs = token_log_probs(captioner.model, captioner.training_batch(batch, [row]))
+        found.append(log_probs[log_probs != 0])
+    return found
+
+
+def test_samples_are_scored_on_their_own_picture(disturbed):
+    captioner, batch = disturbed
+    torch.manual_seed(0)
+    encoded = captioner.encode(batch)
+    if captioner.model.config.model_type != "mllama":  # the library has no encoded images for it
+        assert encodes_once(captioner.model)
+        assert ENCODED in encoded or not encoded["pixel_values"].equal(batch["pixel_values"])
+    rows = captioner.rows(captioner.generate_tokens(encoded, do_sample=True, num_return_sequences=3, top_k=0))
+    expected = one_by_one(captioner, rows, times=3)
+    swapped = one_by_one(captioner, rows[3:] + rows[:3], times=3)  # on the pictures of others
+    assert max((a - b).abs().max() for a, b in zip(expected, swapped[6:] + swapped[:6], strict=True)) > 1e-3
+    for images in (encoded, batch):
+        together = captioner.training_batch(images, rows)
+        with torch.no_grad():
+            log_probs = token_log_probs(captioner.model, together)
+        for row, alone in zip(log_probs, expected, strict=True):
+            torch.testing.assert_close(row[row != 0], alone, atol=1e-5, rtol=0)
+
+
+def test_beams_and_samples_of_encoded_pictures_are_those_of_pixels(disturbed):
+    captioner, batch = disturbed
+    beams = {"num_beams": 3, "num_return_sequences": 3, "do_sample": False}
+    encoded = captioner.encode(batch)
+    first, again = (captioner.rows(captioner.generate_tokens(encoded, **beams)) for _ in range(2))
+    assert first == again == captioner.rows(captioner.generate_tokens(batch, **beams))
+
+
+def test_no_token_sees_what_it_is_to_predict(disturbed):
+    """The logits before a caption's last token do not move when that token is another."""
+    captioner, batch = disturbed
+    first = len(captioner.processor.tokenizer) - 14  # ordinary words: special tokens are at the front
+    rows = [[first + 4 * row + column for column in range(4)] for row in range(3)]
+    logits = []
+    for last in (0, 1):
+        changed = captioner.training_batch(batch, [[*row[:-1], row[-1] + last] for row in rows])
+        with torch.no_grad():
+            logits.append(target_logits(captioner.model, changed)[0])
+    assert logits[0].equal(logits[1])  # target_logits are those that predict: the last token's own are not among them
+    other = captioner.training_batch(batch, [[row[0] + 1, *row[1:]] for row in rows])
+    with torch.no_grad():
+        moved = target_logits(captioner.model, other)[0] - logits[0]
+    assert moved.view(3, 4, -1).abs().amax(dim=2).gt(1e-6).tolist() == [[False, True, True, True]] * 3
+
+
+def test_prompt_ids_are_those_of_the_library(disturbed):
+    captioner, batch = disturbed
+    if not family_of(captioner.model.config).chats:
+        pytest.skip("no chat template")
+    for row, mask, sample in zip(batch["input_ids"], batch["attention_mask"], samples(WORDS[:3], SHAPES), strict=True):
+        content = [{"type": "image", "image": sample["image"]}, {"type": "text", "text": captioner.prompt}]
+        ids = captioner.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0]
+        assert row[mask.bool()].tolist() == list(ids)
+
+
+class Prefer(LogitsProcessor):
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, [token for token in self.tokens if token < scores.shape[1]]] += 1e4
+        return scores
+
+
+def test_placeholders_are_never_sampled(disturbed):
+    captioner, batch = disturbed
+    placeholders = captioner.collator.placeholders
+    image = getattr(captioner.model.config, "image_token_id", None)
+    assert image is None or image in placeholders
+    for sampling in ({"do_sample": True, "num_return_sequences": 2}, {"num_beams": 2}):
+        tokens = captioner.generate_tokens(
+            batch, logits_processor=LogitsProcessorList([Prefer(placeholders)]), **sampling
+        )
+        assert not set(tokens.flatten().tolist()) & set(placeholders)
+
+
+def test_an_unknown_input_along_the_text_is_refused_by_its_name(disturbed):
+    captioner, batch = disturbed
+    if captioner.collator.decoder_start is not None:
+        pytest.skip("the caption is not behind the prompt")
+    known = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(ValueError, match="'speaker_ids' runs along the prompt"):
+        captioner.training_batch(known | {"speaker_ids": torch.zeros_like(known["input_ids"])}, [[5, 6]] * 3)
+
+
+def test_augmentation_aims_at_what_the_processor_makes(disturbed):
+    """A size only where every picture becomes of that size."""
+    captioner, _ = disturbed
+    size = input_size(captioner.processor.image_processor)
+    pixels = [captioner.collator([sample])["pixel_values"] for sample in samples(WORDS[:3], SHAPES)]
+    if size is None:
+        assert captioner.model.config.model_type in (
+            "idefics2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "mllama",
+        )  # fmt: skip
+    else:
+        assert [tuple(found.shape) for found in pixels] == [(1, 3, *size)] * 3
+
+
+def template(user: str, bot: str, generation: str = "") -> str:
+    """A chat template of two turns, SAID being what is said in them, and its generation prompt."""
+    user = repr(user).replace("SAID", "<image>' + message['content'][1]['text'] + '")
+    bot = repr(bot).replace("SAID", "' + message['content'][0]['text'] + '")
+    return (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ " + user + " }}{% else %}{{ " + bot + " }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ " + repr(generation) + " }}{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "before", "learnt", "said"),
+    [
+        # A generation prompt that is no prefix of the conversation, as LLaVA-OneVision's; one that opens a thought.
+        (("User \nSAID.", "Bot \nSAID.", "Bot\n"), "User \n<image>Say.Bot\n", "a dog", "right behind the generation"),
+        (("User\nSAID.", "Bot\nSAID.", "Bot\n<s>\n"), "User\n<image>Say.Bot\n<s>\n", "a dog", "right behind the gen"),
+        # A thought that the generation prompt opens and a conversation closes, as Qwen3-VL-Thinking's.
+        (("User\nSAID.", "Bot\n<think>\n\n</think>\n\nSAID.", "Bot\n<think>\n"),
+         "User\n<image>Say.Bot\n<think>\n\n</think>\n\n", "a dog", "is added"),
+        # No generation prompt at all; one with the space left to the answer; one as it should be.
+        (("User: SAID.", "Bot: SAID."), "User: <image>Say.Bot:", " a dog", "is added"),
+        (("User: SAID.", "Bot: SAID.", "Bot:"), "User: <image>Say.Bot:", " a dog", ""),
+        (("User\nSAID.", "Bot\nSAID.", "Bot\n"), "User\n<image>Say.Bot\n", "a dog", ""),
+    ],
+)  # fmt: skip
+def test_the_answer_begins_where_the_template_says(texts, before, learnt, said, caplog):
+    model, processor = families.build("llava")
+    processor.chat_template = template(*texts)
+    caplog.clear()
+    batch = CaptionCollator(processor, model.config, prompt="Say")(samples(["a dog"]))
+    assert (said in caplog.text and caplog.text.count("\n") == 1) if said else not caplog.text
+    learning, ids = batch["labels"][0] != -100, batch["input_ids"][0]
+    start = int(learning.nonzero()[0])
+    decode = processor.tokenizer.decode
+    assert decode(ids[:start]).replace("<image>" * 16, "<image>").removeprefix("<s>") == before
+    assert decode(ids[start:]) == learnt + "</s>"
+    assert learning[start:].all()
+
+
+def test_a_template_without_answers_is_refused():
+    model, processor = families.build("llava")
+    processor.chat_template = template("SAID", "")
+    with pytest.raises(ValueError, match="leaves out the text of an answer"):
+        CaptionCollator(processor, model.config, prompt="Say")
+
+
+class Deaf(LlavaForConditionalGeneration):
+    """A release of the library whose model passes over encoded images."""
+
+    def forward(self, *args, mm_encoder_outputs=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_where_encoded_images_change_logits_pixels_are_used_and_it_is_said(caplog):
+    model, processor = families.build("llava")
+    captioner = Captioner(model.eval(), processor, num_beams=1, max_new_tokens=6)
+    batch = captioner.collator(samples(WORDS[:3], SHAPES))
+    rows = [[40, 41], [42, 43]] * 3
+    with torch.no_grad():
+        expected = token_log_probs(model, captioner.training_batch(captioner.encode(batch), rows))
+        model.__class__ = Deaf
+        vision._AGREES.clear()
+        found = token_log_probs(model, captioner.training_batch(captioner.encode(batch), rows))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert "gives other logits for encoded images" in caplog.text
+
+
+def test_tiles_that_cannot_be_repeated_are_refused():
+    """Repeating rows would give an image the tiles of another: three pictures of 9 tiles in all."""
+    model, processor = families.build("llava")
+    captioner = Captioner(model.eval(), processor, num_beams=1, max_new_tokens=6)
+    model.__class__ = type("Old", (LlavaForConditionalGeneration,), {"forward": lambda self, **inputs: None})
+    batch = captioner.collator(samples(WORDS[:3], SHAPES))
+    batch["pixel_values"] = batch["pixel_values"].repeat(3, 1, 1, 1)
+    with pytest.raises(ValueError, match="9 rows of pixel_values for 3 images"):
+        captioner.generate_tokens(batch, num_beams=2)
+    passed = captioner.training_batch(batch, [[5, 6]] * 6)
+    with pytest.raises(ValueError, match="9 rows of pixel_values for 3 images"):
+        target_logits(model, passed)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("udop", "words of a page"), ("clip", "Known families: blip, ")])
+def test_what_cannot_caption_is_refused_by_its_reason(kind, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        family_of(AutoConfig.for_model(kind))
+    names = str(caught.value).rpartition("Known families: ")[2].removesuffix(".").split(", ")
+    built = {name.rpartition("-")[0] if name.startswith(("blip2", "instruct")) else name for name in families.ALL}
+    if kind == "clip":
+        assert set(names) >= {"blip-2" if name == "blip2" else name for name in built - {"idefics3-llama3"}}
+        assert "udop" not in names
 
 
 def fit(model, batch, steps=350, lr=3e-3):
@@ -89,7 +312,7 @@ GOLDEN = {
     "paligemma": "<image> " * 16 + "<s> a picture of \\n | a dog </s>",
     "idefics3": "<s> User: <fake_token_around_image> <global-img> <image> <image> <image> <image> "
     "<fake_token_around_image> a picture of <end_of_utterance> \\n Assistant: | a dog <end_of_utterance>",
-    "llava": "<s> User: " + "<image> " * 16 + "a picture of <end> \\n Assistant: | a dog <end>",
+    "llava": "<s> USER: " + "<image> " * 16 + "\\n a picture of ASSISTANT: | a dog </s>",
 }
 
 
