@@ -301,6 +301,16 @@ UNUSED = {
 }
 
 
+TILES = " \\n ".join(
+    " ".join(f"<fake_token_around_image> <row_{row}_col_{column}> " + "<image> " * 4 for column in (1, 2))
+    for row in (1, 2)
+)
+TILES += " \\n \\n <fake_token_around_image> <global-img> " + "<image> " * 4 + "<fake_token_around_image>"
+QWEN = (
+    "<|im_start|> system \\n You are a helpful assistant. <|im_end|> \\n <|im_start|> user \\n <|vision_start|> "
+    + "<|image_pad|> " * 4
+    + "<|vision_end|> a picture of <|im_end|> \\n <|im_start|> assistant \\n | a dog <|im_end|>"
+)
 GOLDEN = {
     # (prompt, caption) as tokens with labels; | stands before the first token that is learnt
     "blip": "[DEC] a picture of | a dog [SEP]",
@@ -312,6 +322,27 @@ GOLDEN = {
     "paligemma": "<image> " * 16 + "<s> a picture of \\n | a dog </s>",
     "idefics3": "<s> User: <fake_token_around_image> <global-img> <image> <image> <image> <image> "
     "<fake_token_around_image> a picture of <end_of_utterance> \\n Assistant: | a dog <end_of_utterance>",
+    "idefics2": "<s> User: <fake_token_around_image> <image> <image> <image> <image> <fake_token_around_image> a picture of "
+    "<end_of_utterance> \\n Assistant: | a dog <end_of_utterance>",
+    "idefics3-llama3": f"<s> User: {TILES} a picture of <end_of_utterance> \\n Assistant: | a dog <end_of_utterance>",
+    "smolvlm": f"<|im_start|> User: {TILES} a picture of <end_of_utterance> \\n Assistant: | a dog <end_of_utterance>",
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "gemma3": "<s> <start_of_turn> user \\n \\n \\n <start_of_image> "
+    + "<image_soft_token> " * 4
+    + "<end_of_image> \\n \\n a picture of <end_of_turn> \\n <start_of_turn> model \\n | a dog <end_of_turn>",
+    "llava_onevision": "<|im_start|> user "
+    + "<image> " * 36
+    + "\\n a picture of <|im_end|> <|im_start|> assistant \\n | a dog <|im_end|>",
+    "internvl": "<|im_start|> user \\n <img> "
+    + "<IMG_CONTEXT> " * 4
+    + "</img> \\n a picture of <|im_end|> \\n <|im_start|> assistant \\n | a dog <|im_end|>",
+    "mllama": "<|begin_of_text|> <|start_header_id|> user <|end_header_id|> \\n \\n <|image|> a picture of <|eot_id|> "
+    "<|start_header_id|> assistant <|end_header_id|> \\n \\n | a dog <|eot_id|>",
+    "janus": "<s> <|User|> : <begin_of_image> "
+    + "<image_placeholder> " * 16
+    + "<end_of_image> \\n a picture of \\n \\n <|Assistant|> : | a dog </s>",
     "llava": "<s> USER: " + "<image> " * 16 + "\\n a picture of ASSISTANT: | a dog </s>",
 }
 
