@@ -68,22 +68,24 @@ def main():
     share = itertools.islice(
         res.rows_left(source, before, args.max_samples), state.process_index, None, state.num_processes
     )
-    checker = Checker(prompt, args.language)
-    finished = llm.run(
-        res.jobs(share, prompt, llm.tokens, llm_args.max_prompt_tokens),
-        lambda job, text, ended: checker.fault(text, job.inputs, ended),
-    )
+    jobs = res.jobs(share, prompt, llm.tokens, llm_args.max_prompt_tokens)
     total = None if left is None else left // state.num_processes
-    reasons: Counter = Counter()
     with open_part(output, state.process_index) as part:
-        for job, outcome in show_progress(finished, total, "rewriting"):
-            write_row(part, res.result_row(job, outcome))
-            reasons[outcome.reason] += 1
-            warn_early(reasons, output)
+        write_texts(part, llm, jobs, Checker(prompt, args.language), total, output)
     before.close()
     state.wait_for_everyone()
     if state.is_main_process:
         bring_together(task, source, output, args, llm_args, settings)
+
+
+def write_texts(part, llm, jobs, checker: Checker, total: int | None, output: Path) -> None:
+    """Append the text of each job to `part` as soon as it passes the checks or is given up."""
+    reasons: Counter = Counter()
+    finished = llm.run(jobs, lambda job, text, ended: checker.fault(text, job.inputs, ended))
+    for job, outcome in show_progress(finished, total, "rewriting"):
+        write_row(part, res.result_row(job, outcome))
+        reasons[outcome.reason] += 1
+        warn_early(reasons, output)
 
 
 def check_output(args, source) -> Path:

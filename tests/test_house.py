@@ -1,0 +1,68 @@
+"""The structure that README promises: who may import whom, how long a script's functions are, no symbolic links."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A room may import itself and the rooms named for it. Nothing imports a script or sagemaker.
+BELOW = ["common"]
+FREE = {
+    "common": [],
+    "metrics": ["common", "data"],  # a CLIP-based score looks at images
+    "data": BELOW,
+    "models": BELOW,
+    "collator": ["common", "data", "models"],
+    "captioner": ["common", "data", "models", "metrics", "collator"],
+    "objectives": ["common", "data", "models", "metrics", "collator", "captioner"],
+    "rewriting": ["common", "data", "models", "metrics", "captioner"],
+    "reports": ["common", "data", "models", "metrics", "collator", "captioner", "objectives", "arguments"],
+    "training": ["common", "data", "models", "metrics", "collator", "captioner", "objectives", "arguments"],
+}
+SCRIPTS = ["train", "evaluate", "infer", "rewrite", "demo", "export"]
+LONGEST_MAIN = {"train": 50, "evaluate": 60}
+ROOMS = {*FREE, *SCRIPTS, "sagemaker", "benchmarks", "tests", "demo_page"}
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py")) if (ROOT / room).is_dir() else [ROOT / f"{room}.py"]
+
+
+def imports(path: Path) -> set[str]:
+    """The top-level names that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", FREE)
+def test_a_room_imports_only_those_below_it(room):
+    for path in sources(room):
+        ours = imports(path) & (ROOMS | {"arguments"}) - {room}
+        if path.parent.name == "coco_caption":
+            ours -= {"evaluate"}  # the library, where this file runs as its module
+        assert ours <= set(FREE[room]), f"{path.relative_to(ROOT)} imports {sorted(ours - set(FREE[room]))}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_its_table_of_contents(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            limit = LONGEST_MAIN.get(script, 40) if node.name == "main" else 40
+            assert length <= limit, f"{script}.py: {node.name} has {length} lines, {limit} are allowed"
+
+
+def test_there_is_no_symbolic_link():
+    """Windows clones and ZIP downloads turn one into a text file."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
