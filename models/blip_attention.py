@@ -278,7 +278,8 @@ class FastTextAttention(BlipTextSelfAttention):
 
 def check_nothing_asked(arguments: dict) -> None:
     """TypeError if a vision encoder is asked for something of images that come to it already encoded."""
-    asked = [n for n, value in arguments.items() if n != "interpolate_pos_encoding" and value not in (None, False)]
+    done = ("interpolate_pos_encoding", "return_dict")
+    asked = [name for name, value in arguments.items() if name not in done and value not in (None, False)]
     if asked:
         raise TypeError(f"Images that are already encoded cannot be given {', '.join(asked)}.")
 
