@@ -34,11 +34,11 @@ class ModelArguments:
         None, "What to run on: cpu, cuda or mps. Default: the GPU that torch finds, else the CPU."
     )
     fast_attention: bool = flag(
-        True, "Scaled-dot-product attention and keys shared by the captions of an image: the same results, sooner."
+        True, "Scaled-dot-product attention and keys shared by the captions of an image: the same results, faster."
     )
     fast_jpeg: bool = flag(
         False,
-        "Decode JPEGs that are several times larger than the model's input at a reduced size: up to six times sooner, "
+        "Decode JPEGs that are several times larger than the model's input at a reduced size: up to six times faster, "
         "but pixels differ (by 1 to 2 of 255 on average), and so may captions.",
     )
 
@@ -77,7 +77,7 @@ class ScratchArguments:
 
 @dataclass
 class AdapterArguments:
-    use_peft: bool = flag(False, "Train a LoRA adapter, or go on with that of model_name_or_path, and nothing else.")
+    use_peft: bool = flag(False, "Train a LoRA adapter (a new one, or that of model_name_or_path) and nothing else.")
     lora_r: int = flag(16, "Rank of the adapter's matrices.")
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.05, "Dropout on the adapter's input.")
@@ -85,7 +85,7 @@ class AdapterArguments:
         None,
         "Regular expression for the names of the linear layers to adapt. Default: the family's (models/families.py).",
     )
-    modules_to_save: list[str] = flag([], "Modules that are trained whole beside the adapter, and saved with it.")
+    modules_to_save: list[str] = flag([], "Modules that are trained in full along with the adapter, and saved with it.")
 
 
 @dataclass
@@ -96,7 +96,7 @@ class DataArguments:
     )
     dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
     data_format: str = flag("auto", "Format of a local dataset, if it is not to be told from its files.")
-    image_dir: str | None = flag(None, "Folder of the images, if they do not lie beside the captions.")
+    image_dir: str | None = flag(None, "Folder of the images, if it is not that of the captions.")
     image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
     caption_column: str | None = flag(None, "Column of the captions, if its name is not a usual one.")
     split_seed: int = flag(42, "Seed of the random 90/5/5 split over images, used where a dataset has no splits.")
@@ -210,7 +210,7 @@ class MetricArguments:
     bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
     report: bool = flag(
         True,
-        "Write report.html: scores, distributions, and every caption beside a small copy of its picture, in one file.",
+        "Write report.html: scores, distributions, and every caption with a small copy of its picture, in one file.",
     )
     report_maps: int = flag(
         24, "Captions in report.html, those of the lowest CIDEr, that show where BLIP looked for each word; 0 for none."
@@ -304,7 +304,7 @@ class TrainFlags:
     objective: str = flag(
         "cross_entropy",
         "What is learnt from: cross_entropy on the references; or rewards of the model's own captions, by scst or dico. "
-        "These go on from a trained captioner, and go through images: a sample is one with all its captions.",
+        "These start from a trained captioner, and a sample is an image with all its captions.",
     )
     output_dir: str = flag("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
     num_train_epochs: float = flag(4.0, "Passes over the training captions.")
@@ -329,7 +329,7 @@ class TrainFlags:
         "with scst CIDEr, with dico RefPAC-S, or RefCLIP-S where the reward is clip-s.",
     )
     patience: int | None = flag(
-        None, "End after so many evaluations in a row that were no better than the best before them. Default: go on."
+        None, "Early-stopping patience: stop after this many evaluations in a row without a new best. Default: never."
     )
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
@@ -341,7 +341,7 @@ class TrainFlags:
         None, "License of the trained weights, for the model card. Default: that of the family's published weights."
     )
     resume_from_checkpoint: str | None = flag(
-        None, "Checkpoint to go on from. Default: the last whole one in output_dir, if it is of the same run."
+        None, "Checkpoint to resume from. Default: the last complete one in output_dir, if it is of the same run."
     )
 
     def __post_init__(self):
@@ -430,7 +430,9 @@ class EvaluateArguments:
         if bool(self.predictions) != bool(self.references):
             raise UserError("--predictions and --references go together: captions, and what to score them against.")
         if self.predictions and self.corrupt:
-            raise UserError("--corrupt changes the images that are captioned, and with --predictions none is.")
+            raise UserError(
+                "--corrupt changes the images to caption, and --predictions are captions already: leave one of them out."
+            )
 
     def complete(self):
         if self.dataloader_num_workers is None:
@@ -442,7 +444,7 @@ class EvaluateArguments:
 
 @dataclass
 class InferArguments:
-    output: str | None = flag(None, "JSONL file to write; started again, the run goes on where it stopped.")
+    output: str | None = flag(None, "JSONL file to write; the same command resumes a run that was stopped.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
@@ -464,7 +466,7 @@ class InferArguments:
 
 @dataclass
 class DemoArguments:
-    compare_to: str | None = flag(None, "Second model, whose captions are shown beside the first's.")
+    compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
     examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
     bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
@@ -479,7 +481,7 @@ class DemoArguments:
 class RewriteArguments:
     output: str | None = flag(
         None,
-        "JSONL file to write (its name ends in .jsonl), or a folder of Parquet files. Started again, the run goes on.",
+        "JSONL file to write (its name ends in .jsonl), or a folder of Parquet files. The same command resumes a run that was stopped.",
     )
     llm: str | None = flag(
         None, "openai:MODEL on an OpenAI-compatible server, or hf:MODEL (folder or Hub id) right here."
@@ -502,7 +504,7 @@ class RewriteArguments:
     dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
     split: str | None = flag(None, "Rewrite this split only. Default: all.")
     streaming: bool = flag(False, "Read a Hub dataset while rewriting instead of downloading it first.")
-    image_dir: str | None = flag(None, "Folder of the images, if they do not lie beside the captions.")
+    image_dir: str | None = flag(None, "Folder of the images, if it is not that of the captions.")
     image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
     caption_column: str | None = flag(None, "paragraph: column of the captions, if its name is not a usual one.")
     raw_column: str | None = flag(None, "fuse: column of the raw caption. Default: laion_2b, raw, alt_text, text, ...")
@@ -548,9 +550,9 @@ class LLMArguments:
     concurrency: int = flag(32, "openai: rows asked for at the same time.")
     timeout: float = flag(120.0, "openai: seconds after which an answer is given up and asked for again.")
     max_retries: int = flag(10, "openai: how often an answer that failed is asked for again, at growing intervals.")
-    requests_per_minute: float | None = flag(None, "openai: limit of requests a minute, of each process.")
+    requests_per_minute: float | None = flag(None, "openai: limit of requests per minute, of each process.")
     tokens_per_minute: float | None = flag(
-        None, "openai: limit of tokens a minute, prompts and texts, of each process."
+        None, "openai: limit of tokens per minute, prompts and texts, of each process."
     )
     tokenizer: str | None = flag(None, "openai: tokenizer (folder or Hub id) to count with. Default: an estimate.")
     extra_body: str | None = flag(None, "openai: more fields of each request, as JSON, such as '{\"top_k\": 20}'.")

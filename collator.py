@@ -18,7 +18,7 @@ class CaptionCollator:
     """Training batches: pixels, decoder inputs, and labels that are -100 wherever nothing is to be learnt.
 
     A sample is `{"image": anything data.open_image takes, "captions": [str, ...], "image_id": str, "epoch": int}`, its
-    captions being those that share one encoding of the image. With I images and at most K captions an image the batch
+    captions being those that share one encoding of the image. With I images and at most K captions per image the batch
     holds `pixel_values` (I, 3, H, W) and `input_ids`, `attention_mask`, `labels` (I * K, L), the captions of an image in
     neighbouring rows. An image with fewer than K captions is filled up with rows that have no label. Samples that have
     "features" (training/feature_cache.py) in place of "image" make `pixel_values` of these.

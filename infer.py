@@ -4,7 +4,7 @@
     python infer.py photos/ --output captions.jsonl    writes {"image": ..., "caption": ...} a line, in order
     torchrun --nproc_per_node 2 infer.py photos/ --output captions.jsonl
 
-With --output a stopped run goes on where it was when the same command is given again, each image once and none lost,
+With --output the same command resumes a run that was stopped, each image once and none lost,
 in any number of processes.
 """
 

@@ -121,7 +121,7 @@ def warn_early(reasons: Counter, output: Path) -> None:
 
 def bring_together(task: str, source, output: Path, args, llm_args, settings: dict) -> None:
     """The output, made of the input and all parts; then the report. The parts stay: they are what a further run of the
-    same command (with more rows, another --on_reject) goes on from."""
+    same command (with more rows, another --on_reject) resumes from."""
     provenance = {"model": settings["llm"], "prompt": settings["prompt"], "settings": json.dumps(settings)}
     results, report = res.Results(output), res.Report()
     rows = res.merged(source, results, task, args, provenance, report)
@@ -135,7 +135,9 @@ def bring_together(task: str, source, output: Path, args, llm_args, settings: di
     logger.info("  %d tokens of prompts, %d written%s", *summary["tokens"].values(),
                 "" if summary["cost"] is None else f", cost {summary['cost']:.2f}")  # fmt: skip
     if summary["most_frequent_text"] > 0.05 * summary["rows"] > 5:
-        logger.warning("one text stands in %d rows: look at the samples in the report", summary["most_frequent_text"])
+        logger.warning(
+            "one text is repeated in %d rows: look at the samples in the report", summary["most_frequent_text"]
+        )
 
 
 def in_words(counts: dict) -> str:

@@ -1,4 +1,4 @@
-"""Rows that processes write as they finish them, so that a run that was killed goes on, and none is lost or done twice.
+"""Rows that processes write as they finish them, so that a run that was killed resumes without losing or repeating one.
 
 Process N appends whole lines of JSON to OUTPUT.part-N; OUTPUT.settings.json says what they were made with.
 """

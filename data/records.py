@@ -1,4 +1,4 @@
-"""Rows of a source -> records, one an image, and the checks that make a split honest.
+"""Rows of a source -> records, one per image, and the checks that make a split honest.
 
 A source gives rows: an image, one or more captions, maybe a split and an id. Here rows of the same image become one
 record, captions are cleaned, files of equal content are found, and splits are drawn over images.

@@ -1,4 +1,4 @@
-"""`load`: from the name of a source to its records, one an image, checked, in train, validation and test.
+"""`load`: from the name of a source to its records, one per image, checked, in train, validation and test.
 
 Formats are modules of data/formats. No image is decoded here; captions and names are held in memory, about half a
 kilobyte an image, and images that lie inside a source stay in its memory-mapped table.

@@ -35,7 +35,7 @@ def generate(
     Returns:
         (images * num_return_sequences, length) token ids, start token and prompt included, or with
         `return_dict_in_generate=True` transformers' output object. BLIP's cache holds the cross-attention keys and
-        values once an image.
+        values once per image.
     """
     if ENCODED in generation_kwargs:  # the library repeats them for every beam in place
         generation_kwargs[ENCODED] = {kind: copy.copy(found) for kind, found in generation_kwargs[ENCODED].items()}

@@ -1,4 +1,4 @@
-"""What differs between captioner families, a row each. Found by the config's `model_type`.
+"""What differs between captioner families, one row per family. Found by the config's `model_type`.
 
 A caption's tokens are laid out alike in all of them: the prompt, made here, then the caption, then the end token. The
 prompt holds the start token, the tokens that stand for the image where a family has such, and the user's words.

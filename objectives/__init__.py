@@ -26,7 +26,7 @@ def check_objective(args, objective_args, metric_args, scratch_args, data_args) 
         logger.info("without PAC-S the best checkpoint is chosen by %s", args.metric_for_best_model)
     if scratch_args.model_config:
         raise UserError(
-            f"--objective {args.objective} goes on from a trained captioner: rewards of a random model's captions are "
+            f"--objective {args.objective} starts from a trained captioner: rewards of a random model's captions are "
             "all alike and teach nothing. Train with --objective cross_entropy first, then pass its folder as "
             "--model_name_or_path, without --model_config."
         )

@@ -22,7 +22,7 @@ SAMPLING = GREEDY | {
 
 @dataclass
 class Candidates:
-    """Captions of a batch's images, k an image. `tokens[i * k + j]` are the new token ids of image i's j-th, the end
+    """Captions of a batch's images, k per image. `tokens[i * k + j]` are the new token ids of image i's j-th, the end
     token included if it has one; `texts[i][j]` and `ended[i][j]` its text and whether it has one."""
 
     tokens: list[list[int]]

@@ -126,7 +126,7 @@ def _summary(run: dict, base: str | None) -> str:
     return (
         f"An image captioner ({millions}`{model.get('class', 'model')}`), {start} on `{_shown(flags['dataset_name'])}`.\n\n"
         f"| split | images | captions |\n|---|---|---|\n{rows}\n"
-        "No image is in two splits: images are told apart by name and by content."
+        "No image is in two splits: images are identified by name and by content."
     )
 
 

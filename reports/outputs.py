@@ -117,7 +117,7 @@ def score_captions(
     """Scores by metrics.score with the flags of MetricArguments, and by `scorers` (ClipScorer), which look at `images`,
     one for each of the references.
 
-    Returns (metrics, rows): what coco_metrics.json and per_image.jsonl hold. A row, one an image in the references'
+    Returns (metrics, rows): what coco_metrics.json and per_image.jsonl hold. A row, one per image in the references'
     order, is {"image_id", "caption", "references", "scores": {metric: value}, "statistics": {name: counts}}.
     """
     try:

@@ -41,7 +41,7 @@ def sweep_settings(sweep: str) -> list[dict]:
         if name not in known:
             raise UserError(f"sweep: '{name}' cannot be swept.{nearest(name, known)} Known: {', '.join(known)}.")
         if name in values:
-            raise UserError(f"sweep: '{name}' stands there twice: list all its values behind one '='.")
+            raise UserError(f"sweep: '{name}' is given twice: list all its values after one '='.")
         try:
             converted = [convert(yaml.safe_load(value), known[name]) for value in listed.split(",")]
         except (ValueError, yaml.YAMLError) as error:

@@ -213,7 +213,7 @@ class OpenAIBackend:
             self.stop.wait(min(60, 0.5 * 2**trial) * random.uniform(0.5, 1) if wait is None else wait)
         raise UserError(
             f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. What was finished is kept; "
-            "the same command goes on from there."
+            "the same command resumes from there."
         )
 
     def note(self, trouble: str) -> None:

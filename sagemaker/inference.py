@@ -4,7 +4,7 @@
     application/json         {"inputs": BASE64 or [BASE64, ...], "parameters": {"num_beams": 3, "prompt": "a photo of"}}
     application/jsonlines    such an object a line (batch transform)
 
-The answer to JSON and to an image is {"captions": [...]}, one an image, in order; with the parameter "return_scores"
+The answer to JSON and to an image is {"captions": [...]}, one per image, in order; with the parameter "return_scores"
 also "scores", the mean log-probability of a caption's tokens. Of JSON lines each line is answered by a line, one that is
 wrong by {"error": ...}. What a client gets wrong is one sentence with status 400: the toolkit makes that of every
 exception. What the server gets wrong is a 500.
@@ -228,7 +228,7 @@ def parse_job(text: str, max_pixels: int) -> dict:
     if not isinstance(request, dict) or "inputs" not in request:
         raise BadRequest('The JSON must be an object with "inputs", the image as base64 or a list of such.')
     if unknown := [name for name in request if name not in ("inputs", "parameters")]:
-        raise BadRequest(f'\'{unknown[0][:60]}\' is not known beside "inputs" and "parameters".')
+        raise BadRequest(f'\'{unknown[0][:60]}\' is not known: a request has "inputs" and "parameters".')
     inputs = request["inputs"] if isinstance(request["inputs"], list) else [request["inputs"]]
     if not 1 <= len(inputs) <= LIMITS["CAPTION_MAX_IMAGES"]:
         raise BadRequest(f"A request has 1 to {LIMITS['CAPTION_MAX_IMAGES']} images, not {len(inputs)}.")

@@ -57,7 +57,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     for split in ("train", "validation", "test"):
         add(f"--{split}", metavar="S3_URI", help=f"S3 folder or local path of the {split} split, its captions inside.")
     add("--run_name", default=time.strftime("caption-%Y%m%d-%H%M%S"),
-        help="Name of the run. A job with the name of a stopped run goes on from its checkpoints.")  # fmt: skip
+        help="Name of the run. A job with the name of a stopped run resumes from its checkpoints.")  # fmt: skip
     add("--instance_type", default="ml.g5.2xlarge", help="Machine. All of its GPUs are used.")
     add("--instance_count", type=int, default=1, help="Machines.")
     add("--volume_size", type=int, default=100, help="GB of disk for data and checkpoints.")
@@ -105,7 +105,7 @@ def job_of_flags(args, words: list[str]) -> tuple[dict[str, str], dict[str, str]
             name, equals, value = word[2:].partition("=")
             flags[name.replace("-", "_")] = values = [value] if equals else []
         elif not flags:
-            raise ValueError(f"'{word}' is no flag. A recipe is passed as --recipe {word}.")
+            raise ValueError(f"'{word}' is not a flag. A recipe is passed as --recipe {word}.")
         else:
             values.append(word)
     hyperparameters = {"recipe": "recipe.yaml"} if args.recipe else {}

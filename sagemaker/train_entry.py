@@ -6,7 +6,7 @@ on to the training processes, has the finished model exported to /opt/ml/model, 
 
     /opt/ml/input/config/    hyperparameters.json, resourceconfig.json
     /opt/ml/input/data/      data | train, validation, test | images | model    (channels, see flags_of_channels)
-    /opt/ml/checkpoints/     the run's folder, kept in S3: a job that starts again goes on from there. The first machine
+    /opt/ml/checkpoints/     the run's folder, kept in S3: a job that starts again resumes from there. The first machine
                              writes it, the others add the state of their random numbers; S3 unites them
     /opt/ml/model/           the exported model and code/ that serves it, and nothing else
     /opt/ml/output/          failure: the reason, its first 1,024 characters shown as FailureReason; data/: captions
@@ -64,7 +64,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: child.stop())
     code = child.wait()
     if child.stopped:
-        print("train_entry.py: stopped by SIGTERM; the next start goes on from the last checkpoint.", file=sys.stderr)
+        print("train_entry.py: stopped by SIGTERM; the next start resumes from the last checkpoint.", file=sys.stderr)
         return 128 + signal.SIGTERM
     if code:
         write_failure(child.reason(code))

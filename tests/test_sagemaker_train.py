@@ -194,7 +194,7 @@ def test_stopped_by_sigterm_and_started_again_the_job_ends_with_the_weights_of_a
     process = container.toolkit()
     log = process.communicate(timeout=300)[0]
     assert process.returncode == 0, log
-    assert "going on from" in log
+    assert "resuming from" in log
     assert equal_weights(unbroken[0].base / "model", container.base / "model")
 
 
@@ -219,7 +219,7 @@ def test_under_sdk_v3s_own_script_as_process_1_the_job_is_stopped_and_goes_on_al
     process = container.inside(command, *AS_PROCESS_1)
     log = process.communicate(timeout=300)[0]
     assert process.returncode == 0, log
-    assert "going on from" in log
+    assert "resuming from" in log
     assert equal_weights(unbroken[0].base / "model", container.base / "model")
 
 

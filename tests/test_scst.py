@@ -306,7 +306,7 @@ def test_a_broken_run_goes_on_as_if_it_was_not(started, tmp_path):
         if path.name not in (first.name, "run.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     result = tiny.run("train.py", *scst_flags(started, tmp_path / "broken", **options))
-    assert "going on from" in result.stderr
+    assert "resuming from" in result.stderr
     whole, broken = ([(r["step"], r["loss"], r["reward"]) for r in log_of(tmp_path / f) if "loss" in r]
                      for f in ("whole", "broken"))  # fmt: skip
     assert whole == broken
@@ -340,7 +340,7 @@ def test_an_adapter_goes_through_the_stages_alone(started, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model_config": "x.json"}, "goes on from a trained captioner"),
+        ({"model_config": "x.json"}, "starts from a trained captioner"),
         ({"streaming": "true"}, "leave out --streaming"),
         ({"reward": "cidre:1"}, "'cidre' is no reward. Known: cider, bleu"),
         ({"reward": "cider:much"}, "the weight of cider is 'much', not a number"),

@@ -58,7 +58,7 @@ def test_combinations_are_read_with_the_types_of_their_flags():
         ("num_beams=1.5", "num_beams: expected int, got 1.5"),
         ("num_beams 1,3", "not of the form key=value,value"),
         ("num_beams=1, 3", "a value is missing"),
-        ("num_beams=1 num_beams=3", "stands there twice"),
+        ("num_beams=1 num_beams=3", "is given twice"),
         ("prompt=a", "'prompt' cannot be swept"),
         (" ", "no setting to sweep"),
     ],

@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(datas
     unfinished.mkdir()
     (unfinished / "model.safetensors").write_bytes(b"half")
     result = tiny.run("train.py", *command)
-    assert "going on from" in result.stderr
+    assert "resuming from" in result.stderr
     assert "checkpoint-1000 is unfinished" in result.stderr
     assert not unfinished.exists()
     assert equal_weights(whole, broken)
@@ -187,7 +187,7 @@ def test_a_finished_run_started_again_ends_with_the_same_weights(dataset, traine
     before = weights(out)
     command = [word for word in result.args if str(word) != "x"]
     again = tiny.run("train.py", *command[2:])
-    assert "going on from" in again.stderr
+    assert "resuming from" in again.stderr
     assert all(before[name].equal(value) for name, value in weights(out).items())
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a training run: whose it is, and where to go on from."""
+"""The output folder of a training run: whose it is, and where to resume."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ FREE = {
 
 
 def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | None) -> str | None:
-    """The checkpoint to go on from, or None to start anew.
+    """The checkpoint to resume from, or None to start anew.
 
     ValueError if `folder` holds a run with other flags, or if a named checkpoint is not a whole one. A checkpoint that
     a kill left unfinished is passed over.
@@ -47,7 +47,7 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
     elif stray := sorted(folder.glob("checkpoint-*")):
         raise UserError(
             f"output_dir {folder} holds {stray[0].name}, but no run.json that says what run it is of. "
-            f"Name another --output_dir, or pass --resume_from_checkpoint {stray[0]} to go on from it all the same."
+            f"Name another --output_dir, or pass --resume_from_checkpoint {stray[0]} to resume from it all the same."
         )
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     whole = [path for path in checkpoints if _is_whole(path)]
@@ -55,7 +55,7 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
         if path not in whole:
             logger.warning("%s is unfinished (the run was stopped while it was written) and is not used", path)
     if whole:
-        logger.info("going on from %s", whole[-1])
+        logger.info("resuming from %s", whole[-1])
     return str(whole[-1]) if whole else None
 
 

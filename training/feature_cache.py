@@ -2,7 +2,7 @@
 
 A feature file holds one encoded image, and its name is a hash of everything that it depends on: the encoder's weights
 and config, the processor's settings, the precision, and the image. Runs and processes can therefore share a folder, a
-run that was killed goes on with what is there, and a changed image or encoder is a new file. Files appear whole, by a
+run that was killed resumes with what is there, and a changed image or encoder is a new file. Files appear whole, by a
 rename, and are read through memory maps, so that the system's page cache is shared by all who read them.
 """
 
