@@ -26,6 +26,7 @@ from pathlib import Path
 
 from captioner import Captioner
 from common.errors import UserError
+from common.text import read_text
 from data import scenes
 
 try:
@@ -82,7 +83,7 @@ def draw_examples(folder: str) -> list[str]:
 
 def read_login(path: str) -> list[tuple[str, str]]:
     """(user, password) pairs of a file with one user:password a line."""
-    pairs = [line.partition(":")[::2] for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    pairs = [line.partition(":")[::2] for line in read_text(path).splitlines() if line.strip()]
     if not pairs or not all(user and password for user, password in pairs):
         raise UserError(f"--login {path}: every line must be user:password.")
     return pairs

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def main():
     # Load the data and the model
     state = processes()
     with state.main_process_first():
-        splits = load_splits(data_args, args)
+        splits = load_splits(model_args, data_args, args)
     records = data.in_memory(splits[args.split])
     scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
     captioner = load_captioner(model_args, generation_args, args)
@@ -134,12 +135,23 @@ def check_gate(fail_under: str | None, scores: dict) -> None:
         sys.exit(1)
 
 
-def load_splits(data_args, args):
+def load_splits(model_args, data_args, args):
     return data.load(
         **data_args.source(),
         splits=(args.split, "train") if args.seen_in_training else (args.split,),
         max_samples={args.split: args.max_samples} if args.max_samples is not None else None,
+        all_as=None if args.seen_in_training or trained_on(model_args, data_args) else args.split,
     )
+
+
+def trained_on(model_args, data_args) -> bool:
+    """Whether train.py trained this model on this very data set: of one without splits, what it drew then is scored.
+    Else all of it is, unless --draw_splits_from says otherwise."""
+    model = Path(model_args.model_name_or_path)
+    records = [folder / "run.json" for folder in (model, model.parent) if (folder / "run.json").is_file()]
+    names = [json.loads(record.read_text(encoding="utf-8"))["flags"].get("dataset_name") for record in records]
+    same = [name for name in names if name and os.path.abspath(name) == os.path.abspath(data_args.dataset_name)]
+    return bool(same) or data_args.draw_splits_from is not None
 
 
 def load_captioner(model_args, generation_args, args) -> Captioner:

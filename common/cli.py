@@ -18,6 +18,8 @@ from common.errors import UserError
 
 # Nothing here imports torch or transformers before the arguments are known to be right: that takes ten seconds.
 
+from common.text import TextError, read_text
+
 
 def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None):
     """Instances of `dataclasses_`, filled from defaults, recipe and command line; exits with 2 and one clear message
@@ -101,10 +103,10 @@ def read_recipe(path: str, actions: dict, parser, replaced: dict[str, str]) -> d
         parser.exit(2, f"{parser.prog}: {path}: {message}\n")
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(read_text(path))
     except OSError as error:
         fail(f"cannot be read as a recipe: {error.strerror}. Flags begin with --.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, TextError) as error:
         fail(f"is not YAML: {error}")
     if recipe is None:
         return {}

@@ -11,7 +11,14 @@ from data.records import fingerprint
 from data.rows import DataError
 from data.sources import load
 from data.text_augmentation import TextAugmentation
-from data.training import CaptionPairs, CaptionStream, EncodedRecords, check_training_images, in_memory
+from data.training import (
+    CaptionPairs,
+    CaptionStream,
+    EncodedRecords,
+    check_training_images,
+    in_memory,
+    require_training_split,
+)
 
 __all__ = [
     "MAX_PIXELS",
@@ -29,4 +36,5 @@ __all__ = [
     "in_memory",
     "load",
     "open_image",
+    "require_training_split",
 ]

@@ -7,6 +7,7 @@ import torch
 
 from common.errors import UserError
 from data.checks import check_images
+from data.rows import DataError
 
 
 def in_memory(split) -> datasets.Dataset:
@@ -14,6 +15,16 @@ def in_memory(split) -> datasets.Dataset:
     if isinstance(split, datasets.IterableDataset):
         return datasets.Dataset.from_list(list(split), features=split.features)
     return split
+
+
+def require_training_split(splits, source: str) -> None:
+    """DataError that says how to train on a data set that was uploaded for evaluation: one split, called test, say."""
+    if "train" not in splits:
+        there = ", ".join(splits)
+        raise DataError(
+            f"{source} has no train split. Splits present: {there}. Pass --draw_splits_from {next(iter(splits))} to draw "
+            "train, validation and test (90/5/5 over images) from it"
+        )
 
 
 def check_training_images(splits, *, skip_bad_samples: bool):

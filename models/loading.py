@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, BertTokenizer, BitsAndBytesC
 from transformers.utils import is_bitsandbytes_available
 
 from common.errors import UserError
+from common.text import read_text
 from common.weights import check_keys, read_weights
 from models.adapters import add_adapter, find_adapter, load_adapter, load_adapter_weights
 from models.blip_attention import use_fast_attention
@@ -206,7 +207,7 @@ def _fill_in_image_tokens(model, processor) -> None:
 def read_model_config(config_path: str) -> dict:
     """The settings of a BlipConfig JSON file; ValueError if it is not one."""
     try:
-        settings = json.loads(Path(config_path).read_text(encoding="utf-8"))
+        settings = json.loads(read_text(config_path))
     except FileNotFoundError:
         raise UserError(f"model_config: there is no file {config_path}.") from None
     except ValueError as error:
@@ -243,7 +244,7 @@ def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
         vocab = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *pieces]))}
     else:
         try:
-            lines = Path(vocab_file).read_text(encoding="utf-8").splitlines()
+            lines = read_text(vocab_file).splitlines()
         except OSError as error:
             raise UserError(f"tokenizer_vocab: {vocab_file} cannot be read: {error}") from None
         vocab = {word: index for index, word in enumerate(lines)}

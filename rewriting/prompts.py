@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.text import read_text
 
 FIELDS = {"paragraph": ("captions",), "fuse": ("raw", "synthetic")}
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -26,7 +27,7 @@ def load_prompt(task: str, path: str | None = None) -> Prompt:
         ValueError: a field is missing or unknown; a literal brace is written twice, {{ or }}.
     """
     file = Path(path) if path else PROMPT_FILES[task]
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file).splitlines()
     while lines and lines[0].startswith("#"):
         lines.pop(0)
     template = "\n".join(lines).strip()

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import data
+from common.text import open_text
 from data.caption_files import load_predictions
 from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
 from data.formats.annotations import files_of
@@ -181,14 +182,14 @@ def is_coco(path: Path) -> bool:
 
 
 def first_character(file: Path) -> str:
-    with open(file, encoding="utf-8-sig", errors="replace") as text:
+    with open_text(file) as text:
         return text.read(1024).lstrip()[:1]
 
 
 def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
     """The entries of a JSON list, read piece by piece."""
     decoder, text, number = json.JSONDecoder(), "", 0
-    with open(file, encoding="utf-8-sig") as content:
+    with open_text(file) as content:
         text = content.read(chunk).lstrip()[1:]
         while True:
             text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
