@@ -444,7 +444,21 @@ class EvaluateArguments:
 
 @dataclass
 class InferArguments:
-    output: str | None = flag(None, "JSONL file to write; the same command resumes a run that was stopped.")
+    output: str | None = flag(
+        None,
+        "What to write, by its name: x.jsonl, x.csv, x.parquet, x.json (COCO's results), metadata.jsonl or metadata.csv "
+        "(in the folder of the images), x.tar, or a folder of Parquet files; local or an address such as s3://. Started "
+        "again, the run resumes.",
+    )
+    output_format: str | None = flag(
+        None,
+        "The form of the output where its name does not say it: jsonl, csv, parquet, coco, metadata, tar, or txt, a .txt "
+        "beside each image or in the folder --output.",
+    )
+    data_format: str = flag("auto", "Format of a source, if it is not to be told from its files.")
+    dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
+    image_dir: str | None = flag(None, "Folder of the images, if they do not lie beside the list that names them.")
+    image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."

@@ -26,6 +26,9 @@ CHUNK = 1 << 20
 FOREIGN = re.compile(rb"[\x80-\xff]{4}|[A-Za-z][\xa1-\xa9\xac-\xaf\xb1-\xb6\xb8\xb9\xbc-\xbf][A-Za-z]")
 
 
+_said: set = set()
+
+
 class TextError(UserError):
     """A file that is no text, or text of an encoding that cannot be told."""
 
@@ -37,7 +40,8 @@ def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOW
         TextError: naming the file and what it is not. OSError: as of `open`.
     """
     encoding = encoding_of(path)
-    if encoding == "cp1252":
+    if encoding == "cp1252" and path not in _said:
+        _said.add(path)
         logger.warning("%s: not UTF-8, read as Windows-1252. Save it as UTF-8 if letters look wrong", path)
     return open(path, encoding=encoding, newline=newline)
 

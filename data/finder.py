@@ -6,6 +6,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+from data.remote import is_remote, local_copy
 from data.rows import DataError
 
 IMAGE_FOLDERS = (
@@ -42,9 +43,12 @@ class Finder:
         else:
             self.below = os.path.abspath(folders[0])
         self.folders = [os.path.abspath(folder) for folder in dict.fromkeys(map(str, folders))]
+        self.given = str(folders[0])  # as it was written
         self.search, self.files, self.claimed = search, None, {}
 
     def __call__(self, name: str) -> str:
+        if is_remote(name):
+            return str(local_copy(name))
         for form in forms(name):
             for folder in self.folders:
                 path = os.path.join(folder, form)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from common.errors import UserError
+from data.remote import is_remote, open_remote
 
 try:
     import pillow_heif
@@ -103,6 +104,8 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
     else:
         name, source = "image bytes" if isinstance(value, (bytes, bytearray, memoryview)) else str(value), value
 
+    if isinstance(source, ImageError):  # a source says why there is none
+        raise source
     if isinstance(source, Image.Image):
         return _decode(source, name, max_pixels, size=None)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -111,6 +114,13 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
         raise ImageError(
             f"an image is given as {type(source).__name__}: give a path, bytes, a path/bytes dict or a PIL image"
         )
+    if is_remote(source):
+        try:
+            with open_remote(source) as file:
+                content = file.read()
+        except Exception as error:  # fsspec's file systems have no common base of errors
+            raise ImageError(f"{name}: cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
+        return _open(io.BytesIO(content), len(content), name, max_pixels, size)
     try:
         with open(source, "rb") as file:
             return _open(file, os.fstat(file.fileno()).st_size, name, max_pixels, size)

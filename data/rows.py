@@ -56,6 +56,7 @@ class Options:
     cache_dir: str | None = None
     streaming: bool = False
     skip_bad_samples: bool = False
+    format: str = "auto"
     captions: bool = True  # False for whoever reads images alone
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line
     bad_samples: list = field(default_factory=list)

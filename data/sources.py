@@ -17,6 +17,7 @@ from data import records as rec
 from data.cache import cache_folder
 from data.checks import check_captions, drop_missing
 from data.formats import hub, karpathy, scenes, webdataset
+from data.remote import is_remote, local_copy
 from data.rows import SPLIT_NAMES, SPLITS, DataError, Options, Record
 from data.tables import ALL, as_streams, by_split, columns_of, could_not_load, holds_paths, stream_records, table_of
 from data.tables import table_rows as rows_of_tables
@@ -46,7 +47,8 @@ def load(
     """Load captioned images, one record an image, and say on one log line what was found and dropped.
 
     Args:
-        dataset_name: a local file or folder, a pattern of tar or Parquet files, the id of a Hub data set, or `scenes`.
+        dataset_name: a local file or folder, a pattern of tar or Parquet files, the id of a Hub data set, or
+            `scenes`; or an address such as s3://bucket/folder, of which a copy is kept in the cache.
         dataset_config_name: configuration of a Hub set. For `scenes`, `shuffled` pairs images with others' captions.
         data_format: the name of one of data.formats; `auto` tells it from the path.
         image_dir: folder of the images, where they are not beside the annotations.
@@ -78,7 +80,8 @@ def load(
     for split in wanted:
         if split not in SPLITS:
             raise DataError(f"there is no split {split!r}. Splits are called {', '.join(SPLITS)}")
-    source, path = find_format(dataset_name, data_format)
+    name = str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name
+    source, path = find_format(name, data_format)
     if source is scenes:
         dataset = scenes.read(path, Options(config=dataset_config_name))
         dataset = choose(dataset, splits, max_samples, dataset_name)

@@ -1,0 +1,105 @@
+"""Sources and outputs at an address: s3://, gs://, hf:// and every other file system that fsspec knows, memory:// too."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import fsspec
+
+from data.cache import cache_folder
+from data.rows import DataError
+
+ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+def is_remote(name) -> bool:
+    return isinstance(name, str) and ADDRESS.match(name) is not None
+
+
+def file_system(name: str):
+    """(fsspec file system, path there).
+
+    Raises:
+        DataError: an address of the web, whose files are not fetched, or a file system whose package is missing.
+    """
+    if re.match(r"https?://", name, re.IGNORECASE):
+        raise DataError(f"{name[:100]}: files are not fetched from addresses of the web. Download it and give its path")
+    try:
+        return fsspec.core.url_to_fs(name)
+    except (ImportError, ValueError) as error:  # "Install s3fs to access S3", an unknown protocol
+        raise DataError(f"{name}: {error}") from None
+
+
+def open_remote(name: str, mode: str = "rb"):
+    """The file, opened; errors of the server are a DataError of one line."""
+    system, path = file_system(name)
+    return system.open(path, mode)
+
+
+def list_remote(name: str) -> list[str]:
+    """The addresses of a file, of all files below a folder, or of those that fit a pattern, sorted."""
+    system, path = file_system(name)
+    try:
+        if any(sign in name for sign in "*?["):
+            found = [file for file in system.glob(path) if system.isfile(file)]
+        elif system.isfile(path):
+            return [name]
+        else:
+            found = system.find(path)
+    except FileNotFoundError:
+        found = []
+    except Exception as error:
+        raise unreachable(name, error) from None
+    if not found:
+        raise DataError(f"{name}: there is no such file or folder, and no file that fits it as a pattern.")
+    return sorted(system.unstrip_protocol(file) for file in found)
+
+
+def local_copy(name: str, cache_dir=None) -> Path:
+    """A copy of a file, a folder or the files of a pattern in the cache: fetched once, and again where its size or its
+    version has changed. A file appears under its name only when whole."""
+    system, path = file_system(name)
+    pattern = any(sign in name for sign in "*?[")
+    root = re.split(r"[^/]*[*?\[]", path)[0].rstrip("/") if pattern else path.rstrip("/")
+    folder = cache_folder(cache_dir) / "remote" / hashlib.sha256(f"{name}".encode()).hexdigest()[:16]
+    addresses = list_remote(name)
+    for address in addresses:
+        inner = file_system(address)[1]
+        relative = inner[len(root) :].lstrip("/") or Path(inner).name
+        target = folder / relative
+        info = system.info(inner)
+        version = hashlib.sha256(repr([info.get(k) for k in ("size", "ETag", "etag", "mtime", "created")]).encode())
+        mark = target.with_name(f".{target.name}.{version.hexdigest()[:16]}")
+        if target.exists() and mark.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in target.parent.glob(f".{target.name}.*"):
+            old.unlink()
+        part = target.with_name(f".{target.name}.part")
+        try:
+            system.get_file(inner, str(part))
+        except Exception as error:
+            raise unreachable(address, error) from None
+        part.replace(target)
+        mark.touch()
+    if pattern:
+        return folder / name[len(name) - len(path) + len(root) :].lstrip("/") if root else folder / path
+    return folder / Path(path).name if addresses == [name] else folder
+
+
+def upload(source: Path, name: str) -> None:
+    """Put a local file, or a folder's files, at an address."""
+    system, path = file_system(name)
+    try:
+        if source.is_dir():
+            for file in sorted(source.rglob("*")):
+                if file.is_file():
+                    system.put_file(str(file), f"{path.rstrip('/')}/{file.relative_to(source).as_posix()}")
+        else:
+            system.put_file(str(source), path)
+    except Exception as error:
+        raise unreachable(name, error) from None
+
+
+def unreachable(name: str, error: Exception) -> DataError:
+    return DataError(f"{name}: could not be reached, or was refused ({type(error).__name__}: {str(error)[:300]})")

@@ -1,0 +1,332 @@
+"""Captions out, in the form that a file's name says. A function a format:
+
+    write(rows, target, images)    rows() gives {"image", "caption" or "error", columns ...} of each image in order, as
+                                   often as it is called; target is a local path that does not exist; images() gives what
+                                   data.image_rows does of the same images, for formats that hold or copy them
+
+Rows are gone through in a stream; what is written appears whole or not at all, since the caller renames it.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.formats import webdataset
+from data.images import ImageError
+from data.remote import is_remote, open_remote
+from data.rows import DataError
+
+ROWS_PER_FILE = 50_000  # of a folder of Parquet files
+BATCH = 5_000
+
+
+def write_jsonl(rows: Callable[[], Iterator[dict]], target: Path, images) -> None:
+    with open(target, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows():
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def write_csv(rows, target: Path, images) -> None:
+    with open(target, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _columns(rows))
+        writer.writeheader()
+        for row in rows():
+            writer.writerow({name: _cell(value) for name, value in row.items()})
+
+
+def write_parquet(rows, target: Path, images) -> None:
+    schema = _schema(rows)
+    with pq.ParquetWriter(target, schema) as writer:
+        for batch in _batches(rows(), BATCH):
+            writer.write_table(_table(batch, schema))
+
+
+def write_parquet_folder(rows, target: Path, images) -> None:
+    """part-00000.parquet, part-00001.parquet, ... of up to ROWS_PER_FILE rows."""
+    target.mkdir()
+    schema = _schema(rows)
+    for number, batch in enumerate(_batches(rows(), ROWS_PER_FILE)):
+        pq.write_table(_table(batch, schema), target / f"part-{number:05d}.parquet")
+
+
+def write_coco(rows, target: Path, images) -> None:
+    """COCO's results, as evaluate.py --predictions and everyone's scorers read them. The id is the source's, else COCO's
+    number in the file's name, else that name."""
+    with open(target, "w", encoding="utf-8", newline="\n") as file:
+        for number, row in enumerate(row for row in rows() if "caption" in row):
+            entry = {"image_id": _coco_id(row), "caption": row["caption"]}
+            file.write(("[\n" if number == 0 else ",\n") + json.dumps(entry, ensure_ascii=False))
+        file.write("[]\n" if file.tell() == 0 else "\n]\n")
+
+
+def write_metadata(rows, target: Path, images, folder: Path, kind: str) -> None:
+    """metadata.jsonl or metadata.csv of `load_dataset("imagefolder")`: `file_name`, relative to `folder`, which holds the
+    images; those that lie inside a source are written there."""
+    copies = {row["name"]: row for row in _inside(images)} if _any_inside(rows) else {}
+    names: dict[str, str] = {}
+    for name in copies:
+        names[name] = f"images/{_safe(name)}"
+    for row in images() if copies else ():
+        if row["name"] in names:
+            _copy(row["image"], folder / names[row["name"]])
+
+    def entries():
+        for row in rows():
+            if "caption" in row:
+                name = names.get(row["image"]) or _below(row["image"], folder)
+                yield {"file_name": name} | {
+                    key: value for key, value in row.items() if key not in ("image", "file_name")
+                }
+
+    (write_csv if kind == ".csv" else write_jsonl)(entries, target, images)
+
+
+def write_tar(rows, target: Path, images) -> None:
+    """One tar file of all samples: each image, its caption as .txt, and its row as .json."""
+    captions = rows()
+    with tarfile.open(target, "w") as tar:
+        for row, image in zip(captions, _matching(rows, images), strict=True):
+            if "caption" not in row:
+                continue
+            name = re.sub(r"^\.*/+|\.\./", "", image["relative"].replace("\\", "/"))
+            stem, ending = os.path.splitext(name)
+            stem = stem.replace(".", "_")  # a sample's name ends at its first dot
+            _add(tar, stem + (ending.lower() or ".jpg"), _content(image["image"]))
+            _add(tar, f"{stem}.txt", row["caption"].encode())
+            _add(tar, f"{stem}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
+
+
+def write_tars(rows, target: Path, images, tars: list[str]) -> None:
+    """The tar files of the source again, each sample with its caption as .txt; one that it had is kept as .source.txt."""
+    target.mkdir()
+    captions = rows()
+    row = next(captions, None)
+    for tar in tars:
+        opened = open_remote(tar) if is_remote(tar) else None
+        with tarfile.open(target / os.path.basename(tar), "w") as out:
+            for sample in webdataset.samples(tar, captions=False, opened=opened):
+                name = sample["image"]["path"] if sample["image"] else sample["key"]
+                for member, content in sample["members"]:
+                    kept = re.sub(r"\.txt$", ".source.txt", member, flags=re.IGNORECASE)
+                    _add(out, kept, content)
+                if row is not None and row["image"].startswith(f"{os.path.basename(tar)}/{name}"):
+                    if "caption" in row:
+                        _add(out, f"{sample['key']}.txt", row["caption"].encode())
+                    row = next(captions, None)
+        if opened is not None:
+            opened.close()
+
+
+def write_text_beside(image: str, relative: str, caption: str, folder: Path | None) -> bool:
+    """x.txt beside x.jpg, or below `folder`; False if there is one already, which is left as it is."""
+    place = Path(image) if folder is None else folder / re.sub(r"^\.*/+|\.\./", "", relative.replace("\\", "/"))
+    target = place.with_suffix(".txt")
+    if target.exists():
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    part.write_text(caption + "\n", encoding="utf-8")
+    part.replace(target)
+    return True
+
+
+# ---------------------------------------------------------------- the form that a name says
+
+FORMATS = {
+    "jsonl": "x.jsonl",
+    "csv": "x.csv",
+    "parquet": "x.parquet, or a folder for several files",
+    "coco": "x.json, COCO's results",
+    "metadata": "metadata.jsonl or metadata.csv in the folder of the images",
+    "tar": "x.tar, or with --output_format tar a folder for the source's tars again",
+    "txt": "--output_format txt: a .txt beside each image, or in the folder --output",
+}
+
+
+def form_of(output: str | None, output_format: str | None) -> str:
+    """The key of FORMATS that a name and --output_format say.
+
+    Raises:
+        DataError: an ending that is none of these.
+    """
+    if output_format is not None:
+        if output_format not in FORMATS:
+            raise DataError(f"--output_format {output_format}: is none of {', '.join(FORMATS)}")
+        if output is None and output_format != "txt":
+            raise DataError(f"--output_format {output_format} needs --output, where to write it")
+        return output_format
+    name = re.split(r"[/\\]", output.rstrip("/\\"))[-1]
+    ending = os.path.splitext(name)[1].lower()
+    if output.endswith(("/", "\\")) or not ending or (not is_remote(output) and os.path.isdir(output)):
+        return "parquet"
+    if name in ("metadata.jsonl", "metadata.csv"):
+        return "metadata"
+    known = {
+        ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
+        ".csv": "csv",
+        ".parquet": "parquet",
+        ".json": "coco",
+        ".tar": "tar",
+    }
+    if ending not in known:
+        raise DataError(
+            f"--output {output}: the ending {ending} is none of those that say what to write: {'; '.join(FORMATS.values())}"
+        )
+    return known[ending]
+
+
+def is_folder(output: str, form: str) -> bool:
+    return form in ("parquet", "tar") and os.path.splitext(output.rstrip("/\\"))[1].lower() not in (".parquet", ".tar")
+
+
+def read_back(output: Path, form: str) -> Iterator[dict]:
+    """The rows of a finished output that more can be added to: JSON lines, CSV, Parquet."""
+    if form == "jsonl":
+        with open(output, encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+    elif form == "csv":
+        with open(output, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                yield {
+                    name: value
+                    for name, value in row.items()
+                    if value != "" or (name == "caption" and not row.get("error"))
+                }
+    elif form == "parquet":
+        for file in sorted(output.glob("*.parquet")) if output.is_dir() else [output]:
+            for batch in pq.ParquetFile(file).iter_batches():
+                for row in batch.to_pylist():
+                    yield {name: value for name, value in row.items() if value is not None}
+    else:
+        raise DataError(
+            f"{output} is there already, and nothing can be added to it. Name another --output, or delete it"
+        )
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _columns(rows) -> list[str]:
+    columns: dict[str, None] = {}
+    for row in rows():
+        columns.update(dict.fromkeys(row))
+    return list(columns)
+
+
+def _cell(value):
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list | bool) else value
+
+
+def _schema(rows) -> pa.Schema:
+    """Types that hold every row: a column of several types becomes text."""
+    types: dict[str, pa.DataType] = {"image": pa.string(), "caption": pa.string()}
+    for batch in _batches(rows(), BATCH):
+        for name in dict.fromkeys(key for row in batch for key in row):
+            try:
+                kind = pa.array([row.get(name) for row in batch]).type
+            except pa.ArrowException:
+                kind = pa.string()
+            known = types.get(name, pa.null())
+            if pa.types.is_null(known):
+                types[name] = kind
+            elif not pa.types.is_null(kind) and kind != known:
+                numbers = all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (kind, known))
+                types[name] = pa.float64() if numbers else pa.string()
+    return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in types.items()])
+
+
+def _table(batch: list[dict], schema: pa.Schema) -> pa.Table:
+    def fit(value, kind):
+        if value is None or not pa.types.is_string(kind) or isinstance(value, str):
+            return value
+        return json.dumps(value, ensure_ascii=False, default=str)
+
+    columns = {field.name: [fit(row.get(field.name), field.type) for row in batch] for field in schema}
+    return pa.table(columns, schema=schema)
+
+
+def _batches(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
+    batch = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _coco_id(row: dict):
+    image_id = row.get("image_id")
+    if image_id is None:
+        name = re.split(r"[/\\]", row["image"])[-1]
+        number = re.search(r"(?:^|_)(\d{12})\.\w+$", name)
+        return int(number[1]) if number else name
+    return int(image_id) if isinstance(image_id, str) and re.fullmatch(r"[1-9]\d{0,17}|0", image_id) else image_id
+
+
+def _any_inside(rows) -> bool:
+    return any(not os.path.exists(row["image"]) for row in rows() if "caption" in row)
+
+
+def _inside(images) -> Iterator[dict]:
+    for row in images():
+        if isinstance(row["image"], dict) or is_remote(row["image"]):
+            yield {"name": row["name"]}
+
+
+def _below(image: str, folder: Path) -> str:
+    try:
+        return Path(os.path.abspath(image)).relative_to(os.path.abspath(folder)).as_posix()
+    except ValueError:
+        raise DataError(
+            f"{image} is not below {folder}: metadata.jsonl and metadata.csv name images relative to their own folder. "
+            "Write the file into the folder of the images"
+        ) from None
+
+
+def _safe(name: str) -> str:
+    name = re.sub(r"[^\w.\-/]+", "_", name.replace("\\", "/")).lstrip("./").replace("../", "")
+    return name if os.path.splitext(name)[1] else f"{name}.jpg"
+
+
+def _content(image) -> bytes:
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return image["bytes"]
+    path = image["path"] if isinstance(image, dict) else image
+    with open_remote(path) if is_remote(path) else open(path, "rb") as file:
+        return file.read()
+
+
+def _copy(image, target: Path) -> None:
+    if isinstance(image, ImageError) or target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(_content(image))
+
+
+def _matching(rows, images) -> Iterator[dict]:
+    """The images of the rows, in their order: rows that are no longer in the source have none."""
+    wanted = rows()
+    row = next(wanted, None)
+    for image in images():
+        if row is not None and image["name"] == row["image"]:
+            yield image
+            row = next(wanted, None)
+    if row is not None:
+        raise DataError(f"{row['image']} was captioned before and is no longer in the source. Name another --output")
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
