@@ -23,7 +23,9 @@ MARKS = (
 )
 CHUNK = 1 << 20
 # Four bytes above ASCII in a row are a word of another script; a sign within a word is a letter of another code page.
-FOREIGN = re.compile(rb"[\x80-\xff]{4}|[A-Za-z][\xa1-\xa9\xac-\xaf\xb1-\xb6\xb8\xb9\xbc-\xbf][A-Za-z]")
+FOREIGN = re.compile(
+    rb"[\x80-\xff]{4}|[A-Za-z\xc0-\xff][\xa1-\xa9\xac-\xaf\xb1-\xb3\xb5\xb6\xb8\xb9\xbc-\xbf][A-Za-z\xc0-\xff]"
+)
 
 
 _said: set = set()

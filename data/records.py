@@ -228,7 +228,7 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
         columns = {key: [record.extras.get(key) for record in records] for key in extras}
         columns = {key: _column(values) for key, values in columns.items()}
         image_type = datasets.Image(decode=False)
-        image = pa.array([{"bytes": None, "path": str(record.image)} for record in records], image_type.pa_type)
+        image = pa.array([_image_value(str(record.image)) for record in records], image_type.pa_type)
         full = datasets.Dataset(
             pa.table(
                 {
@@ -253,6 +253,16 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
         rows = {id(record): record.image for record in records}
     splits = {split: [rows[id(record)] for record in records if record.split == split] for split in SPLITS}
     return datasets.DatasetDict({split: full.select(indices) for split, indices in splits.items() if indices})
+
+
+def _image_value(path: str) -> dict:
+    """A path; of a file whose name is no UTF-8, which Arrow cannot hold, the bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            return {"bytes": file.read(), "path": path.encode("utf-8", "backslashreplace").decode()}
+    return {"bytes": None, "path": path}
 
 
 def _column(values: list) -> pa.Array:
