@@ -17,7 +17,6 @@ import yaml
 from common.errors import UserError
 
 # Nothing here imports torch or transformers before the arguments are known to be right: that takes ten seconds.
-
 from common.text import TextError, read_text
 
 
