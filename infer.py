@@ -64,7 +64,7 @@ def main():
     )
     if form is None:
         for row in caption(captioner, rows, args):
-            print(f"{printable(row['image'])}\t{row.get('caption', 'error: ' + row.get('error', ''))}", flush=True)
+            print(f"{row['image']}\t{row.get('caption', 'error: ' + row.get('error', ''))}", flush=True)
     elif form == "txt":
         write_texts(captioner, rows, args, state)
     else:
@@ -108,7 +108,8 @@ class Share(torch.utils.data.IterableDataset):
         for number, row in enumerate(share):
             if worker is None or number // self.batch_size % worker.num_workers == worker.id:
                 # The id carries the row from a worker's process to what is written of it.
-                row_id = json.dumps([row["name"], row["columns"], row["relative"]], default=str)
+                place = row["image"] if isinstance(row["image"], str) else None
+                row_id = json.dumps([row["name"], row["columns"], row["relative"], place], default=str)
                 yield {"image": row["image"], "image_id": row_id}
 
 
@@ -122,10 +123,10 @@ def caption(captioner, rows, args, done: set[bytes] = frozenset(), index: int = 
     )
     try:
         for row_id, captions in show_progress(stream, None):
-            name, columns, relative = json.loads(row_id)
+            name, columns, relative, place = json.loads(row_id)
             failed = isinstance(captions, data.ImageError)
-            taken = {"image": name, "relative": relative} | {
-                f"source_{column}" if column in ("image", "caption", "error", "relative") else column: value
+            taken = {"image": name, "relative": relative, "place": place} | {
+                f"source_{column}" if column in ("image", "caption", "error", "relative", "place") else column: value
                 for column, value in columns.items()
             }
             yield taken | ({"error": str(captions)} if failed else {"caption": captions[0]})
@@ -147,13 +148,13 @@ def write_texts(captioner, rows, args, state) -> None:
     for row in rows():
         if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
             raise UserError(f"{row['name']} lies inside a source: name a folder for the .txt files with --output.")
-        place = Path(row["name"]) if folder is None else folder / row["relative"]
+        place = Path(row["image"]) if folder is None else folder / row["relative"]
         if place.with_suffix(".txt").exists():
             there_already.add(key(row["name"]))
     state.wait_for_everyone()
     for row in caption(captioner, rows, args, there_already, state.process_index, state.num_processes):
         if "caption" in row:
-            written += writers.write_text_beside(row["image"], row["relative"], row["caption"], folder)
+            written += writers.write_text_beside(row["place"], row["relative"], row["caption"], folder)
         else:
             logger.warning("%s", row["error"])
     there = len(there_already)
@@ -177,7 +178,7 @@ def write_output(captioner, rows, args, form: str, settings: dict, paths: list[s
     state.wait_for_everyone()  # all have read what was done before anyone adds to it
     with open_part(output, state.process_index) as file:
         for row in caption(captioner, rows, args, done, state.process_index, state.num_processes):
-            row.pop("relative")
+            row.pop("relative"), row.pop("place")
             write_row(file, row)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -213,10 +214,6 @@ def prepare_output(output: Path, settings: dict, form: str, name: str, state) ->
 def key(path: str) -> bytes:
     """A short stand-in for a path, so that a million of them fit in little memory."""
     return hashlib.blake2b(os.fsencode(path), digest_size=12).digest()
-
-
-def printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def bring_together(output: Path, rows, form: str, args, paths: list[str]) -> None:

@@ -49,6 +49,7 @@ def image_rows(paths: list[str], options: Options) -> Iterator[dict]:
     seen: dict[str, int] = {}
     for path in paths:
         for row in _rows(str(path), options):
+            row["name"] = row["name"].encode("utf-8", "backslashreplace").decode()  # file names may be any bytes
             image = row["image"]
             content = image.get("bytes") if isinstance(image, dict) else None
             if content is not None:  # images of one name may be different ones

@@ -125,7 +125,7 @@ def write_tars(rows, target: Path, images, tars: list[str]) -> None:
             opened.close()
 
 
-def write_text_beside(image: str, relative: str, caption: str, folder: Path | None) -> bool:
+def write_text_beside(image: str | None, relative: str, caption: str, folder: Path | None) -> bool:
     """x.txt beside x.jpg, or below `folder`; False if there is one already, which is left as it is."""
     place = Path(image) if folder is None else folder / re.sub(r"^\.*/+|\.\./", "", relative.replace("\\", "/"))
     target = place.with_suffix(".txt")

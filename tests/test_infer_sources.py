@@ -1,0 +1,386 @@
+"""infer.py: every source that train.py reads, every form of output, local and at addresses, gives the same captions."""
+
+import csv
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pandas
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from data.image_rows import image_rows
+from data.rows import Options
+
+NUMBER = 6
+SCALE = 8
+NAMES = [f"{i:04}.jpg" for i in range(NUMBER)]
+
+
+def jpeg(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST).save(content, "JPEG")
+    return content.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model whose captions depend on the picture."""
+    folder = tmp_path_factory.mktemp("model")
+    network, processor = tiny.build(folder)
+    with torch.no_grad():
+        for name, weights in network.named_parameters():
+            if weights.dim() > 1:
+                weights.mul_(SCALE if "crossattention" in name or "vision" in name else 1)
+    network.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def infer(model, *words) -> None:
+    settings = ["--model_name_or_path", model, "--num_beams", 1, "--max_new_tokens", 5, "--fast_attention", "false"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["infer.py", *map(str, [*words, *settings])])
+        importlib.import_module("infer").main()
+
+
+def tar(file, members: dict[str, bytes]) -> None:
+    with tarfile.open(fileobj=file, mode="w") if hasattr(file, "write") else tarfile.open(file, "w") as out:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+
+
+def members(numbers) -> dict[str, bytes]:
+    return {
+        f"{i:04}.{ending}": content
+        for i in numbers
+        for ending, content in (("jpg", jpeg(i)), ("json", json.dumps({"sku": f"s{i}"}).encode()))
+    }
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """The same pictures in every kind of source, each with a column sku."""
+    root = tmp_path_factory.mktemp("sources")
+    (root / "photos").mkdir()
+    for number, name in enumerate(NAMES):
+        (root / "photos" / name).write_bytes(jpeg(number))
+    (root / "tars").mkdir()
+    tar(root / "tars" / "00000.tar", members(range(3)))
+    tar(root / "tars" / "00001.tar", members(range(3, NUMBER)))
+    rows = [{"image": {"bytes": jpeg(i), "path": name}, "sku": f"s{i}"} for i, name in enumerate(NAMES)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    (root / "parquet").mkdir()
+    for number in range(2):
+        table.shard(2, number, contiguous=True).to_parquet(root / "parquet" / f"{number}.parquet")
+    table.save_to_disk(root / "saved")
+    pandas.DataFrame({"file": [f"photos\\{name}" for name in NAMES], "sku": [f"s{i}" for i in range(NUMBER)]}).to_csv(
+        root / "list.csv", index=False, sep=";", encoding="utf-16"
+    )
+    (root / "list.txt").write_text("\n".join(f"photos/{name}" for name in NAMES), encoding="utf-16")
+    return root
+
+
+SOURCES = ("photos", "tars", "tars/*.tar", "parquet", "parquet/*.parquet", "saved", "list.csv", "list.txt")
+
+
+@pytest.fixture(scope="module")
+def expected(model, sources, tmp_path_factory) -> list[str]:
+    output = tmp_path_factory.mktemp("expected") / "o.jsonl"
+    infer(model, sources / "photos", "--output", output)
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [Path(row["image"]).name for row in rows] == NAMES
+    assert len({row["caption"] for row in rows}) > 1
+    return [row["caption"] for row in rows]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_same_captions_and_keeps_its_columns(model, sources, expected, tmp_path, source):
+    infer(model, sources / source, "--output", tmp_path / "o.csv")
+    frame = pandas.read_csv(tmp_path / "o.csv")
+    assert list(frame.caption) == expected
+    assert [Path(name).name for name in frame.image] == NAMES
+    if not re.search("photos|txt", source):
+        assert list(frame.sku) == [f"s{i}" for i in range(NUMBER)]
+
+
+@pytest.mark.parametrize("source", ["photos", "tars", "parquet"])
+def test_every_form_of_output_is_read_back_by_its_own_readers(model, sources, expected, tmp_path, source):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    if source == "photos":
+        for number, name in enumerate(NAMES):
+            (folder / name).write_bytes(jpeg(number))
+        place = folder
+    else:
+        place = sources / source
+    for name in ("o.jsonl", "o.parquet", "folder", "results.json", "o.tar"):
+        infer(model, place, "--output", tmp_path / name)
+    infer(model, place, "--output", folder / "metadata.jsonl")
+    assert list(pandas.read_json(tmp_path / "o.jsonl", lines=True).caption) == expected
+    assert list(pandas.read_parquet(tmp_path / "o.parquet").caption) == expected
+    assert list(pandas.read_parquet(tmp_path / "folder").caption) == expected
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["part-00000.parquet"]
+    assert [row["caption"] for row in json.loads((tmp_path / "results.json").read_text())] == expected
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+    found = dict(zip((np.asarray(image).tobytes() for image in loaded["image"]), loaded["caption"], strict=True))
+    assert found == {np.asarray(Image.open(io.BytesIO(jpeg(i)))).tobytes(): c for i, c in enumerate(expected)}
+    with tarfile.open(tmp_path / "o.tar") as archive:
+        texts = [archive.extractfile(m).read().decode() for m in archive if m.name.endswith(".txt")]
+    assert texts == expected
+
+
+def test_a_text_beside_each_image_leaves_those_that_are_there(model, expected, tmp_path):
+    for number, name in enumerate(NAMES):
+        (tmp_path / name).write_bytes(jpeg(number))
+    (tmp_path / "0001.txt").write_text("mine", encoding="utf-8")
+    infer(model, tmp_path, "--output_format", "txt")
+    texts = [(tmp_path / name).with_suffix(".txt").read_text(encoding="utf-8").strip() for name in NAMES]
+    assert texts == [expected[0], "mine", *expected[2:]]
+    infer(model, tmp_path, "--output_format", "txt", "--output", tmp_path / "texts")
+    texts = [(tmp_path / "texts" / f"{i:04}.txt").read_text(encoding="utf-8").strip() for i in range(NUMBER)]
+    assert texts == expected
+
+
+def test_tars_again_with_a_text_in_each_sample(model, sources, expected, tmp_path):
+    infer(model, sources / "tars", "--output_format", "tar", "--output", tmp_path / "captioned")
+    found = {}
+    for file in sorted((tmp_path / "captioned").iterdir()):
+        with tarfile.open(file) as archive:
+            found |= {m.name: archive.extractfile(m).read() for m in archive}
+    everything = members(range(NUMBER)) | {f"{i:04}.txt": caption.encode() for i, caption in enumerate(expected)}
+    assert found == everything
+
+
+def test_workers_share_a_source_in_order(model, sources, expected, tmp_path):
+    command = ["--dataloader_num_workers", 2, "--per_device_eval_batch_size", 2]
+    infer(model, sources / "tars", *command, "--output", tmp_path / "o.parquet")
+    assert list(pandas.read_parquet(tmp_path / "o.parquet").caption) == expected
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.parquet", "folder"])
+def test_a_list_that_grew_is_added_to(model, sources, expected, tmp_path, name, caplog):
+    for number in (2, NUMBER):
+        lines = [str(sources / "photos" / image) for image in NAMES[:number]]
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        infer(model, tmp_path / "list.txt", "--output", tmp_path / name)
+    read = pandas.read_csv if name.endswith("csv") else pandas.read_parquet
+    assert list(read(tmp_path / name).caption) == expected
+
+
+@pytest.mark.parametrize("name", ["x.docx", "x.txt", "captions.v2", "x.jsonl.bak"])
+def test_an_ending_that_is_no_form_of_output_is_refused(model, sources, tmp_path, name):
+    with pytest.raises(UserError, match=r"the ending .* is none of those"):
+        infer(model, sources / "photos", "--output", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metadata_file_away_from_its_images_is_refused(model, sources, tmp_path):
+    with pytest.raises(UserError, match="is not below"):
+        infer(model, sources / "photos", "--output", tmp_path / "metadata.csv")
+
+
+# ---- broken sources: what is said, and what is kept
+
+
+def test_broken_files_are_named_and_what_was_captioned_is_kept(model, sources, expected, tmp_path):
+    whole = (sources / "tars" / "00000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:4000])
+    command = [tmp_path / "a.tar", "--output", tmp_path / "o.jsonl", "--per_device_eval_batch_size", 1]
+    with pytest.raises(UserError, match=r"a\.tar: the tar file is broken or cut off after 0000\.\w+"):
+        infer(model, *command)
+    assert len(list(tmp_path.glob("o.jsonl.part-0"))) == 1
+    (tmp_path / "a.tar").write_bytes(whole)
+    infer(model, *command)
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["caption"] for row in rows] == expected[:3]
+
+    content = (sources / "parquet" / "0.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"b\.parquet: the Parquet file is broken or cut off"):
+        infer(model, tmp_path / "b.parquet")
+
+
+def test_a_bad_image_names_the_flag_that_passes_over_it(model, sources, expected, tmp_path):
+    parts = members(range(3))
+    parts["0001.jpg"] = parts["0001.jpg"][:200]
+    del parts["0002.jpg"]
+    tar(tmp_path / "a.tar", parts)
+    with pytest.raises(UserError, match=r"0001\.jpg: .*--skip_bad_images"):
+        infer(model, tmp_path / "a.tar")
+    infer(model, tmp_path / "a.tar", "--skip_bad_images", "--output", tmp_path / "o.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row.get("caption") for row in rows] == [expected[0], None, None]
+    assert "a.tar sample 0002: has no image" in rows[2]["error"]
+
+
+# ---- addresses
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """S3, as moto serves it on loopback."""
+    moto = pytest.importorskip("moto.server", reason="moto[server] stands in for S3")
+    pytest.importorskip("s3fs", reason="s3fs opens s3://")
+    served = moto.ThreadedMotoServer(port=0)
+    served.start()
+    _, port = served.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3", skip_instance_cache=True)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    served.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def memory():
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket"
+
+
+@pytest.mark.parametrize("kind", ["memory", "server"])
+def test_sources_and_outputs_at_addresses(model, sources, expected, kind, request):
+    root = request.getfixturevalue(kind)
+    system, path = fsspec.core.url_to_fs(root)
+    for folder in ("photos", "tars", "parquet"):
+        for file in (sources / folder).iterdir():
+            system.makedirs(f"{path}/{folder}", exist_ok=True)
+            system.put_file(str(file), f"{path}/{folder}/{file.name}")
+    for name in ("list.csv", "list.txt"):
+        system.put_file(str(sources / name), f"{path}/{name}")
+    for number, source in enumerate(("photos", "tars/*.tar", "parquet", "list.csv", "list.txt")):
+        infer(model, f"{root}/{source}", "--output", f"{root}/out-{number}.csv")
+        with fsspec.open(f"{root}/out-{number}.csv", "rt", encoding="utf-8", newline="") as file:
+            assert [row["caption"] for row in csv.DictReader(file)] == expected, source
+    infer(model, f"{root}/photos", "--output", f"{root}/folder/")
+    (part,) = system.ls(f"{path}/folder", detail=False)
+    with system.open(part) as file:
+        assert pq.read_table(file)["caption"].to_pylist() == expected
+    with pytest.raises(UserError, match="there is no such file"):
+        infer(model, f"{root}/nothing")
+
+
+def test_train_py_reads_addresses_too(sources, memory):
+    import data
+
+    system = fsspec.filesystem("memory")
+    rows = [{"image": f"photos/{name}", "caption": f"c {name}"} for name in NAMES]
+    system.pipe("/bucket/set/data.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    for number, name in enumerate(NAMES):
+        system.pipe(f"/bucket/set/photos/{name}", jpeg(number))
+    for source in ("set", "set/data.jsonl") if False else ("set",):
+        loaded = data.load(f"{memory}/{source}")
+        assert sorted(c for split in loaded.values() for row in split for c in row["captions"]) == sorted(
+            row["caption"] for row in rows
+        )
+    system.pipe("/bucket/shards/0.tar", (sources / "tars" / "00000.tar").read_bytes())
+    with pytest.raises(UserError, match="no caption"):
+        data.load(f"{memory}/shards/0.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("https://example.org/a.jpg", "not fetched from addresses of the web"), ("nosuch://x/y", "nosuch")],
+)
+def test_addresses_that_are_not_read(name, says):
+    with pytest.raises(UserError, match=says):
+        next(image_rows([name], Options()))
+
+
+# ---- what is listed, without a model
+
+
+def names(*paths, **options) -> list[str]:
+    return [row["name"] for row in image_rows([str(path) for path in paths], Options(**options))]
+
+
+def test_images_are_told_by_content_and_the_rest_is_counted(tmp_path):
+    from data.image_rows import left_out
+
+    for name in ("a.jfif", "b.jpe", "c", "d.HEIC", "e.dat", "f.PNG", "._g.jpg", "__MACOSX/h.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(1))
+    Image.new("RGB", (5, 5)).save(tmp_path / "i.tga")
+    (tmp_path / "notes.txt").write_text("P5 is no picture")
+    (tmp_path / "Thumbs.db").write_bytes(b"\0\1")
+    (tmp_path / "README").write_text("BM")
+    assert [Path(name).name for name in names(tmp_path)] == [
+        "a.jfif",
+        "b.jpe",
+        "c",
+        "d.HEIC",
+        "e.dat",
+        "f.PNG",
+        "i.tga",
+    ]
+    assert left_out(str(tmp_path)) == {".txt": 1, ".db": 1, "without an ending": 1}
+
+
+def test_heic_is_opened_or_the_package_named(tmp_path):
+    from data.images import ImageError, open_image
+
+    try:
+        import pillow_heif
+    except ImportError:
+        content = b"\0\0\0\x18ftypheic" + b"\0" * 100
+        with pytest.raises(ImageError, match="pip install pillow-heif"):
+            open_image(content)
+        return
+    pillow_heif.register_heif_opener()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.heic")
+    assert open_image(tmp_path / "a.heic").size == (32, 32)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX alone")
+def test_names_that_are_no_utf8_are_captioned_and_written(model, tmp_path):
+    try:
+        Path(os.fsdecode(bytes(tmp_path) + b"/\xe9.jpg")).write_bytes(jpeg(1))
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    (tmp_path / "list.txt").write_bytes("é.jpg\n".encode("cp1252"))
+    for place in (tmp_path, tmp_path / "list.txt"):
+        infer(model, place)
+        infer(model, place, "--output", tmp_path.parent / f"{tmp_path.name}-{Path(place).suffix[1:]}.jsonl")
+
+
+def test_images_of_one_name_in_a_table_stay_apart(tmp_path):
+    rows = [{"image": {"bytes": jpeg(i // 2), "path": "image.jpg"}, "n": i} for i in range(6)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert names(tmp_path / "a.parquet") == ["image.jpg", "image.jpg#2", "image.jpg#3"]
+
+
+def test_the_reported_inputs(model, tmp_path, capsys):
+    folder = os.environ.get("CAPTION_TEST_CASES") or os.path.join(os.environ.get("CAPTION_TEST_DATA", ""), "../cases")
+    if not os.path.isdir(folder):
+        pytest.skip("neither CAPTION_TEST_CASES nor a folder cases beside CAPTION_TEST_DATA is there")
+    for case, number in (("01_png_chunks", 4), ("02_endings", 7), ("20_lists/bom.txt", 3), ("20_lists/utf16.txt", 3)):
+        infer(model, f"{folder}/{case}")
+        assert len(capsys.readouterr().out.splitlines()) == number, case
