@@ -205,9 +205,9 @@ def test_a_metadata_file_away_from_its_images_is_refused(model, sources, tmp_pat
 
 def test_broken_files_are_named_and_what_was_captioned_is_kept(model, sources, expected, tmp_path):
     whole = (sources / "tars" / "00000.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(whole[:4000])
+    (tmp_path / "a.tar").write_bytes(whole[:6000])
     command = [tmp_path / "a.tar", "--output", tmp_path / "o.jsonl", "--per_device_eval_batch_size", 1]
-    with pytest.raises(UserError, match=r"a\.tar: the tar file is broken or cut off after 0000\.\w+"):
+    with pytest.raises(UserError, match=r"a\.tar: the tar file is broken or cut off after 0001\.\w+"):
         infer(model, *command)
     assert len(list(tmp_path.glob("o.jsonl.part-0"))) == 1
     (tmp_path / "a.tar").write_bytes(whole)
@@ -296,11 +296,9 @@ def test_train_py_reads_addresses_too(sources, memory):
     system.pipe("/bucket/set/data.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     for number, name in enumerate(NAMES):
         system.pipe(f"/bucket/set/photos/{name}", jpeg(number))
-    for source in ("set", "set/data.jsonl") if False else ("set",):
-        loaded = data.load(f"{memory}/{source}")
-        assert sorted(c for split in loaded.values() for row in split for c in row["captions"]) == sorted(
-            row["caption"] for row in rows
-        )
+    loaded = data.load(f"{memory}/set")
+    captions = [c for split in loaded.values() for row in split for c in row["captions"]]
+    assert sorted(captions) == sorted(row["caption"] for row in rows)
     system.pipe("/bucket/shards/0.tar", (sources / "tars" / "00000.tar").read_bytes())
     with pytest.raises(UserError, match="no caption"):
         data.load(f"{memory}/shards/0.tar")
@@ -384,3 +382,58 @@ def test_the_reported_inputs(model, tmp_path, capsys):
     for case, number in (("01_png_chunks", 4), ("02_endings", 7), ("20_lists/bom.txt", 3), ("20_lists/utf16.txt", 3)):
         infer(model, f"{folder}/{case}")
         assert len(capsys.readouterr().out.splitlines()) == number, case
+
+
+# ---- what was written is scored; a set without splits is scored whole
+
+
+def evaluate(*words) -> None:
+    quick = ["--meteor", "false", "--spice", "false", "--bootstrap_samples", 0, "--report", "false"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, [*words, *quick])])
+        importlib.import_module("evaluate").main()
+
+
+def test_what_infer_py_writes_is_scored_by_evaluate_py_as_its_own_captions_are(model, sources, tmp_path, caplog):
+    rows = [{"image": f"photos/{name}", "captions": [f"a red dog {i}", "the cat"]} for i, name in enumerate(NAMES)]
+    references = sources / "references.jsonl"
+    references.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    how = ["--num_beams", 1, "--max_new_tokens", 5, "--fast_attention", "false"]
+    with caplog.at_level("INFO"):
+        evaluate("--model_name_or_path", model, "--dataset_name", references, "--output_dir", tmp_path / "own", *how)
+    assert "no splits in the source, so all images are test" in caplog.text
+    own = json.loads((tmp_path / "own" / "coco_metrics.json").read_text(encoding="utf-8"))
+    for name in ("o.jsonl", "results.json"):
+        infer(model, sources / "photos", "--output", tmp_path / name)
+        scored = ["--predictions", tmp_path / name, "--references", references]
+        evaluate(*scored, "--output_dir", tmp_path / "of")
+        found = json.loads((tmp_path / "of" / "coco_metrics.json").read_text(encoding="utf-8"))
+        assert {k: own[k] for k in ("CIDEr", "Bleu_1", "ROUGE_L")} == {
+            k: found[k] for k in ("CIDEr", "Bleu_1", "ROUGE_L")
+        }
+
+
+def test_a_format_is_added_as_the_docs_say(tmp_path):
+    """In a copy of the code: its module from docs/data.md word for word, and its name in FORMATS."""
+    import shutil
+    import subprocess
+
+    root = Path(__file__).resolve().parent.parent
+    for folder in ("data", "common"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (root / "docs" / "data.md").read_text(encoding="utf-8").split("## Add a format")[1]
+    block = [line[4:] for line in text.splitlines() if line.startswith("    ") or not line]
+    (tmp_path / "data" / "formats" / "myformat.py").write_text("\n".join(block), encoding="utf-8")
+    file = tmp_path / "data" / "formats" / "__init__.py"
+    listed = file.read_text(encoding="utf-8")
+    listed = listed.replace("import annotations,", "import annotations, myformat,").replace(
+        "FORMATS = (", "FORMATS = (myformat, "
+    )
+    file.write_text(listed, encoding="utf-8")
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate(NAMES):
+        (tmp_path / "photos" / name).write_bytes(jpeg(number))
+    (tmp_path / "set.mine").write_text("".join(f"{name} = a dog\n" for name in NAMES), encoding="utf-16")
+    command = "import data; print(sum(map(len, data.load('set.mine').values())))"
+    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == str(NUMBER), run.stderr
