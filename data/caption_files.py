@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 IDS = ("image_id", "cocoid", "imgid", "id")
 CAPTIONS = ("caption", "captions", "prediction", "predicted_caption", "generated_caption", *CAPTION_COLUMNS)
 
+
 class CaptionFileError(UserError):
     """A captions file that cannot be used; the message names the file and the place."""
 
