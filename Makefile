@@ -1,5 +1,6 @@
 # make quickstart   a trained captioner, its scores and three captions, on scenes that the repo draws itself
 # make test         the tests (CAPTION_TEST_DATA=folder adds those on real data)
+# make test-fast    those of an edit's loop: no script is started, under 2 minutes
 # make test-torchvision  those that torchvision can change, in an environment that has it (2 GB more)
 # make test-oldest-transformers  those that transformers can change, with the oldest release of requirements.txt
 # make test-sagemaker  those of sagemaker/, in the environments of make sagemaker-envs
@@ -10,7 +11,7 @@ BIN = .venv/bin
 OUT ?= runs/quickstart
 PYTEST = -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: quickstart test torchvision-env test-torchvision test-oldest-transformers sagemaker-envs test-sagemaker lint format clean
+.PHONY: quickstart test test-fast torchvision-env test-torchvision test-oldest-transformers sagemaker-envs test-sagemaker lint format clean
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ". Try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
@@ -29,6 +30,12 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST)
+
+# What needs neither a script's start nor training: text, scores, data, rewards, the structure.
+FAST_TESTS = $(wildcard $(addsuffix *.py,$(addprefix tests/test_,add_your_own collator data_aug data_rec data_text house \
+  metrics pixels recipes rewards uploads)))
+test-fast: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) $(FAST_TESTS)
 
 # torch and torchvision of the same build: torch 2.13.0, which .venv has, has no torchvision for the CPU.
 TORCHVISION = .venv-torchvision

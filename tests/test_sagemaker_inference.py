@@ -112,7 +112,7 @@ def test_a_bad_line_of_json_lines_is_answered_by_an_error_and_costs_the_others_n
         ({"inputs": ["AAAA"] * 17}, "1 to 16 images, not 17"),
         ({"inputs": "AAAA"}, "not an image"),
         ({"image": "AAAA"}, 'object with "inputs"'),
-        ({"inputs": "AAAA", "prompt": "a"}, "'prompt' is not known beside"),
+        ({"inputs": "AAAA", "prompt": "a"}, "'prompt' is not known"),
         ({"inputs": "AAAA", "parameters": []}, '"parameters" must be an object'),
         ({"inputs": "AAAA", "parameters": {"num_beams": 11}}, "num_beams must be a whole number from 1 to 10"),
         ({"inputs": "AAAA", "parameters": {"num_beams": True}}, "num_beams must be"),
