@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.processes import processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
-from models.families import ENCODED, base_model, family_of
+from models.families import ENCODED, base_model, family_of, model_inputs
 from models.loading import load_model
 from models.vision import check_repeatable, encode_once, encodes_once
 
@@ -166,9 +166,13 @@ class Captioner:
             settings["suppress_tokens"] = [*own, *self.collator.placeholders]
         if max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences")) > 1:
             check_repeatable(self.model, inputs, len(prompt))
+        before = prompt.shape[1]
+        if (started := self.collator.decoder_prompt) is not None:
+            before = len(started)
+            if before > 1:
+                inputs["decoder_input_ids"] = torch.tensor(started, device=prompt.device).repeat(len(prompt), 1)
         with self._precision():
-            output = generate(self.model, **inputs, **settings)
-        before = 1 if self.collator.decoder_start is not None else prompt.shape[1]
+            output = generate(self.model, **model_inputs(self.model.config, inputs), **settings)
         if isinstance(output, torch.Tensor):
             return output[:, before:]
         output.sequences = output.sequences[:, before:]

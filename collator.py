@@ -9,7 +9,7 @@ from PIL import Image
 from common.errors import UserError
 from common.processes import in_threads
 from data import ImageError, open_image
-from models.families import family_of, is_encoder_decoder, placeholders, special_tokens
+from models.families import decoder_prompt, family_of, is_encoder_decoder, placeholders, special_tokens
 
 IGNORE = -100  # torch's cross-entropy passes over targets of this value
 
@@ -136,7 +136,7 @@ class ImageCollator:
             self.pad = processor.tokenizer.pad_token_id
         else:
             self.end, self.pad = special_tokens(config)
-        self.decoder_start = config.text_config.decoder_start_token_id if is_encoder_decoder(config) else None
+        self.decoder_prompt = decoder_prompt(config)
         if self.joint:
             self.text = family.joint_prompt(processor, prompt)
             self.words_before = 0
@@ -171,11 +171,16 @@ class ImageCollator:
 
     def inputs(self, images: list) -> dict[str, torch.Tensor]:
         """What the model takes of RGB PIL images and the prompt."""
+        if self.family.image_inputs:
+            found = self.processor.image_processor(images=images, return_tensors="pt")
+            pixels = {ours: found[theirs] for theirs, ours in self.family.image_inputs.items()}
+            return {**pixels, **self.prompts(len(images))}
         if not self.joint:
             return {"pixel_values": self.pixels(images), **self.prompts(len(images))}
         start = self.processor.tokenizer.bos_token
         inputs = self.processor(
-            add_special_tokens=not (start and self.text.startswith(start)),  # as apply_chat_template does
+            # As apply_chat_template does.
+            add_special_tokens=not self.family.writes_special_tokens and not (start and self.text.startswith(start)),
             images=[[image] for image in images],
             text=[self.text] * len(images),
             padding=True,
@@ -212,7 +217,7 @@ class ImageCollator:
                     f"The input '{name}' runs along the prompt, and it is not known what a caption's tokens have in it: "
                     "the family's row in models/families.py must say so in caption_tokens."
                 )
-            if name in along and self.decoder_start is None:
+            if name in along and self.decoder_prompt is None:
                 more = along[name]
                 if isinstance(more, int):
                     more = torch.full_like(targets, more)
@@ -220,10 +225,10 @@ class ImageCollator:
                     more = value[:, -1:].expand(-1, targets.shape[1], *value.shape[2:])
                 value = torch.cat([value, more.to(value.dtype)], dim=1)
             batch[name] = value
-        if self.decoder_start is not None:
-            start = torch.full((len(targets), 1), self.decoder_start, device=targets.device)
-            batch["decoder_input_ids"] = torch.cat([start, targets[:, :-1]], dim=1)
-            batch["labels"] = labels
+        if self.decoder_prompt is not None:
+            before = torch.tensor(self.decoder_prompt, device=targets.device).expand(len(targets), -1)
+            batch["decoder_input_ids"] = torch.cat([before, targets[:, :-1]], dim=1)
+            batch["labels"] = torch.cat([torch.full_like(before[:, 1:], IGNORE), labels], dim=1)
         else:
             prompt = batch["input_ids"][:, :length]
             batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
@@ -234,7 +239,7 @@ class ImageCollator:
         tokenizer = self.processor.tokenizer
         if self.joint:
             caption = self.lead + caption
-        if self.joint or self.decoder_start is not None or not self.words:
+        if self.joint or self.decoder_prompt is not None or not self.words:
             return [*tokenizer(caption, add_special_tokens=False)["input_ids"], self.end]
         # Behind a word, a caption's first one may be other tokens than at the front.
         words = tokenizer(self.words, add_special_tokens=False)["input_ids"]
@@ -289,7 +294,7 @@ def input_size(image_processor) -> tuple[int, int] | None:
     if any(getattr(image_processor, name, None) for name in TILING):
         return None
     cropped = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", None) else None
-    for size in (cropped, image_processor.size):
+    for size in (cropped, getattr(image_processor, "size", None)):
         if size and size.get("height") and size.get("width"):
             return size["height"], size["width"]
     return None
@@ -298,7 +303,7 @@ def input_size(image_processor) -> tuple[int, int] | None:
 def _plain_size(image_processor) -> tuple[int, int] | None:
     """(height, width) of a processor that resizes to just this and then maps values one by one, as BLIP's does; None if
     it may do more."""
-    p, size = image_processor, image_processor.size
+    p, size = image_processor, getattr(image_processor, "size", None)
     is_blips = type(p).__name__ in ("BlipImageProcessor", "BlipImageProcessorPil", "BlipImageProcessorFast")
     more = getattr(p, "do_center_crop", None) or getattr(p, "do_pad", None)
     if not is_blips or not p.do_resize or more or not isinstance(p.resample, int) or "height" not in size:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from common.errors import UserError
@@ -30,7 +31,7 @@ def add_adapter(
     if not base:
         raise UserError("An adapter is for a trained model: give --model_name_or_path instead of --model_config.")
     targets = targets or family_of(model.config).lora_targets
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     matched = [name for name in linear if re.fullmatch(targets, name)]
     if not matched:
         some = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})[:12])

@@ -39,13 +39,10 @@ def generate(
     """
     if ENCODED in generation_kwargs:  # the library repeats them for every beam in place
         generation_kwargs[ENCODED] = {kind: copy.copy(found) for kind, found in generation_kwargs[ENCODED].items()}
-    if pixel_values is not None:
-        generation_kwargs["pixel_values"] = pixel_values
-    return model.generate(
-        input_ids=None if input_ids is None else input_ids.clone(),  # the library writes its start token into them
-        attention_mask=attention_mask,
-        **generation_kwargs,
-    )
+    if input_ids is not None:
+        generation_kwargs["input_ids"] = input_ids.clone()  # the library writes its start token into them
+    given = {"pixel_values": pixel_values, "attention_mask": attention_mask}
+    return model.generate(**{name: value for name, value in given.items() if value is not None}, **generation_kwargs)
 
 
 class SharedBeams:

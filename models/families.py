@@ -12,9 +12,13 @@ from transformers import (
     AutoModelForImageTextToText,
     Blip2ForConditionalGeneration,
     BlipForConditionalGeneration,
+    Florence2ForConditionalGeneration,
     GitForCausalLM,
     InstructBlipForConditionalGeneration,
+    Kosmos2ForConditionalGeneration,
     PaliGemmaForConditionalGeneration,
+    Pix2StructForConditionalGeneration,
+    VisionEncoderDecoderModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -42,6 +46,17 @@ def _blip2_prompt(processor, config, words: str) -> dict:
 def _instructblip_prompt(processor, config, words: str) -> dict:
     seen_by_qformer = processor.qformer_tokenizer(words)["input_ids"]
     return _blip2_prompt(processor, config, words) | {"qformer_input_ids": seen_by_qformer}
+
+
+def _decoder_prompt(processor, config, words: str) -> dict:
+    return {"input_ids": [_decoder_start(config), *_words(processor, words)]}
+
+
+def _decoder_start(config) -> int:
+    """The token that a decoder beside an encoder starts with."""
+    text = config.get_text_config(decoder=True)
+    found = [getattr(of, "decoder_start_token_id", None) for of in (config, text)] + [text.bos_token_id]
+    return next(token for token in found if token is not None)
 
 
 def _words(processor, words: str) -> list[int]:
@@ -96,7 +111,11 @@ def _paligemma_prompt(processor, words: str) -> str:
     return f"<image>{words}"  # the processor puts start token and line end around it
 
 
-def _paligemma_answer(processor, words: str) -> tuple[str, int]:
+def _plain_prompt(processor, words: str) -> str:
+    return words  # the processor puts the image's tokens before it
+
+
+def _plain_answer(processor, words: str) -> tuple[str, int]:
     return "", processor.tokenizer.eos_token_id
 
 
@@ -119,6 +138,15 @@ class Family:
     default_words: str = ""
     # What the tokens of a caption have in each input that runs along the text, but for the ids and the attention mask.
     caption_tokens: dict = field(default_factory=lambda: {"token_type_ids": 0, "mm_token_type_ids": 0})
+    # Whether the processor writes start and end tokens around a prompt by itself.
+    writes_special_tokens: bool = False
+    # The names that the image processor has for what an image becomes, and ours; none where that is `pixel_values`.
+    image_inputs: dict = field(default_factory=dict)
+    # The model's names of inputs that have other names in a batch; None where the model does not take one.
+    renamed: dict = field(default_factory=dict)
+    # Token ids that a caption begins with in a decoder whose encoder reads the prompt: of the config. None: its start.
+    decoder_prompt: callable = None
+    unread: str = ""  # weights that the model has but never reads: a regular expression of whole names
     license: str | None = None  # of the published weights, where all have the same
 
     @property
@@ -185,10 +213,59 @@ FAMILIES = {
     "paligemma": Family(
         PaliGemmaForConditionalGeneration,
         joint_prompt=_paligemma_prompt,
-        answer=_paligemma_answer,
+        answer=_plain_answer,
         default_words="caption en",
         caption_tokens={"token_type_ids": 1},  # 0 is the prefix, whose tokens see each other both ways
         **_CHAT,
+    ),
+}
+# An encoder of images alone, and a decoder that has the prompt and the caption.
+_IN_DECODER = {"input_ids": "decoder_input_ids", "attention_mask": None}
+FAMILIES |= {
+    "vision-encoder-decoder": Family(  # ViT-GPT2, TrOCR, Donut
+        VisionEncoderDecoderModel,
+        vision=("encoder",),
+        end_token="decoder.eos_token_id",
+        pad_token="decoder.pad_token_id",
+        prompt=_decoder_prompt,
+        renamed=_IN_DECODER,
+        unread=r"encoder\.pooler\..*",
+        lora_targets=r"decoder\..*\.(c_attn|q_attn|c_proj|c_fc|query|key|value|dense|q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+    ),
+    "pix2struct": Family(
+        Pix2StructForConditionalGeneration,
+        vision=("encoder",),
+        end_token="text_config.eos_token_id",
+        pad_token="text_config.pad_token_id",
+        prompt=_decoder_prompt,
+        image_inputs={"flattened_patches": "flattened_patches", "attention_mask": "patch_mask"},
+        renamed=_IN_DECODER | {"patch_mask": "attention_mask"},
+        license="apache-2.0",
+        lora_targets=r"decoder\..*\.(query|key|value|output|wi_0|wi_1|wo)",
+    ),
+    "florence2": Family(
+        Florence2ForConditionalGeneration,
+        joint_prompt=_plain_prompt,
+        answer=_plain_answer,
+        default_words="<CAPTION>",
+        writes_special_tokens=True,
+        # As its captions were trained: the start token, then that of a text.
+        decoder_prompt=lambda config: [_decoder_start(config), config.text_config.bos_token_id],
+        license="mit",
+        **_CHAT | {"lora_targets": r"model\.language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"},
+    ),
+    "kosmos-2": Family(
+        Kosmos2ForConditionalGeneration,
+        joint_prompt=_plain_prompt,
+        answer=_plain_answer,
+        default_words="An image of",
+        caption_tokens={"image_embeds_position_mask": 0},
+        license="mit",
+        **_CHAT
+        | {
+            "vision": ("vision_model",),
+            "lora_targets": r"text_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+        },
     ),
 }
 # Models that are asked by their processor's chat template.
@@ -245,6 +322,14 @@ def placeholders(config, processor) -> list[int]:
     return sorted(token for token in found if isinstance(token, int) and token >= 0)
 
 
+def decoder_prompt(config) -> list[int] | None:
+    """The tokens that a caption has before it in a decoder whose encoder reads the prompt; None without such."""
+    if not is_encoder_decoder(config):
+        return None
+    made_by = family_of(config).decoder_prompt
+    return made_by(config) if made_by else [config.text_config.decoder_start_token_id]
+
+
 def special_tokens(config) -> tuple[int, int]:
     """(end, pad) token ids of a caption."""
     family = family_of(config)
@@ -276,6 +361,16 @@ def vision_encoder(model):
     raise UserError(f"{type(model).__name__} has no vision encoder under a known name.")
 
 
+def model_inputs(config, batch: dict) -> dict:
+    """The inputs of a batch by the names that the model has for them."""
+    renamed = family_of(config).renamed
+    named = {renamed.get(name, name): value for name, value in batch.items()}
+    named.pop(None, None)
+    return named
+
+
 def is_encoder_decoder(config) -> bool:
     """Whether the prompt goes to an encoder of its own and the caption alone to the decoder (T5)."""
-    return bool(getattr(getattr(config, "text_config", config), "is_encoder_decoder", False))
+    return not family_of(config).renamed and bool(
+        getattr(getattr(config, "text_config", config), "is_encoder_decoder", False)
+    )

@@ -11,7 +11,17 @@ import transformers
 from peft import PeftModel
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from transformers import AutoConfig, AutoProcessor, BertTokenizer, BitsAndBytesConfig, BlipConfig, BlipProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BertTokenizer,
+    BitsAndBytesConfig,
+    BlipConfig,
+    BlipProcessor,
+    TrOCRProcessor,
+)
 from transformers.utils import is_bitsandbytes_available
 
 from common.errors import UserError
@@ -72,10 +82,11 @@ def load_model(
         wanted = family.model_class.__name__
         if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
             raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
-        processor = _load_processor(model_name_or_path, options)
+        processor = _load_processor(config, model_name_or_path, options)
         if quantization:
             options["quantization_config"] = quantization_config(quantization)
-        model = read_weights(family.model_class, model_name_or_path, dtype=getattr(torch, dtype), **options)
+        options |= {"dtype": getattr(torch, dtype), "unread": family.unread}
+        model = read_weights(family.model_class, model_name_or_path, **options)
     except OSError as error:
         raise UserError(
             f"Could not load a model from '{model_name_or_path}'. Neither a local folder nor a reachable model of the "
@@ -84,9 +95,13 @@ def load_model(
     return ready(model, processor, fast_attention), processor
 
 
-def _load_processor(model_name_or_path: str, options: dict):
+def _load_processor(config, model_name_or_path: str, options: dict):
+    """The processor of a folder or of the Hub; of the two parts that it was saved as, made anew."""
     try:
-        return AutoProcessor.from_pretrained(model_name_or_path, **options)
+        if config.model_type != "vision-encoder-decoder":
+            return AutoProcessor.from_pretrained(model_name_or_path, **options)
+        parts = [kind.from_pretrained(model_name_or_path, **options) for kind in (AutoImageProcessor, AutoTokenizer)]
+        return TrOCRProcessor(*parts)  # the library's pair for any model of this kind
     except ImportError as error:
         said = " ".join(str(error).split())
         named = re.search(r"pip install ([\w.-]+)|requires the (\w+) library", said)
@@ -108,7 +123,8 @@ def load_weights(model, checkpoint: str) -> None:
         load_adapter_weights(model, checkpoint)
         return
     # float32 holds every weight of a half-precision one exactly.
-    saved = read_weights(family_of(model.config).model_class, checkpoint, dtype=torch.float32).state_dict()
+    family = family_of(model.config)
+    saved = read_weights(family.model_class, checkpoint, dtype=torch.float32, unread=family.unread).state_dict()
     own = model.state_dict()
     check_keys(checkpoint, type(model).__name__, own.keys() - saved.keys(), saved.keys() - own.keys())
     with torch.no_grad():
@@ -186,8 +202,15 @@ def ready(model, processor, fast_attention: bool = True):
         raise UserError(
             f"The processor of this {model.config.model_type} model has no chat template: none to ask with."
         )
+    if getattr(model.config, "is_vqa", False) or getattr(processor.image_processor, "is_vqa", False):
+        raise UserError(
+            "This Pix2Struct answers questions: it takes header text, a question drawn onto the picture. The ones that "
+            "caption, such as pix2struct-textcaps-base, take none."
+        )
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    # A caption that was cut has no end token: a forced one is none that the model gave a probability.
+    model.generation_config.forced_eos_token_id = None
     use_onednn_linear(take_encoded_images(model), fast_attention)
     if model.config.model_type == "blip":
         use_fast_attention(model, fast_attention)

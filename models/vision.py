@@ -203,5 +203,5 @@ def check_repeatable(model, inputs: dict, images: int) -> None:
 
 def has_gradients(inputs: dict) -> bool:
     """Whether the images among model inputs were encoded by an encoder that is trained."""
-    features = inputs[ENCODED]["image"].pooler_output if ENCODED in inputs else [inputs["pixel_values"]]
-    return any(tensor.requires_grad for tensor in features)
+    features = inputs[ENCODED]["image"].pooler_output if ENCODED in inputs else inputs.values()
+    return any(getattr(tensor, "requires_grad", False) for tensor in features)

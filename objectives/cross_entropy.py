@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from collator import IGNORE
 from models.blip_attention import target_positions
-from models.families import ENCODED, base_model, vision_encoder
+from models.families import ENCODED, base_model, model_inputs, vision_encoder
 from models.vision import encode_images, encode_once, repeat_images, takes_encoded
 
 
@@ -31,7 +31,7 @@ def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
             inputs["pixel_values"] = encoded.repeat_interleave(times, dim=0)
     elif (times := batch.get("rows_per_image", 1)) > 1:
         inputs = repeat_images(model, encode_once(model, inputs, times), times)
-    logits = model(**inputs).logits
+    logits = model(**model_inputs(captioner.config, inputs)).logits
     if "decoder_input_ids" not in batch:
         # Image tokens that stand before the text (GIT) have logits too.
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 ALL = [
     "blip", "git", "blip2-opt", "blip2-t5", "instructblip-t5", "instructblip-vicuna", "paligemma", "idefics2", "idefics3",
     "idefics3-llama3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "llava_onevision", "internvl",
-    "mllama", "janus",
+    "mllama", "janus", "vit-gpt2", "pix2struct", "florence2", "kosmos-2",
 ]  # fmt: skip
 # Their processors have a part for videos, which the library has with torchvision only; SmolVLM's also asks for num2words.
 WITH_VIDEOS = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"}
@@ -456,6 +456,72 @@ CHAT = {
     "qwen3_vl": lambda: qwen_vl("qwen3_vl"), "gemma3": gemma3, "llava": llava, "llava_onevision": llava_onevision,
     "internvl": internvl, "mllama": mllama, "janus": janus,
 }  # fmt: skip
+
+
+def vit_gpt2():
+    words = tokenizer(["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    kind = {"is_decoder": True, "add_cross_attention": True, "bos_token_id": 0, "eos_token_id": 0}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = t.VisionEncoderDecoderConfig(
+        encoder=t.ViTConfig(**VISION, hidden_dropout_prob=0.0).to_dict(),
+        decoder=t.GPT2Config(vocab_size=len(words), **sizes, **kind, **rates).to_dict(),
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    images = t.ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    return t.VisionEncoderDecoderModel(config), t.TrOCRProcessor(images, words)
+
+
+def pix2struct():
+    words = t5_tokenizer()
+    sizes = {"hidden_size": 32, "d_ff": 64, "d_kv": 16, "dropout_rate": 0.0}
+    text = {"vocab_size": len(words), "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0, "eos_token_id": 1}
+    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "patch_embed_hidden_size": 192, "seq_len": 16}
+    config = t.Pix2StructConfig(text_config=sizes | text, vision_config=sizes | vision)
+    images = t.Pix2StructImageProcessor(patch_size={"height": 8, "width": 8}, max_patches=16)
+    return t.Pix2StructForConditionalGeneration(config), t.Pix2StructProcessor(images, words)
+
+
+def florence2():
+    words = tokenizer(
+        ["<s>", "<pad>", "</s>", "<unk>", "<image>"], before=["<s>"], after=["</s>"], bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", extra_special_tokens=IMAGE,
+    )  # fmt: skip
+    sides = {"encoder": 2, "decoder": 2}
+    text = t.BartConfig(
+        vocab_size=len(words), d_model=32, max_position_embeddings=128, dropout=0.0, bos_token_id=0, pad_token_id=1,
+        eos_token_id=2, decoder_start_token_id=2, **{f"{side}_layers": 2 for side in sides},
+        **{f"{side}_attention_heads": 2 for side in sides}, **{f"{side}_ffn_dim": 64 for side in sides},
+    )  # fmt: skip
+    vision = {
+        "depths": (1, 1, 1, 1),
+        "embed_dim": (8, 16, 16, 32),
+        "num_heads": (1, 2, 2, 2),
+        "num_groups": (1, 2, 2, 2),
+    }
+    vision |= {"patch_stride": (4, 2, 1, 1), "window_size": 4, "projection_dim": 32, "drop_path_rate": 0.0}
+    config = t.Florence2Config(vision_config=vision, text_config=text, image_token_id=words.image_token_id)
+    images = t.CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_center_crop=False
+    )
+    images.image_seq_length = (SIDE // 8) ** 2 + 1
+    return t.Florence2ForConditionalGeneration(config), t.Florence2Processor(images, words)
+
+
+def kosmos2():
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = tokenizer([*names.values()], before=["<s>"], after=["</s>"], metaspace=True, **names)
+    images = t.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = t.Kosmos2Processor(images, words)
+    text = {"vocab_size": len(words), "embed_dim": 32, "layers": 2, "ffn_dim": 64, "attention_heads": 2, "dropout": 0.0}
+    config = t.Kosmos2Config(
+        text_config=text | {"max_position_embeddings": 128, "attention_dropout": 0.0}, vision_config=VISION,
+        latent_query_num=64,
+    )  # fmt: skip
+    return t.Kosmos2ForConditionalGeneration(config), processor
+
+
+CHAT |= {"vit-gpt2": vit_gpt2, "pix2struct": pix2struct, "florence2": florence2, "kosmos-2": kosmos2}
 
 
 def build(name: str, seed: int = 0):

@@ -103,8 +103,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         start = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - start
-        if items is not None and hasattr(self.objective, "items"):
-            items = torch.tensor(sum(map(self.objective.items, batches)), device=self.args.device)
+        if items is not None:
+            # The Trainer passes over each row's first label, which is a target where a decoder has no prompt (T5).
+            count = getattr(self.objective, "items", lambda batch: int(batch["labels"].ne(-100).sum()))
+            items = torch.tensor(sum(map(count, batches)), device=self.args.device)
             if self.args.average_tokens_across_devices:
                 items = self.accelerator.reduce(items, "sum")
         return batches, items
@@ -212,7 +214,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 loss = caption_loss(self.model, batch, num_items_in_batch=1)
-            total += torch.stack([loss.float(), batch["labels"][:, 1:].ne(-100).sum()]).cpu()
+            total += torch.stack([loss.float(), batch["labels"].ne(-100).sum()]).cpu()
         if self.accelerator.num_processes > 1:
             total = sum(gather_object([total]))
         return (total[0] / total[1]).item()
