@@ -12,6 +12,7 @@ from captioner import Captioner
 from collator import CaptionCollator, input_size
 from models import vision
 from models.families import ENCODED, family_of
+from models.loading import ready
 from models.vision import encodes_once
 from objectives import CrossEntropy, caption_loss, token_log_probs
 from objectives.cross_entropy import target_logits
@@ -257,6 +258,13 @@ def test_what_cannot_caption_is_refused_by_its_reason(kind, message):
     if kind == "clip":
         assert set(names) >= {"blip-2" if name == "blip2" else name for name in built - {"idefics3-llama3"}}
         assert "udop" not in names
+
+
+def test_a_pix2struct_that_answers_questions_is_refused_by_its_reason():
+    model, processor = families.build("pix2struct")
+    processor.image_processor.is_vqa = True
+    with pytest.raises(ValueError, match="takes header text"):
+        ready(model, processor)
 
 
 def fit(model, batch, steps=350, lr=3e-3):

@@ -17,8 +17,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_train import CAPTIONS, SPLITS
 
+import data
 from captioner import Captioner
+from collator import CaptionCollator
 from models.loading import load_model
+from objectives import caption_loss
 
 FEW = [f"photo{i}" for i in (0, 1, 2, 3, 6, 9)]  # three to train with, one or two of the other splits
 
@@ -100,6 +103,25 @@ def test_train(trained, base):
     before, after = load_file(base / "model.safetensors"), load_file(trained / "model.safetensors")
     assert before.keys() == after.keys()
     assert sum(not before[name].equal(after[name]) for name in before) > len(before) / 2
+
+
+def test_eval_loss_is_the_mean_over_all_target_tokens(trained, dataset):
+    checkpoint = checkpoints(trained)[0]
+    model, processor = load_model(str(checkpoint))
+    collator = CaptionCollator(processor, model.config, prompt=model.config.caption_prompt)
+    total = tokens = 0
+    for record in data.load(str(dataset))["validation"]:
+        for caption in record["captions"]:
+            batch = collator([{**record, "captions": [caption], "epoch": 0}])
+            with torch.no_grad():
+                total += caption_loss(model.eval(), batch, num_items_in_batch=1).item()
+            tokens += len(collator.images.target_ids(caption))
+    (logged,) = [
+        row["eval_loss"]
+        for row in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in row
+    ]
+    assert logged == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_evaluate(trained, dataset, tmp_path):
