@@ -21,7 +21,7 @@ def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) 
         "chat": family_of(config).prompt is None,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "image_size": getattr(config.vision_config, "image_size", None),
+        "image_size": getattr(getattr(config, "vision_config", getattr(config, "encoder", None)), "image_size", None),
     }
     training = {
         "steps": state.global_step,
