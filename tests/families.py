@@ -518,7 +518,9 @@ def kosmos2():
         text_config=text | {"max_position_embeddings": 128, "attention_dropout": 0.0}, vision_config=VISION,
         latent_query_num=64,
     )  # fmt: skip
-    return t.Kosmos2ForConditionalGeneration(config), processor
+    model = t.Kosmos2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.image_to_text_projection.dense.weight, std=0.5)  # features are of length 1
+    return model, processor
 
 
 CHAT |= {"vit-gpt2": vit_gpt2, "pix2struct": pix2struct, "florence2": florence2, "kosmos-2": kosmos2}

@@ -56,6 +56,8 @@ def train(base, dataset, output, **changed) -> None:
         "gradient_checkpointing": "true", "num_beams": 2, "max_new_tokens": 6, "meteor": "false", "spice": "false",
         "bootstrap_samples": 0, "length_penalty": 0.5,
     }  # fmt: skip
+    if "pix2struct" in str(base):
+        values["gradient_checkpointing"] = "false"  # the library has none for it
     script("train", *[word for key, value in (values | changed).items() for word in (f"--{key}", value)])
 
 

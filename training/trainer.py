@@ -45,6 +45,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.validation_records = getattr(validation, "source", validation)  # with their images
         # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
+        if self.args.gradient_checkpointing and not base_model(self.model).supports_gradient_checkpointing:
+            name = type(base_model(self.model)).__name__
+            raise UserError(f"gradient_checkpointing: the library's {name} has none. Leave it out.")
         self.label_smoother = None  # the objective's own
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
