@@ -67,6 +67,11 @@ class ScratchArguments:
     tokenizer_vocab: str | None = flag(
         None, "With model_config: a vocab.txt of BERT's. Without it the training captions' words are counted."
     )
+    strip_accents: bool | None = flag(
+        None,
+        "With model_config: write captions without their accents. Default: as BERT with a tokenizer_vocab, which strips them, "
+        "and else accents are kept.",
+    )
     freeze_vision: bool = flag(False, "Train the text decoder only; the vision encoder stays as it is.")
     feature_cache: str = flag(
         "auto",

@@ -24,6 +24,7 @@ from captioner import Captioner
 from collator import CaptionCollator, input_size
 from common.errors import UserError
 from common.files import output_folder, write_text
+from data.tokens import check_captions_can_be_written
 from metrics.clip_scores import load_scorers
 from models.families import vision_encoder
 from models.loading import build_model, load_model, make_trainable
@@ -73,6 +74,7 @@ def main():
         train_dataset=train_dataset,
         validation=validation,
         scorers=scorers,
+        caption_language=metric_args.caption_language,
         callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
     )
 
@@ -114,10 +116,14 @@ def load_captioner(model_args, scratch_args, adapter_args, train_records) -> tup
     if scratch_args.model_config:
         captions = (text for row in train_records for text in row["captions"])
         vocab = scratch_args.tokenizer_vocab
-        model, processor = build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention)
+        model, processor = build_model(
+            scratch_args.model_config, vocab, captions, model_args.fast_attention, scratch_args.strip_accents
+        )
     else:
         merge = not adapter_args.use_peft
         model, processor = load_model(model_args.model_name_or_path, merge=merge, **model_args.loading())
+    captions = (text for row in train_records for text in row["captions"])
+    check_captions_can_be_written(processor.tokenizer, captions)
     return make_trainable(model, adapter_args, scratch_args.freeze_vision), processor
 
 

@@ -150,15 +150,22 @@ def quantization_config(quantization: str) -> BitsAndBytesConfig:
     )
 
 
-def build_model(config_path: str, tokenizer_vocab: str | None, captions, fast_attention: bool = True):
+def build_model(
+    config_path: str,
+    tokenizer_vocab: str | None,
+    captions,
+    fast_attention: bool = True,
+    strip_accents: bool | None = None,
+):
     """A BLIP with random weights and its processor, from a BlipConfig JSON file.
 
     The tokenizer has the words of `tokenizer_vocab` (a vocab.txt of BERT's; BLIP's own [DEC] and [ENC] are added), or,
-    without one, those counted in `captions` (an iterable of str). Sizes and ids that follow from it are set in the config.
+    without one, those counted in `captions` (an iterable of str). `strip_accents` None strips them with a `tokenizer_vocab`,
+    as BERT does, and else keeps them. Sizes and ids that follow from it are set in the config.
     Call after the seed is set.
     """
     settings = read_model_config(config_path)
-    tokenizer = _tokenizer(tokenizer_vocab, captions)
+    tokenizer = _tokenizer(tokenizer_vocab, captions, strip_accents)
     config = BlipConfig.from_dict(settings)
     text = config.text_config
     text.vocab_size = len(tokenizer)
@@ -253,11 +260,12 @@ def _spread_vision_weights(model) -> None:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
-def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
+def _tokenizer(vocab_file: str | None, captions, strip_accents: bool | None = None) -> BertTokenizer:
     if vocab_file is None:
+        strip_accents = bool(strip_accents)
         # The most frequent words, and all characters for the rest. Counted here, as the tokenizers library's own
         # WordPiece trainer gives another vocabulary each time.
-        normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+        normalizer, splitter = BertNormalizer(lowercase=True, strip_accents=strip_accents), BertPreTokenizer()
         words = Counter(
             word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
         )
@@ -273,6 +281,6 @@ def _tokenizer(vocab_file: str | None, captions) -> BertTokenizer:
         vocab = {word: index for index, word in enumerate(lines)}
         if absent := set(SPECIAL) - set(vocab):
             raise UserError(f"tokenizer_vocab: {vocab_file} lacks {', '.join(sorted(absent))}: not a BERT vocab.txt.")
-    tokenizer = BertTokenizer(vocab=vocab, do_lower_case=True)
+    tokenizer = BertTokenizer(vocab=vocab, do_lower_case=True, strip_accents=strip_accents)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer

@@ -36,11 +36,12 @@ class CaptionTrainer(Seq2SeqTrainer):
     The captions of the first 8 records go to the trackers as pictures.
     """
 
-    def __init__(self, *, objective, captioner, validation=None, scorers=(), **kwargs):
+    def __init__(self, *, objective, captioner, validation=None, scorers=(), caption_language="en", **kwargs):
         per_image = kwargs["train_dataset"].captions_per_image
         pairs = None if validation is None else CaptionPairs(validation, per_image)
         super().__init__(eval_dataset=pairs, **kwargs)
         self.objective, self.captioner, self.validation, self.scorers = objective, captioner, validation, scorers
+        self.caption_language = caption_language
         self.eval_collator = self.data_collator.for_evaluation()
         self.validation_records = getattr(validation, "source", validation)  # with their images
         # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
@@ -172,7 +173,9 @@ class CaptionTrainer(Seq2SeqTrainer):
                 num_workers=self.args.dataloader_num_workers,
             )
         references = dict(zip(self.validation["image_id"], self.validation["captions"], strict=True))
-        scores, _ = score(predictions, references, meteor=False, spice=False, bootstrap_samples=0)
+        scores, _ = score(
+            predictions, references, meteor=False, spice=False, bootstrap_samples=0, language=self.caption_language
+        )
         metrics = {"loss": loss} | {name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")}
         if self.scorers:
             found, _ = clip_scores(
