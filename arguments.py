@@ -419,7 +419,7 @@ class EvaluateArguments:
     )
     fail_under: str | None = flag(
         None,
-        "Exit with code 1 if a score is below its bar, such as 'CIDEr=1.0 Bleu_4=0.3'; a score that is null is below. "
+        "Exit with code 2 if a score is below its bar, such as 'CIDEr=1.0 Bleu_4=0.3'; a score that is null is below. "
         "CHAIRs and CHAIRi, where less is better, must not be above theirs.",
     )
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")

@@ -17,13 +17,13 @@ if __name__ == "__main__":
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 
 import datasets
 
 import data
 from captioner import Captioner
+from common.errors import UserError
 from common.files import output_folder, write_json, write_text
 from common.processes import processes
 from common.provenance import environment
@@ -127,12 +127,9 @@ def score_predictions(folder, data_args, generation_args, metric_args, args) -> 
 
 
 def check_gate(fail_under: str | None, scores: dict) -> None:
-    """Ends with exit code 1, and one line for each score that is below its bar."""
-    below = outputs.below_bars(fail_under, scores)
-    for line in below:
-        logger.error("fail_under: %s", line)
-    if below:
-        sys.exit(1)
+    """Ends the script with exit code 2 where a score misses its bar; all results are written by then."""
+    if below := outputs.below_bars(fail_under, scores):
+        raise UserError(f"fail_under: {'; '.join(below)}.")
 
 
 def load_splits(model_args, data_args, args):

