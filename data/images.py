@@ -145,8 +145,11 @@ def is_image(value) -> bool:
     except Exception:
         if isinstance(value, (bytes, bytearray)):
             return _sound_png(bytes(value)) is not None
-        with open(value, "rb") as file:
-            return file.read(8) == PNG_MARK
+        try:
+            with open(value, "rb") as file:
+                return file.read(8) == PNG_MARK
+        except OSError:  # a link to nowhere, or not ours to read
+            return False
 
 
 def _open(file, length: int, name: str, max_pixels: int, size) -> Image.Image:

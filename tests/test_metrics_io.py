@@ -62,8 +62,8 @@ def test_one_line_of_jsonl_is_no_map(tmp_path):
         ("p.json", [{"image_id": 1, "caption": 5}], r"\[0\], caption: a caption must be text, found int 5"),
         (
             "p.json",
-            [{"image_id": 1, "text": "a"}],
-            r"\[0\]: neither 'caption' nor 'captions'; it has 'image_id', 'text'",
+            [{"image_id": 1, "words": "a"}],
+            r"\[0\]: neither 'caption' nor 'captions'; it has 'image_id', 'words'",
         ),
         ("p.json", [{"caption": "a"}], r"\[0\]: no 'image_id'"),
         ("p.json", [{"image_id": True, "caption": "a"}], r"\[0\]: no 'image_id'"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.columns import caption_key, dict_rows
 from data.finder import Finder
-from data.rows import DataError, Options, Record, split_of_file
+from data.rows import SPLIT_NAMES, DataError, Options, Record, split_of_file
 from data.text_rows import csv_rows, jsonl_rows, read_json
 
 NAME = "annotations"
@@ -128,17 +128,11 @@ def coco_rows(content: dict, file: Path, split: str | None, find: Finder, option
             captions.pop(image_id, []),
             name=name or Path(place).name,
             image_id=image_id,
-            split=split if image.get("split") is None else split_or(image["split"], split),
+            split=SPLIT_NAMES.get(str(image.get("split")).lower(), split),
             extras={key: value for key, value in image.items() if key in ("text_detected", "domain")},
         )
     if captions.keys() - known.keys():
         raise DataError(f"{file}: captions of image id {min(captions)}, which is not among its images")
-
-
-def split_or(name, split: str | None) -> str | None:
-    from data.rows import SPLIT_NAMES
-
-    return SPLIT_NAMES.get(str(name).lower(), split)
 
 
 def as_id(value) -> str:
