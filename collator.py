@@ -32,7 +32,8 @@ class CaptionCollator:
 
     Labels stand at their own token; the objective shifts them, once. Other families have their own prompt in front
     (models/families.py), image placeholders included; where an encoder reads it (T5), `input_ids` are the prompt alone,
-    and `decoder_input_ids` and `labels` the caption. `rows_per_image` is K.
+    and `decoder_input_ids` and `labels` the caption. `rows_per_image` is K, where K is
+    more than 1 and the model does not find that out itself.
 
     With `prompts_only` a batch is one to draw captions from: the inputs of I images end in their prompts, and `labels`
     (I * K, 1 + L) are the references' target tokens behind a first -100.
@@ -128,7 +129,8 @@ class ImageCollator:
         self.corruption = corruption
         self.processor, self.pixels = processor, Pixels(processor.image_processor, fast_jpeg)
         self.skip_bad_images = skip_bad_images
-        self.family = family = family_of(config)
+        self.family, self.kind = family_of(config), config.model_type
+        family = self.family
         self.joint, self.words = family.prompt is None, prompt.rstrip()
         self.placeholders = placeholders(config, processor)
         if self.joint:
@@ -208,7 +210,8 @@ class ImageCollator:
         counted = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
         labels = targets.masked_fill(~counted, IGNORE)
         along = {"input_ids": targets, "attention_mask": counted, **self.family.caption_tokens}
-        batch = {"rows_per_image": times}
+        # BLIP takes fewer images than rows as they are.
+        batch = {"rows_per_image": times} if times > 1 and self.kind != "blip" else {}
         for name, value in inputs.items():
             if name in self.family.text_inputs:
                 value = value.repeat_interleave(times, dim=0)

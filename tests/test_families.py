@@ -97,7 +97,7 @@ def test_beams_and_samples_of_encoded_pictures_are_those_of_pixels(disturbed):
 def test_no_token_sees_what_it_is_to_predict(disturbed):
     """The logits before a caption's last token do not move when that token is another."""
     captioner, batch = disturbed
-    first = len(captioner.processor.tokenizer) - 14  # ordinary words: special tokens are at the front
+    first = captioner.model.config.get_text_config().vocab_size - 14  # ordinary words: special tokens are at the front
     rows = [[first + 4 * row + column for column in range(4)] for row in range(3)]
     logits = []
     for last in (0, 1):

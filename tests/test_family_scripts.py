@@ -210,7 +210,8 @@ def test_export(adapted, dataset, tmp_path):
     assert alone.prompt == ours.prompt
     assert alone(images) == ours(images)
     batch = ours.collator([{"image": images[0], "image_id": "0"}])
-    batch = ours.training_batch(batch, [[5, 6, 7]])
+    words = alone.model.config.get_text_config().vocab_size - 3  # special tokens are at the front
+    batch = ours.training_batch(batch, [[words, words + 1, words + 2]])
     with torch.no_grad():
         logits = [model(**batch).logits for model in (put_on.get_base_model(), alone.model)]
         with put_on.disable_adapter():
@@ -224,4 +225,13 @@ def test_scst(trained, dataset, tmp_path):
     state = json.loads((tmp_path / "scst" / "trainer_state.json").read_text())
     assert any("reward" in row and "advantage" in row for row in state["log_history"]), state["log_history"]
     before, after = load_file(trained / "model.safetensors"), load_file(tmp_path / "scst" / "model.safetensors")
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_dico(trained, dataset, tmp_path):
+    flags = {"objective": "dico", "num_train_epochs": 1, "dico_candidates": 2}
+    train(trained, dataset, tmp_path / "dico", **flags)
+    state = json.loads((tmp_path / "dico" / "trainer_state.json").read_text())
+    assert any("reward_best" in row and "margin" in row for row in state["log_history"]), state["log_history"]
+    before, after = load_file(trained / "model.safetensors"), load_file(tmp_path / "dico" / "model.safetensors")
     assert any(not before[name].equal(after[name]) for name in before)
