@@ -490,6 +490,11 @@ class DemoArguments:
     bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
     port: int = flag(7860, "Port to listen on.")
+    root_path: str | None = flag(
+        None,
+        "Path, or whole URL, at which a proxy or a notebook server shows the demo, for example /captions. Default: "
+        "GRADIO_ROOT_PATH, else none.",
+    )
     login: str | None = flag(None, "File of user:password lines, of those who may come in. Default: no login.")
     max_queue: int = flag(32, "Requests that may wait; more are turned away.")
     max_images: int = flag(500, "Images captioned in one go.")

@@ -3,6 +3,7 @@
     python demo.py --model_name_or_path runs/quickstart                         then open http://127.0.0.1:7860
     python demo.py --model_name_or_path runs/a --compare_to runs/b              two models, side by side
     python demo.py --model_name_or_path runs/a --host 0.0.0.0 --login users.txt on your network, with a login
+    python demo.py --model_name_or_path runs/a --root_path /captions            behind a proxy that serves it there
 
 The same from Python, by `gradio_client`; every setting is an argument with the page's own default:
 
@@ -34,7 +35,9 @@ try:
 except ImportError:
     gr = None
 else:
-    from demo_page import CSS, build
+    from starlette.middleware import Middleware
+
+    from demo_page import CSS, RelativeLinks, build
 
 logger = logging.getLogger("demo")
 
@@ -48,7 +51,8 @@ def main():
         logger.warning("everybody who can reach %s can use this demo; --login FILE asks for a password", args.host)
     names = [model_args.model_name_or_path, *filter(None, [args.compare_to])]
     how = {"bf16": args.bf16, "fast_jpeg": model_args.fast_jpeg, "loading": model_args.loading()}
-    captioners = {name: Captioner.from_pretrained(name, **how, **vars(generation_args)) for name in names}
+    loaded = [Captioner.from_pretrained(name, **how, **vars(generation_args)) for name in names]
+    captioners = dict(zip(shown_names(names), loaded, strict=True))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory() as folder:
         examples = sorted(map(str, Path(args.examples).iterdir()))[:8] if args.examples else draw_examples(folder)
@@ -59,6 +63,8 @@ def main():
             app.launch(
                 server_name=args.host,
                 server_port=args.port,
+                root_path=args.root_path,
+                app_kwargs={"middleware": [Middleware(RelativeLinks)]},
                 auth=login,
                 max_file_size=args.max_upload_mb * 1_000_000,
                 share=False,
@@ -70,6 +76,14 @@ def main():
             )
         except OSError as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
+
+
+def shown_names(models: list[str]) -> list[str]:
+    """What visitors read: a Hub id, or a folder's name; never a path of the server."""
+    names = [Path(model).resolve().name if Path(model).exists() else model for model in models]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
 def draw_examples(folder: str) -> list[str]:

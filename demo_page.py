@@ -35,7 +35,7 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
 
     @mistakes_shown()
     def caption(image, **settings):
-        """For each model its best caption, [[caption, score], ...] best first, and heat maps a word, as HTML."""
+        """For each model its best caption, [[caption, score], ...] best first, and a heat map per word, as HTML."""
         if image is None:
             raise UserError("Give an image first: upload, paste or photograph one.")
         picture = read_upload(Path(image).name, image)
@@ -68,32 +68,40 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
             with tempfile.TemporaryDirectory() as folder:
                 yield status, rows, write_tables(Path(folder), rows)
 
+    def after_mistake(image):
+        """What stays after a mistake: neither an image that cannot be read nor the captions of another."""
+        bad = image is not None and isinstance(read_upload(Path(image).name, image), Exception)
+        return [None if bad else gr.skip(), *["", [], ""] * len(captioners)]
+
     with gr.Blocks(title="Image captions", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
         gr.Markdown(f"# Image captions\nby {' and '.join(f'`{name}`' for name in captioners)}")
         with gr.Accordion("Settings: how many captions, beams, length, sampling, prompt", open=False):
             settings = settings_panel(next(iter(captioners.values())))
-        with gr.Tab("One image"), gr.Row():
-            with gr.Column(scale=2):
-                image = gr.Image(
-                    type="filepath",
-                    elem_classes="picture",
-                    label="Image",
-                    sources=["upload", "clipboard", "webcam"],
-                    height=380,
-                    image_mode=None,
-                )
-                button = gr.Button("Caption it", variant="primary")
-                shown = gr.Examples(examples, image, label="Examples")
-            outputs = []
-            for name in captioners:
-                with gr.Column(scale=3):
-                    label = "Caption" if len(captioners) == 1 else f"Caption by {name}"
-                    best = gr.Textbox(label=label, lines=2, buttons=["copy"], interactive=False, elem_classes="best")
-                    table = gr.Dataframe(
-                        headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is surest",
-                        interactive=False, wrap=True, column_widths=["80%", "20%"],
-                    )  # fmt: skip
-                    outputs += [best, table, gr.HTML()]
+        with gr.Tab("One image"):
+            with gr.Row():
+                with gr.Column(scale=2):
+                    image = gr.Image(
+                        type="filepath",
+                        elem_classes="picture",
+                        label="Image",
+                        sources=["upload", "clipboard", "webcam"],
+                        height=380,
+                        image_mode=None,
+                    )
+                    button = gr.Button("Caption it", variant="primary")
+                outputs = []
+                for name in captioners:
+                    with gr.Column(scale=3):
+                        label = "Caption" if len(captioners) == 1 else f"Caption by {name}"
+                        best = gr.Textbox(
+                            label=label, lines=2, buttons=["copy"], interactive=False, elem_classes="best"
+                        )
+                        table = gr.Dataframe(
+                            headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is surest",
+                            interactive=False, wrap=True, column_widths=["80%", "20%"],
+                        )  # fmt: skip
+                        outputs += [best, table, gr.HTML()]
+            shown = gr.Examples(examples, image, label="Examples")
         with gr.Tab("Many images"):
             files = gr.File(
                 label=f"Images, or a zip of them (up to {max_images} images)",
@@ -101,19 +109,36 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
             )  # fmt: skip
             many = gr.Button("Caption them all", variant="primary")
             status = gr.Markdown()
-            tables = gr.File(label="Download as CSV or text", interactive=False, file_count="multiple")
-            results = gr.Dataframe(headers=["file", "caption", "error"], label="Captions", interactive=False, wrap=True)
+            with gr.Column(visible=False) as download:
+                tables = gr.File(label="Download as CSV or text", interactive=False, file_count="multiple")
+            results = gr.Dataframe(
+                headers=["file", "caption", "error"], label="Captions", interactive=False, wrap=True,
+                column_widths=["28%", "40%", "32%"],
+            )  # fmt: skip
         for component in (image, files):
             refuse_urls(component)
         # As it was uploaded: data.open_image reads it, and says what is wrong with it.
         image.preprocess = lambda upload: upload and upload.path
-        gr.on(
+        # Progress and errors are shown on the first caption, not on every part of the answer.
+        asked = gr.on(
             [button.click, image.upload, settings["prompt"].submit],
-            caption, image, outputs, inputs_kwargs=settings, api_name="caption",
+            caption, image, outputs, inputs_kwargs=settings, api_name="caption", show_progress_on=outputs[0],
         )  # fmt: skip
         image.clear(lambda: ["", [], ""] * len(captioners), None, outputs, api_visibility="private")
-        shown.load_input_event.then(caption, image, outputs, inputs_kwargs=settings, api_visibility="private")
-        many.click(caption_files, files, [status, results, tables], inputs_kwargs=settings, api_name="caption_files")
+        example = shown.load_input_event.then(
+            caption, image, outputs, inputs_kwargs=settings, api_visibility="private", show_progress_on=outputs[0]
+        )
+        for event in (asked, example):
+            event.failure(after_mistake, image, [image, *outputs], show_progress="hidden", api_visibility="private")
+        batch = many.click(
+            caption_files, files, [status, results, tables], inputs_kwargs=settings, api_name="caption_files",
+            show_progress_on=status,
+        )  # fmt: skip
+        done = {"show_progress": "hidden", "api_visibility": "private"}
+        batch.success(lambda: gr.Column(visible=True), None, download, **done)
+        batch.failure(
+            lambda: ["", [], None, gr.Column(visible=False)], None, [status, results, tables, download], **done
+        )
     return app
 
 
@@ -128,7 +153,7 @@ def settings_panel(captioner: Captioner) -> dict:
         search = {
             "num_captions": slider("Captions", 1, 10, 1, 3, "How many to show, the likeliest first"),
             "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More search longer; no fewer than captions"),
-            "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about a word each"),
+            "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about one per word"),
             "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens"),
             "length_penalty": slider("Length penalty", -2, 4, 0.1, own["length_penalty"], "Above 1: longer captions"),
         }
@@ -171,7 +196,7 @@ def candidates(captioner: Captioner, picture) -> list[tuple[str, float]]:
 
 
 def heat_maps(captioner: Captioner, picture, caption: str) -> str:
-    """A small picture a word, as HTML; nothing of models that have no cross-attention."""
+    """A small picture per word, as HTML; nothing for models without cross-attention."""
     if captioner.model.config.model_type != "blip" or not caption:
         return ""
     words, maps = attention_maps(captioner, picture, caption)
@@ -218,3 +243,32 @@ def refuse_urls(component) -> None:
         return await keep(path)
 
     component.async_move_resource_to_block_cache = only_uploads
+
+
+class RelativeLinks:
+    """ASGI middleware: Gradio's page links its manifest by an absolute path and no icon, so that behind a proxy's path a
+    browser would ask somebody else's site for both. Here they are relative to the page."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) not in ("", "/"):
+            return await self.app(scope, receive, send)
+        start, body = {}, b""
+
+        async def changed(message):
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body += message.get("body", b"")
+            if message.get("more_body"):
+                return
+            links = b'href="manifest.json" /><link rel="icon" href="favicon.ico"'
+            body = body.replace(b'href="/manifest.json"', links)
+            headers = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
+            await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+            await send({"type": "http.response.body", "body": body})
+
+        return await self.app(scope, receive, changed)
