@@ -1,6 +1,7 @@
 """The model card: README.md of a model folder, made of the files that the run left there. Nothing is typed by hand."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -8,6 +9,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from common.files import write_text
 from metrics.names import SCORES
 from models.families import base_model, family_of
+
+CURVES = (
+    "![Loss, learning rate and validation scores by training step; a dotted line marks the checkpoint kept]"
+    "(training_curves.png)"
+)
 
 
 def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) -> dict:
@@ -68,11 +74,12 @@ def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | Non
         _snippet(name, run, reported),
         "## Scores",
         _scores(reported) or "Not scored yet: `python evaluate.py` scores it.",
-        "## Captions it gives",
+        "## Examples",
         _examples(run) or "None recorded.",
         "## Intended use, limits and risks",
         _limits(flags, reported),
         "## Training",
+        *([CURVES] if (folder / "training_curves.png").is_file() else []),
         _training(run, flags),
     ]
     content = "\n\n".join(sections) + "\n"
@@ -181,7 +188,7 @@ def _scores(reported: list[dict]) -> str:
                 )
         facts = scores.get("scene_facts")
         if facts:
-            rows.append(f"| share of true facts | {facts['scene_facts']:.4f} | |")
+            rows.append(f"| Scene facts | {facts['scene_facts']:.4f} | |")
         generation = ", ".join(f"{k} {v}" for k, v in scores["generation"].items() if v not in (None, ""))
         parts.append(
             f"On the {scores['split']} split of `{_shown(scores['dataset_name'])}` ({scores['counts']['images']} images, one "
@@ -194,11 +201,16 @@ def _scores(reported: list[dict]) -> str:
 
 
 def _examples(run: dict) -> str:
-    lines = []
-    for example in run.get("examples", []):
-        references = "; ".join(example["references"][:2])
-        lines.append(f"- `{example['image_id']}`: **{example['caption']}** (people said: {references})")
-    return "\n".join(lines)
+    rows = [
+        f"| {_cell(example['image_id'])} | {_cell(example['caption'])} | {_cell('; '.join(example['references'][:2]))} |"
+        for example in run.get("examples", [])
+    ]
+    return "\n".join(["| image | caption | references |", "|---|---|---|", *rows]) if rows else ""
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a Markdown table, none of it markup."""
+    return re.sub(r"([\\`*_\[\]<>|~])", r"\\\1", " ".join(text.split()))
 
 
 def _limits(flags: dict, reported: list[dict]) -> str:

@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_train import CAPTIONS, SPLITS, flags
 
+from reports.model_card import _examples
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -40,8 +42,17 @@ def test_it_tells_what_the_run_knows(trained):
     assert "| learning_rate | 0.001 |" in text
     assert run["examples"][0]["caption"] in text
     assert run["commit"] in text
+    assert "(training_curves.png)" in text
+    assert (trained / "training_curves.png").is_file()
     assert "GiB" in text
     assert "METEOR" not in text or "not computed" in text
+
+
+def test_what_people_said_stays_in_its_cell_of_the_table():
+    hostile = {"image_id": "a|b", "caption": "x | y <img src=x> [a](b) `c`", "references": ["one\n| two |", "*three*"]}
+    row = _examples({"examples": [hostile]}).splitlines()[-1]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4
+    assert not re.search(r"(?<!\\)[<>`*\[\]]", row)
 
 
 def run_snippet(folder, text):

@@ -4,13 +4,16 @@ import csv
 import io
 import json
 import os
+import shutil
 import socket
 import time
 import urllib.request
 import zipfile
 from pathlib import Path
 
+import browser
 import numpy as np
+import proxy
 import pytest
 import tiny
 from PIL import Image
@@ -18,6 +21,7 @@ from PIL import Image
 from captioner import Captioner
 
 gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed (requirements-dev.txt)")
+PATH = "/captions/demo"
 SETTINGS = {"num_captions": 3, "num_beams": 4, "max_new_tokens": 8}
 
 
@@ -47,7 +51,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(model):
-    process, address = serve("--model_name_or_path", model, "--max_images", 25)
+    process, address = serve("--model_name_or_path", model, "--max_images", 25, "--root_path", PATH)
     yield address
     process.terminate()
     process.wait(20)
@@ -55,7 +59,8 @@ def address(model):
 
 @pytest.fixture(scope="module")
 def client(address):
-    return gradio_client.Client(address, verbose=False)
+    with proxy.serve(address, PATH) as (shown, _):
+        yield gradio_client.Client(shown, verbose=False)
 
 
 def picture(number: int) -> Image.Image:
@@ -76,6 +81,9 @@ def files(tmp_path_factory):
             file = io.BytesIO()
             picture(number).save(file, "PNG")
             archive.writestr(f"photo {number}.png", file.getvalue())
+    shutil.copy(folder / "photos.zip", folder / "mixed.zip")
+    with zipfile.ZipFile(folder / "mixed.zip", "a") as archive:
+        archive.writestr("bad.jpg", b"this is no picture")
     return folder
 
 
@@ -183,34 +191,39 @@ def test_wrong_flags_are_one_message(model, tmp_path):
         assert f"--port {port}" in tiny.run("demo.py", *command, "--port", port, fails=True).stderr
 
 
-def test_a_visitor_captions_a_photo_changes_beams_and_downloads_a_batch(address, client, files, tmp_path):
-    import browser
+def test_no_path_of_the_server_is_shown(tmp_path):
+    from demo import shown_names
 
+    for name in ("a/model", "b/model", "c"):
+        (tmp_path / name).mkdir(parents=True)
+    assert shown_names([str(tmp_path / "c"), "Salesforce/blip-image-captioning-base"]) == [
+        "c", "Salesforce/blip-image-captioning-base",
+    ]  # fmt: skip
+    assert shown_names([str(tmp_path / "a/model"), str(tmp_path / "b/model")]) == ["model (1)", "model (2)"]
+
+
+def test_a_visitor_captions_a_photo_changes_beams_and_downloads_a_batch(address, client, model, files, tmp_path):
+    """Through a proxy that shows the demo under a path."""
     driver = browser.start()
     try:
         driver.set_page_load_timeout(60)
         driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-        visit(driver, address, client, files, tmp_path)
+        with proxy.serve(address, PATH) as (shown, lost):
+            visit(driver, shown, client, files, tmp_path)
+            assert str(model.parent) not in driver.page_source
+            assert lost == [], "the page asks for nothing outside of its path"
         requests = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
         urls = [r["params"]["request"]["url"] for r in requests if r["method"] == "Network.requestWillBeSent"]
         assert urls
-        assert not [url for url in urls if not url.startswith((address, "data:", "blob:"))]
+        assert not [url for url in urls if not url.startswith((shown, "data:", "blob:"))]
     finally:
         driver.quit()
 
 
 def visit(driver, address, client, files, downloads):
-    def until(look, seconds=60):
-        deadline = time.time() + seconds
-        while time.time() < deadline:
-            try:
-                if found := look():
-                    return found
-            except Exception:  # the page is still building
-                pass
-            time.sleep(0.1)
-        driver.save_screenshot(str(downloads / "failed.png"))
-        raise TimeoutError(f"{downloads}/failed.png shows the page")
+    from selenium.webdriver.common.keys import Keys
+
+    until = browser.wait
 
     def button(text):
         found = driver.find_elements("xpath", f"//button[contains(., '{text}')]")
@@ -219,21 +232,22 @@ def visit(driver, address, client, files, downloads):
     def best():
         return driver.find_element("css selector", ".best textarea").get_attribute("value")
 
-    shots = os.environ.get("DEMO_SCREENSHOTS")
-
-    def screenshot(name):
-        if shots:
-            time.sleep(1)
-            driver.save_screenshot(f"{shots}/{name}.png")
+    def text():
+        return driver.find_element("tag name", "body").text
 
     driver.get(address)
     until(lambda: button("Caption it"))
     time.sleep(1)
+    assert browser.faults_for_readers(driver) == []
     driver.find_element("css selector", "input[type=file]").send_keys(str(files / "photo.png"))
     first = until(best)
     image = gradio_client.handle_file(files / "photo.png")
     assert first == client.predict(image=image, api_name="/caption")[0]
-    screenshot("caption")
+    browser.screen(driver, 390)
+    time.sleep(1)
+    places = [driver.find_element("css selector", selector).rect["y"] for selector in (".best", ".examples")]
+    assert places == sorted(places), "on a phone the caption comes before the examples"
+    browser.screen(driver)
 
     button("Settings").click()
     for label, number in (("Captions", 1), ("Beams", 1), ("Longest", 5)):
@@ -242,27 +256,30 @@ def visit(driver, address, client, files, downloads):
         )
         driver.execute_script("arguments[0].select()", field)
         field.send_keys(str(number) + "\t")
-    button("Caption it").click()
     expected = client.predict(image=image, num_captions=1, num_beams=1, max_new_tokens=5, api_name="/caption")[0]
+    driver.execute_script("arguments[0].focus()", button("Caption it"))
+    browser.press(driver, Keys.ENTER)
     until(lambda: best() == expected != first)
-    screenshot("beams")
 
     driver.find_element("css selector", "button[aria-label='Remove Image']").click()
     until(lambda: driver.find_element("css selector", "input[type=file]")).send_keys(str(files / "text.jpg"))
-    until(lambda: "text.jpg: not an image" in driver.find_element("tag name", "body").text)
-    screenshot("bad_file")
+    until(lambda: "text.jpg: not an image" in text())
+    until(lambda: not driver.find_elements("css selector", ".picture img") and not best(), "the bad file stays")
+    assert [pill for pill in driver.find_elements("css selector", "span.error") if pill.is_displayed()] == []
 
     button("Many images").click()
+    assert "Download as CSV" not in text(), "no empty box"
     fields = until(lambda: driver.find_elements("css selector", "input[type=file][multiple]"))
-    fields[-1].send_keys(str(files / "photos.zip"))
-    until(lambda: "photos" in driver.find_element("tag name", "body").text)
+    fields[-1].send_keys(str(files / "mixed.zip"))
+    until(lambda: "mixed" in text())
     time.sleep(1)
     button("Caption them all").click()
-    until(lambda: "20 of 20 captioned" in driver.find_element("tag name", "body").text)
-    screenshot("batch")
+    until(lambda: "20 of 21 captioned" in text(), text)
+    error = until(lambda: driver.find_element("xpath", "//td[contains(., 'bad.jpg: not an image')]"))
+    assert 0 < error.rect["x"] < error.rect["x"] + error.rect["width"] <= 1280, "what is wrong is in sight"
     until(lambda: driver.find_element("css selector", "a[download='captions.csv'], a[href$='captions.csv']")).click()
     until(lambda: list(downloads.glob("*.csv")))
     (table,) = downloads.glob("*.csv")
-    assert len(list(csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig"))))) == 21
+    assert len(list(csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig"))))) == 22
     severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [message for message in severe if "text.jpg" not in message], severe  # the browser cannot show that one
