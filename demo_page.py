@@ -24,7 +24,7 @@ CSS = """
 .words img {width: 90px; border-radius: 8px; display: block}
 .words figcaption {text-align: center; font-size: 0.95rem; padding-top: 4px; color: var(--body-text-color)}
 .picture img {width: 100%; height: 100%; object-fit: contain}
-:root {--font-mono: var(--font)}
+:root, .dark {--font-mono: var(--font) !important}
 .best textarea {font-size: 1.2rem !important; line-height: 1.4}
 """
 LOOKS = "What the model looks at as it writes each word: bright where its cross-attention is."
@@ -94,7 +94,7 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
                     with gr.Column(scale=3):
                         label = "Caption" if len(captioners) == 1 else f"Caption by {name}"
                         best = gr.Textbox(
-                            label=label, lines=2, buttons=["copy"], interactive=False, elem_classes="best"
+                            label=label, lines=2, max_lines=10, buttons=["copy"], interactive=False, elem_classes="best"
                         )
                         table = gr.Dataframe(
                             headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is surest",
