@@ -68,7 +68,7 @@ def main():
     rows = [json.loads(line) for line in (args.run / "per_image.jsonl").read_text(encoding="utf-8").splitlines()]
     counts = Counter(row["caption"] for row in rows)
     bad = sum(bool(wrong(row["caption"], row["references"])) for row in rows)
-    print(f"{len(counts)} different captions for {len(rows)} images. {bad} say a word that no reference has.\n")
+    print(f"{len(counts)} different captions for {len(rows)} images. Of {bad} images they say a word that no reference has.\n")
     for caption, images in counts.most_common(5):
         print(f"- {images} times: {caption}")
     rows.sort(key=lambda row: row["scores"]["CIDEr"])
@@ -80,14 +80,14 @@ def main():
         cells = (row["image_id"], f"{row['scores']['CIDEr']:.2f}", row["caption"], said, row["references"][0])
         print("| " + " | ".join(cells) + " |")
 
-    figure = Figure(figsize=(12, 3.9 * -(-number // 4)), layout="constrained")
+    figure = Figure(figsize=(12, 3.6 * -(-number // 4)), layout="constrained")
     for axis, row in zip(figure.subplots(-(-number // 4), 4, squeeze=False).flat, chosen, strict=False):
         name = row["image_id"] if Path(row["image_id"]).suffix else row["image_id"] + ".jpg"
         axis.imshow(open_image(args.photos / name))
         said = ", ".join(wrong(row["caption"], row["references"]))
-        axis.set_title(textwrap.fill(row["caption"], 36), fontsize=11, loc="left")
+        axis.set_title(textwrap.fill(row["caption"], 30), fontsize=11, loc="left")
         axis.set_xlabel(
-            textwrap.fill(f"wrong: {said}" if said else "nothing that no reference says", 40),
+            textwrap.fill(f"no reference says: {said}" if said else "every word is in a reference", 34),
             fontsize=10, loc="left", color=COLOURS[1] if said else COLOURS[2],
         )  # fmt: skip
         axis.set(xticks=[], yticks=[])
