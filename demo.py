@@ -37,7 +37,7 @@ except ImportError:
 else:
     from starlette.middleware import Middleware
 
-    from demo_page import CSS, RelativeLinks, build
+    from demo_page import CSS, NAMES, RelativeLinks, build, theme
 
 logger = logging.getLogger("demo")
 
@@ -72,7 +72,8 @@ def main():
                 quiet=True,
                 footer_links=["api"],
                 css=CSS,
-                theme=gr.themes.Default(primary_hue="blue"),
+                js=NAMES,
+                theme=theme(),
             )
         except OSError as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error}") from None

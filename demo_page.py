@@ -27,6 +27,15 @@ CSS = """
 :root, .dark {--font-mono: var(--font) !important}
 .best textarea {font-size: 1.2rem !important; line-height: 1.4}
 """
+# Names for screen readers, which Gradio gives to no example, and to the upload area in words other than those it shows.
+NAMES = """() => {
+    const name = () => {
+        document.querySelectorAll("button.gallery-item").forEach((item, place) => item.setAttribute("aria-label", `Example ${place + 1}`));
+        document.querySelectorAll("button.upload-container, button[aria-dropeffect]").forEach((area) => area.removeAttribute("aria-label"));
+    };
+    name();
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+}"""
 LOOKS = "What the model looks at as it writes each word: bright where its cross-attention is."
 
 
@@ -243,6 +252,16 @@ def refuse_urls(component) -> None:
         return await keep(path)
 
     component.async_move_resource_to_block_cache = only_uploads
+
+
+def theme():
+    """Gradio's own, with the contrast that text needs."""
+    return gr.themes.Default(primary_hue="blue").set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
 
 
 class RelativeLinks:

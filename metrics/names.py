@@ -40,7 +40,7 @@ SCORES = {
         Score("CHAIRs", "CHAIRs", better_low=True),
         Score("CHAIRi", "CHAIRi", better_low=True),
         Score("object_recall", "Object recall"),
-        Score("scene_facts", "Scene facts"),
+        Score("scene_facts", "Scene facts", main=True),
     )
 }
 

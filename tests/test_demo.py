@@ -245,7 +245,7 @@ def visit(driver, address, client, files, downloads):
     assert first == client.predict(image=image, api_name="/caption")[0]
     browser.screen(driver, 390)
     time.sleep(1)
-    places = [driver.find_element("css selector", selector).rect["y"] for selector in (".best", ".examples")]
+    places = [driver.find_element("css selector", selector).rect["y"] for selector in (".best", ".gallery-item")]
     assert places == sorted(places), "on a phone the caption comes before the examples"
     browser.screen(driver)
 

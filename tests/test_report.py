@@ -233,6 +233,11 @@ def test_nothing_is_asked_of_any_server_and_every_control_has_a_name(chromium, r
     assert [control.get_attribute("outerHTML") for control in controls if not control.accessible_name] == []
     for folder in ("bad", "both"):
         chromium.get((runs / folder / "report.html").as_uri())
+        headings = chromium.execute_script(
+            "return [...document.querySelectorAll('th')].map((one) => one.textContent.trim())"
+        )
+        assert all(headings), "every row and column of a table has a name"
+        assert "bad endings" in headings
         for width in (360, 390, 1280, 1400):
             browser.screen(chromium, width)
             assert chromium.execute_script("return document.documentElement.scrollWidth") <= width

@@ -68,7 +68,9 @@ def main():
     rows = [json.loads(line) for line in (args.run / "per_image.jsonl").read_text(encoding="utf-8").splitlines()]
     counts = Counter(row["caption"] for row in rows)
     bad = sum(bool(wrong(row["caption"], row["references"])) for row in rows)
-    print(f"{len(counts)} different captions for {len(rows)} images. Of {bad} images they say a word that no reference has.\n")
+    print(
+        f"{len(counts)} different captions for {len(rows)} images. Of {bad} images they say a word that no reference has.\n"
+    )
     for caption, images in counts.most_common(5):
         print(f"- {images} times: {caption}")
     rows.sort(key=lambda row: row["scores"]["CIDEr"])
