@@ -1,6 +1,7 @@
 """Every flag of every script: type, default, help. A script's `--help` prints this file's words."""
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -302,6 +303,24 @@ REPLACED = {
 }
 
 
+# What a flag's value begins with, and the package that it needs besides requirements.txt.
+PACKAGES = {
+    "optim": {
+        "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch_xla",
+        "adamw_torch_npu": "torch_npu", "adamw_anyprecision": "torchdistx", "adamw_bnb": "bitsandbytes",
+        "adamw_8bit": "bitsandbytes", "ademamix": "bitsandbytes", "lion": "bitsandbytes", "paged": "bitsandbytes",
+        "rmsprop_bnb": "bitsandbytes", "galore": "galore_torch", "lomo": "lomo_optim", "adalomo": "lomo_optim",
+        "grokadamw": "grokadamw", "schedule_free": "schedulefree", "apollo": "apollo_torch", "stable_adamw": "optimi",
+    },
+    "use_liger_kernel": {"True": "liger_kernel"},
+    "deepspeed": {"": "deepspeed"},
+}  # fmt: skip
+PIP_NAMES = {
+    "liger_kernel": "liger-kernel", "galore_torch": "galore-torch", "lomo_optim": "lomo-optim",
+    "apollo_torch": "apollo-torch", "optimi": "torch-optimi",
+}  # fmt: skip
+
+
 @dataclass
 class TrainFlags:
     """train.py's own flags, and those of transformers whose defaults are the published BLIP recipe's."""
@@ -360,6 +379,18 @@ class TrainFlags:
             )
         if self.patience and not keeps_best:
             raise UserError("patience waits for a better best checkpoint: it needs load_best_model_at_end.")
+        if getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
+            raise UserError(
+                "--train_sampling_strategy batch_rebalance is for texts: random, sequential, group_by_length."
+            )
+        for name, needed in PACKAGES.items():
+            value = getattr(self, name, None)
+            package = next(
+                (package for start, package in needed.items() if value and str(value).startswith(start)), None
+            )
+            if package and not importlib.util.find_spec(package):
+                pip = PIP_NAMES.get(package, package)
+                raise UserError(f"--{name} {value} needs a package that is not installed: pip install {pip}")
 
 
 @dataclass

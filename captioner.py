@@ -6,10 +6,11 @@ import logging
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from collator import ImageCollator, pad_rows
 from common.errors import UserError
+from common.loaders import data_loader
 from common.processes import processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
@@ -222,10 +223,10 @@ class Captioner:
         An unreadable image raises its ImageError, or with `skip_bad_images` is yielded as (image_id, ImageError)."""
         collator = copy.copy(self.collator)
         collator.skip_bad_images = skip_bad_images
-        loader = DataLoader(
+        loader = data_loader(
             samples,
+            collator,
             batch_size=batch_size,
-            collate_fn=collator,
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
         )

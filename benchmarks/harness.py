@@ -51,7 +51,7 @@ def peak_mib(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     # Not getrusage's ru_maxrss: a child process starts with its parent's.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def write_result(path: Path, result: dict) -> None:

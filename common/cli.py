@@ -8,13 +8,19 @@ import difflib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from argparse import SUPPRESS
 from pathlib import Path
 
 import yaml
 
+from common.caches import use_writable_cache
 from common.errors import UserError
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack is computed on the CPU
+# The repo does without it, and says nothing about that. A filter of the logger outlives the import of the library.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 # Nothing here imports torch or transformers before the arguments are known to be right: that takes ten seconds.
 from common.text import TextError, read_text
@@ -72,6 +78,7 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
         for group in found:
             if hasattr(group, "check_words"):
                 group.check_words(words)
+            use_writable_cache(getattr(group, "output_dir", None))
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return parser, found, words
@@ -174,6 +181,8 @@ def run(main) -> None:
     import transformers
     from huggingface_hub.errors import HfHubHTTPError
 
+    from common.limits import cpus
+
     for stream in (sys.stdout, sys.stderr):  # Windows has code pages that cannot print every caption
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -184,8 +193,9 @@ def run(main) -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
-    for handler in logging.getLogger("transformers").handlers:
-        handler.addFilter(lambda record: "requires torchvision" not in record.getMessage())  # it is not needed
+    if os.getpid() == 1:  # of a container: the system ignores a stop signal there that no handler takes
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -199,8 +209,15 @@ def run(main) -> None:
             # A DataLoader worker hands its error over as a text that ends with the traceback's last line.
             text = str(error).strip()
             message = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+        elif isinstance(error, PermissionError) and error.filename and ".cache" in str(error.filename):
+            message = f"{error.filename}: {error.strerror}. Set HF_HOME to a folder that can be written to."
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}."
+        elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):  # timed out, or worker killed
+            message = (
+                f"{str(error).splitlines()[0]} A process that reads images has died or hangs: look for an end of memory "
+                "(dmesg), or pass --dataloader_num_workers 0. What was finished before is kept."
+            )
         elif isinstance(error, ConnectionError | HfHubHTTPError) or type(error).__module__.startswith("http"):
             message = f"the Hub could not be reached, or refused: {error}. What was written before is kept."
         else:

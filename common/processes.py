@@ -11,6 +11,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.limits import cpus
 
 
 def processes(patience: timedelta | None = None) -> PartialState:
@@ -35,7 +36,7 @@ def use_device(name: str) -> None:
 def default_workers() -> int:
     """Processes that read images for one process with a GPU. Without one they would take the model's own cores."""
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, (os.cpu_count() or 1) // processes_here) if torch.cuda.is_available() and on_accelerator() else 0
+    return min(8, max(1, cpus() // processes_here)) if torch.cuda.is_available() and on_accelerator() else 0
 
 
 def fork_rng(device: torch.device):

@@ -1,6 +1,6 @@
 """Where a number comes from: versions, hardware, commit and command of this process."""
 
-import os
+import contextlib
 import platform
 import re
 import shlex
@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from common.limits import cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch", "transformers", "datasets", "accelerate", "peft", "sacrebleu", "pycocoevalcap", "pillow", "numpy"]
@@ -33,6 +35,8 @@ def environment() -> dict:
         except PackageNotFoundError:
             versions[name] = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus = [f"{_cpu_name()} GPU (MPS)"]
     commit = git("rev-parse", "HEAD")
     # A benchmark that writes several results does not make the later ones "uncommitted".
     if commit and git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
@@ -41,7 +45,7 @@ def environment() -> dict:
         "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus},
+        "hardware": {"cpu": _cpu_name(), "cores": cpus(), "threads": torch.get_num_threads(), "gpus": gpus},
         "versions": versions,
     }
 
@@ -57,7 +61,10 @@ def _without_secrets(words: list[str]) -> list[str]:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]  # macOS: "Apple M2 Pro"
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from common.limits import cpus
 from data.cache import cache_folder, write_atomically
 from data.columns import parse_structure
 from data.images import MAX_PIXELS, ImageError, open_image
@@ -162,7 +163,7 @@ def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pi
         return None
 
     # Threads, not processes: Pillow decodes without holding the interpreter's lock.
-    found = in_threads(check, range(len(rows)), num_proc or os.cpu_count() or 1, f"checking {split} images")
+    found = in_threads(check, range(len(rows)), num_proc or cpus(), f"checking {split} images")
     bad = [sample for sample in found if sample is not None]
     write_atomically(kept, json.dumps(bad).encode())
     return bad

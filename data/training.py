@@ -80,6 +80,12 @@ class CaptionPairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.record_of)
 
+    def lengths(self) -> list[int]:
+        """Characters of each sample's longest caption."""
+        captions = self.records["captions"][:]
+        starts = zip(self.record_of, self.start_of, strict=True)
+        return [max(map(len, captions[record][start : start + self.captions_per_image])) for record, start in starts]
+
     def __getitem__(self, index: int) -> dict:
         record = self.records[int(self.record_of[index])]
         start = int(self.start_of[index])

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from common.errors import UserError
+from common.loaders import data_loader
 from common.weights import read_weights
 from data import open_image
 from metrics.coco_caption.coco import resampled_sums
@@ -119,7 +120,7 @@ class ClipScorer:
         new = {image_id: index for index, image_id in enumerate(image_ids) if image_id not in self._images}
         pictures = _Pictures(images, list(new.values()), self.size, self.mean, self.std)
         done = iter(new)
-        for pixel_values in DataLoader(pictures, batch_size=64, num_workers=num_workers if len(new) > 64 else 0):
+        for pixel_values in data_loader(pictures, None, batch_size=64, num_workers=num_workers if len(new) > 64 else 0):
             pooled = self.model.vision_model(pixel_values=pixel_values.to(self.model.device)).pooler_output
             features = normalize(self.model.visual_projection(pooled), dim=-1).cpu()
             self._images |= {image_id: feature for feature, image_id in zip(features, done, strict=False)}

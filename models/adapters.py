@@ -81,7 +81,9 @@ def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftM
     load_adapter_weights(model, model_name_or_path, revision)
     folder = Path(model_name_or_path)
     if (folder / "config.json").is_file():  # our own checkpoints have it; others are captioned as their base is
-        base.config.caption_prompt = json.loads((folder / "config.json").read_text()).get("caption_prompt", "")
+        base.config.caption_prompt = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+            "caption_prompt", ""
+        )
     if (folder / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
     return model

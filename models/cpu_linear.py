@@ -58,7 +58,7 @@ def onednn_is_faster() -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and cpu.exists()
-        and "AuthenticAMD" in cpu.read_text()
+        and "AuthenticAMD" in cpu.read_text(encoding="utf-8")
     )
 
 

@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from common.files import write_text
+from common.limits import cpus
 from data.images import ImageError, open_image
 from metrics import names
 from metrics.coco_caption.coco import ends_badly
@@ -82,7 +83,10 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["last_part"] = lambda path: Path(path).name if Path(path).exists() else path
-    style, script = (here / "report.css").read_text("utf-8"), (here / "report.js").read_text("utf-8")
+    style, script = (
+        (here / "report.css").read_text("utf-8", encoding="utf-8"),
+        (here / "report.js").read_text("utf-8", encoding="utf-8"),
+    )
     first = next(iter(runs.values()))
     environment.globals |= {"shown": names.shown, "score_named": names.score_named, "doc": _doc(folder)}
     had = dict.fromkeys(name for row in first["rows"] for name in row["scores"])
@@ -151,7 +155,7 @@ def thumbnails(image_ids: list[str], images, scores: list[float]) -> dict[str, s
         picture.save(file, "WEBP", quality=quality)
         return base64.b64encode(file.getvalue()).decode()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cpus())) as pool:
         made = zip(chosen, pool.map(thumbnail, chosen), strict=True)
         return {image_ids[index]: picture for index, picture in made if picture}
 

@@ -54,7 +54,7 @@ HEAR_SIGTERM = (
 
 
 def main() -> int:
-    PID_FILE.write_text(str(os.getpid()))
+    PID_FILE.write_text(str(os.getpid()), encoding="utf-8")
     flags, recipe = read_hyperparameters(BASE / "input/config/hyperparameters.json")
     machines = Machines(BASE / "input/config/resourceconfig.json")
     flags |= flags_of_channels(BASE / "input")
@@ -81,7 +81,7 @@ def read_hyperparameters(path: Path) -> tuple[dict, list[str]]:
     stays as it is: train.py reads "True", "5e-5" and the like itself. An empty, "null" or "None" value is no value.
     """
     flags = {}
-    for name, text in json.loads(path.read_text()).items() if path.is_file() else ():
+    for name, text in json.loads(path.read_text(encoding="utf-8")).items() if path.is_file() else ():
         value = text
         try:
             value = json.loads(value) if value[:1] == '"' else value
@@ -157,7 +157,7 @@ class Machines:
     """The machines of the job, as resourceconfig.json lists them, and how torchrun starts this one's processes."""
 
     def __init__(self, path: Path):
-        config = json.loads(path.read_text()) if path.is_file() else {"hosts": ["localhost"]}
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"hosts": ["localhost"]}
         self.hosts = sorted(config["hosts"])
         self.count, self.rank = len(self.hosts), self.hosts.index(config.get("current_host", self.hosts[0]))
         self.interface = config.get("network_interface_name")
@@ -231,7 +231,7 @@ def leave_model(run: Path, model: Path, output: Path) -> None:
 
 def write_failure(reason: str) -> None:
     (BASE / "output").mkdir(parents=True, exist_ok=True)
-    (BASE / "output/failure").write_text(reason)
+    (BASE / "output/failure").write_text(reason, encoding="utf-8")
     print(f"train_entry.py: {reason}", file=sys.stderr)
 
 

@@ -76,8 +76,8 @@ def test_the_random_split_is_90_5_5_over_sorted_ids_whatever_the_order_of_rows(t
     first = data.load(str(file))
     assert {split: len(rows) for split, rows in first.items()} == {"train": 54, "validation": 3, "test": 3}
     assert all(names == sorted(names) for names in ids(first).values())
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join(reversed(lines)) + "\n")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(reversed(lines)) + "\n", encoding="utf-8")
     assert ids(data.load(str(file))) == ids(first)
     assert ids(data.load(str(file), split_seed=1)) != ids(first)
     # Pinned, so that a published score stays comparable: every version must draw the same.
@@ -281,8 +281,8 @@ def test_the_fingerprint_is_of_ids_and_captions_and_the_same_everywhere(tmp_path
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     assert fingerprint(data.load(plain_set(moved, 40))) == fingerprint(first)
-    rows = Path(file).read_text().replace("once more 07", "once  more 08")
-    Path(file).write_text(rows)
+    rows = Path(file).read_text(encoding="utf-8").replace("once more 07", "once  more 08")
+    Path(file).write_text(rows, encoding="utf-8")
     assert fingerprint(data.load(file)) != fingerprint(first)
 
 

@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_with_each_image_once_and_none_lost(model, tmp_path
         process.send_signal(signal.SIGKILL if processes == 1 else signal.SIGTERM)
         process.communicate()
         # A kill in the middle of a line leaves half of it.
-        with open(tmp_path / "captions.jsonl.part-0", "a") as part:
+        with open(tmp_path / "captions.jsonl.part-0", "a", encoding="utf-8") as part:
             part.write('{"image": "ha')
     result = tiny.run("infer.py", *command, processes=processes)
     assert "captioned before" in result.stderr

@@ -204,7 +204,7 @@ def test_json_jsonl_csv_and_parquet_of_the_same_rows_are_the_same(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with open(tmp_path / "a.csv", "w", newline="") as file:
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

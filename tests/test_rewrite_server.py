@@ -133,7 +133,7 @@ def test_a_server_with_every_fault_and_a_client_killed_three_times_lose_and_doub
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        with open(tmp_path / "out.jsonl.part-0", "a") as part:  # a kill in the middle of a line
+        with open(tmp_path / "out.jsonl.part-0", "a", encoding="utf-8") as part:  # a kill in the middle of a line
             part.write('{"row": 12')
     kept = finished()
     process = tiny.start("rewrite.py", *arguments)

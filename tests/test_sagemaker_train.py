@@ -361,7 +361,7 @@ def write_split_channels(folder: Path, name: str, image_key: str) -> None:
         channel = folder / "data" / row["split"]
         channel.mkdir(parents=True, exist_ok=True)
         (file.parent / row["image"]).rename(channel / row["image"])
-        with open(channel / name, "a") as lines:
+        with open(channel / name, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({image_key: row["image"], "captions": row["captions"]}) + "\n")
 
 

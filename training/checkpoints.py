@@ -36,7 +36,7 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
         return resume_from_checkpoint
     flags = _binding(flags)
     if (folder / "run.json").is_file():
-        before = json.loads((folder / "run.json").read_text())["flags"]
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))["flags"]
         differ = sorted(name for name in before.keys() | flags.keys() if before.get(name) != flags.get(name))
         if differ:
             what = "; ".join(f"{name} was {before.get(name)!r}, is {flags.get(name)!r}" for name in differ[:5])
@@ -78,6 +78,6 @@ def _binding(flags: dict) -> dict:
 def _is_whole(checkpoint: Path) -> bool:
     """The Trainer writes trainer_state.json last, so a checkpoint that has it in full has everything."""
     try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False

@@ -6,23 +6,23 @@ run that was killed resumes with what is there, and a changed image or encoder i
 rename, and are read through memory maps, so that the system's page cache is shared by all who read them.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import shutil
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from common.errors import UserError
+from common.limits import free_memory
+from common.loaders import data_loader
 from common.processes import processes, show_progress
 from data import CaptionPairs, EncodedRecords
 from data.cache import cache_folder
@@ -167,10 +167,10 @@ class Encoder:
         """Yields (row, features) of these rows of `records`."""
         if not len(rows):
             return
-        loader = DataLoader(
+        loader = data_loader(
             records.select_columns(["image_id", "image"]).select(rows),
+            self.collator,
             batch_size=self.batch_size,
-            collate_fn=self.collator,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -217,22 +217,13 @@ def is_whole(path: Path, length: int) -> bool:
 def write_feature(path: Path, features: torch.Tensor) -> None:
     """A file that is there whole or not at all, also when another process writes the same one."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
     try:
         temporary.write_bytes(features.contiguous().view(torch.uint8).numpy())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def free_memory() -> int:
-    """Bytes that this machine, and the container if it has a limit, have left."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return free
 
 
 def gib(size: float) -> str:

@@ -30,12 +30,12 @@ class StopOnSigterm(TrainerCallback):
         self.group = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._ask)
+        self.before = signal.signal(signal.SIGTERM, self._ask)
         if args.world_size > 1:  # on the host: asking through the GPU would have every step wait for it
             self.group = torch.distributed.new_group(backend="gloo")
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, self.before)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.epoch != int(state.epoch):  # else on_epoch_end, which knows whether an evaluation is due, comes next

@@ -10,8 +10,10 @@ from accelerate import DistributedType
 from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import Seq2SeqTrainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from common.errors import UserError
+from common.loaders import TIMEOUT, data_loader, fit_workers
 from common.processes import fork_rng, peak_memory
 from data import CaptionPairs
 from metrics import score
@@ -65,6 +67,25 @@ class CaptionTrainer(Seq2SeqTrainer):
             for tensor in self.model.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
         return outcome
+
+    def get_train_dataloader(self):
+        args = self.args
+        args.dataloader_num_workers, args.dataloader_prefetch_factor = fit_workers(
+            self.train_dataset, self.data_collator, self._train_batch_size, args.dataloader_num_workers,
+            args.dataloader_prefetch_factor,
+        )  # fmt: skip
+        args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
+        loader = super().get_train_dataloader()
+        loader.timeout = TIMEOUT if args.dataloader_num_workers else 0
+        return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, CaptionPairs):
+            # The library's own looks for the lengths of token ids, which the collator makes later.
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(batch, lengths=dataset.lengths())
+        return super()._get_train_sampler(train_dataset)
 
     def _load_best_model(self):
         # Of several machines only the first one's disk has checkpoints (transformers 5 writes them in process 0 alone,
@@ -210,10 +231,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens; on the CPU, as MPS has no float64
         # Not the Trainer's loader: it repeats samples until all processes have as many.
         share = torch.utils.data.Subset(pairs, range(self.args.process_index, len(pairs), self.args.world_size))
-        loader = torch.utils.data.DataLoader(
+        loader = data_loader(
             share,
+            self.eval_collator,
             batch_size=self.args.eval_batch_size,
-            collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
         )
         for batch in loader:

@@ -58,7 +58,7 @@ def train(folder: Path, data: Path, captions_per_image: int, seed: int, argument
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     rows = [row for row in history if "eval_loss" in row]
     last = max(row["step"] for row in rows)
     steps_an_epoch = last / arguments.epochs

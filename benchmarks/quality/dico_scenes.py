@@ -282,7 +282,7 @@ def main() -> None:
         runs[str(seed)] = {}
         for method in (START, *METHODS):
             file = arguments.folder / f"{seed} {method}.json"
-            kept = json.loads(file.read_text()) if file.is_file() else {}
+            kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             if kept.get("settings") != settings:
                 if method == START:
                     run = before(start, splits, rewards, scorers)

@@ -36,7 +36,7 @@ def evaluate(predictions: dict[str, str], references: dict[str, list[str]]) -> d
             "false",
         ]
         subprocess.run(command, check=True)
-        return json.loads(Path(folder, "out", "coco_metrics.json").read_text())
+        return json.loads(Path(folder, "out", "coco_metrics.json").read_text(encoding="utf-8"))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def main():
             break
     words, maps = attention_maps(captioner, value, caption)
     picture = open_image(value).resize((PIXELS, PIXELS))
-    metrics = json.loads((args.model / "coco_metrics.json").read_text())
+    metrics = json.loads((args.model / "coco_metrics.json").read_text(encoding="utf-8"))
 
     rows = -(-len(words) // COLUMNS)
     figure = Figure(figsize=(11, 3.1 + 1.45 * rows), layout="constrained")

@@ -70,15 +70,15 @@ def scores_of(folder: Path) -> dict:
     """Validation and test scores of a finished run, what training logged at its end, and its time."""
     found = {}
     for split, path in (("validation", folder / "validation"), ("test", folder)):
-        scores = json.loads((path / "coco_metrics.json").read_text())
+        scores = json.loads((path / "coco_metrics.json").read_text(encoding="utf-8"))
         found[split] = {name: scores[name] for name in SCORES} | {name: scores["corpus"][name] for name in CORPUS}
         if "scene_facts" in scores:
             found[split] |= {"scene_facts": scores["scene_facts"]["scene_facts"]}
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     rows = [{name: row[name] for name in LOGGED if name in row} for row in history]
     found["log"] = [row for row in rows if len(row) > 1]
     found["commit"] = scores["commit"]
-    found["training_seconds"] = json.loads((folder / "train_results.json").read_text())["train_runtime"]
+    found["training_seconds"] = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))["train_runtime"]
     return found
 
 

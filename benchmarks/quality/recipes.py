@@ -33,17 +33,17 @@ def run(*command) -> float:
 
 def record(name: str, folder: Path, **more) -> None:
     """benchmarks/results/NAME.json: scores on the test split, the curve of the validation split, and `more`."""
-    scores = json.loads((folder / "coco_metrics.json").read_text())
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    scores = json.loads((folder / "coco_metrics.json").read_text(encoding="utf-8"))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     keys = ("step", "eval_loss", "eval_sacrebleu", "eval_CIDEr")
     validation = [{key: row[key] for key in keys} for row in history if "eval_loss" in row]
-    training = json.loads((folder / "train_results.json").read_text())
+    training = json.loads((folder / "train_results.json").read_text(encoding="utf-8"))
     result = {
         "test": {key: scores[key] for key in SCORES if key in scores},
         "validation_during_training": validation,
         "training_seconds": training["train_runtime"],
         "peak_memory_gib": training["train_peak_host_memory_gib"],
-        "captions": json.loads((folder / "run.json").read_text())["examples"],
+        "captions": json.loads((folder / "run.json").read_text(encoding="utf-8"))["examples"],
         "dataset_fingerprint": scores["dataset_fingerprint"],
         **more,
         "run_command": scores["command"],
@@ -72,7 +72,9 @@ def photos(folder: Path) -> None:
     )  # fmt: skip
     again = ("--model_name_or_path", folder, "--dataset_name", data / "flickr8k", "--output_dir", folder / "again")
     run(sys.executable, "evaluate.py", *again)
-    trained, rescored = (json.loads((f / "coco_metrics.json").read_text()) for f in (folder, folder / "again"))
+    trained, rescored = (
+        json.loads((f / "coco_metrics.json").read_text(encoding="utf-8")) for f in (folder, folder / "again")
+    )
     assert trained["CIDEr"] == rescored["CIDEr"], "evaluate.py must give train.py's scores"
     captions = folder / "captions.jsonl"
     captions.unlink(missing_ok=True)
@@ -80,7 +82,7 @@ def photos(folder: Path) -> None:
         sys.executable, "infer.py", data / "flickr8k/Flicker8k_Dataset", "--model_name_or_path", folder,
         "--output", captions,
     )  # fmt: skip
-    record("photos", folder, seconds=seconds, inferred=len(captions.read_text().splitlines()))
+    record("photos", folder, seconds=seconds, inferred=len(captions.read_text(encoding="utf-8").splitlines()))
 
 
 def main() -> None:

@@ -29,8 +29,10 @@ def wilson(hits: int, count: int) -> list[float]:
 
 
 def main() -> None:
-    rows = json.loads((Path(os.environ["CAPTION_TEST_DATA"]) / "capsfusion/example_data.json").read_text())
-    notes = json.loads((ROOT / "benchmarks/rewriting/detector_annotations.json").read_text())
+    rows = json.loads(
+        (Path(os.environ["CAPTION_TEST_DATA"]) / "capsfusion/example_data.json").read_text(encoding="utf-8")
+    )
+    notes = json.loads((ROOT / "benchmarks/rewriting/detector_annotations.json").read_text(encoding="utf-8"))
     checker = Checker(load_prompt("fuse"))
     reasons, warned = {}, 0
     for number, row in enumerate(rows):

@@ -62,8 +62,8 @@ def captioner(dataset: Path, folder: Path, steps: int, *more) -> dict:
         "--max_new_tokens", 40, "--captions_per_image", 1, "--meteor", "false", "--max_test_samples", 200,
         "--max_eval_samples", 50, *more,
     )  # fmt: skip
-    scores = json.loads((folder / "coco_metrics.json").read_text())
-    predictions = json.loads((folder / "predictions.json").read_text())[:4]
+    scores = json.loads((folder / "coco_metrics.json").read_text(encoding="utf-8"))
+    predictions = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))[:4]
     return {
         "steps": steps,
         "seconds": seconds,
@@ -73,14 +73,14 @@ def captioner(dataset: Path, folder: Path, steps: int, *more) -> dict:
 
 
 def rewritten(output: Path) -> dict:
-    report = json.loads(output.with_name(f"{output.name}.report.json").read_text())
+    report = json.loads(output.with_name(f"{output.name}.report.json").read_text(encoding="utf-8"))
     wanted = ("status", "rejected", "words", "vocabulary", "tokens", "rows_with_unsupported_names_or_numbers")
     return {key: report[key] for key in wanted} | {"samples": report["samples"].get("rewritten", [])[:3]}
 
 
 def paragraph(folder: Path) -> dict:
     prompt_file = folder / "prompt.txt"
-    prompt_file.write_text("{captions}\nParagraph:")
+    prompt_file.write_text("{captions}\nParagraph:", encoding="utf-8")
     prompt, scenes = load_prompt("paragraph", str(prompt_file)), data.load("scenes")
     rows = [(row["captions"], json.loads(row["facts"])) for row in scenes["train"].select(range(3000))]
     pairs = [(fill(prompt, {"captions": captions}), paragraph_of(facts)) for captions, facts in rows]
@@ -115,7 +115,7 @@ def fuse(folder: Path, trained: Path, count: int = 1000) -> dict:
         rows.append({"image": name, "text": raw, "split": split, "facts": row["facts"]})
         fused = f"The {article} shows {true.removeprefix('The picture shows ')}"
         pairs.append((fill(prompt, {"raw": raw, "synthetic": true}), fused))
-    (folder / "raw.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "raw.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     inferred = run(
         "infer.py", folder / "photos", "--model_name_or_path", trained, "--output", folder / "synthetic.jsonl",
         "--num_beams", 1, "--per_device_eval_batch_size", 64,

@@ -54,7 +54,7 @@ def worker(source: str, output: str) -> None:
 
 def measure(rows: int, folder: Path) -> dict:
     source, output = folder / f"{rows}.jsonl", folder / f"{rows}.out.jsonl"
-    with open(source, "w") as file:
+    with open(source, "w", encoding="utf-8") as file:
         for n in range(rows):
             row = {
                 "id": n,
@@ -75,7 +75,7 @@ def measure(rows: int, folder: Path) -> dict:
         time.sleep(max(0.05, min(1, rows / 1e6)))
     assert process.wait() == 0
     seconds = time.perf_counter() - start
-    with open(output) as file:
+    with open(output, encoding="utf-8") as file:
         assert sum(1 for _ in file) == rows
     for path in folder.glob(f"{rows}.*"):
         path.unlink()

@@ -118,14 +118,17 @@ def main() -> None:
     for old in folder.iterdir():
         old.unlink()
     source = Path(os.environ["CAPTION_TEST_DATA"]) / "capsfusion/example_data.json"
-    rows, prompt = json.loads(source.read_text())[: arguments.rows], load_prompt("fuse")
+    rows, prompt = json.loads(source.read_text(encoding="utf-8"))[: arguments.rows], load_prompt("fuse")
     if not arguments.llm.exists():
         train_fuse_llm(rows, arguments.llm)
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server_log, client_log = open(folder / "server.log", "w"), open(folder / "client.log", "w")  # noqa: SIM115
+    server_log, client_log = (
+        open(folder / "server.log", "w", encoding="utf-8"),  # noqa: SIM115
+        open(folder / "client.log", "w", encoding="utf-8"),  # noqa: SIM115
+    )
     server = serve(arguments.serve_python, arguments.llm, port, server_log)
     proxy = Proxy(f"http://127.0.0.1:{port}")
     output = folder / "fused.jsonl"
@@ -137,7 +140,7 @@ def main() -> None:
 
     def finished() -> set[int]:
         parts = output.parent.glob(f"{output.name}.part-*")
-        return {json.loads(line)["row"] for part in parts for line in part.read_text().split("\n")[:-1]}
+        return {json.loads(line)["row"] for part in parts for line in part.read_text(encoding="utf-8").split("\n")[:-1]}
 
     def client():
         return subprocess.Popen(list(map(str, command)), stdout=client_log, stderr=client_log)
@@ -168,11 +171,11 @@ def main() -> None:
     seconds = time.perf_counter() - start
     os.killpg(server.pid, signal.SIGTERM)
 
-    found = [json.loads(line) for line in output.read_text().splitlines()]
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     ours = [{key: row[key] for key in rows[0]} for row in found]
     assert ours == rows, "rows are missing, doubled or out of order"
-    report = json.loads(output.with_name(f"{output.name}.report.json").read_text())
-    log = (folder / "client.log").read_text()
+    report = json.loads(output.with_name(f"{output.name}.report.json").read_text(encoding="utf-8"))
+    log = (folder / "client.log").read_text(encoding="utf-8")
     # Rows whose captions are the same as another's share a prompt: they are asked for rightly.
     shared = len(rows) - len({fill(prompt, captions(row)) for row in rows})
     result = {

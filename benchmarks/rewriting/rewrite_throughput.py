@@ -64,7 +64,7 @@ def worker(how: str, llm: Path, rows: list[dict], out: Path) -> None:
         jobs = (Job(n, "", [], *prompts[n]) for n in numbers)
         texts = {job.row: outcome.text for job, outcome in backend.run(jobs, lambda *_: None)}
     seconds = time.perf_counter() - start
-    (out / f"{how}-{rank}.json").write_text(json.dumps({"seconds": seconds, "texts": texts}))
+    (out / f"{how}-{rank}.json").write_text(json.dumps({"seconds": seconds, "texts": texts}), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--worker", help="used by the script itself")
     arguments = parser.parse_args()
     source = Path(os.environ["CAPTION_TEST_DATA"]) / "capsfusion/example_data.json"
-    rows, out = json.loads(source.read_text()), ROOT / "runs/benchmark/throughput"
+    rows, out = json.loads(source.read_text(encoding="utf-8")), ROOT / "runs/benchmark/throughput"
     if arguments.worker:
         return worker(arguments.worker, arguments.llm, rows[: arguments.timed_rows], out)
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def main() -> None:
     for how in ("loop", "ours at 4", "ours"):
         words = ("-m", __spec__.name, "--worker", how, "--llm", arguments.llm, "--timed_rows", arguments.timed_rows)
         subprocess.run(torchrun(*words), env=environ, check=True)
-        halves = [json.loads((out / f"{how}-{rank}.json").read_text()) for rank in (0, 1)]
+        halves = [json.loads((out / f"{how}-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
         measured[how] = {
             "rows_per_second": arguments.timed_rows / max(half["seconds"] for half in halves),
             "texts": {**halves[0]["texts"], **halves[1]["texts"]},
@@ -112,18 +112,18 @@ def main() -> None:
     start = time.perf_counter()
     process = subprocess.Popen(command, env=environ)
     parts = [output.with_name(f"{output.name}.part-{rank}") for rank in (0, 1)]
-    while sum(part.read_text().count("\n") for part in parts if part.exists()) < 600:
+    while sum(part.read_text(encoding="utf-8").count("\n") for part in parts if part.exists()) < 600:
         assert process.poll() is None
         time.sleep(0.1)
     for running in (*psutil.Process(process.pid).children(recursive=True), process):  # each worker has its own session
         running.kill()
     process.wait()
-    killed_at = sum(part.read_text().count("\n") for part in parts)
+    killed_at = sum(part.read_text(encoding="utf-8").count("\n") for part in parts)
     subprocess.run(command, env=environ, check=True)
     seconds = time.perf_counter() - start
-    found = [json.loads(line) for line in output.read_text().splitlines()]
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [{key: row[key] for key in rows[0]} for row in found] == rows
-    report = json.loads(output.with_name(f"{output.name}.report.json").read_text())
+    report = json.loads(output.with_name(f"{output.name}.report.json").read_text(encoding="utf-8"))
     written = [row["rewrite"]["rejected"] if row["rewrite"]["reason"] else row["caption"] for row in found]
     result = {
         "processes": 2,

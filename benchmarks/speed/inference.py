@@ -53,7 +53,7 @@ def write_images(photos: Path, folder: Path, count: int) -> None:
 def save_model(folder: Path, captions: list[str]) -> None:
     """A small captioner with random weights, wide enough apart that float32's rounding decides no caption."""
     config = folder / "shape.json"
-    config.write_text(json.dumps(CONFIG))
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
     torch.manual_seed(0)
     model, processor = build_model(str(config), None, captions)
     model.save_pretrained(folder)
@@ -67,7 +67,7 @@ def peer(model_folder: str, images: str, output: str, batch_size: int, num_beams
     processor = AutoProcessor.from_pretrained(model_folder)
     model = BlipForConditionalGeneration.from_pretrained(model_folder).eval()
     paths = sorted(Path(images).iterdir())
-    with open(output, "w") as file, torch.inference_mode():
+    with open(output, "w", encoding="utf-8") as file, torch.inference_mode():
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             pictures = [Image.open(path).convert("RGB") for path in batch]
@@ -96,7 +96,7 @@ def turn(side: str, folder: Path, arguments) -> tuple[float, list[dict]]:
     elapsed = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr}")
-    return elapsed, [json.loads(line) for line in output.read_text().splitlines()]
+    return elapsed, [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:

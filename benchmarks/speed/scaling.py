@@ -38,8 +38,8 @@ WORDS = ["a", "the", "red", "green", "blue", "dog", "cat", "ball", "runs", "sits
 
 def save_model(folder: Path) -> Path:
     config, vocabulary = folder / "shape.json", folder / "vocab.txt"
-    config.write_text(json.dumps(CONFIG))
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
     torch.manual_seed(0)
     model, processor = build_model(str(config), str(vocabulary), [])
     model.save_pretrained(folder / "model")
@@ -51,7 +51,7 @@ def write_images(folder: Path, count: int, splits=("test",), captions: int = 1) 
     """A JSONL set of 32-pixel JPEGs, no two alike."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    with open(folder / "data.jsonl", "w") as lines:
+    with open(folder / "data.jsonl", "w", encoding="utf-8") as lines:
         for number in range(count):
             pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             name = f"{number:06}.jpg"
@@ -67,7 +67,7 @@ def measured(command: list, **environment_variables) -> dict:
     command = [sys.executable, *map(str, command)]
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment_variables}
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
         peak = 0
 
@@ -100,7 +100,7 @@ def cost_of_images(folder: Path, counts: list[int]) -> dict:
         images = write_images(folder / f"images-{count}", count)
         output = folder / f"{count}.jsonl"
         results["infer.py"][count] = measured([ROOT / "infer.py", images, *settings, "--output", output])
-        if len(output.read_text().splitlines()) != count:
+        if len(output.read_text(encoding="utf-8").splitlines()) != count:
             raise SystemExit("infer.py lost images. No result.")
         where = folder / f"scores-{count}"
         flags = [
@@ -115,7 +115,7 @@ def cost_of_images(folder: Path, counts: list[int]) -> dict:
         ]
         cache = {"HF_DATASETS_CACHE": str(folder / "cache")}
         results["evaluate.py"][count] = measured([ROOT / "evaluate.py", *settings, *flags], **cache)
-        if json.loads((where / "coco_metrics.json").read_text())["counts"]["images"] != count:
+        if json.loads((where / "coco_metrics.json").read_text(encoding="utf-8"))["counts"]["images"] != count:
             raise SystemExit("evaluate.py lost images. No result.")
         for name, row in results.items():
             print(
@@ -150,8 +150,8 @@ def cost_of_processes(folder: Path, images: int, repeats: int) -> dict:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
             command = [*launch, ROOT / "train.py", *(word for k, v in flags.items() for word in (f"--{k}", v))]
             measured(command, OMP_NUM_THREADS="1")
-            log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-            seconds = json.loads((output / "train_results.json").read_text())["train_runtime"]
+            log = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+            seconds = json.loads((output / "train_results.json").read_text(encoding="utf-8"))["train_runtime"]
             runs[name].append({"train_seconds": seconds, "losses": [row["loss"] for row in log if "loss" in row]})
     one, two = ([run["train_seconds"] for run in runs[name]] for name in ("one", "two"))
     difference = max(

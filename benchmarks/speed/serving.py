@@ -71,9 +71,9 @@ class Server:
             "PATH": f"{Path(python).parent}:{os.environ['PATH']}", "LOG_LOCATION": str(folder), **variables,
         }  # fmt: skip
         (folder / "shim").mkdir()
-        (folder / "shim/sitecustomize.py").write_text(SHIM)
+        (folder / "shim/sitecustomize.py").write_text(SHIM, encoding="utf-8")
         settings["PYTHONPATH"] = str(folder / "shim")
-        self.log = open(folder / "server.log", "w+")  # noqa: SIM115 - as long as the server
+        self.log = open(folder / "server.log", "w+", encoding="utf-8")  # noqa: SIM115 - as long as the server
         self.process = subprocess.Popen(
             [python, "-c", START], cwd=folder, env=settings, stdout=self.log, stderr=self.log, start_new_session=True
         )

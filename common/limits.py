@@ -1,0 +1,63 @@
+"""How many processors and how much memory this process may use: the machine's, or a container's if that is less."""
+
+import os
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cpus() -> int:
+    """Processors that this process may use, at least 1: its affinity, and a CPU quota of its cgroup rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cgroups("cpu"):
+        quota, _, period = _read(folder / "cpu.max").partition(" ")  # version 2: "max 100000", "150000 100000"
+        if not quota:
+            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")  # 1: -1 is none
+        if quota.isdigit() and period.isdigit() and int(period):
+            count = min(count, -(-int(quota) // int(period)))
+    return max(1, count)
+
+
+def free_memory() -> int:
+    """Bytes of memory that are left, of the machine's and of each limit of its cgroups. File cache counts as free."""
+    free = psutil.virtual_memory().available
+    for folder in _cgroups("memory"):
+        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+        if not limit:
+            limit, used = _read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit():
+            statistics = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines() if " " in line)
+            cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            free = min(free, int(limit) - int(used) + cache)
+    return max(0, free)
+
+
+def free_shared_memory() -> int | None:
+    """Bytes that processes can still hand to each other, or None where nothing bounds that but the memory itself."""
+    try:
+        space = os.statvfs("/dev/shm")
+    except (AttributeError, OSError):  # Windows, macOS
+        return None
+    return space.f_bavail * space.f_frsize
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """Folders of this process's cgroup and those around it, of version 2 and of version 1's `controller`."""
+    folders = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = CGROUPS / controller if controllers else CGROUPS
+        inside = root / path.strip("/")  # not there in a container that sees its own cgroup as the root
+        folders += [folder for folder in (inside, *inside.parents) if folder.is_relative_to(root)]
+    return list(dict.fromkeys([*folders, CGROUPS, CGROUPS / controller]))
+
+
+def _read(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,71 @@
+"""DataLoaders that cannot wait for ever: bounded by the shared memory there is, and by a time-out."""
+
+import itertools
+import logging
+import os
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from common.limits import free_shared_memory
+
+logger = logging.getLogger(__name__)
+TIMEOUT = 180  # seconds that a batch may take to come from a worker, or the worker is taken for dead
+MEASURED = 2  # samples that tell how large a batch is
+
+
+def data_loader(dataset, collate_fn, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """A DataLoader with at most `num_workers` processes, as many as shared memory has room for. It raises a
+    RuntimeError if a worker dies, or sends nothing for TIMEOUT seconds."""
+    num_workers, prefetch = fit_workers(dataset, collate_fn, batch_size, num_workers)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        prefetch_factor=prefetch,
+        pin_memory=pin_memory,
+        timeout=TIMEOUT if num_workers else 0,
+    )
+
+
+def fit_workers(
+    dataset, collate_fn, batch_size: int, num_workers: int, prefetch: int | None = None
+) -> tuple[int, int | None]:
+    """(workers, batches that each prepares ahead), no more than asked for, that fit half of the shared memory which is
+    free, shared by the processes of this machine. (0, None) if not even one batch does.
+
+    Batches travel through /dev/shm, of which Docker gives a container 64 MB. Where it is full, the thread that sends
+    them dies, and torch's DataLoader waits for its worker without end.
+    """
+    free = free_shared_memory() if num_workers else None
+    if free is None:
+        return num_workers, (prefetch or 2) if num_workers else None
+    room = free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batch = _batch_bytes(dataset, collate_fn, batch_size)
+    wanted = prefetch or 2
+    for ahead in range(wanted, 0, -1):
+        workers = min(num_workers, room // (batch * ahead)) if batch else num_workers
+        if workers == num_workers or (ahead == 1 and workers):
+            break
+    if (workers, ahead) != (num_workers, wanted):
+        logger.warning(
+            "/dev/shm has %.0f MB free and a batch takes %.0f MB: %d of %d DataLoader workers are used, %d batch(es) ahead. "
+            "In Docker, --shm-size=8g gives it more (Kubernetes: an emptyDir of medium Memory at /dev/shm)",
+            free / 1e6, batch / 1e6, workers, num_workers, ahead if workers else 0,
+        )  # fmt: skip
+    return workers, ahead if workers else None
+
+
+def _batch_bytes(dataset, collate_fn, batch_size: int) -> int:
+    """An estimate: of the first samples, with a quarter added for those that are larger."""
+    if isinstance(dataset, IterableDataset):
+        samples = list(itertools.islice(dataset, MEASURED))
+    else:
+        samples = [dataset[i] for i in range(min(MEASURED, len(dataset)))]
+    if not samples:
+        return 0
+    batch = collate_fn(samples) if collate_fn else torch.utils.data.default_collate(samples)
+    tensors = batch.values() if isinstance(batch, dict) else [batch]
+    size = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+    return int(1.25 * size * batch_size / len(samples))
