@@ -1,6 +1,7 @@
 """Where libraries keep what they fetch and compute, on machines that give this process no home."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ def use_writable_cache(beside: str | None) -> None:
     if os.environ.get("HF_HOME") or _is_writable(usual):
         return
     place = Path(beside) / ".cache" if beside else Path(tempfile.gettempdir()) / f"image-captioning-cache-{_user()}"
+    print(f"{usual} cannot be written to: caches go to {place}. Set HF_HOME to keep them elsewhere.", file=sys.stderr)
     os.environ["XDG_CACHE_HOME"] = str(place.absolute())
     for name in ("USER", "LOGNAME"):  # what asks for the name of a user that the system does not know
         os.environ.setdefault(name, _user())

@@ -11,6 +11,7 @@ from common.limits import free_shared_memory
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 180  # seconds that a batch may take to come from a worker, or the worker is taken for dead
+said = []  # the warning that shared memory is small, once a process
 MEASURED = 2  # samples that tell how large a batch is
 
 
@@ -48,7 +49,8 @@ def fit_workers(
         workers = min(num_workers, room // (batch * ahead)) if batch else num_workers
         if workers == num_workers or (ahead == 1 and workers):
             break
-    if (workers, ahead) != (num_workers, wanted):
+    if (workers, ahead) != (num_workers, wanted) and not said:
+        said.append(True)
         logger.warning(
             "/dev/shm has %.0f MB free and a batch takes %.0f MB: %d of %d DataLoader workers are used, %d batch(es) ahead. "
             "In Docker, --shm-size=8g gives it more (Kubernetes: an emptyDir of medium Memory at /dev/shm)",
