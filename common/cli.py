@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -214,6 +215,8 @@ def run(main) -> None:
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}."
         elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):  # timed out, or worker killed
+            for child in multiprocessing.active_children():  # a stopped one would be waited for at the end
+                child.kill()
             message = (
                 f"{str(error).splitlines()[0]} A process that reads images has died or hangs: look for an end of memory "
                 "(dmesg), or pass --dataloader_num_workers 0. What was finished before is kept."

@@ -39,6 +39,8 @@ def fit_workers(
     Batches travel through /dev/shm, of which Docker gives a container 64 MB. Where it is full, the thread that sends
     them dies, and torch's DataLoader waits for its worker without end.
     """
+    if num_workers:  # by name: file descriptors are fetched from the worker itself, which no time-out covers
+        torch.multiprocessing.set_sharing_strategy("file_system")
     free = free_shared_memory() if num_workers else None
     if free is None:
         return num_workers, (prefetch or 2) if num_workers else None

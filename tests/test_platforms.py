@@ -224,7 +224,7 @@ def test_a_worker_that_is_killed_or_stopped_is_an_error(stop, monkeypatch):
             list(batches)
         assert time.monotonic() - started < 30
     finally:
-        os.kill(worker.pid, signal.SIGKILL)
+        worker.kill()
 
 
 def test_every_loader_of_the_repo_has_a_time_out():
