@@ -630,6 +630,9 @@ class LLMArguments:
 @dataclass
 class ExportArguments:
     push_to_hub: str | None = flag(None, "Upload to this Hub repository, user/name.")
+    dry_run: bool = flag(
+        False, "With push_to_hub: upload nothing, but list the files and sizes that would be uploaded."
+    )
     merge: bool = flag(True, "Merge an adapter into its base model.")
     output_dir: str | None = flag(None, "Folder to export to. Default: the folder itself.")
 

@@ -1,6 +1,6 @@
 """Make a self-contained model folder with its card out of a training run or checkpoint, and upload it if asked.
 
-python export.py DIR [--output_dir OUT] [--push_to_hub user/name]
+python export.py DIR [--output_dir OUT] [--push_to_hub user/name [--dry_run]]
 """
 
 from arguments import EXPORT_GROUPS
@@ -17,6 +17,7 @@ import torch
 
 from common.errors import UserError
 from common.files import output_folder
+from common.publish import upload
 from models.loading import load_model
 from reports.model_card import read_run, write_card
 
@@ -46,19 +47,7 @@ def main():
     logger.info("%s loads by itself, with its card in README.md", folder)
 
     if args.push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(args.push_to_hub, exist_ok=True)
-        api.upload_folder(
-            repo_id=args.push_to_hub,
-            folder_path=folder,
-            ignore_patterns=[
-                *("checkpoint-*", "**/optimizer.pt", "*.bin", "*.bin.index.json", "**/*.pth", "bad_samples.jsonl"),
-                *("*report.html", "*per_image.jsonl"),  # pictures and texts of the data
-            ],
-        )
-        logger.info("uploaded to https://huggingface.co/%s", args.push_to_hub)
+        upload(folder, args.push_to_hub, dry_run=args.dry_run)
 
 
 if __name__ == "__main__":

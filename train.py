@@ -23,7 +23,7 @@ import data
 from captioner import Captioner
 from collator import CaptionCollator, input_size
 from common.errors import UserError
-from common.files import output_folder, write_text
+from common.files import output_folder
 from data.tokens import check_captions_can_be_written
 from metrics.clip_scores import load_scorers
 from models.families import vision_encoder
@@ -158,8 +158,6 @@ def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:
     if trainer.is_world_process_zero():
         record_run(folder, flags)
         outputs.write_bad_samples(folder, bad_samples)
-        if trainer.args.push_to_hub:  # the Hub leaves out what this names: pictures and texts of the data
-            write_text(folder / ".gitignore", "report.html\nper_image.jsonl\n")
     trainer.accelerator.wait_for_everyone()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | trainer.peak_memory()
     trainer.save_model()

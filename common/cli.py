@@ -18,13 +18,13 @@ import yaml
 
 from common.caches import use_writable_cache
 from common.errors import UserError
+from common.text import TextError, read_text
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack is computed on the CPU
 # The repo does without it, and says nothing about that. A filter of the logger outlives the import of the library.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
 # Nothing here imports torch or transformers before the arguments are known to be right: that takes ten seconds.
-from common.text import TextError, read_text
 
 
 def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None):

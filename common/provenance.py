@@ -23,7 +23,7 @@ def environment() -> dict:
 
     def git(*args):
         try:
-            run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, timeout=10, check=True)
+            run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, encoding="utf-8", timeout=10, check=True)
         except (OSError, subprocess.SubprocessError):
             return None
         return run.stdout.strip()
@@ -65,6 +65,6 @@ def _cpu_name() -> str:
     except OSError:
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]  # macOS: "Apple M2 Pro"
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

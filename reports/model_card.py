@@ -1,5 +1,6 @@
 """The model card: README.md of a model folder, made of the files that the run left there. Nothing is typed by hand."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common.files import write_text
+from common.publish import without_local_paths
 from metrics.names import SCORES
 from models.families import base_model, family_of
 
@@ -50,10 +52,10 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
 
 def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | None = None) -> None:
     """README.md of `folder`. run: what run.json holds. reported: what coco_metrics.json holds, of each split."""
+    base = _base(run.get("flags", {}))
+    run, reported = without_local_paths(run), without_local_paths(reported)
     flags = run.get("flags", {})
     name = repo_id or folder.resolve().name
-    from_scratch = flags.get("model_config")
-    base = None if from_scratch or Path(flags.get("model_name_or_path", "/")).exists() else flags["model_name_or_path"]
     dataset = flags.get("dataset_name")
     on_hub = dataset and dataset.count("/") == 1 and not Path(dataset).exists()
     metadata = ModelCardData(
@@ -82,9 +84,47 @@ def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | Non
         *([CURVES] if (folder / "training_curves.png").is_file() else []),
         _training(run, flags),
     ]
-    content = "\n\n".join(sections) + "\n"
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{content}")
+    generated = dict(zip(sections[::2], sections[1::2], strict=True))
+    before = folder / "README.md"
+    text = before.read_text(encoding="utf-8") if before.is_file() else ""
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{merge_sections(text, generated)}")
     write_text(folder / "README.md", str(card))
+
+
+def merge_sections(text: str, generated: dict[str, str]) -> str:
+    """The card's body: `generated` ({heading: text}), each closed by a comment with a hash of it, but with what a person
+    added or changed in `text`, the card so far. A section whose hash is not that of its text is a person's."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    parts, merged, own = re.split(r"(?m)^(?=#{1,2} )", text), [], "<!-- generated" not in text
+    if own and "## Captions it gives" in text:  # by a version that marked nothing
+        parts = []
+    left = dict(generated)
+    for part in filter(str.strip, parts):
+        heading, _, body = part.strip().partition("\n")
+        found = re.fullmatch(r"(.*?)\s*<!-- generated (\w+) -->", body.strip(), re.DOTALL)
+        unchanged = found and _hash(found[1].strip()) == found[2]
+        if unchanged and (heading in left or heading.startswith("# ")):
+            heading = heading if heading in left else next(iter(generated))  # the title names the folder or repository
+            merged.append(_section(heading, left.pop(heading)))
+        elif not unchanged:
+            left.pop(heading, None)
+            merged.append(part.strip())
+    merged += [_section(heading, body) for heading, body in left.items()]
+    return "\n\n".join(merged) + "\n"
+
+
+def _section(heading: str, body: str) -> str:
+    return f"{heading}\n\n{body.strip()}\n\n<!-- generated {_hash(body.strip())} -->"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _base(flags: dict) -> str | None:
+    """The Hub id of the model that training started from, if it was one."""
+    name = flags.get("model_name_or_path")
+    return None if not name or flags.get("model_config") or Path(name).exists() else name
 
 
 def _read(path: Path) -> dict:

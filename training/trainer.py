@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from common.errors import UserError
 from common.loaders import TIMEOUT, data_loader, fit_workers
 from common.processes import fork_rng, peak_memory
+from common.publish import upload
 from data import CaptionPairs
 from metrics import score
 from metrics.clip_scores import clip_scores
@@ -221,6 +222,21 @@ class CaptionTrainer(Seq2SeqTrainer):
             base.generation_config.save_pretrained(output_dir or self.args.output_dir)
         # A pickle of all flags, the Hub token among them, that nothing reads: run.json says what the run was.
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Uploads what common.publish lists of the output folder, and nothing else of the run."""
+        if self.is_world_process_zero():
+            self._upload(Path(self.args.output_dir))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # The library's own uploads the whole output folder, the trackers' photographs among it.
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
+            self._upload(Path(checkpoint_folder))
+
+    def _upload(self, folder: Path) -> None:
+        args = self.args
+        options = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
+        upload(folder, args.hub_model_id or Path(args.output_dir).resolve().name, **options)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: train.py writes the card (reports/model_card.py), and an upload must not put the Trainer's in its place."""

@@ -1,0 +1,95 @@
+"""What leaves this machine with an upload to the Hub: a list of files, and no path of this machine in them."""
+
+import json
+import logging
+import os
+import re
+import shlex
+from pathlib import Path, PurePath, PureWindowsPath
+
+from common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Weights, what from_pretrained reads, the card, and scores. Nothing else of a run: no checkpoints, no TensorBoard files
+# and reports (they hold photographs of the data), no captions per image, no pickles.
+UPLOADED = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "*processor*.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.*", "README.md", "LICENSE*", "training_curves.svg", "training_curves.png", "run.json",
+    "coco_metrics.json", "validation/coco_metrics.json",
+)  # fmt: skip
+CLEANED = ("run.json", "coco_metrics.json")
+# Two parts or more below a root, a drive or a home; not the address of a web page, not a closing tag.
+PATH = re.compile(r"""(?<![\w/.:<\\])(?:~|[A-Za-z]:)?[/\\][\w.@%+=~ -]*[\w.@%+=~-][/\\][^\s"'`|<>(),;]+""")
+
+
+def files_to_upload(folder: Path) -> dict[str, Path | bytes]:
+    """{name in the repository: file, or the content that is uploaded in its place}."""
+    found = sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
+    if not any(path.suffix == ".safetensors" for path in found):
+        raise UserError(f"{folder} holds no weights (*.safetensors) to upload.")
+    return {path.relative_to(folder).as_posix(): _content(path) for path in found}
+
+
+def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> None:
+    """Upload `files_to_upload` to a Hub repository, which is made if it is not there; with `dry_run` only list them.
+    `options` (token, revision, private) are huggingface_hub's."""
+    files = files_to_upload(folder)
+    sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in files.items()}
+    if dry_run:
+        for name, size in sizes.items():
+            print(f"{size:>15,}  {name}")
+        print(f"{sum(sizes.values()):>15,}  bytes in {len(files)} files would be uploaded to {repo_id}")
+        return
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, private = HfApi(token=options.get("token")), options.get("private")
+    repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+    api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, what if isinstance(what, bytes) else str(what)) for name, what in files.items()],
+        commit_message="Upload the model, its card and its scores",
+        revision=options.get("revision"),
+    )
+    logger.info("uploaded %d files to https://huggingface.co/%s", len(files), repo_id)
+
+
+def without_local_paths(value, key: str = ""):
+    """`value` (what JSON holds), with every path of this machine cut to its last part."""
+    if isinstance(value, dict):
+        return {name: without_local_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if key == "command":
+        return shlex.join(_word(word) for word in shlex.split(value))
+    return _word(value)
+
+
+def _word(text: str) -> str:
+    if text.startswith("--") and "=" in text:
+        flag, _, value = text.partition("=")
+        return f"{flag}={_word(value)}"
+    absolute = text.startswith("~") or PurePath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    if "\n" not in text and len(text) < 4096 and (absolute or (re.search(r"[/\\]", text) and os.path.exists(text))):
+        return PureWindowsPath(text).name or text
+    return PATH.sub(lambda match: PureWindowsPath(match.group()).name, text)
+
+
+def _content(path: Path) -> Path | bytes:
+    if path.name in CLEANED:
+        content = without_local_paths(json.loads(path.read_text(encoding="utf-8")))
+    elif path.name == "README.md":  # made without them, but a person may have edited it
+        return PATH.sub(lambda match: PureWindowsPath(match.group()).name, path.read_text(encoding="utf-8")).encode()
+    elif path.name == "config.json" or path.name.endswith("_config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named = [name for name, value in content.items() if name.endswith("name_or_path") and isinstance(value, str)]
+        if all(_word(content[name]) == content[name] for name in named):
+            return path
+        content |= {name: _word(content[name]) for name in named}
+    else:
+        return path
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
