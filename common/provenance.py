@@ -23,7 +23,9 @@ def environment() -> dict:
 
     def git(*args):
         try:
-            run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, encoding="utf-8", timeout=10, check=True)
+            run = subprocess.run(
+                ["git", "-C", ROOT, *args], capture_output=True, encoding="utf-8", timeout=10, check=True
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return run.stdout.strip()
