@@ -1,0 +1,12 @@
+# docker build -t captioner .
+# docker run --rm --gpus all --shm-size=8g -v "$PWD/data:/data" -v "$PWD/runs:/runs" captioner \
+#     train.py --dataset_name /data/captions.csv --output_dir /runs/mine
+FROM python:3.12-slim
+WORKDIR /app
+COPY requirements.txt constraints.txt ./
+RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt
+COPY . .
+# No root; caches go to the output folder, or where HF_HOME says.
+USER 1000
+ENTRYPOINT ["python"]
+CMD ["train.py", "--help"]
