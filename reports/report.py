@@ -88,7 +88,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
         (here / "report.js").read_text("utf-8", encoding="utf-8"),
     )
     first = next(iter(runs.values()))
-    environment.globals |= {"shown": names.shown, "score_named": names.score_named, "doc": _doc(folder)}
+    environment.globals |= {"shown": names.shown, "score_named": names.score_named, "explanations": _explanations()}
     had = dict.fromkeys(name for row in first["rows"] for name in row["scores"])
     columns = names.in_order(name for name in had if names.score_named(name).per_image)
     faults_of_run = [faults(run["rows"]) for run in runs.values()]
@@ -225,13 +225,12 @@ def faults(rows: list[dict]) -> list[dict[str, str]]:
 # Text
 
 
-def _doc(folder: Path) -> str | None:
-    """Where docs/scores.md lies as seen from the folder of a report; None if there is no way from there."""
+def _explanations() -> dict[str, str]:
+    """{label of a score: what docs/scores.md says of it}, without the formulas; nothing where that file is not there."""
     path = Path(__file__).parent.parent / "docs/scores.md"
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix() if path.is_file() else None
-    except ValueError:  # another drive of Windows
-        return None
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL) if path.is_file() else ""
+    sections = re.findall(r"^## (.*)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return {label: " ".join(words.replace("`", "").split()) for label, words in sections}
 
 
 def _tuples(row: dict) -> dict[str, list[str]] | None:
