@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -229,7 +228,7 @@ def _explanations() -> dict[str, str]:
     """{label of a score: what docs/scores.md says of it}, without the formulas; nothing where that file is not there."""
     path = Path(__file__).parent.parent / "docs/scores.md"
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL) if path.is_file() else ""
-    sections = re.findall(r"^## (.*)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    sections = re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return {label: " ".join(words.replace("`", "").split()) for label, words in sections}
 
 

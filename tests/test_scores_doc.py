@@ -129,3 +129,12 @@ def test_clip_scores(formula):
             nearest = [float(features[caption] @ features[name]) for name in ("same", "other")]
             assert score[0] == pytest.approx(formula["clip_s"](cosine, factor=factor), abs=1e-6)
             assert with_references[0] == pytest.approx(formula["clip_s"](cosine, nearest, factor), abs=1e-6)
+
+
+def test_the_report_has_the_paragraph_of_every_score():
+    from reports.report import _explanations
+
+    found = _explanations()
+    assert {one.label for one in SCORES.values()} <= set(found)
+    assert found["CHAIRi"].startswith("Share of the named objects")
+    assert "def " not in " ".join(found.values())
