@@ -83,8 +83,8 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["last_part"] = lambda path: Path(path).name if Path(path).exists() else path
     style, script = (
-        (here / "report.css").read_text("utf-8", encoding="utf-8"),
-        (here / "report.js").read_text("utf-8", encoding="utf-8"),
+        (here / "report.css").read_text(encoding="utf-8"),
+        (here / "report.js").read_text(encoding="utf-8"),
     )
     first = next(iter(runs.values()))
     environment.globals |= {"shown": names.shown, "score_named": names.score_named, "explanations": _explanations()}
