@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 from transformers import TrainerState
 
+from arguments import MetricArguments
 from reports.charts import histogram, labels, line_charts
 from reports.comparison import compare, paired_bootstrap, read_runs
 from reports.outputs import score_captions
@@ -598,6 +599,21 @@ def test_a_report_without_pictures_says_so(runs):
     assert "Without pictures: none were given." in page
     assert '<script type="application/json" id="thumbnails">{}</script>' in page
     assert page.count("<img") == 0
+
+
+def test_a_report_of_one_image_opens(chromium, tmp_path):
+    metrics = MetricArguments(meteor=False, spice=False, bootstrap_samples=100)
+    scores, rows = score_captions({"dog": "a red dog"}, {"dog": REFERENCES["dog"]}, metrics, seed=1)
+    scores |= {"predictions": "one.json", "command": "", "generation": None}
+    write_report(tmp_path, scores, rows, [Image.new("RGB", (64, 48), "red")])
+    opened(chromium, tmp_path)
+    assert chromium.find_element("id", "found").text == "1 of 1 image"
+    assert cards(chromium) == ["dog"]
+    chromium.find_element("css selector", "#gallery img").click()
+    assert chromium.find_element("id", "viewer-title").text == "dog (1 of 1)"
+    for button in ("previous", "next"):
+        assert not chromium.find_element("id", button).is_enabled()
+    chromium.find_element("id", "close").click()
 
 
 def test_a_failure_inside_the_report_is_logged_not_raised(tmp_path, caplog):
