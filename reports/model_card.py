@@ -81,8 +81,7 @@ def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | Non
         "## Intended use, limits and risks",
         _limits(flags, reported),
         "## Training",
-        *([CURVES] if (folder / "training_curves.png").is_file() else []),
-        _training(run, flags),
+        (f"{CURVES}\n\n" if (folder / "training_curves.png").is_file() else "") + _training(run, flags),
     ]
     generated = dict(zip(sections[::2], sections[1::2], strict=True))
     before = folder / "README.md"
@@ -96,7 +95,7 @@ def merge_sections(text: str, generated: dict[str, str]) -> str:
     added or changed in `text`, the card so far. A section whose hash is not that of its text is a person's."""
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     parts, merged, own = re.split(r"(?m)^(?=#{1,2} )", text), [], "<!-- generated" not in text
-    if own and "## Captions it gives" in text:  # by a version that marked nothing
+    if own and ("## Captions it gives" in text or "## Examples" in text):  # by a version that marked nothing
         parts = []
     left = dict(generated)
     for part in filter(str.strip, parts):
