@@ -31,7 +31,7 @@ them, and sacreBLEU, with 95 % intervals over images. All but METEOR and SPICE n
 
 _INPUTS = """
 Args:
-    predictions: list of str, one caption an image.
+    predictions: list of str, one caption per image.
     references: list of lists of str, all reference captions of each image, any number of them.
     meteor: False leaves it out. Otherwise, where it cannot be had, it is None, and `unavailable` says why.
     spice: "auto" computes it where Java and Stanford CoreNLP are there, True also downloads CoreNLP, False leaves it out.
