@@ -9,6 +9,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 OUT ?= runs/quickstart
+# One thread for each of the two workers: OpenMP's threads spin, and with more of them than cores all wait for each other.
+QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST = -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: quickstart test test-fast torchvision-env test-torchvision test-oldest-transformers sagemaker-envs test-sagemaker lint format clean
@@ -29,13 +31,13 @@ quickstart: .venv/installed
 	@echo "what evaluate.py scored again in $(OUT)/evaluation, the three captioned pictures in $(OUT)/photos."
 
 test: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST)
+	$(QUIET) $(BIN)/python $(PYTEST)
 
 # What needs neither a script's start nor training: text, scores, data, rewards, the structure.
-FAST_TESTS = $(wildcard $(addsuffix *.py,$(addprefix tests/test_,add_your_own collator data_aug data_rec data_text house \
-  metrics pixels recipes rewards uploads)))
+FAST_TESTS = tests/repo $(wildcard $(addsuffix *.py,$(addprefix tests/*/test_,collator data_aug data_rec data_text \
+  metrics recipes rewards uploads)))
 test-fast: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) $(FAST_TESTS)
+	$(QUIET) $(BIN)/python $(PYTEST) $(FAST_TESTS)
 
 # torch and torchvision of the same build: torch 2.13.0, which .venv has, has no torchvision for the CPU.
 TORCHVISION = .venv-torchvision
@@ -49,9 +51,9 @@ $(TORCHVISION)/installed: requirements.txt requirements-dev.txt constraints.txt
 
 # The tests of what models and processors do, by the start of their names.
 LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels, \
-  $(wildcard tests/test_$(name)*.py))
+  $(wildcard tests/*/test_$(name)*.py))
 test-torchvision: $(TORCHVISION)/installed
-	HF_HUB_OFFLINE=1 $(TORCHVISION)/bin/python $(PYTEST) $(LIBRARY_TESTS)
+	$(QUIET) $(TORCHVISION)/bin/python $(PYTEST) $(LIBRARY_TESTS)
 
 OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
 OVERLAY = .venv-transformers-$(OLDEST)
@@ -59,8 +61,8 @@ $(OVERLAY)/installed: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OVERLAY) transformers==$(OLDEST)
 	@touch $@
 test-oldest-transformers: $(OVERLAY)/installed
-	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python $(PYTEST) $(LIBRARY_TESTS) \
-	  tests/test_scst.py tests/test_dico.py
+	$(QUIET) PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python $(PYTEST) $(LIBRARY_TESTS) \
+	  tests/objectives/test_scst.py tests/objectives/test_dico.py
 
 # SDK v2 and v3 exclude each other, and the toolkits want numpy < 2 (and so pyarrow < 26): each has its own.
 SAGEMAKER = .venv-sagemaker
@@ -75,7 +77,7 @@ $(SAGEMAKER)/%/installed: Makefile requirements.txt constraints.txt sagemaker/bu
 	$(SAGEMAKER)/$*/bin/pip install --quiet --disable-pip-version-check $(PACKAGES)
 	@touch $@
 test-sagemaker: .venv/installed sagemaker-envs
-	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) $(wildcard tests/test_sagemaker_*.py)
+	$(QUIET) $(BIN)/python $(PYTEST) tests/sagemaker
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passiv
 
 def trainer_flags() -> type:
     """A dataclass with the fields of the installed transformers' Seq2SeqTrainingArguments (names, types, defaults,
-    help), without its methods: what a parser needs. tests/test_arguments.py compares it with the real class."""
+    help), without its methods: what a parser needs. tests/scripts/test_arguments.py compares it with the real class."""
     folder = Path(importlib.util.find_spec("transformers").origin).parent
     classes = []
     for name in SOURCES:

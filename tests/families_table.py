@@ -1,6 +1,6 @@
 """docs/families.md's table, made from the outcomes of the tests:
 
-    python -m pytest tests/test_families.py tests/test_family_scripts.py --junitxml families.xml
+    python -m pytest tests/models/test_families.py tests/scripts/test_family_scripts.py --junitxml families.xml
     python tests/families_table.py families.xml            # writes benchmarks/results/families.json and the table
 
 A cell is "yes" if all of its tests passed, "no" if one failed, and "-" if one was skipped or did not run. It is to be run

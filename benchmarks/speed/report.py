@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS, ROOT, write_result
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/helpers"))
 
 import browser
 from PIL import Image

@@ -2,7 +2,7 @@
 
 pycocoevalcap tokenizes with a Java program (Stanford PTBTokenizer 3.4.1, `-preserveLines -lowerCase`) and then drops
 punctuation tokens. `tokenize` gives the same tokens from regular expressions, about fifty times faster and with no JVM
-to start. `tests/test_metrics_tokenizer.py` counts the captions on which the two differ.
+to start. `tests/metrics/test_metrics_tokenizer.py` counts the captions on which the two differ.
 
 The Java program is a scanner: at each position the rule with the longest match wins, and among equals the first one.
 A rule may also ask for what must follow it; that counts for the length but stays unread. `_RULES` has the same form.

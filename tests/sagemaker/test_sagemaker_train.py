@@ -17,7 +17,7 @@ import pytest
 import tiny
 from conftest import ROOT
 from sagemaker_envs import SECRETS, free_port, program
-from test_train import CAPTIONS, SPLITS, equal_weights, weights
+from small_run import CAPTIONS, SPLITS, equal_weights, weights
 
 sys.path.insert(0, str(ROOT / "sagemaker"))
 import bundle

@@ -2,10 +2,10 @@ import io
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from data import Augmentation, corruption
@@ -64,7 +64,7 @@ def test_another_process_draws_the_same():
         f"augment = Augmentation({[*BLIP, *NOISY]!r}, (24, 24))\n"
         "print(hashlib.md5(b''.join(augment(image, 1, str(i)).tobytes() for i in range(10))).hexdigest())"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     runs = [
         subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=120)
         for _ in range(2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_train import CAPTIONS, SPLITS, flags, weights
+from small_run import CAPTIONS, SPLITS, flags, weights
 
 import data
 from arguments import TrainArguments

@@ -5,11 +5,11 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 
 from collator import CaptionCollator
 from data import CaptionPairs, TextAugmentation, load
@@ -68,7 +68,7 @@ def test_another_process_draws_the_same():
         "from data import TextAugmentation\n"
         f"print([TextAugmentation({BOTH!r})([{PARAGRAPH!r}], 1, str(i)) for i in range(30)])"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     there = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert there.stdout.strip() == str([TextAugmentation(BOTH)([PARAGRAPH], 1, str(i)) for i in range(30)])
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import tiny
-from test_train import CAPTIONS, SPLITS, equal_weights, flags
+from small_run import CAPTIONS, SPLITS, equal_weights, flags
 
 # Long enough to be hit in the middle; with dropout, whose chance must be the same after a resume.
 RUN = {"num_train_epochs": 12, "save_total_limit": 50, "logging_steps": 1}

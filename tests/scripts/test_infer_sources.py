@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from common.errors import UserError
@@ -418,7 +419,7 @@ def test_a_format_is_added_as_the_docs_say(tmp_path):
     import shutil
     import subprocess
 
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     for folder in ("data", "common"):
         shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     text = (root / "docs" / "data.md").read_text(encoding="utf-8").split("## Add a format")[1]

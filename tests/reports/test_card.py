@@ -10,7 +10,7 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_train import CAPTIONS, SPLITS, flags
+from small_run import CAPTIONS, SPLITS, flags
 
 from reports.model_card import _examples
 

@@ -8,6 +8,7 @@ import browser
 import numpy as np
 import pytest
 import tiny
+from conftest import ROOT
 from PIL import Image
 from transformers import TrainerState
 
@@ -587,9 +588,8 @@ def test_a_run_without_validation_has_the_charts_of_what_it_logged(tmp_path):
 
 
 def test_charts_in_files_and_in_the_report_have_the_same_colours():
-    from pathlib import Path
 
-    style = Path(browser.__file__).parents[1].joinpath("reports/report.css").read_text(encoding="utf-8")
+    style = (ROOT / "reports/report.css").read_text(encoding="utf-8")
     light = style.split("@media")[0]
     assert [f"--run{number}: {colour}" in light for number, colour in enumerate(COLOURS)] == [True] * len(COLOURS)
 

@@ -15,7 +15,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_train import CAPTIONS, SPLITS
+from small_run import CAPTIONS, SPLITS
 
 import data
 from captioner import Captioner

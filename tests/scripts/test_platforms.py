@@ -198,7 +198,7 @@ def loaded(**options):
 def test_workers_are_bounded_by_shared_memory(megabytes, workers, caplog, monkeypatch):
     """With a real tmpfs of that size where this may be mounted; 1 MB has no room for a batch of 4 MB."""
     script = (
-        "import sys; sys.path[:0] = ['tests', '.']; import logging; logging.basicConfig()\n"
+        "import sys; sys.path[:0] = ['tests/scripts', 'tests/helpers', 'tests', '.']; import logging; logging.basicConfig()\n"
         "import test_platforms as t, common.loaders as l\n"
         "print(l.fit_workers(t.Photos(), None, 4, 2)[0], t.loaded(num_workers=2) == t.loaded(num_workers=0))"
     )

@@ -6,8 +6,8 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_run import CAPTIONS, SPLITS, flags
 from test_family_scripts import train
-from test_train import CAPTIONS, SPLITS, flags
 from transformers import BertConfig, BertModel
 
 from captioner import Captioner

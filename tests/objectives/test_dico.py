@@ -11,7 +11,7 @@ import tiny
 import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
-from test_clip_scores import write_clip
+from tiny_clip import write_clip
 
 import data
 import objectives.dico

@@ -8,17 +8,8 @@ import time
 
 import pytest
 import tiny
+from small_run import CAPTIONS, SPLITS, equal_weights, flags, weights
 from transformers import AutoProcessor, BlipForConditionalGeneration
-
-CAPTIONS = {
-    f"photo{i}": [f"a {colour} {shape} on the grass.", f"the small {colour} {shape} near water."]
-    for i, (colour, shape) in enumerate(
-        (c, s) for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star", "ball")
-    )
-}
-SPLITS = dict.fromkeys(CAPTIONS, "train") | {
-    "photo3": "validation", "photo6": "validation", "photo9": "test", "photo12": "test",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,34 +17,11 @@ def dataset(tmp_path_factory):
     return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
 
 
-def flags(folder, dataset, output, **changed):
-    """train.py's flags for a small run."""
-    values = {
-        "dataset_name": dataset, "output_dir": output, "model_config": tiny.write_config(folder),
-        "tokenizer_vocab": tiny.write_vocabulary(folder), "num_train_epochs": 3, "learning_rate": 1e-3,
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
-        "gradient_checkpointing": "false", "num_beams": 2, "max_new_tokens": 8, "meteor": "false", "spice": "false",
-        "bootstrap_samples": 50,
-    }  # fmt: skip
-    return [word for name, value in (values | changed).items() for word in (f"--{name}", value)]
-
-
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     result = tiny.run("train.py", *flags(folder, dataset, folder / "out"))
     return folder / "out", result
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def equal_weights(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def test_a_run_leaves_everything_that_the_readme_promises(trained):

@@ -7,11 +7,11 @@ is as published: fixtures/configs/README.md. Vocabularies are stand-ins with the
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import families
 import pytest
 import torch
+from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, BertTokenizer, PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ from captioner import Captioner
 from models.families import family_of
 from models.loading import load_model
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+CONFIGS = ROOT / "tests/fixtures/configs"
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 BLIP = {"text_config": SMALL, "vision_config": SMALL}
 BLIP2 = {"qformer_config": SMALL | {"encoder_hidden_size": 32}, "vision_config": SMALL}

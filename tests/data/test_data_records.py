@@ -11,12 +11,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import data
 from data import DataError, ImageError, check_images, fingerprint
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def jpeg(number: int, size=(16, 12)) -> bytes:
