@@ -23,6 +23,7 @@ from models.families import base_model
 from models.loading import load_weights
 from objectives.cross_entropy import caption_loss
 from training.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
+from training.special_tokens import KeepSpecialTokens
 from training.tracker_images import log_samples
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.args.logging_nan_inf_filter = False  # it would hide such a loss from the log; here it stops the run
         self._sigterm, self._late = StopOnSigterm(), False
         self.add_callback(self._sigterm)
+        self.add_callback(KeepSpecialTokens(self.model))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         # The checkpoint of a run that was stopped before the evaluation of its last step: evaluate now.
