@@ -173,7 +173,7 @@ def test_lora(adapted, base):
 
 
 @pytest.mark.parametrize("kind", ["trained", "adapted"])
-def test_best_is_final(kind, request):
+def test_best_is_final(kind, base, request):
     """The folder's weights are those of the checkpoint that trainer_state.json names, bit for bit, and not the last."""
     folder = request.getfixturevalue(kind)
     state = json.loads((folder / "trainer_state.json").read_text())
