@@ -255,7 +255,12 @@ def test_what_cannot_caption_is_refused_by_its_reason(kind, message):
         family_of(AutoConfig.for_model(kind))
     names = str(caught.value).rpartition("Known families: ")[2].removesuffix(".").split(", ")
     if kind == "clip":
-        kinds = {"blip2": "blip-2", "instructblip": "instructblip", "vit": "vision-encoder-decoder", "kosmos": "kosmos-2"}
+        kinds = {
+            "blip2": "blip-2",
+            "instructblip": "instructblip",
+            "vit": "vision-encoder-decoder",
+            "kosmos": "kosmos-2",
+        }
         assert set(names) == {kinds.get(name.partition("-")[0], name.partition("-")[0]) for name in families.ALL}
         assert "udop" not in names
 
