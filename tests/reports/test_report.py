@@ -322,10 +322,8 @@ def test_differences_are_those_of_the_scores_and_the_verdict_says_what_is_real(r
 
 
 def _rows(references, captions):
-    class NoJava:
-        meteor, spice, spice_samples, java_timeout, bootstrap_samples = False, False, 0, 1, 0
-
-    return score_captions(captions, references, NoJava, seed=1)[1]
+    without_java = MetricArguments(meteor=False, spice="false", bootstrap_samples=0)
+    return score_captions(captions, references, without_java, seed=1)[1]
 
 
 def _noisy(references, share, seed):
