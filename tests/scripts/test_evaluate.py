@@ -127,7 +127,7 @@ def test_finished_captions_cannot_be_corrupted(tmp_path):
         "evaluate.py", "--predictions", tmp_path / "predictions.json", "--references", tmp_path / "references.json",
         "--output_dir", tmp_path / "out", "--corrupt", "jpeg:10", *NO_JAVA, fails=True,
     )  # fmt: skip
-    assert "--corrupt changes the images that are captioned" in result.stderr
+    assert "--corrupt changes the images to caption" in result.stderr
 
 
 def test_two_processes_give_the_captions_of_one(model, dataset, tmp_path):

@@ -244,7 +244,7 @@ def test_the_command_line_goes_before_the_recipe_and_the_recipe_before_the_defau
         ({"max_txt_len": 2}, "leaves no room"),
         ({"augment": "wobble"}, "wobble"),
         ({"augment_text": "synonym:2"}, "P from 0 to 1"),
-        ({"lerning_rate": 1}, "Did you mean learning_rate?"),
+        ({"lerning_rate": 1}, "Did you mean --learning_rate?"),
     ],
 )
 def test_a_wrong_flag_is_one_clear_message(changed, said, dataset, tmp_path):
