@@ -350,7 +350,13 @@ def test_two_processes_get_the_gradients_of_one(tmp_path):
     script.write_text(DDP_STEP)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [
+                str(ROOT),
+                *(str(ROOT / "tests" / room) for room in (".", "helpers", "models")),
+                os.environ.get("PYTHONPATH", ""),
+            ]
+        ),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, result]

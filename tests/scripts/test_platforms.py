@@ -35,7 +35,8 @@ def ours():
     frame = sys._getframe(2)
     while frame and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(ROOT)
+    file = frame.f_code.co_filename if frame else ""
+    return file.startswith(ROOT) and "site-packages" not in file  # an environment may lie in the repo
 
 class NoPosix:
     def find_spec(self, name, path=None, target=None):
