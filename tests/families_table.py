@@ -55,9 +55,12 @@ def table(families: dict) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from common.provenance import environment
+
     families = outcomes(Path(sys.argv[1]))
     result = ROOT / "benchmarks" / "results" / "families.json"
-    result.write_text(json.dumps(families, indent=1) + "\n", encoding="utf-8")
+    result.write_text(json.dumps({"families": families, **environment()}, indent=1) + "\n", encoding="utf-8")
     page = ROOT / "docs" / "families.md"
     text = page.read_text(encoding="utf-8")
     start, end = "<!-- table -->\n", "<!-- end of table -->"

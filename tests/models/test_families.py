@@ -317,6 +317,8 @@ UNUSED = {
     "gemma3": r"model\.vision_tower\.(vision_model\.)?head\.",
     "janus": r"model\.(vqmodel|generation_)",  # the half that draws images
     "paligemma": r"model\.vision_tower\.(vision_model\.)?head\.",
+    "llava_onevision": r"model\.vision_tower\.(vision_model\.)?post_layernorm\.",
+    "qwen3_vl": r"model\.visual\.deepstack_merger_list\.1\.",  # the tiny model has no layer for it
     "llava": r"model\.vision_tower\.(vision_model\.)?post_layernorm\.",
     "vision-encoder-decoder": r"encoder\.pooler\.",
 }
