@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import torch
 from conftest import ROOT
 from sagemaker_envs import SECRETS, free_port, program
 from small_run import CAPTIONS, SPLITS, equal_weights, weights
@@ -24,6 +25,7 @@ import bundle
 import data
 import train_entry
 from captioner import Captioner
+from models.loading import build_model
 
 # As SDK v2 sends them: JSON-quoted, "True" where a person wrote it, a list of words as a list.
 FLAGS = {
@@ -61,7 +63,17 @@ class Container:
         bundle.write_job(self.code, base / "recipe.yaml")
         (base / "input/data/model").mkdir()
         with tarfile.open(base / "input/data/model/model.tar.gz", "w:gz") as tar:
-            tar.add(tiny.build_folder(base), ".")
+            tar.add(self.build_model(photos), ".")
+
+    def build_model(self, photos: Path) -> Path:
+        """A tiny model whose tokenizer has the words of the photos' captions."""
+        lines = next(photos.rglob("Flickr8k.token.txt")).read_text(encoding="utf-8").splitlines()
+        captions = [line.split("\t")[1] for line in lines[:200]]
+        torch.manual_seed(0)
+        model, processor = build_model(str(tiny.write_config(self.base)), None, captions)
+        model.save_pretrained(self.base / "model_channel")
+        processor.save_pretrained(self.base / "model_channel")
+        return self.base / "model_channel"
 
     def refresh(self) -> None:
         """A new machine: everything but checkpoints, which come back from S3, and the input."""
