@@ -143,22 +143,20 @@ def write_texts(captioner, rows, args, state) -> None:
     folder = Path(args.output) if args.output else None
     if args.output and is_remote(args.output):
         raise UserError("--output_format txt writes beside local images or into a local folder.")
-    written = there = 0
-    there_already = set()
+    written, there = 0, set()
     for row in rows():
         if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
             raise UserError(f"{row['name']} lies inside a source: name a folder for the .txt files with --output.")
-        place = Path(row["image"]) if folder is None else folder / row["relative"]
-        if place.with_suffix(".txt").exists():
-            there_already.add(key(row["name"]))
+        if writers.text_of(row["image"], row["relative"], folder).exists():
+            there.add(key(row["name"]))
     state.wait_for_everyone()
-    for row in caption(captioner, rows, args, there_already, state.process_index, state.num_processes):
+    for row in caption(captioner, rows, args, there, state.process_index, state.num_processes):
         if "caption" in row:
-            written += writers.write_text_beside(row["place"], row["relative"], row["caption"], folder)
+            target = writers.text_of(row["place"], row["relative"], folder)
+            written += writers.write_text_beside(target, row["caption"])
         else:
             logger.warning("%s", row["error"])
-    there = len(there_already)
-    logger.info("%d .txt files written; %d images had one, which is left as it is", written, there)
+    logger.info("%d .txt files written; %d images had one, which is left as it is", written, len(there))
 
 
 def write_output(captioner, rows, args, form: str, settings: dict, paths: list[str], state) -> None:

@@ -67,6 +67,8 @@ def local_copy(name: str, cache_dir=None) -> Path:
         inner = file_system(address)[1]
         relative = inner[len(root) :].lstrip("/") or Path(inner).name
         target = folder / relative
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{address}: this name leads out of the folder it would be copied to. Rename it")
         info = system.info(inner)
         version = hashlib.sha256(repr([info.get(k) for k in ("size", "ETag", "etag", "mtime", "created")]).encode())
         mark = target.with_name(f".{target.name}.{version.hexdigest()[:16]}")

@@ -96,8 +96,7 @@ def write_tar(rows, target: Path, images) -> None:
         for row, image in zip(captions, _matching(rows, images), strict=True):
             if "caption" not in row:
                 continue
-            name = re.sub(r"^\.*/+|\.\./", "", image["relative"].replace("\\", "/"))
-            stem, ending = os.path.splitext(name)
+            stem, ending = os.path.splitext(inside(image["relative"]))
             stem = stem.replace(".", "_")  # a sample's name ends at its first dot
             _add(tar, stem + (ending.lower() or ".jpg"), _content(image["image"]))
             _add(tar, f"{stem}.txt", row["caption"].encode())
@@ -106,6 +105,9 @@ def write_tar(rows, target: Path, images) -> None:
 
 def write_tars(rows, target: Path, images, tars: list[str]) -> None:
     """The tar files of the source again, each sample with its caption as .txt; one that it had is kept as .source.txt."""
+    names = [os.path.basename(tar) for tar in tars]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{twice[0]} is the name of more than one tar of the source: caption each folder by itself")
     target.mkdir()
     captions = rows()
     row = next(captions, None)
@@ -125,10 +127,13 @@ def write_tars(rows, target: Path, images, tars: list[str]) -> None:
             opened.close()
 
 
-def write_text_beside(image: str | None, relative: str, caption: str, folder: Path | None) -> bool:
-    """x.txt beside x.jpg, or below `folder`; False if there is one already, which is left as it is."""
-    place = Path(image) if folder is None else folder / re.sub(r"^\.*/+|\.\./", "", relative.replace("\\", "/"))
-    target = place.with_suffix(".txt")
+def text_of(image: str | None, relative: str, folder: Path | None) -> Path:
+    """Where the text of an image goes: x.txt beside x.jpg, or below `folder`."""
+    return (Path(image) if folder is None else folder / inside(relative)).with_suffix(".txt")
+
+
+def write_text_beside(target: Path, caption: str) -> bool:
+    """The text of an image; False if there is one already, which is left as it is."""
     if target.exists():
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,8 +299,14 @@ def _below(image: str, folder: Path) -> str:
         ) from None
 
 
+def inside(name: str) -> str:
+    """The name with nothing in it that leads out of the folder it is put in: names of a source are its maker's."""
+    parts = re.split(r"[/\\]", name)
+    return "/".join(part.replace(":", "_") for part in parts if part.strip(". ")) or "image"
+
+
 def _safe(name: str) -> str:
-    name = re.sub(r"[^\w.\-/]+", "_", name.replace("\\", "/")).lstrip("./").replace("../", "")
+    name = inside(re.sub(r"[^\w.\-/\\]+", "_", name))
     return name if os.path.splitext(name)[1] else f"{name}.jpg"
 
 

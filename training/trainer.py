@@ -266,7 +266,10 @@ class CaptionTrainer(Seq2SeqTrainer):
 
 
 # The Trainer's own names for what is overridden above: under another name it would go its own way without a word.
-_OVERRIDDEN = ("_load_best_model", "_load_from_checkpoint", "_save")
+_OVERRIDDEN = (
+    "_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
+    "create_model_card", "get_batch_samples",
+)  # fmt: skip
 if missing := [name for name in _OVERRIDDEN if not hasattr(Seq2SeqTrainer, name)]:
     raise ImportError(
         f"transformers {transformers.__version__}: its Trainer has no {', '.join(missing)}. Releases that the scripts were "

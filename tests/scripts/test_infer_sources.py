@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tarfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import datasets
 import fsspec
@@ -19,11 +19,14 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from fsspec.implementations.memory import MemoryFile
 from PIL import Image
 
 from common.errors import UserError
 from data.image_rows import image_rows
+from data.remote import local_copy
 from data.rows import Options
+from data.writers import inside, text_of, write_tars
 
 NUMBER = 6
 SCALE = 8
@@ -438,3 +441,42 @@ def test_a_format_is_added_as_the_docs_say(tmp_path):
     command = "import data; print(sum(map(len, data.load('set.mine').values())))"
     run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.stdout.strip() == str(NUMBER), run.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x.jpg",
+        "....//....//x.jpg",
+        "a/..././x.jpg",
+        "/etc/x.jpg",
+        "..\\..\\x.jpg",
+        "C:\\x.jpg",
+        "..",
+        ".. /x.jpg",
+    ],
+)
+def test_a_name_of_the_source_leads_out_of_no_folder(name, tmp_path):
+    """Names in tars, tables and at addresses are their makers'. Resolved by the system's own rules, all stay below."""
+    for found in (inside(name), inside(name.replace("\\", "/"))):
+        assert (tmp_path / found).resolve().is_relative_to(tmp_path.resolve())
+        assert (tmp_path / found).resolve() != tmp_path.resolve()
+        assert not PureWindowsPath(found).drive
+    assert text_of(None, name, tmp_path).resolve().is_relative_to(tmp_path.resolve())
+
+
+def test_tars_of_one_name_are_not_written_over_each_other(tmp_path):
+    tars = [str(tmp_path / folder / "0.tar") for folder in "ab"]
+    with pytest.raises(UserError, match=r"0\.tar is the name of more than one tar"):
+        write_tars(lambda: iter(()), tmp_path / "out", None, tars)
+
+
+def test_a_name_at_an_address_leads_out_of_no_folder(tmp_path):
+    system, name = fsspec.filesystem("memory"), "/hostile/../../../x.txt"
+    system.store[name] = MemoryFile(system, name, b"x")
+    try:
+        with pytest.raises(UserError, match="leads out of the folder"):
+            local_copy("memory://hostile", tmp_path / "cache")
+    finally:
+        del system.store[name]
+    assert not list(tmp_path.rglob("x.txt"))
