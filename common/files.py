@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and output folders."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -8,20 +9,27 @@ from pathlib import Path
 from common.errors import UserError
 
 
-def write_text(path, text: str) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then a rename."""
+@contextlib.contextmanager
+def whole(path):
+    """A temporary path beside `path` that takes its place when the block ends well: the file is there whole or not at
+    all, also where several processes write the same one."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_text(path, text: str) -> None:
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path, value) -> None:

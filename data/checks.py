@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from common.files import write_text
 from common.limits import cpus
-from data.cache import cache_folder, write_atomically
+from data.cache import cache_folder
 from data.columns import parse_structure
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.rows import DataError, Record
@@ -165,7 +166,8 @@ def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pi
     # Threads, not processes: Pillow decodes without holding the interpreter's lock.
     found = in_threads(check, range(len(rows)), num_proc or cpus(), f"checking {split} images")
     bad = [sample for sample in found if sample is not None]
-    write_atomically(kept, json.dumps(bad).encode())
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_text(kept, json.dumps(bad))
     return bad
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fsspec
 
+from common.files import whole
 from data.cache import cache_folder
 from data.rows import DataError
 
@@ -77,12 +78,11 @@ def local_copy(name: str, cache_dir=None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         for old in target.parent.glob(f".{target.name}.*"):
             old.unlink()
-        part = target.with_name(f".{target.name}.part")
         try:
-            system.get_file(inner, str(part))
+            with whole(target) as part:
+                system.get_file(inner, str(part))
         except Exception as error:
             raise unreachable(address, error) from None
-        part.replace(target)
         mark.touch()
     if pattern:
         return folder / name[len(name) - len(path) + len(root) :].lstrip("/") if root else folder / path

@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.files import write_text
 from data.formats import webdataset
 from data.images import ImageError
 from data.remote import is_remote, open_remote
@@ -137,9 +138,7 @@ def write_text_beside(target: Path, caption: str) -> bool:
     if target.exists():
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    part.write_text(caption + "\n", encoding="utf-8")
-    part.replace(target)
+    write_text(target, caption + "\n")
     return True
 
 

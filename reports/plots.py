@@ -3,6 +3,8 @@
 import itertools
 from pathlib import Path
 
+from common.files import whole
+
 # Of Okabe and Ito: distinct for colour-blind readers, and darkened until they can be read on white.
 COLOURS = ("#0072b2", "#c8500a", "#00795a", "#a4487f")
 DASHES = ("-", "--", ":", "-.")  # for readers without any colour
@@ -110,7 +112,6 @@ def _pyplot():
 
 def _save(figure, folder: Path, name: str) -> None:
     for suffix in ("svg", "png"):
-        temporary = folder / f".{name}.{suffix}"
-        figure.savefig(temporary, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-        temporary.replace(folder / f"{name}.{suffix}")
+        with whole(folder / f"{name}.{suffix}") as temporary:
+            figure.savefig(temporary, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
     _pyplot().close(figure)

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from common.errors import UserError
+from common.files import whole
 from common.limits import free_memory
 from common.loaders import data_loader
 from common.processes import processes, show_progress
@@ -215,15 +215,9 @@ def is_whole(path: Path, length: int) -> bool:
 
 
 def write_feature(path: Path, features: torch.Tensor) -> None:
-    """A file that is there whole or not at all, also when another process writes the same one."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
-    try:
+    with whole(path) as temporary:
         temporary.write_bytes(features.contiguous().view(torch.uint8).numpy())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def gib(size: float) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from data.cache import write_atomically
+from common.files import whole
 from data.columns import captions_of
 from data.finder import IMAGE_FOLDERS, Finder
 from data.rows import DataError, Options, Record, split_name
@@ -114,7 +114,9 @@ def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
                         raise DataError(f"{COCO_HOST}/{name}: what came is no JPEG file")
                     if len(content) != int(answer.headers.get("Content-Length", len(content))):
                         raise requests.ConnectionError("the answer broke off")
-                    write_atomically(target, content)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with whole(target) as part:
+                        part.write_bytes(content)
                     return
                 if answer.status_code < 500:
                     raise DataError(f"{COCO_HOST}/{name}: the server answers {answer.status_code}")
