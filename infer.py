@@ -17,14 +17,11 @@ from common.cli import check, parse, run
 if __name__ == "__main__":
     check(INFER_GROUPS, positional="paths")  # answers --help and mistakes before torch is imported
 
-import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import logging
 import os
-import shutil
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -34,14 +31,12 @@ import torch
 import data
 from captioner import Captioner
 from common.errors import UserError
-from common.files import write_json
 from common.processes import processes, show_progress
-from common.resumable import check_settings, open_part, parts, settings_file, whole_lines, write_row
+from common.resumable import open_part, write_row
 from data import writers
-from data.cache import cache_folder
-from data.formats import webdataset
-from data.image_rows import image_rows, left_out, source_files
-from data.remote import file_system, is_remote, local_copy, upload
+from data.caption_output import bring_together, captioned_before, key, local_output, prepare_output
+from data.image_rows import image_rows, left_out
+from data.remote import is_remote
 from data.rows import Options
 
 logger = logging.getLogger("infer")
@@ -163,10 +158,8 @@ def write_output(captioner, rows, args, form: str, settings: dict, paths: list[s
     """Caption what is left into part files, a line as soon as it is known, and bring them together at the end."""
     output = local_output(args.output)
     with state.main_process_first():
-        prepare_output(output, settings, form, args.output, state)
-    done = {key(json.loads(line)["image"]) for part in parts(output) for line in whole_lines(part)}
-    if output.exists():
-        done |= {key(row["image"]) for row in writers.read_back(output, form)}
+        prepare_output(output, args.output, form, settings, state)
+    done = captioned_before(output, form)
     if isinstance(next(rows())["image"], str):  # files: they are counted without being read
         names = [row["name"] for row in rows()]
         before = sum(key(name) in done for name in names) if done else 0
@@ -180,92 +173,7 @@ def write_output(captioner, rows, args, form: str, settings: dict, paths: list[s
             write_row(file, row)
     state.wait_for_everyone()
     if state.is_main_process:
-        bring_together(output, rows, form, args, paths)
-
-
-def local_output(output: str) -> Path:
-    """Where the output is made: itself, or for an address a place in the cache, from which it is put there."""
-    if not is_remote(output):
-        return Path(output.rstrip("/\\"))
-    file_system(output)  # a missing package is said before anything is captioned
-    folder = cache_folder() / "outputs" / hashlib.sha256(output.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / output.rstrip("/").rsplit("/", 1)[-1]
-
-
-def prepare_output(output: Path, settings: dict, form: str, name: str, state) -> None:
-    """Refuses to add to captions of another model or other settings, which stand in OUTPUT.settings.json."""
-    if (output.is_dir() and not writers.is_folder(name, form)) or not output.parent.is_dir():
-        raise UserError(f"--output {name}: name a file in a folder that exists.")
-    if is_remote(name) and not output.exists() and state.is_main_process:
-        system, path = file_system(name)
-        if system.exists(path):
-            shutil.copy(local_copy(name), output) if system.isfile(path) else shutil.copytree(local_copy(name), output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        next(writers.read_back(output, form), None)  # refuses what nothing can be added to
-    if output.exists() or parts(output):
-        check_settings(output, settings)
-    if state.is_main_process:
-        write_json(settings_file(output), settings)
-
-
-def key(path: str) -> bytes:
-    """A short stand-in for a path, so that a million of them fit in little memory."""
-    return hashlib.blake2b(os.fsencode(path), digest_size=12).digest()
-
-
-def bring_together(output: Path, rows, form: str, args, paths: list[str]) -> None:
-    """One output of all parts, in the order of the source, then of what earlier runs captioned besides."""
-    with contextlib.ExitStack() as stack:
-        if output.exists() and (output.is_file() or any(output.iterdir())):
-            before = output.with_name(f"{output.name}.part-before")
-            with open(before, "w", encoding="utf-8") as file:
-                for row in writers.read_back(output, form):
-                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        files = [stack.enter_context(open(path, "rb")) for path in parts(output)]
-        places: dict[bytes, tuple[int, int]] = {}
-        for number, file in enumerate(files):
-            position = 0
-            for line in file:
-                if line.endswith(b"\n"):  # a kill cuts the last one in two
-                    places[key(json.loads(line)["image"])] = (number, position)
-                position += len(line)
-        order = [name for row in rows() if (name := key(row["name"])) in places]
-        wanted = set(order)
-        order += [name for name in places if name not in wanted]
-
-        def merged():
-            for name in order:
-                number, position = places[name]
-                files[number].seek(position)
-                yield json.loads(files[number].readline())
-
-        temporary = output.with_name(f"{output.name}.new")
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        write = writer(form, output, args, paths)
-        write(merged, temporary, rows)
-    if output.is_dir():
-        shutil.rmtree(output)
-    temporary.replace(output)
-    for part in parts(output):
-        part.unlink()
-    if is_remote(args.output):
-        upload(output, args.output)
-    logger.info("%d captions in %s", len(places), args.output)
-
-
-def writer(form: str, output: Path, args, paths: list[str]):
-    """The function of data.writers for a form of output."""
-    if form == "metadata":
-        return functools.partial(writers.write_metadata, folder=output.parent, kind=output.suffix)
-    folder = writers.is_folder(args.output, form)
-    if form == "tar" and folder:
-        return functools.partial(writers.write_tars, tars=source_files(paths, webdataset.TARS))
-    if form == "parquet" and folder:
-        return writers.write_parquet_folder
-    forms = {"jsonl": writers.write_jsonl, "csv": writers.write_csv, "parquet": writers.write_parquet}
-    return (forms | {"coco": writers.write_coco, "tar": writers.write_tar})[form]
+        bring_together(output, args.output, form, rows, paths)
 
 
 if __name__ == "__main__":
