@@ -287,7 +287,7 @@ REPLACED = {
     "predict_with_generate": "evaluation always generates",
     "generation_num_beams": "use num_beams",
     "generation_max_length": "use max_new_tokens",
-    "generation_config": "use num_beams, max_new_tokens and their kin",
+    "generation_config": "use num_beams, max_new_tokens and the other generation flags",
     "remove_unused_columns": "it is always false here",
     "label_names": "the labels are always 'labels'",
     "include_for_metrics": "metrics are computed from captions",
@@ -414,7 +414,7 @@ class EvaluateArguments:
     split: str = flag("test", "Split to caption and score.")
     max_samples: int | None = flag(None, "Use only the first so many images of the split.")
     seen_in_training: bool = flag(
-        False, "Load the training split too, and tell how many captions stand there word for word."
+        False, "Load the training split too, and report the share of captions that occur in it word for word."
     )
     corrupt: list[str] = flag(
         [],

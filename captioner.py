@@ -130,7 +130,7 @@ class Captioner:
         return {"prompt": self.prompt, "keep_prompt": self.keep_prompt, **self.settings, **how}
 
     def __call__(self, images: list) -> list[str]:
-        """One caption an image, for a list of anything that data.open_image takes."""
+        """One caption per image, for a list of anything that data.open_image takes."""
         batch = self.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
         return [captions[0] for captions in self.caption_batch(batch)]
 
@@ -149,7 +149,7 @@ class Captioner:
 
     @torch.inference_mode()
     def generate_tokens(self, batch: dict, **settings) -> torch.LongTensor:
-        """(images * num_return_sequences, L) token ids that go on from the prompt of each image of an ImageCollator's
+        """(images * num_return_sequences, L) token ids that follow the prompt of each image of an ImageCollator's
         batch: the end token is among them where it was reached, and behind it is padding. `settings` are for generate,
         before the captioner's own."""
         inputs = self._on_device(batch)

@@ -238,7 +238,7 @@ class ImageCollator:
         return batch
 
     def target_ids(self, caption: str) -> list[int]:
-        """Token ids of a caption as it goes on from the prompt, and its end."""
+        """Token ids of a caption as it follows the prompt, and its end."""
         tokenizer = self.processor.tokenizer
         if self.joint:
             caption = self.lead + caption

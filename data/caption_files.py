@@ -1,6 +1,6 @@
 """Reading predictions and references from files, as people have them.
 
-Formats, told apart by content: COCO results `[{"image_id": 1, "caption": "..."}]`; COCO annotations (`images` and
+Formats, recognized by content: COCO results `[{"image_id": 1, "caption": "..."}]`; COCO annotations (`images` and
 `annotations`); Karpathy's JSON (`images` with `sentences`); JSONL, CSV and Parquet with a column of image ids or image files
 and one of captions, such as infer.py writes; a plain map `{"1": "caption"}` or `{"1": ["caption", "caption"]}`.
 

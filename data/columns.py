@@ -94,7 +94,7 @@ def _number(name: str) -> int:
 
 
 def _candidates(option: str, example: dict, image) -> str:
-    """The columns that could be meant, with what stands in them."""
+    """The columns that could be meant, with an example of each."""
     found = []
     for name, value in example.items():
         if option == "caption" and name != image:
@@ -131,7 +131,7 @@ def caption_key(value: dict) -> str | None:
 
 
 def _captions(value, where: str, inside: bool = False) -> list:
-    """Args: inside: the value stands in a list, whose texts are captions as they are."""
+    """inside: the value is an item of a list, whose texts are captions and not parsed again."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str) and not inside:
@@ -290,7 +290,7 @@ def dict_rows(
 
 
 def columns_of(row: dict, image_column, caption_column, source: str, captions: bool = True):
-    """`find_columns` of a row; without `captions` no caption column is needed, and none is one but by its usual name."""
+    """`find_columns` of a row. With `captions` false no caption column is needed, and none is returned."""
     if captions:
         return find_columns(list(row), image_column, caption_column, source, example=row)
     image, _ = find_columns([*row, "captions"], image_column, None, source, example=row)

@@ -1,7 +1,7 @@
 """`load`: from the name of a source to its records, one per image, checked, in train, validation and test.
 
 Formats are modules of data/formats. No image is decoded here; captions and names are held in memory, about half a
-kilobyte an image, and images that lie inside a source stay in its memory-mapped table.
+kilobyte per image, and images that lie inside a source stay in its memory-mapped table.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def load(
     bad_samples: list | None = None,
     require_images: bool = True,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load captioned images, one record an image, and say on one log line what was found and dropped.
+    """Load captioned images, one record per image, and say on one log line what was found and dropped.
 
     Args:
         dataset_name: a local file or folder, a pattern of tar or Parquet files, the id of a Hub data set, or
@@ -63,9 +63,9 @@ def load(
         cache_dir: cache of `datasets`, and of the COCO images that are fetched.
         splits: these splits only. Images of other splits are then neither fetched (COCO-Karpathy) nor compared.
         max_samples: at most so many records of a split, e.g. {"train": 1000}: the first ones.
-        all_as: of a source without splits, all images are this split, and none is drawn.
+        all_as: of a source without splits, all images are this split, and no split is drawn.
         bad_samples: a list that receives {"image_id", "image", "reason"} for each row skipped.
-        require_images: False for whoever reads captions alone: image files may then be missing, and none is fetched.
+        require_images: False for whoever reads captions alone: image files may then be missing, and are not fetched.
 
     Returns:
         Those of train, validation and test that exist, with columns `image_id` (str), `image` ({"path", "bytes"},

@@ -17,7 +17,7 @@ FORMS = {
     "sentence_shuffle": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
 }
 WORD = re.compile(r"(?<![\w<\[#@&'’./-])[A-Za-z]+(?![\w>\]'’/-]|\.\w)")
-# Left as they are: quoted text, which stands in the picture, and the names of other things.
+# Left as they are: quoted text, which is in the picture, and the names of other things.
 KEPT_AS_THEY_ARE = re.compile(
     r'"[^"]*"|“[^”]*”|\b(?:' + "|".join(" ".join(phrase.split()) for phrase in PHRASES.split(",")) + r")s?\b", re.I
 )

@@ -146,7 +146,7 @@ def _cells(lines: _Lines, separator: str, width: int, file: Path) -> Iterator[tu
 
 
 def _over_lines(line: str, lines: _Lines, separator: str, shapes: set[str]) -> list[str] | None:
-    """The cells of a row whose quoted cell goes on over the next lines; None if these are rows of their own."""
+    """The cells of a row whose quoted cell continues over the next lines; None if these are rows of their own."""
     for index in range(LONGEST_CELL):
         following = lines.look(index)
         if following is None or _is_row(following, separator, shapes):

@@ -56,7 +56,7 @@ class EncodedRecords(torch.utils.data.Dataset):
 class CaptionPairs(torch.utils.data.Dataset):
     """Every caption of every record once per epoch, in samples of up to `captions_per_image` captions of one image.
 
-    A sample is `{"image_id", "first_caption", "image", "captions", "epoch"}`. At 1 caption an image it is the classic
+    A sample is `{"image_id", "first_caption", "image", "captions", "epoch"}`. At 1 caption per image it is the classic
     list of pairs, with None every sample has all captions of its image. Of EncodedRecords it has "features" in place of
     "image".
     """

@@ -161,7 +161,7 @@ def load_scorers(metric_args, device="cpu", also=()) -> list[ClipScorer]:
 def clip_scores(
     scorers: list[ClipScorer], predictions, references, images, *, bootstrap_samples: int, seed: int, num_workers=0
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """(metrics, per image) of one caption an image: each scorer's two scores, their 95 % bootstrap intervals over the
+    """(metrics, per image) of one caption per image: each scorer's two scores, their 95 % bootstrap intervals over the
     resamples of metrics.score, and under "clip_weights" what they were computed with.
 
     predictions: {image id: caption}; references: {image id: captions}; images: one of each reference's images, in
@@ -279,7 +279,7 @@ def read_pac_checkpoint(path: str, model: CLIPModel, metric: str) -> dict[str, t
     The files are torch pickles whose "state_dict" has OpenAI's names (ViT-B/32, all of PAC-S++) or open_clip's, which
     are the same (ViT-L/14). PAC-S++ has LoRA layers besides. They are added to the weights, scaled by 1 / rank, but for
     those of the MLPs: the published evaluation marks these as merged before it reads the checkpoint, and so adds
-    nothing to the weights that stand there (models/custom_loralib/layers.py at 27075a9). Same here, for equal scores.
+    nothing to the weights there (models/custom_loralib/layers.py at 27075a9). Same here, for equal scores.
 
     ValueError if a tensor is missing, unknown or of another shape, if the metric is not that of the file, if its
     activation cannot be `model`'s, or if the projections are `model`'s own: then it is no PAC checkpoint.

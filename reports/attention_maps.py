@@ -83,7 +83,7 @@ def maps_of_worst(captioner, rows: list[dict], images, number: int) -> dict[str,
 @torch.inference_mode()
 def cross_attention(model, batch: dict) -> torch.Tensor:
     """(layers, heads, captions, length, patches + 1) cross-attention probabilities of a BLIP decoder that reads `batch`,
-    one caption an image, as CaptionCollator or Captioner.training_batch makes it: what `output_attentions=True` gives
+    one caption per image, as CaptionCollator or Captioner.training_batch makes it: what `output_attentions=True` gives
     with eager attention. Computed from each layer's own inputs, so that fast attention, which never writes them out,
     stays on."""
     model = base_model(model)

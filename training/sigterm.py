@@ -18,7 +18,7 @@ class EvaluationStopped(BaseException):
 
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM the step in progress is ended, a checkpoint saved, and the run left as by Ctrl-C: the same command
-    goes on from there, to the same weights.
+    resumes from there, to the same weights.
 
     Several processes stop after the same step. An evaluation that would come first is left to the next start, which
     finds EVALUATION_DUE in the checkpoint. One in progress is broken off too, but only of a lone process: several

@@ -35,7 +35,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     An evaluation captions the records of `validation` (a datasets.Dataset, or data.EncodedRecords of one) through
     `captioner` and scores them against all their references (`eval_sacrebleu`, `eval_CIDEr`, and of `scorers`, which look
-    at the images, `eval_CLIP-S`, `eval_RefCLIP-S` or their kin); `eval_loss` is the unsmoothed cross-entropy of their
+    at the images, `eval_CLIP-S`, `eval_RefCLIP-S` and the like); `eval_loss` is the unsmoothed cross-entropy of their
     pairs of image and caption, not augmented. In several processes each captions its share, and all get the same scores.
     The captions of the first 8 records go to the trackers as pictures.
     """

@@ -9,7 +9,7 @@ _COLUMNS = 10
 
 
 def bleu_statistics(hypotheses: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
-    """Counts that BLEU is made of, one row an image: (images, 10). They add up over any set of images.
+    """Counts that BLEU is made of, one row per image: (images, 10). They add up over any set of images.
 
     `hypotheses[i]` are the tokens of image i's caption, `references[i]` those of its reference captions.
     """

@@ -127,7 +127,7 @@ class CiderD:
                 frequencies = [arrays[f"frequencies{order}"] for order in range(1, _ORDERS + 1)]
         except FileNotFoundError:
             raise
-        except Exception as error:  # a cut file raises whatever zip, zlib or numpy have at hand
+        except Exception as error:  # a cut file raises whatever zip, zlib or numpy raise
             raise ValueError(f"{path} does not hold CIDEr document frequencies ({error}); delete it.") from error
         return cls(vocabulary.split("\n") if vocabulary else [], keys, frequencies, images, bool(end_of_sequence))
 

@@ -277,7 +277,7 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
 
 
 def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.ndarray:
-    """What `statistics` gives a row an image of, of some images at a time: its tables are far larger than its rows."""
+    """What `statistics` gives per image, of some images at a time: its tables are far larger than its rows."""
     blocks = range(0, len(hypotheses), _BLOCK)
     return np.concatenate([statistics(hypotheses[i : i + _BLOCK], references[i : i + _BLOCK]) for i in blocks])
 
@@ -298,7 +298,7 @@ def _result(job: Future | None, name: str, unavailable: dict[str, str]):
 def _sacrebleu_statistics(
     sacrebleu: BLEU, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> np.ndarray:
-    """sacreBLEU's counts, one row an image, as `bleu_statistics`: only the tokenizer differs, and it is sacreBLEU's."""
+    """sacreBLEU's counts, one row per image, as `bleu_statistics`: only the tokenizer differs, and it is sacreBLEU's."""
 
     def tokens(caption: str) -> list[str]:
         caption = " ".join(caption.split())
@@ -333,7 +333,7 @@ def resampled_scores(statistics: dict[str, np.ndarray], samples: int, seed: int)
     numbers of images and seeds draw equal resamples.
 
     Args:
-        statistics: one row an image: counts that are summed, (images, columns), and values whose mean is the score,
+        statistics: one row per image: counts that are summed, (images, columns), and values whose mean is the score,
             (images,).
             NaN stands for an image that has no such value; resamples are then drawn of those that have one.
     """

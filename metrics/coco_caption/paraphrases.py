@@ -1,4 +1,4 @@
-"""METEOR's table of paraphrases, cut down to the captions at hand.
+"""METEOR's table of paraphrases, cut down to the given captions.
 
 The table has five million entries, and every METEOR process spends five seconds loading it. An entry can only match
 where both of its phrases occur in the captions: some tens of thousands do, in a set of 5,000 images. Given those alone,
