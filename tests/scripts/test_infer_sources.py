@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path, PureWindowsPath
@@ -368,9 +369,22 @@ def test_names_that_are_no_utf8_are_captioned_and_written(model, tmp_path):
     except OSError:
         pytest.skip("this file system has names in UTF-8 only")
     (tmp_path / "list.txt").write_bytes("é.jpg\n".encode("cp1252"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/0.jpg").write_bytes(jpeg(1))
+    infer(model, tmp_path / "plain", "--output", tmp_path.parent / f"{tmp_path.name}-plain.jsonl")
+    (plain,) = rows_of(tmp_path.parent / f"{tmp_path.name}-plain.jsonl")
+    shutil.rmtree(tmp_path / "plain")
     for place in (tmp_path, tmp_path / "list.txt"):
+        output = tmp_path.parent / f"{tmp_path.name}-{Path(place).suffix[1:]}.jsonl"
         infer(model, place)
-        infer(model, place, "--output", tmp_path.parent / f"{tmp_path.name}-{Path(place).suffix[1:]}.jsonl")
+        infer(model, place, "--output", output)
+        (row,) = rows_of(output)
+        assert row["caption"] == plain["caption"] != ""
+        assert row["image"].endswith("/\\udce9.jpg")  # the byte E9, as Python writes what is no character
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_images_of_one_name_in_a_table_stay_apart(tmp_path):
