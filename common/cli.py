@@ -43,10 +43,10 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
     return (*found, words) if positional else tuple(found)
 
 
-def check(dataclasses_: tuple, *, positional: str | None = None) -> None:
+def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None) -> None:
     """Answers --help and mistakes of the command line as `parse` does, but before torch is imported. Scripts call it
     above their other imports."""
-    _read(dataclasses_, None, positional)
+    _read(dataclasses_, argv, positional)
 
 
 def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
@@ -55,7 +55,7 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     first = f"{positional.upper()} ..." if positional else "[RECIPE.yaml]"
     usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
     parser = argument_parser(dataclasses_, usage=usage)
-    actions = {action.dest: action for action in reversed(parser._actions)}  # a switch stands before its --no_ twin
+    actions = flags_of(parser)
     replaced = replaced_flags(dataclasses_)
     for name in replaced:
         actions[name].help = SUPPRESS
@@ -96,6 +96,11 @@ def argument_parser(dataclasses_: tuple, **options):
     except ImportError:  # a release whose parser needs the package
         from transformers import HfArgumentParser
     return HfArgumentParser(dataclasses_, allow_abbrev=False, **options)
+
+
+def flags_of(parser) -> dict:
+    """The actions of a parser by name; of a switch and its --no_ twin, which comes after it, the switch."""
+    return {action.dest: action for action in reversed(parser._actions)}
 
 
 def replaced_flags(dataclasses_: tuple) -> dict[str, str]:

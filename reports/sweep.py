@@ -8,7 +8,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from arguments import GenerationArguments
-from common.cli import convert, nearest
+from common.cli import convert, flags_of, nearest
 from common.errors import UserError
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.coco import preflight
@@ -30,7 +30,7 @@ def sweep_settings(sweep: str) -> list[dict]:
     ValueError for a key that is no generation setting, and for a value of another type than its flag's.
     """
     parser = HfArgumentParser((GenerationArguments,), allow_abbrev=False)
-    known = {action.dest: action for action in reversed(parser._actions)}
+    known = flags_of(parser)
     for name in ("help", "prompt", "keep_prompt", "remove_illegal_characters"):  # they are no settings of a search
         del known[name]
     values = {}

@@ -1,26 +1,32 @@
 """What launch.py and deploy.py share: the installed SDK, sessions, flags of the account, and dry runs."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
 import os
 import sys
 
-import boto3
-from boto3.exceptions import Boto3Error
-from botocore.awsrequest import AWSResponse
-from botocore.exceptions import BotoCoreError, ClientError
+try:
+    import boto3
+    from boto3.exceptions import Boto3Error
+    from botocore.awsrequest import AWSResponse
+    from botocore.exceptions import BotoCoreError, ClientError
 
-try:  # SDK v3
-    from sagemaker.core import image_uris
-    from sagemaker.core.helper.session_helper import Session
+    try:  # SDK v3
+        from sagemaker.core import image_uris
+        from sagemaker.core.helper.session_helper import Session
 
-    SDK = 3
-except ImportError:
-    from sagemaker import Session
-    from sagemaker import image_uris as image_uris  # launch.py and deploy.py take it from here
+        SDK = 3
+    except ImportError:
+        from sagemaker import Session
+        from sagemaker import image_uris as image_uris  # launch.py and deploy.py take it from here
 
-    SDK = 2
+        SDK = 2
+except ImportError:  # --help and mistakes are answered without it; open_session says what is missing
+    SDK = image_uris = None
+    Boto3Error = BotoCoreError = ClientError = OSError
 
 
 def account_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +60,8 @@ def tags_of(args) -> list[dict]:
 
 def open_session(args) -> Session:
     """The SDK's session. In a dry run it needs no account, and nothing leaves the machine."""
+    if SDK is None:
+        raise ValueError("The SageMaker SDK is not installed: pip install -r sagemaker/requirements.txt")
     if args.dry_run:
         os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # SDK v3 asks IAM about it
         region = args.region or boto3.Session().region_name or "us-east-1"

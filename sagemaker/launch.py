@@ -87,13 +87,7 @@ def check_train_flags(recipe: str | None, words: list[str]) -> None:
     except ImportError:
         print("train.py's flags are checked in the job only: its requirements are not installed here.")
         return
-    parser = cli.argument_parser(TRAIN_GROUPS, prog="launch.py", usage="launch.py --help")
-    actions = {action.dest: action for action in parser._actions}
-    if recipe:
-        cli.read_recipe(recipe, actions, parser, cli.replaced_flags(TRAIN_GROUPS))
-    unknown = parser.parse_known_args(words)[1]
-    if unknown:
-        raise ValueError(f"{cli.unrecognized(unknown[0], actions)} Neither launch.py nor train.py has it.")
+    cli.check(TRAIN_GROUPS, [*([recipe] if recipe else []), *words])
 
 
 def job_of_flags(args, words: list[str]) -> tuple[dict[str, str], dict[str, str]]:

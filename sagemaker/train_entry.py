@@ -25,8 +25,6 @@ import tempfile
 import threading
 from pathlib import Path
 
-import psutil
-
 from bundle import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +52,9 @@ HEAR_SIGTERM = (
 
 
 def main() -> int:
+    if "--help" in sys.argv:
+        print(__doc__)
+        return 0
     PID_FILE.write_text(str(os.getpid()), encoding="utf-8")
     flags, recipe = read_hyperparameters(BASE / "input/config/hyperparameters.json")
     machines = Machines(BASE / "input/config/resourceconfig.json")
@@ -199,6 +200,8 @@ class Child:
         if self.process.poll() is not None:  # trained already: what is left takes less than the two minutes
             return
         self.stopped = True
+        import psutil  # the machine that launches, which reads METRICS here, may lack it
+
         processes = psutil.Process(self.process.pid).children() if self.torchrun else [self.process]
         for process in processes:
             process.send_signal(signal.SIGTERM)

@@ -202,19 +202,31 @@ def test_a_mistake_is_one_sentence(words, said):
 def test_a_misspelt_flag_is_found_before_a_machine_is_paid_for():
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'sagemaker')!r})\n"
-        + """
-import types
-sys.modules["aws"] = types.SimpleNamespace(SDK=3, image_uris=None)  # boto3 is not in the environment of train.py
-import launch
-launch.check_train_flags(None, ["--learning_rate", "1e-5"])
-try:
-    launch.check_train_flags(None, ["--learning_rat", "1e-5"])
-except ValueError as error:
-    print(error)
-"""
+        "import launch\n"
+        "launch.check_train_flags(None, ['--learning_rate', '1e-5'])\n"
+        "launch.check_train_flags(None, ['--learning_rat', '1e-5'])\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert "unrecognized argument: --learning_rat. Did you mean --learning_rate?" in result.stdout
+    assert "unrecognized argument: --learning_rat. Did you mean --learning_rate?" in result.stderr
+    assert result.returncode == 2
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_takes_every_recipe_that_train_py_takes(recipe):
+    """In the environment of train.py, where the recipe is looked at: what is missing then is the SDK alone."""
+    command = [sys.executable, ROOT / "sagemaker/launch.py", "--role", "r", "--bucket", "b", "--recipe", recipe]
+    result = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, cwd=ROOT)
+    assert "The SageMaker SDK is not installed: pip install" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["launch", "deploy", "train_entry"])
+def test_help_needs_no_sdk_and_starts_nothing(script):
+    command = [sys.executable, ROOT / f"sagemaker/{script}.py", "--help"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "SAGEMAKER_BASE_DIR": "/nowhere"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "SageMaker" in result.stdout
 
 
 # ---------------------------------------------------------------- deploy.py
