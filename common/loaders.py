@@ -31,13 +31,14 @@ def data_loader(dataset, collate_fn, *, batch_size: int, num_workers: int = 0, p
 
 
 def fit_workers(
-    dataset, collate_fn, batch_size: int, num_workers: int, prefetch: int | None = None
+    dataset, collate_fn, batch_size: int, num_workers: int, prefetch: int | None = None, held: int = 2
 ) -> tuple[int, int | None]:
     """(workers, batches that each prepares ahead), no more than asked for, that fit half of the shared memory which is
-    free, shared by the processes of this machine. (0, None) if not even one batch does.
+    free, shared by the processes of this machine. (0, None) if not even one worker's do. `held` is the number of
+    batches that the reader of the loader holds at once; 2 in a loop, whose variable keeps the last one.
 
-    Batches travel through /dev/shm, of which Docker gives a container 64 MB. Where it is full, the thread that sends
-    them dies, and torch's DataLoader waits for its worker without end.
+    Batches travel through /dev/shm, of which Docker gives a container 64 MB, and stay there as long as the reader holds
+    them. Where it is full, the thread that sends them dies, and torch's DataLoader waits for its worker without end.
     """
     if num_workers:  # by name: file descriptors are fetched from the worker itself, which no time-out covers
         torch.multiprocessing.set_sharing_strategy("file_system")
@@ -48,7 +49,7 @@ def fit_workers(
     batch = _batch_bytes(dataset, collate_fn, batch_size)
     wanted = prefetch or 2
     for ahead in range(wanted, 0, -1):
-        workers = min(num_workers, room // (batch * ahead)) if batch else num_workers
+        workers = min(num_workers, max(0, room // batch - held) // ahead) if batch else num_workers
         if workers == num_workers or (ahead == 1 and workers):
             break
     if (workers, ahead) != (num_workers, wanted) and not said:

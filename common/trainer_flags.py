@@ -18,7 +18,10 @@ LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passiv
 def trainer_flags() -> type:
     """A dataclass with the fields of the installed transformers' Seq2SeqTrainingArguments (names, types, defaults,
     help), without its methods: what a parser needs. tests/scripts/test_arguments.py compares it with the real class."""
-    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    found = importlib.util.find_spec("transformers")
+    if found is None:  # as `import transformers` says it; sagemaker/launch.py runs without it
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    folder = Path(found.origin).parent
     classes = []
     for name in SOURCES:
         for node in ast.parse((folder / name).read_text(encoding="utf-8")).body:

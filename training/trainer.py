@@ -75,7 +75,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         args = self.args
         args.dataloader_num_workers, args.dataloader_prefetch_factor = fit_workers(
             self.train_dataset, self.data_collator, self._train_batch_size, args.dataloader_num_workers,
-            args.dataloader_prefetch_factor,
+            args.dataloader_prefetch_factor, held=2 * args.gradient_accumulation_steps + 1,  # a step's, the last one's, the next
         )  # fmt: skip
         args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
         loader = super().get_train_dataloader()

@@ -195,7 +195,7 @@ def loaded(**options):
     return [batch[:, 0].tolist() for batch in common.loaders.data_loader(Photos(), None, batch_size=4, **options)]
 
 
-@pytest.mark.parametrize(("megabytes", "workers"), [(1, 0), (16, 1), (64, 2)])
+@pytest.mark.parametrize(("megabytes", "workers"), [(1, 0), (16, 0), (32, 1), (64, 2)])
 def test_workers_are_bounded_by_shared_memory(megabytes, workers, caplog, monkeypatch):
     """With a real tmpfs of that size where this may be mounted; 1 MB has no room for a batch of 4 MB."""
     script = (
