@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import functools
 import html
 import io
 import tempfile
@@ -41,10 +42,91 @@ LOOKS = "What the model looks at as it writes each word: bright where its cross-
 
 def build(captioners: dict[str, Captioner], examples: list[str], max_images: int):
     """The page: one image, or many."""
+    with gr.Blocks(title="Image captions", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
+        gr.Markdown(f"# Image captions\nby {' and '.join(f'`{name}`' for name in captioners)}")
+        with gr.Accordion("Settings: how many captions, beams, length, sampling, prompt", open=False):
+            settings = settings_panel(next(iter(captioners.values())))
+        with gr.Tab("One image"):
+            one_image(captioners, settings, examples)
+        with gr.Tab("Many images"):
+            many_images(captioners, settings, max_images)
+    return app
 
-    @mistakes_shown()
-    def caption(image, **settings):
-        """For each model its best caption, [[caption, score], ...] best first, and a heat map per word, as HTML."""
+
+def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[str]) -> None:
+    """The tab for one image: it is captioned as soon as it is there."""
+    with gr.Row():
+        with gr.Column(scale=2):
+            image = gr.Image(
+                type="filepath", elem_classes="picture", label="Image", sources=["upload", "clipboard", "webcam"],
+                height=380, image_mode=None,
+            )  # fmt: skip
+            button = gr.Button("Caption it", variant="primary")
+        outputs = []
+        for name in captioners:
+            with gr.Column(scale=3):
+                outputs += answer("Caption" if len(captioners) == 1 else f"Caption by {name}")
+    shown = gr.Examples(examples, image, label="Examples")
+    refuse_urls(image)
+    # As it was uploaded: data.open_image reads it, and says what is wrong with it.
+    image.preprocess = lambda upload: upload and upload.path
+    # Progress and errors are shown on the first caption, not on every part of the answer.
+    how = {"inputs_kwargs": settings, "show_progress_on": outputs[0]}
+    ask = functools.partial(caption_image, captioners)
+    sent = [button.click, image.upload, settings["prompt"].submit]
+    asked = gr.on(sent, ask, image, outputs, api_name="caption", **how)
+    example = shown.load_input_event.then(ask, image, outputs, api_visibility="private", **how)
+    empty = ["", [], ""] * len(captioners)
+    image.clear(lambda: empty, None, outputs, api_visibility="private")
+
+    def after_mistake(image):
+        """What stays after a mistake: neither an image that cannot be read nor the captions of another."""
+        bad = image is not None and isinstance(read_upload(Path(image).name, image), Exception)
+        return [None if bad else gr.skip(), *empty]
+
+    for event in (asked, example):
+        event.failure(after_mistake, image, [image, *outputs], show_progress="hidden", api_visibility="private")
+
+
+def answer(label: str) -> list:
+    """Where a model's answer is shown: its best caption, all of them, and where it looked."""
+    best = gr.Textbox(
+        label=label, lines=2, max_lines=10, buttons=["copy"], interactive=False, elem_classes="best"
+    )  # fmt: skip
+    table = gr.Dataframe(
+        headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is surest",
+        interactive=False, wrap=True, column_widths=["80%", "20%"],
+    )  # fmt: skip
+    return [best, table, gr.HTML()]
+
+
+def many_images(captioners: dict[str, Captioner], settings: dict, max_images: int) -> None:
+    """The tab for many images, captioned by the first model, and for zips of them."""
+    files = gr.File(
+        label=f"Images, or a zip of them (up to {max_images} images)",
+        file_count="multiple", file_types=["image", ".zip"],
+    )  # fmt: skip
+    many = gr.Button("Caption them all", variant="primary")
+    status = gr.Markdown()
+    with gr.Column(visible=False) as download:
+        tables = gr.File(label="Download as CSV or text", interactive=False, file_count="multiple")
+    results = gr.Dataframe(
+        headers=["file", "caption", "error"], label="Captions", interactive=False, wrap=True,
+        column_widths=["28%", "40%", "32%"],
+    )  # fmt: skip
+    refuse_urls(files)
+    batch = many.click(
+        functools.partial(caption_files, next(iter(captioners.values())), max_images), files, [status, results, tables],
+        inputs_kwargs=settings, api_name="caption_files", show_progress_on=status,
+    )  # fmt: skip
+    done = {"show_progress": "hidden", "api_visibility": "private"}
+    batch.success(lambda: gr.Column(visible=True), None, download, **done)
+    batch.failure(lambda: ["", [], None, gr.Column(visible=False)], None, [status, results, tables, download], **done)
+
+
+def caption_image(captioners: dict[str, Captioner], image, **settings):
+    """For each model its best caption, [[caption, score], ...] best first, and a heat map per word, as HTML."""
+    with mistakes_shown():
         if image is None:
             raise UserError("Give an image first: upload, paste or photograph one.")
         picture = read_upload(Path(image).name, image)
@@ -58,97 +140,25 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
             outputs += [found[0][0], rows, heat_maps(captioner, picture, found[0][0])]
         return outputs
 
-    def caption_files(files, progress=gr.Progress(), **settings):  # noqa: B008
-        """[[file, caption, error], ...] of images and of those in zips, by the first model, and both as files."""
-        with mistakes_shown():
-            uploads = list_uploads(files or [], max_images)
-            if not uploads:
-                raise UserError("Give some images first: files, or a zip of them.")
-            captioner = with_settings(next(iter(captioners.values())), **settings | {"num_captions": 1})
-            rows = []
-            for chunk in read_uploads(uploads, CHUNK):
-                images = [image for _, image in chunk if not isinstance(image, Exception)]
-                captions = iter(captioner(images) if images else [])
-                rows += [[n, "", str(i)] if isinstance(i, Exception) else [n, next(captions), ""] for n, i in chunk]
-                progress((len(rows), len(uploads)), unit="images")
-                yield f"{len(rows)} of {len(uploads)} done", rows, None
-            bad = sum(bool(error) for _, _, error in rows)
-            status = f"**{len(rows) - bad} of {len(rows)} captioned.**" + (f" {bad} could not be read." if bad else "")
-            with tempfile.TemporaryDirectory() as folder:
-                yield status, rows, write_tables(Path(folder), rows)
 
-    def after_mistake(image):
-        """What stays after a mistake: neither an image that cannot be read nor the captions of another."""
-        bad = image is not None and isinstance(read_upload(Path(image).name, image), Exception)
-        return [None if bad else gr.skip(), *["", [], ""] * len(captioners)]
-
-    with gr.Blocks(title="Image captions", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
-        gr.Markdown(f"# Image captions\nby {' and '.join(f'`{name}`' for name in captioners)}")
-        with gr.Accordion("Settings: how many captions, beams, length, sampling, prompt", open=False):
-            settings = settings_panel(next(iter(captioners.values())))
-        with gr.Tab("One image"):
-            with gr.Row():
-                with gr.Column(scale=2):
-                    image = gr.Image(
-                        type="filepath",
-                        elem_classes="picture",
-                        label="Image",
-                        sources=["upload", "clipboard", "webcam"],
-                        height=380,
-                        image_mode=None,
-                    )
-                    button = gr.Button("Caption it", variant="primary")
-                outputs = []
-                for name in captioners:
-                    with gr.Column(scale=3):
-                        label = "Caption" if len(captioners) == 1 else f"Caption by {name}"
-                        best = gr.Textbox(
-                            label=label, lines=2, max_lines=10, buttons=["copy"], interactive=False, elem_classes="best"
-                        )
-                        table = gr.Dataframe(
-                            headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is surest",
-                            interactive=False, wrap=True, column_widths=["80%", "20%"],
-                        )  # fmt: skip
-                        outputs += [best, table, gr.HTML()]
-            shown = gr.Examples(examples, image, label="Examples")
-        with gr.Tab("Many images"):
-            files = gr.File(
-                label=f"Images, or a zip of them (up to {max_images} images)",
-                file_count="multiple", file_types=["image", ".zip"],
-            )  # fmt: skip
-            many = gr.Button("Caption them all", variant="primary")
-            status = gr.Markdown()
-            with gr.Column(visible=False) as download:
-                tables = gr.File(label="Download as CSV or text", interactive=False, file_count="multiple")
-            results = gr.Dataframe(
-                headers=["file", "caption", "error"], label="Captions", interactive=False, wrap=True,
-                column_widths=["28%", "40%", "32%"],
-            )  # fmt: skip
-        for component in (image, files):
-            refuse_urls(component)
-        # As it was uploaded: data.open_image reads it, and says what is wrong with it.
-        image.preprocess = lambda upload: upload and upload.path
-        # Progress and errors are shown on the first caption, not on every part of the answer.
-        asked = gr.on(
-            [button.click, image.upload, settings["prompt"].submit],
-            caption, image, outputs, inputs_kwargs=settings, api_name="caption", show_progress_on=outputs[0],
-        )  # fmt: skip
-        image.clear(lambda: ["", [], ""] * len(captioners), None, outputs, api_visibility="private")
-        example = shown.load_input_event.then(
-            caption, image, outputs, inputs_kwargs=settings, api_visibility="private", show_progress_on=outputs[0]
-        )
-        for event in (asked, example):
-            event.failure(after_mistake, image, [image, *outputs], show_progress="hidden", api_visibility="private")
-        batch = many.click(
-            caption_files, files, [status, results, tables], inputs_kwargs=settings, api_name="caption_files",
-            show_progress_on=status,
-        )  # fmt: skip
-        done = {"show_progress": "hidden", "api_visibility": "private"}
-        batch.success(lambda: gr.Column(visible=True), None, download, **done)
-        batch.failure(
-            lambda: ["", [], None, gr.Column(visible=False)], None, [status, results, tables, download], **done
-        )
-    return app
+def caption_files(captioner: Captioner, max_images: int, files, progress=gr.Progress(), **settings):  # noqa: B008
+    """[[file, caption, error], ...] of images and of those in zips, and both as files."""
+    with mistakes_shown():
+        uploads = list_uploads(files or [], max_images)
+        if not uploads:
+            raise UserError("Give some images first: files, or a zip of them.")
+        captioner = with_settings(captioner, **settings | {"num_captions": 1})
+        rows = []
+        for chunk in read_uploads(uploads, CHUNK):
+            images = [image for _, image in chunk if not isinstance(image, Exception)]
+            captions = iter(captioner(images) if images else [])
+            rows += [[n, "", str(i)] if isinstance(i, Exception) else [n, next(captions), ""] for n, i in chunk]
+            progress((len(rows), len(uploads)), unit="images")
+            yield f"{len(rows)} of {len(uploads)} done", rows, None
+        bad = sum(bool(error) for _, _, error in rows)
+        status = f"**{len(rows) - bad} of {len(rows)} captioned.**" + (f" {bad} could not be read." if bad else "")
+        with tempfile.TemporaryDirectory() as folder:
+            yield status, rows, write_tables(Path(folder), rows)
 
 
 def settings_panel(captioner: Captioner) -> dict:

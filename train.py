@@ -68,7 +68,9 @@ def main():
         model=model,
         args=args,
         processing_class=processor,
-        objective=build_objective(args, objective_args, captioner, splits["train"], scorers),
+        objective=build_objective(
+            args, objective_args, captioner, splits["train"], scorers, metric_args.caption_language
+        ),
         captioner=captioner,
         data_collator=collator,
         train_dataset=train_dataset,

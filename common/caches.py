@@ -1,9 +1,16 @@
-"""Where libraries keep what they fetch and compute, on machines that give this process no home."""
+"""Where this repo and its libraries keep what they fetch and compute, also on machines that give this process no home."""
 
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+
+def cache_folder(cache_dir=None) -> Path:
+    """The one folder of what this repo fetches and computes: inside the cache of `datasets`, or in `cache_dir`."""
+    import datasets
+
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "image_captioning"
 
 
 def use_writable_cache(beside: str | None) -> None:

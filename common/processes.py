@@ -69,11 +69,17 @@ def show_progress(items, total: int, doing: str = "captioning"):
     )
 
 
-def in_threads(function, items) -> list:
-    """`[function(item) for item in items]` on as many threads as torch has: Pillow and numpy let go of the interpreter
-    while they decode and resize. In a loader's worker process that is one."""
-    threads = min(torch.get_num_threads(), len(items))
+def in_threads(function, items, threads: int | None = None, progress: str | None = None) -> list:
+    """`[function(item) for item in items]` on so many threads: Pillow and numpy let go of the interpreter while they
+    decode and resize. Default: as many as torch has, in a loader's worker process one. `progress` names a bar."""
+    threads = min(threads or torch.get_num_threads(), len(items))
     if threads < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, items))
+        return [function(item) for item in tqdm(items, desc=progress, disable=not progress)]
+    size = max(1, min(256, len(items) // (4 * threads)))  # a future per item would cost more than most items do
+    pieces = [items[start : start + size] for start in range(0, len(items), size)]
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=progress, disable=not progress) as bar:
+        results = []
+        for piece in pool.map(lambda piece: [*map(function, piece)], pieces):
+            results += piece
+            bar.update(len(piece))
+    return results

@@ -13,11 +13,11 @@ import os
 import shutil
 from pathlib import Path
 
+from common.caches import cache_folder
 from common.errors import UserError
 from common.files import write_json
 from common.resumable import check_settings, parts, settings_file, whole_lines
 from data import writers
-from data.cache import cache_folder
 from data.formats import webdataset
 from data.image_rows import source_files
 from data.remote import file_system, is_remote, local_copy, upload

@@ -5,17 +5,16 @@ import json
 import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
+from common.caches import cache_folder
 from common.files import write_text
 from common.limits import cpus
-from data.cache import cache_folder
+from common.processes import in_threads
 from data.columns import parse_structure
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.rows import DataError, Record
@@ -169,18 +168,6 @@ def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pi
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_text(kept, json.dumps(bad))
     return bad
-
-
-def in_threads(function, items, threads: int, progress: str | None = None) -> list:
-    """[function(item) for item in items] on so many threads, in pieces, as a future an item would cost more than most
-    of the items do. `progress` names a bar."""
-    pieces = [items[start : start + 256] for start in range(0, len(items), 256)]
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=progress, disable=not progress) as bar:
-        results = []
-        for piece in pool.map(lambda piece: [*map(function, piece)], pieces):
-            results += piece
-            bar.update(len(piece))
-    return results
 
 
 def check_captions(records: list[Record]) -> None:

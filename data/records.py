@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from data.checks import clean_captions, in_threads, may_skip
+from common.processes import in_threads
+from data.checks import clean_captions, may_skip
 from data.rows import SPLITS, DataError, Record
 
 HELD_OUT = 0.05  # share of images of the validation and of the test split when we draw them

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import datasets
 
+from common.caches import cache_folder
 from data import formats
 from data import records as rec
-from data.cache import cache_folder
 from data.checks import check_captions, drop_missing
 from data.formats import hub, karpathy, scenes, webdataset
 from data.remote import is_remote, local_copy
@@ -23,6 +23,11 @@ from data.tables import ALL, as_streams, by_split, columns_of, could_not_load, h
 from data.tables import table_rows as rows_of_tables
 
 logger = logging.getLogger(__name__)
+
+NOT_CHECKED = (
+    "%s (%s, streaming): splits %s; not checked in a stream: rows of one image that are not neighbours, equal images in "
+    "two official splits, duplicate ids"
+)
 
 
 def load(
@@ -75,49 +80,30 @@ def load(
     Raises:
         DataError, ImageError: both ValueErrors, saying what is wrong, where, and what to do.
     """
-    dataset_name = str(dataset_name)
-    wanted = [*(splits or ()), *(max_samples or {})]
-    for split in wanted:
-        if split not in SPLITS:
-            raise DataError(f"there is no split {split!r}. Splits are called {', '.join(SPLITS)}")
-    name = str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name
-    source, path = find_format(name, data_format)
-    if source is scenes:
-        dataset = scenes.read(path, Options(config=dataset_config_name))
-        dataset = choose(dataset, splits, max_samples, dataset_name)
-        logger.info("%s: %s; drawn by this repo", dataset_name, counts(dataset))
-        return as_streams(dataset) if streaming else dataset
-
+    dataset_name, wanted = str(dataset_name), [*(splits or ()), *(max_samples or {})]
+    check_split_names(wanted)
+    local = str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name
+    source, path = find_format(local, data_format)
     options = Options(
         dataset_config_name, image_dir, image_column, caption_column, cache_dir, streaming, skip_bad_samples,
         bad_samples=[] if bad_samples is None else bad_samples,
     )  # fmt: skip
+    if source is scenes:
+        dataset = choose(scenes.read(path, options), splits, max_samples, dataset_name)
+        logger.info("%s: %s; drawn by this repo", dataset_name, counts(dataset))
+        return as_streams(dataset) if streaming else dataset
     rows, tables = open_rows(source, path, options, dataset_name, draw_splits_from)
-    table, name = None, source.NAME
-    if tables is not None:
-        is_karpathy = karpathy.is_karpathy(next(iter(tables.values())).column_names or ())
-        if options.streaming and not is_karpathy and not _only_paths(tables, options):
-            dataset = stream_records(tables, options, split_seed, dataset_name, all_as)
-            dataset = choose(dataset, splits, max_samples, dataset_name)
-            logger.info(
-                "%s (%s, streaming): splits %s; not checked in a stream: rows of one image that are not neighbours, "
-                "equal images in two official splits, duplicate ids",
-                dataset_name,
-                name,
-                ", ".join(dataset),
-            )
-            return dataset
-        if options.streaming:  # small, so it is loaded like other annotations
-            options.streaming = False
-            rows, tables = open_rows(source, path, options, dataset_name, draw_splits_from)
-        if is_karpathy:
-            rows = karpathy.records_of((row for table in tables.values() for row in table), dataset_name)
-            source, name = karpathy, karpathy.NAME
-        else:
-            rows, table = rows_of_tables(tables, options, image_dir or (path if path.is_dir() else path.parent))
+    if options.streaming and tables is not None and not _are_annotations(tables, options):
+        dataset = choose(
+            stream_records(tables, options, split_seed, dataset_name, all_as), splits, max_samples, dataset_name
+        )
+        logger.info(NOT_CHECKED, dataset_name, source.NAME, ", ".join(dataset))
+        return dataset
 
-    dropped = options.dropped
-    records = rec.merge(rows, skip_bad_samples, dropped, options.bad_samples)
+    table = None
+    if tables is not None:
+        source, rows, table = _rows_of(tables, source, path, options, dataset_name, draw_splits_from)
+    records = rec.merge(rows, skip_bad_samples, options.dropped, options.bad_samples)
     if draw_splits_from is not None and tables is None:
         records = only_split(records, draw_splits_from, dataset_name)
     check_captions(records)
@@ -127,34 +113,68 @@ def load(
             record.split = all_as
         complete = True
     if complete and (official or all_as):  # before images are looked for: those of unwanted splits need not be there
-        require_splits(wanted, [split for split in SPLITS if any(r.split == split for r in records)], dataset_name)
-        records = [record for record in records if splits is None or record.split in splits]
-        if max_samples:
-            records = first_of_each_split(records, max_samples)
+        records = _only_wanted(records, splits, max_samples, dataset_name)
     if source is karpathy:
         karpathy.locate_images(records, image_dir, path, cache_folder(cache_dir), fetch=require_images)
     if not records:
-        raise DataError(f"{dataset_name}: no captioned image found{in_words(dropped)}")
+        raise DataError(f"{dataset_name}: no captioned image found{in_words(options.dropped)}")
 
+    records = _each_image_once(records, table, options, official, require_images)
+    rec.name_records(records)
+    how = f"no splits in the source, so all images are {all_as}"
+    if official or not all_as:
+        how = rec.draw_splits(records, split_seed, official, complete)
+    dataset = choose(rec.to_dataset(records, table), splits, max_samples, dataset_name)
+    kind = source.NAME + (" detected" if data_format == "auto" else "")
+    logger.info("%s (%s): %s; %s%s", dataset_name, kind, counts(dataset), how, in_words(options.dropped))
+    return as_streams(dataset) if streaming else dataset
+
+
+def check_split_names(wanted: list[str]) -> None:
+    for split in wanted:
+        if split not in SPLITS:
+            raise DataError(f"there is no split {split!r}. Splits are called {', '.join(SPLITS)}")
+
+
+def _is_karpathy(tables: dict) -> bool:
+    return karpathy.is_karpathy(next(iter(tables.values())).column_names or ())
+
+
+def _are_annotations(tables: dict, options: Options) -> bool:
+    """Whether the tables hold no images, so that they are small, and loaded like other annotations."""
+    return _is_karpathy(tables) or _only_paths(tables, options)
+
+
+def _rows_of(tables: dict, source, path: Path, options: Options, name: str, draw_splits_from: str | None):
+    """(format, records, table of the images or None) of tables that are not streamed."""
+    if options.streaming:
+        options.streaming = False
+        _, tables = open_rows(source, path, options, name, draw_splits_from)
+    if _is_karpathy(tables):
+        return karpathy, karpathy.records_of((row for table in tables.values() for row in table), name), None
+    rows, table = rows_of_tables(tables, options, options.image_dir or (path if path.is_dir() else path.parent))
+    return source, rows, table
+
+
+def _only_wanted(records: list[Record], splits, max_samples: dict[str, int] | None, name: str) -> list[Record]:
+    """The records of the wanted splits, cut to their first `max_samples`."""
+    wanted = [*(splits or ()), *(max_samples or {})]
+    require_splits(wanted, [split for split in SPLITS if any(r.split == split for r in records)], name)
+    records = [record for record in records if splits is None or record.split in splits]
+    return first_of_each_split(records, max_samples) if max_samples else records
+
+
+def _each_image_once(records: list[Record], table, options: Options, official: bool, require_images: bool):
+    """The records without those whose image is missing, and records of equal images united."""
     if table is None:
         sizes, read = rec.file_sizes(records), rec.read_file
     else:
         sizes, _, read = rec.table_images(table)
         sizes = [sizes[record.image] for record in records]
     if require_images:
-        records, sizes = drop_missing(records, sizes, skip_bad_samples, dropped, options.bad_samples)
-    sizes = [size or 0 for size in sizes]
-    same = rec.same_content([record.image for record in records], sizes, read)
-    records = rec.unite(records, same, official, dropped)
-    rec.name_records(records)
-    if all_as and not official:
-        how = f"no splits in the source, so all images are {all_as}"
-    else:
-        how = rec.draw_splits(records, split_seed, official, complete)
-    dataset = choose(rec.to_dataset(records, table), splits, max_samples, dataset_name)
-    detected = " detected" if data_format == "auto" else ""
-    logger.info("%s (%s%s): %s; %s%s", dataset_name, name, detected, counts(dataset), how, in_words(dropped))
-    return as_streams(dataset) if streaming else dataset
+        records, sizes = drop_missing(records, sizes, options.skip_bad_samples, options.dropped, options.bad_samples)
+    same = rec.same_content([record.image for record in records], [size or 0 for size in sizes], read)
+    return rec.unite(records, same, official, options.dropped)
 
 
 def find_format(dataset_name: str, data_format: str = "auto"):

@@ -17,6 +17,8 @@ class Score:
     better_low: bool = False
     per_image: bool = True  # shown with every caption of the report
     main: bool = False  # in the first row of the report
+    in_training: bool = False  # computed at every evaluation of a training run
+    curve: bool = False  # drawn in its curves
 
     @property
     def anchor(self) -> str:
@@ -27,13 +29,13 @@ class Score:
 SCORES = {
     score.name: score
     for score in (
-        Score("CIDEr", "CIDEr", "cider", main=True),
-        Score("Bleu_4", "BLEU-4", "bleu", main=True),
+        Score("CIDEr", "CIDEr", "cider", main=True, in_training=True, curve=True),
+        Score("Bleu_4", "BLEU-4", "bleu", main=True, in_training=True),
         Score("METEOR", "METEOR", "meteor", main=True),
-        Score("ROUGE_L", "ROUGE-L", "rouge", main=True),
+        Score("ROUGE_L", "ROUGE-L", "rouge", main=True, in_training=True),
         Score("SPICE", "SPICE", "spice", main=True),
         Score("SPIDEr", "SPIDEr"),
-        Score("sacrebleu", "sacreBLEU", "sacrebleu", decimals=1),
+        Score("sacrebleu", "sacreBLEU", "sacrebleu", decimals=1, in_training=True, curve=True),
         Score("Bleu_1", "BLEU-1", "bleu", per_image=False),
         Score("Bleu_2", "BLEU-2", per_image=False),
         Score("Bleu_3", "BLEU-3", per_image=False),

@@ -38,13 +38,13 @@ def check_objective(args, objective_args, metric_args, scratch_args, data_args) 
     return needed
 
 
-def build_objective(args, objective_args, captioner, train, scorers=()):
+def build_objective(args, objective_args, captioner, train, scorers=(), caption_language="en"):
     """The objective that `args.objective` names. `train` are the training records, whose references rewards look at, as
     `scorers` (ClipScorer) look at their images."""
     if args.objective == "cross_entropy":
         return CrossEntropy(args.label_smoothing_factor)
     references = dict(zip(train["image_id"], train["captions"], strict=True))
-    rewards = Rewards(parse_rewards(objective_args.reward), references, RecordImages(train), scorers)
+    rewards = Rewards(parse_rewards(objective_args.reward), references, RecordImages(train), scorers, caption_language)
     if args.objective == "dico":
         return Dico(
             captioner,

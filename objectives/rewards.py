@@ -12,24 +12,25 @@ self-critical training learns to break off.
 
 import torch
 
+from common.caches import cache_folder
 from common.errors import UserError
-from data.cache import cache_folder
-from metrics import CiderD, tokenize
+from metrics import CiderD
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.bleu import bleu_from_statistics, bleu_statistics
 from metrics.coco_caption.cider import END_OF_SEQUENCE
+from metrics.coco_caption.languages import check_language, tokens_of
 
 
 class CiderReward:
     """CIDEr-D, 0 to 10, on all references of the image, with the document frequencies of the training corpus."""
 
-    def __init__(self, tokens: dict[str, list[list[str]]]):
-        self.tokens = tokens
+    def __init__(self, tokens: dict[str, list[list[str]]], language: str):
+        self.tokens, self.language = tokens, language
         folder = cache_folder() / "cider"
         self.scorer = CiderD.cached(list(tokens.values()), folder, end_of_sequence=True)
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
-        flat = _tokens(candidates)
+        flat = _tokens(candidates, self.language)
         scores = self.scorer.score(flat, [self.tokens[i] for i in image_ids], [e for group in ended for e in group])
         return torch.from_numpy(scores).float().view(len(image_ids), -1)
 
@@ -37,11 +38,12 @@ class CiderReward:
 class BleuReward:
     """BLEU-4 of the single caption, 0 to 1, unsmoothed as the COCO code's own per-image value."""
 
-    def __init__(self, tokens: dict[str, list[list[str]]]):
+    def __init__(self, tokens: dict[str, list[list[str]]], language: str):
+        self.language = language
         self.tokens = {i: [[*caption, END_OF_SEQUENCE] for caption in captions] for i, captions in tokens.items()}
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
-        flat = _tokens(candidates)
+        flat = _tokens(candidates, self.language)
         ends = [end for group in ended for end in group]
         flat = [[*caption, END_OF_SEQUENCE] if end else caption for caption, end in zip(flat, ends, strict=True)]
         per_image = len(flat) // len(image_ids)
@@ -68,7 +70,7 @@ class ClipReward:
         return torch.from_numpy(with_references if self.with_references else scores).view(len(image_ids), -1)
 
 
-# Made from {image id: tokenized references} of the training split.
+# Made from {image id: tokenized references} of the training split, and the captions' language.
 NGRAM_REWARDS = {"cider": CiderReward, "bleu": BleuReward}
 CLIP_REWARDS = {f"{reference}{metric}": metric for reference in ("", "ref-") for metric in NAMES}
 
@@ -78,18 +80,27 @@ class Rewards:
 
     `references` are {image id: captions} of all images that will be asked about. They are tokenized once, here, by the
     tokenizer that evaluation uses, so a reward is the score that an evaluation would give (end-of-sequence aside).
-    CLIP-based rewards are those of `scorers`, and look at `images`, {image id: image}.
+    CLIP-based rewards are those of `scorers`, and look at `images`, {image id: image}. `language`: of the captions, a
+    code that --caption_language takes.
     """
 
-    def __init__(self, weights: dict[str, float], references: dict[str, list[str]], images=None, scorers=()):
+    def __init__(
+        self,
+        weights: dict[str, float],
+        references: dict[str, list[str]],
+        images=None,
+        scorers=(),
+        language: str = "en",
+    ):
+        language = check_language(language)
         self.weights, self.references, self.rewards = weights, references, {}
         scorers = {scorer.metric: scorer for scorer in scorers}
         if NGRAM_REWARDS.keys() & weights:
-            flat = iter(_tokens(references.values()))
+            flat = iter(_tokens(references.values(), language))
             tokens = {image_id: [next(flat) for _ in captions] for image_id, captions in references.items()}
         for name in weights:
             if name in NGRAM_REWARDS:
-                self.rewards[name] = NGRAM_REWARDS[name](tokens)
+                self.rewards[name] = NGRAM_REWARDS[name](tokens, language)
             else:
                 self.rewards[name] = ClipReward(scorers[CLIP_REWARDS[name]], images, name.startswith("ref-"))
 
@@ -110,9 +121,9 @@ class RecordImages:
         return self.records[self.row[image_id]]["image"]
 
 
-def _tokens(captions) -> list[list[str]]:
-    """Tokens of all captions of all images. One by one: tokenize lets a caption's last period depend on the next one."""
-    return [tokenize([text])[0] for group in captions for text in group]
+def _tokens(captions, language: str) -> list[list[str]]:
+    """Tokens of all captions of all images. One by one: of several, a caption's last period depends on the next one."""
+    return [tokens_of([text], language)[0] for group in captions for text in group]
 
 
 def parse_rewards(text: str) -> dict[str, float]:

@@ -5,10 +5,10 @@ import json
 import logging
 from pathlib import Path
 
+from common.caches import cache_folder
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.provenance import environment
-from data.cache import cache_folder
 from metrics.chair import chair_scores, read_instances
 from metrics.clip_scores import clip_scores
 from metrics.coco_caption.coco import InvalidCaptions, preflight, score
@@ -47,15 +47,16 @@ def warn_of_missing_scores(metric_args) -> None:
     """Says before hours of captioning which scores will be missing, and why."""
     asked = {"meteor": metric_args.meteor, "spice": metric_args.spice, "language": metric_args.caption_language}
     try:
-        reasons = preflight(**asked, cache=spice_cache())
+        reasons = preflight(**asked, cache=metrics_cache())
     except ValueError as error:
         raise UserError(str(error)) from None
     for name, reason in reasons.items():
         logger.warning("%s will be null: %s", name, reason)
 
 
-def spice_cache() -> Path:
-    return cache_folder() / "spice"
+def metrics_cache() -> Path:
+    """Where SPICE and METEOR keep what they fetch, parse and unpack."""
+    return cache_folder() / "metrics"
 
 
 def flat(scores: dict, prefix: str) -> dict:
@@ -127,7 +128,7 @@ def score_captions(
             meteor=metric_args.meteor,
             spice=metric_args.spice,
             spice_samples=metric_args.spice_samples,
-            cache=spice_cache(),
+            cache=metrics_cache(),
             language=metric_args.caption_language,
             java_timeout=metric_args.java_timeout,
             bootstrap_samples=metric_args.bootstrap_samples,

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 from common.files import whole
+from metrics.names import SCORES, score_named
 
 # Of Okabe and Ito: distinct for colour-blind readers, and darkened until they can be read on white.
 COLOURS = ("#0072b2", "#c8500a", "#00795a", "#a4487f")
@@ -23,9 +24,7 @@ def training_panels(state) -> list[dict]:
         "Loss": [("loss", "training"), ("eval_loss", "validation")],
         "Learning rate": [("learning_rate", None)],
         "Reward": [("reward", None)],
-        "sacreBLEU, validation": [("eval_sacrebleu", None)],
-        "CIDEr, validation": [("eval_CIDEr", None)],
-    }
+    } | {f"{score.label}, validation": [(f"eval_{score.name}", None)] for score in SCORES.values() if score.curve}
     panels = []
     for title, keys in wanted.items():
         lines = [
@@ -77,7 +76,7 @@ def plot_sweep(sweep: dict, folder: Path) -> None:
             figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
             places = range(len(values[first]))
             axis.plot(places, [score_of[value,] for value in values[first]], marker="o", color=COLOURS[0])
-            axis.set(xlabel=first, ylabel=metric, xticks=places, xticklabels=map(str, values[first]))
+            axis.set(xlabel=first, ylabel=score_named(metric).label, xticks=places, xticklabels=map(str, values[first]))
             axis.grid(lw=0.6)
         else:
             second, *rest = others
@@ -97,7 +96,7 @@ def plot_sweep(sweep: dict, folder: Path) -> None:
                 axis.set_yticks(range(len(values[first])), map(str, values[first]))
                 title = ", ".join(f"{key} {value}" for key, value in zip(rest, panel, strict=True))
                 axis.set(xlabel=second, ylabel=first, title=title)
-            figure.colorbar(image, ax=axes, label=metric)
+            figure.colorbar(image, ax=axes, label=score_named(metric).label)
         _save(figure, folder, "sweep")
 
 

@@ -14,7 +14,7 @@ from metrics.clip_scores import NAMES
 from metrics.coco_caption.coco import preflight
 from metrics.names import SCORES, is_better_low
 from reports.comparison import paired_bootstrap
-from reports.outputs import score_records, spice_cache
+from reports.outputs import metrics_cache, score_records
 
 NOTE = (
     "p tells how often chance alone would show so large a difference from the best setting (paired bootstrap over the "
@@ -64,7 +64,9 @@ def check_sweep(args, metric_args, model: str) -> None:
     if args.sweep_metric in ("CHAIRs", "CHAIRi", "object_recall") and not metric_args.instances:
         raise UserError(f"--sweep_metric {args.sweep_metric} needs --instances.")
     asked = _java_scores(args.sweep_metric, metric_args)
-    if reason := preflight(**asked, cache=spice_cache(), language=metric_args.caption_language).get(args.sweep_metric):
+    if reason := preflight(**asked, cache=metrics_cache(), language=metric_args.caption_language).get(
+        args.sweep_metric
+    ):
         raise UserError(f"--sweep_metric {args.sweep_metric}: {reason}")
     if args.save_best_sweep and not Path(model, "config.json").is_file():
         raise UserError(f"--save_best_sweep writes into the model's folder, and {model} is none.")

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import data
+from common.files import whole
 from common.text import open_text
 from data.caption_files import load_predictions
 from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
@@ -300,15 +301,14 @@ def write_rows(rows: Iterable[dict], output: Path, features: datasets.Features |
         features: types of the input's columns, None to tell them from the first 1,000 rows.
         column: name of the caption's column; the result's other facts are in `rewrite`.
     """
-    temporary = output.with_name(f"{output.name}.new")
     if output.suffix == ".jsonl":
-        with open(temporary, "w", encoding="utf-8") as file:
+        with whole(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(plain_row(row), ensure_ascii=False, default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(output)
         return
+    temporary = output.with_name(f"{output.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write_parquet(iter(rows), temporary, features, column, shard)

@@ -19,13 +19,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
+from common.caches import cache_folder
 from common.errors import UserError
 from common.files import whole
 from common.limits import free_memory
 from common.loaders import data_loader
 from common.processes import processes, show_progress
 from data import CaptionPairs, EncodedRecords
-from data.cache import cache_folder
 from models.families import vision_encoder
 from models.vision import encode_images, takes_encoded
 

@@ -19,6 +19,7 @@ from common.publish import upload
 from data import CaptionPairs
 from metrics import score
 from metrics.clip_scores import clip_scores
+from metrics.names import SCORES
 from models.families import base_model
 from models.loading import load_weights
 from objectives.cross_entropy import caption_loss
@@ -200,7 +201,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         scores, _ = score(
             predictions, references, meteor=False, spice=False, bootstrap_samples=0, language=self.caption_language
         )
-        metrics = {"loss": loss} | {name: scores[name] for name in ("sacrebleu", "Bleu_4", "ROUGE_L", "CIDEr")}
+        metrics = {"loss": loss} | {name: scores[name] for name, of in SCORES.items() if of.in_training}
         if self.scorers:
             found, _ = clip_scores(
                 self.scorers,

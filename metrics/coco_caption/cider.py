@@ -105,14 +105,9 @@ class CiderD:
         }
         for order in range(_ORDERS):
             arrays[f"keys{order + 1}"], arrays[f"frequencies{order + 1}"] = self.keys[order], self.frequencies[order]
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            np.savez(f"{folder}/{path.stem}.npz", **arrays)
+            os.replace(f"{folder}/{path.stem}.npz", path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CiderD":

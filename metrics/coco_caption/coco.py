@@ -107,7 +107,8 @@ def score(
         spice_samples: SPICE is slow at first: it takes a seeded sample of so many images; 0 takes all. None takes all
             where the references' tuples are in `cache`, else SPICE_SAMPLES.
         spice_heap: Java heap of SPICE, as `java -Xmx` takes it.
-        cache: folder in which SPICE keeps what it parses. None keeps nothing.
+        cache: folder in which SPICE keeps what it parses, and METEOR its unpacked table. None: SPICE keeps nothing, METEOR
+            its table in the user's cache folder.
         language: of the captions, a code such as en, zh or pt-BR. METEOR and SPICE are made for English.
         java_timeout: seconds without an answer after which METEOR and SPICE are given up.
         bootstrap_samples: resamples of the images for the 95 % intervals; 0 leaves the intervals out.
@@ -131,36 +132,18 @@ def score(
     images = list(references)
     if len(images) < 50:
         _warn_of_few_images(len(images))
-    flat = iter(tokens_of((caption for image in images for caption in references[image]), language))
-    reference_tokens = [[next(flat) for _ in references[image]] for image in images]
-    tokens = tokens_of((predictions[image] for image in images), language)
-    if language == "en" and (found := unsegmented([*tokens, *itertools.chain(*reference_tokens)])):
-        logger.warning(
-            "Whole captions are taken for one word (%s): the scores mean nothing. Name their language: "
-            "--caption_language %s.",
-            found[1],
-            found[0],
-        )
-
-    sample = np.arange(len(images))
-    if spice_samples is None:
-        known = spice and are_cached(itertools.chain(*reference_tokens), cache)
-        spice_samples = 0 if known else SPICE_SAMPLES
-    if spice_samples and len(images) > spice_samples:
-        sample = np.sort(np.random.default_rng(seed).choice(len(images), spice_samples, replace=False))
-    unavailable = {}
+    tokens, reference_tokens = _tokenized(predictions, references, language)
+    sample = _spice_sample(reference_tokens, spice_samples, cache if spice else None, seed)
+    reasons = {name: _english_only(name, language) for name in ("METEOR", "SPICE")}
+    unavailable = {name: why for name, why in reasons.items() if why and {"METEOR": meteor, "SPICE": spice}[name]}
     with ThreadPoolExecutor(2) as pool:  # Java works in processes of its own while numpy works here
         meteor_job = spice_job = None
-        if meteor and not (reason := _english_only("METEOR", language)):
-            meteor_job = pool.submit(meteor_statistics, tokens, reference_tokens, java_timeout)
-        elif meteor:
-            unavailable["METEOR"] = reason
-        if spice and not (reason := _english_only("SPICE", language)):
+        if meteor and not reasons["METEOR"]:
+            meteor_job = pool.submit(meteor_statistics, tokens, reference_tokens, java_timeout, cache=cache)
+        if spice and not reasons["SPICE"]:
             sampled = [tokens[i] for i in sample], [reference_tokens[i] for i in sample]
             options = {"heap": spice_heap, "timeout": java_timeout, "cache": cache}
             spice_job = pool.submit(_spice, *sampled, fetch=spice is True, **options)
-        elif spice:
-            unavailable["SPICE"] = reason
         bleu_counts = _in_blocks(bleu_statistics, tokens, reference_tokens)
         cider = CiderD.from_references(reference_tokens)
         per_metric = {
@@ -207,18 +190,48 @@ def score(
     per_metric |= dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts).T, strict=True))
     if meteor_counts is not None:
         per_metric["METEOR"] = meteor_from_statistics(meteor_counts)
-    per_image: dict[str, dict] = {
+    return metrics, _rows(images, per_metric, statistics, dict(zip(sample, spice_found or (), strict=False)))
+
+
+def _tokenized(predictions, references, language: str) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """(tokens of each image's caption, of each of its references), with a warning where whole captions are one word."""
+    flat = iter(tokens_of((caption for captions in references.values() for caption in captions), language))
+    reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
+    tokens = tokens_of((predictions[image] for image in references), language)
+    if language == "en" and (found := unsegmented([*tokens, *itertools.chain(*reference_tokens)])):
+        logger.warning(
+            "Whole captions are taken for one word (%s): the scores mean nothing. Name their language: "
+            "--caption_language %s.",
+            found[1],
+            found[0],
+        )
+    return tokens, reference_tokens
+
+
+def _spice_sample(reference_tokens: list, wanted: int | None, cache, seed: int) -> np.ndarray:
+    """Indices of the images that SPICE is computed of: `spice_samples` of `score`."""
+    if wanted is None:
+        wanted = 0 if are_cached(itertools.chain(*reference_tokens), cache) else SPICE_SAMPLES
+    if not wanted or len(reference_tokens) <= wanted:
+        return np.arange(len(reference_tokens))
+    return np.sort(np.random.default_rng(seed).choice(len(reference_tokens), wanted, replace=False))
+
+
+def _rows(
+    images: list[str], per_metric: dict[str, np.ndarray], statistics: dict[str, np.ndarray], of_spice: dict[int, dict]
+) -> dict[str, dict]:
+    """{image id: its scores, under "statistics" its counts of SUMMED, and what SPICE found}; `of_spice` by index."""
+    rows: dict[str, dict] = {
         image: {name: float(values[index]) for name, values in per_metric.items()} for index, image in enumerate(images)
     }
-    if spice_found is not None:
-        for index, of_one in zip(sample, spice_found, strict=True):
-            row = per_image[images[index]]
-            row["SPICE"], row["SPIDEr"] = of_one["f"], float(statistics["SPIDEr"][index])
-            row["spice_tuples"] = {name: of_one[name] for name in ("matched", "wrong", "missed")}
+    for index, found in of_spice.items():
+        row = rows[images[index]]
+        row["SPICE"], row["SPIDEr"] = found["f"], float(statistics["SPIDEr"][index])
+        row["spice_tuples"] = {name: found[name] for name in ("matched", "wrong", "missed")}
     for name in [name for name in SUMMED if name in statistics]:
         for image, row in zip(images, statistics[name].tolist(), strict=True):
-            per_image[image].setdefault("statistics", {})[name] = row
-    return metrics, per_image
+            rows[image].setdefault("statistics", {})[name] = row
+    return rows
 
 
 def _spice(hypotheses, references, *, fetch: bool, cache, **options) -> list[dict]:

@@ -1,8 +1,7 @@
 """The COCO captioning scores as a module of the `evaluate` library: `evaluate.load("path/to/metrics/coco_caption")`.
 
 `evaluate` copies this file, and the files beside it that it imports by name, into a cache and runs them from there; so
-every scorer is imported here, whether used here or not. The scorers are links to those of this repository, the one place
-where they are written.
+every scorer is imported here, whether used here or not.
 """
 
 import os
@@ -97,7 +96,7 @@ class CocoCaption(evaluate.Metric):
             spice=spice,
             spice_samples=spice_samples,
             language=language,
-            cache=os.path.join(self.data_dir, "spice"),
+            cache=os.path.join(self.data_dir, "metrics"),
             bootstrap_samples=bootstrap_samples,
             seed=seed,
         )

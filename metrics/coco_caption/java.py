@@ -133,6 +133,7 @@ def meteor_statistics(
     references: Sequence[Sequence[list[str]]],
     timeout: float,
     processes: int | None = None,
+    cache: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """METEOR's counts of each image against its best reference: (images, 23). They add up over any set of images.
 
@@ -141,6 +142,7 @@ def meteor_statistics(
         references: tokens of each image's reference captions.
         timeout: seconds for everything.
         processes: JVMs side by side; by default as many as cores, memory and captions allow. The result is the same.
+        cache: folder in which METEOR's unpacked table is kept; default: one in the user's cache folder.
 
     Raises:
         Unavailable: no Java, or Java failed or hung.
@@ -159,7 +161,7 @@ def meteor_statistics(
     with tempfile.TemporaryDirectory(prefix="meteor-") as folder, ThreadPoolExecutor(len(parts)) as pool:
         paraphrases = Path(folder) / "paraphrases.gz"
         captions = (" ".join(caption) for group in (hypotheses, *references) for caption in group)
-        write_paraphrases(package_folder() / "meteor" / "data" / "paraphrase-en.gz", captions, paraphrases)
+        write_paraphrases(package_folder() / "meteor" / "data" / "paraphrase-en.gz", captions, paraphrases, cache)
         answers = list(pool.map(lambda part: _meteor(part, paraphrases, timeout), parts))
     return np.concatenate(answers)
 

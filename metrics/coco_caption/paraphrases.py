@@ -28,9 +28,12 @@ logger = logging.getLogger(__name__)
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: of a phrase's polynomial hash, modulo 2**64
 
 
-def write_paraphrases(table: Path, captions: Iterable[str], path: Path) -> None:
-    """Write the entries of METEOR's paraphrase table that these captions may need, in their order, to a .gz file."""
-    phrases, entries = _tables(table)
+def write_paraphrases(table: Path, captions: Iterable[str], path: Path, cache: str | os.PathLike | None = None) -> None:
+    """Write the entries of METEOR's paraphrase table that these captions may need, in their order, to a .gz file.
+
+    `cache`: folder in which the unpacked table is kept; default: one in the user's cache folder.
+    """
+    phrases, entries = _tables(table, cache)
     hashes, longest = phrases["hash"].to_numpy(), int(phrases.schema.metadata[b"longest"])
     lines = re.sub(r"[^\w\n]|_", " ", "\n".join(set(captions)).lower()).split("\n")
     occurring = _hashes([line.split() for line in lines], longest)
@@ -78,13 +81,13 @@ def _contains(values: np.ndarray, asked: np.ndarray) -> np.ndarray:
     return result
 
 
-def _tables(table: Path) -> tuple[pa.Table, pa.Table]:
+def _tables(table: Path, cache: str | os.PathLike | None) -> tuple[pa.Table, pa.Table]:
     """(distinct phrases with `phrase` and `hash`, entries with the numbers of `reference` and `paraphrase` there).
 
-    Unpacking takes some seconds, so both are kept in the user's cache folder (about 150 MB) where that can be written to,
-    and mapped from there.
+    Unpacking takes some seconds, so both are kept in the cache folder (about 150 MB) where that can be written to, and
+    mapped from there.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caption-metrics"
+    cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caption-metrics")
     files = [cache / f"meteor-{name}-{table.stat().st_size}.feather" for name in ("phrases", "entries")]
     try:
         return tuple(feather.read_table(file, memory_map=True) for file in files)
@@ -92,14 +95,12 @@ def _tables(table: Path) -> tuple[pa.Table, pa.Table]:
         tables = _unpack(table)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        for file, content in zip(files, tables, strict=True):
-            descriptor, temporary = tempfile.mkstemp(dir=cache, suffix=".tmp")
-            os.close(descriptor)
-            try:
-                feather.write_feather(content, temporary, compression="uncompressed", chunksize=len(content))
-                os.replace(temporary, file)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # so that a file is there whole or not at all
+            for file, content in zip(files, tables, strict=True):
+                feather.write_feather(
+                    content, f"{folder}/{file.name}", compression="uncompressed", chunksize=len(content)
+                )
+                os.replace(f"{folder}/{file.name}", file)
     except OSError as error:
         logger.info("METEOR's paraphrase table is not kept for the next time: %s", error)
     return tables

@@ -16,6 +16,7 @@ from metrics.chair import chair_scores, objects_of
 from metrics.clip_scores import ClipScorer
 from metrics.coco_caption.java import meteor_from_statistics
 from metrics.names import SCORES
+from metrics.scene_facts import score_scene_facts
 
 TEXT = (ROOT / "docs/scores.md").read_text(encoding="utf-8")
 PREDICTIONS = {
@@ -100,6 +101,24 @@ def test_chair(formula):
     assert formula["chair"](named, there) == pytest.approx(
         (scores["CHAIRs"], scores["CHAIRi"], scores["object_recall"])
     )
+
+
+def test_scene_facts(formula):
+    """A true caption, one with a wrong colour, one that invents a red star (count, colour, shape) beside the true facts."""
+    scene = {
+        "objects": [
+            {"count": 1, "size": "small", "colour": "blue", "shape": "circle"},
+            {"count": 2, "size": "large", "colour": "green", "shape": "square"},
+        ],
+        "relations": [[0, "left of", 1]],
+    }
+    captions = {
+        "1": "a small blue circle to the left of two large green squares",
+        "2": "a small red circle to the left of two large green squares",
+        "3": "a small blue circle to the left of two large green squares and a red star",
+    }
+    found = score_scene_facts(captions, dict.fromkeys(captions, scene))["scene_facts"]
+    assert formula["scene_facts"]([9, 8, 9], [9, 9, 9], [0, 0, 3]) == pytest.approx(found)
 
 
 def test_clip_scores(formula):

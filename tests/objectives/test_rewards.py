@@ -86,6 +86,26 @@ def test_bleu_is_that_of_the_coco_code_with_the_end_as_a_word(corpus):
     assert 0.3 < parts["bleu"].max() <= 1
 
 
+def test_rewards_cut_captions_as_their_language_is_cut():
+    """Chinese, cut into characters: what the COCO code gives for characters with spaces between them. Read as English, each
+    caption is one word, and no candidate of another wording earns anything."""
+    corpus = {
+        "1": ["一个男人骑着马在沙滩上", "一个人骑马"],
+        "2": ["两只狗在雪地里奔跑", "雪地里的两只狗"],
+        "3": ["桌子上有一盘食物", "一盘食物放在木桌上"],
+    }
+    candidates = [["一个人骑着马"], ["雪地里有两只狗"], ["木桌上有一盘食物"]]
+    spaced = {image: [" ".join(text) for text in captions] for image, captions in corpus.items()}
+    apart = [[" ".join(text) for text in group] for group in candidates]
+    ended = [[True]] * 3
+    _, parts = Rewards({"cider": 1.0, "bleu": 1.0}, corpus, language="zh-Hans")(list(corpus), candidates, ended)
+    expected = {"cider": coco(Cider(), spaced, apart, ended, 0), "bleu": coco(Bleu(4), spaced, apart, ended, 0)[3]}
+    for name, values in expected.items():
+        torch.testing.assert_close(parts[name][:, 0], torch.tensor(values, dtype=torch.float))
+    assert parts["cider"].min() > 0.5
+    assert Rewards({"bleu": 1.0}, corpus)(list(corpus), candidates, ended)[0].max() < 1e-3
+
+
 def test_an_images_reward_does_not_depend_on_the_batch(corpus):
     """CIDEr's frequencies are the training corpus's: within the batch, that of one image would be 0."""
     candidates, ended = candidates_of(corpus, 3)

@@ -22,6 +22,7 @@ FREE = {
     "training": ["common", "data", "models", "metrics", "collator", "captioner", "objectives", "arguments"],
 }
 SCRIPTS = ["train", "evaluate", "infer", "rewrite", "demo", "export"]
+PAGE = 65
 LONGEST_MAIN = {"train": 50, "evaluate": 60}
 ROOMS = {*FREE, *SCRIPTS, "sagemaker", "benchmarks", "tests", "demo_page"}
 
@@ -58,6 +59,17 @@ def test_a_script_is_its_table_of_contents(script):
             length = node.end_lineno - node.lineno + 1
             limit = LONGEST_MAIN.get(script, 40) if node.name == "main" else 40
             assert length <= limit, f"{script}.py: {node.name} has {length} lines, {limit} are allowed"
+
+
+@pytest.mark.parametrize("room", [*FREE, "demo_page"])
+def test_no_function_is_longer_than_a_page(room):
+    """Its body: flags and docstring may take their own."""
+    for path in sources(room):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                documented = ast.get_docstring(node) is not None and len(node.body) > 1
+                length = node.end_lineno - node.body[1 if documented else 0].lineno + 1
+                assert length <= PAGE, f"{path.relative_to(ROOT)}: {node.name} has {length} lines, {PAGE} are allowed"
 
 
 def test_there_is_no_symbolic_link():
