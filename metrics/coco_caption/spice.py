@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -245,7 +246,10 @@ class _Program:
         lines = self.messages.read().decode(errors="replace").strip().splitlines()
         if any("OutOfMemoryError" in line for line in lines):
             return f"SPICE's Java heap of {self.heap} was full: a caption may be very long"
+        lines = [line for line in lines if " INFO " not in line]  # CoreNLP says what it loads
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        if status == -signal.SIGKILL and not lines:
+            lines = ["somebody, or the system for want of memory, ended it"]
         return f"SPICE's process {how}: {' / '.join(lines[-3:]) or 'no message'}"
 
 
@@ -298,7 +302,8 @@ def why_no_spice(heap: str = "2G", cache: str | os.PathLike | None = None, will_
         return f"{_library() / 'spice-1.0.jar'} is missing: reinstall pycocoevalcap"
     if not find_corenlp(cache) and not will_fetch:
         folder = os.environ.get("CORENLP_DIR")
-        where = f"CORENLP_DIR={folder} lacks {' or '.join(CORENLP)}. " if folder else ""
+        lacking = [name for name in CORENLP if folder and not (Path(folder) / name).is_file()]
+        where = f"CORENLP_DIR={folder} lacks {' and '.join(lacking)}. " if folder else ""
         return (
             f"SPICE needs Stanford CoreNLP 3.6.0. {where}Pass --spice true to download it once (385 MB), or set CORENLP_DIR "
             "to a folder with its two jars"
@@ -360,10 +365,17 @@ def fetch_corenlp(cache: str | os.PathLike, remote_repos: dict[str, str] | None 
                     shutil.move(jar, target)
                     break
                 except Exception as error:  # the client raises what its parts raise: requests', XML's, its own
-                    reason = f"{name} could not be downloaded: {str(error) or type(error).__name__}"
+                    reason = f"{name} could not be downloaded: {_in_words(error)}"
                     logger.warning("%s (attempt %d of %d)", reason, attempt, _ATTEMPTS)
         else:
             raise Unavailable(reason)
+
+
+def _in_words(error: Exception) -> str:
+    host = re.search(r"host='([^']+)'", str(error))
+    if "IncompleteRead" in str(error):
+        return "the connection was cut off"
+    return f"no connection to {host[1]}" if host else str(error) or type(error).__name__
 
 
 def _sha1(path) -> str:
