@@ -479,7 +479,19 @@ class EvaluateArguments:
 
 
 @dataclass
-class InferArguments:
+class ShardArguments:
+    engine: Literal["local", "ray"] = flag(
+        "local",
+        "Who works on the shards: local, this process, of several under torchrun each every n-th; or ray, the workers of a "
+        "Ray cluster (RAY_ADDRESS, or ray job submit; else on this machine).",
+    )
+    workers: int | None = flag(None, "ray: workers. Default: one per GPU, without GPUs one per node.")
+    gpus_per_worker: float | None = flag(None, "ray: GPUs of a worker. Default: 1 where the cluster has any.")
+    status: str | None = flag(None, "Only say how far the run is that writes to this --output, from its files.")
+
+
+@dataclass
+class InferArguments(ShardArguments):
     output: str | None = flag(
         None,
         "What to write, by its name: x.jsonl, x.csv, x.parquet, x.json (COCO's results), metadata.jsonl or metadata.csv "
@@ -501,9 +513,16 @@ class InferArguments:
     )
     bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
     skip_bad_images: bool = flag(False, "Write unreadable images down with their error instead of stopping at one.")
+    shard_size: int | None = flag(
+        None,
+        "Images of a folder or a list, and rows of a Parquet file, that are written together: what a stopped run may have "
+        "to do again. A tar is always one shard. Default: 1,000, or fewer where a process would have none.",
+    )
 
     def check_words(self, paths: list[str]) -> None:
-        if not paths:
+        if self.shard_size is not None and self.shard_size < 1:
+            raise UserError("--shard_size must be at least 1.")
+        if not paths and not self.status:
             raise UserError("Name what to caption: image files, folders, globs, or a .txt or .jsonl list of images.")
 
     def complete(self):
@@ -533,7 +552,7 @@ class DemoArguments:
 
 
 @dataclass
-class RewriteArguments:
+class RewriteArguments(ShardArguments):
     output: str | None = flag(
         None,
         "JSONL file to write (its name ends in .jsonl), or a folder of Parquet files. The same command resumes a run that was stopped.",
@@ -552,7 +571,10 @@ class RewriteArguments:
     )
     language: str = flag("en", "Language of the texts: en, or any, which checks their script only.")
     output_column: str = flag("caption", "Column of the rewritten caption.")
-    rows_per_file: int = flag(100_000, "Rows of one Parquet file.")
+    rows_per_file: int | None = flag(
+        None,
+        "Rows of one Parquet file, which are worked on together. Default: 10,000, or fewer where a process would have none.",
+    )
     max_samples: int | None = flag(None, "Use only the first so many rows.")
     dry_run: bool = flag(False, "Ask nothing: count rows and tokens, tell what it would cost, and show a prompt.")
     data_format: str = flag("auto", "Format of a local input, if it is not to be told from its files.")
@@ -573,10 +595,12 @@ class RewriteArguments:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(filter(None, known))}.")
-        if self.rows_per_file < 1:
+        if self.rows_per_file is not None and self.rows_per_file < 1:
             raise UserError("--rows_per_file must be at least 1.")
 
     def check_words(self, what: list[str]) -> None:
+        if self.status:
+            return
         if len(what) != 2 or what[0] not in ("paragraph", "fuse"):
             raise UserError("Say what to do with what: rewrite.py paragraph INPUT ... or rewrite.py fuse INPUT ...")
         if what[0] == "paragraph" and self.on_reject == "keep_synthetic":

@@ -6,9 +6,11 @@
     python infer.py photos/ --output_format txt         a .txt beside each image
     python infer.py s3://bucket/photos --output s3://bucket/captions.csv
     torchrun --nproc_per_node 2 infer.py photos/ --output captions.jsonl
+    python infer.py --status captions.jsonl             how far a run is that writes there, here or elsewhere
 
-With --output a stopped run resumes where it was when the same command is given again, each image once and none lost,
-in any number of processes.
+With --output the images are worked on in shards, each of which is written whole or not at all: a stopped run resumes with
+those that are left when the same command is given again, each image once and none lost, in any number of processes. A
+million images, and clusters: docs/scale.md.
 """
 
 from arguments import INFER_GROUPS
@@ -22,34 +24,55 @@ import itertools
 import json
 import logging
 import os
+import sys
+import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 import data
 from captioner import Captioner
+from common import engine
 from common.errors import UserError
-from common.processes import processes, show_progress
-from common.resumable import open_part, write_row
-from data import writers
-from data.caption_output import bring_together, captioned_before, key, local_output, prepare_output
+from common.processes import default_workers, own_share, show_progress
+from data import caption_output, progress, writers
 from data.image_rows import image_rows, left_out
 from data.remote import is_remote
 from data.rows import Options
+from data.shards import ImageSource, reachable
 
 logger = logging.getLogger("infer")
 
 
 def main():
     model_args, generation_args, args, paths = parse(INFER_GROUPS, positional="paths")
+    if args.status:
+        print(progress.status(args.status, "images"))
+        return
     form = writers.form_of(args.output, args.output_format) if args.output or args.output_format else None
-    state = processes(patience=timedelta(days=7))  # who is done waits for the others
-    if form is None and state.num_processes > 1:
+    share = own_share()
+    if form is None and share[1] > 1:
         raise UserError("Several processes need --output, a file to bring their captions together in.")
-    rows = functools.partial(read_rows, paths, args)
-    next(rows(), None)  # what is wrong with the paths is said before the model is loaded
+    if form in (None, "txt") and args.engine == "ray":
+        raise UserError("--engine ray needs an --output that is not .txt files: local, or an address.")
+    load = functools.partial(load_captioner, model_args, generation_args, args)
+    failed = []
+    if form in (None, "txt"):
+        rows = functools.partial(image_rows, paths, options(args))
+        next(rows(), None)  # what is wrong with the paths is said before the model is loaded
+        print_captions(load(), rows, args) if form is None else write_texts(load(), rows, args, share)
+    else:
+        failed = write_output(load, args, form, paths, share)
+    if share[0] == 0:
+        say_left_out(paths)
+    if failed:
+        sys.exit(1)
+
+
+def load_captioner(model_args, generation_args, args) -> tuple[Captioner, dict]:
+    """The captioner, and the settings that a run may not change."""
+    model_args.complete()  # --device, in a worker's process too
     captioner = Captioner.from_pretrained(
         model_args.model_name_or_path,
         bf16=args.bf16,
@@ -57,27 +80,18 @@ def main():
         loading=model_args.loading(),
         **vars(generation_args),
     )
-    if form is None:
-        for row in caption(captioner, rows, args):
-            print(f"{row['image']}\t{row.get('caption', 'error: ' + row.get('error', ''))}", flush=True)
-    elif form == "txt":
-        write_texts(captioner, rows, args, state)
-    else:
-        settings = {"model": model_args.model_name_or_path, "revision": model_args.model_revision}
-        write_output(captioner, rows, args, form, settings | captioner.description(), paths, state)
-    if state.is_main_process:
-        say_left_out(paths)
+    named = {"model": model_args.model_name_or_path, "revision": model_args.model_revision}
+    return captioner, named | captioner.description()
 
 
-def read_rows(paths: list[str], args):
-    """The images to caption: see data.image_rows."""
-    options = Options(
+def options(args) -> Options:
+    """What the sources are asked for."""
+    return Options(
         image_dir=args.image_dir,
         image_column=args.image_column,
         config=args.dataset_config_name,
         format=args.data_format,
     )
-    return image_rows(paths, options)
 
 
 def say_left_out(paths: list[str]) -> None:
@@ -91,37 +105,36 @@ def say_left_out(paths: list[str]) -> None:
 
 
 class Share(torch.utils.data.IterableDataset):
-    """This process's share of the rows that are left, in batches that its loader workers take in turn."""
+    """Every `count`-th of the rows, from number `index` on, in batches that its loader workers take in turn."""
 
-    def __init__(self, rows, done: set[bytes], index: int, count: int, batch_size: int):
-        self.rows, self.done, self.index, self.count, self.batch_size = rows, done, index, count, batch_size
+    def __init__(self, rows, batch_size: int, index: int = 0, count: int = 1):
+        self.rows, self.batch_size, self.index, self.count = rows, batch_size, index, count
 
     def __iter__(self):
-        left = (row for row in self.rows() if key(row["name"]) not in self.done)
-        share = itertools.islice(left, self.index, None, self.count)
         worker = torch.utils.data.get_worker_info()
-        for number, row in enumerate(share):
+        for number, row in enumerate(itertools.islice(self.rows(), self.index, None, self.count)):
             if worker is None or number // self.batch_size % worker.num_workers == worker.id:
                 # The id carries the row from a worker's process to what is written of it.
                 place = row["image"] if isinstance(row["image"], str) else None
-                row_id = json.dumps([row["name"], row["columns"], row["relative"], place], default=str)
+                row_id = json.dumps([row.get("key"), row["name"], row["columns"], row["relative"], place], default=str)
                 yield {"image": row["image"], "image_id": row_id}
 
 
-def caption(captioner, rows, args, done: set[bytes] = frozenset(), index: int = 0, count: int = 1):
-    """{"image", the columns, "caption" or "error"} of each image in order; errors only if these are to be skipped."""
+def caption(captioner, rows: Share, args):
+    """{"key", "image", "relative", "place", the columns, "caption" or "error"} of each image in order; errors only if
+    these are to be skipped."""
     stream = captioner.stream(
-        Share(rows, done, index, count, args.per_device_eval_batch_size),
+        rows,
         batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers,
         skip_bad_images=args.skip_bad_images,
     )
     try:
-        for row_id, captions in show_progress(stream, None):
-            name, columns, relative, place = json.loads(row_id)
+        for row_id, captions in stream:
+            key, name, columns, relative, place = json.loads(row_id)
             failed = isinstance(captions, data.ImageError)
-            taken = {"image": name, "relative": relative, "place": place} | {
-                f"source_{column}" if column in ("image", "caption", "error", "relative", "place") else column: value
+            taken = {"key": key, "image": name, "relative": relative, "place": place} | {
+                f"source_{column}" if column in caption_output.OWN else column: value
                 for column, value in columns.items()
             }
             yield taken | ({"error": str(captions)} if failed else {"caption": captions[0]})
@@ -133,47 +146,79 @@ def caption(captioner, rows, args, done: set[bytes] = frozenset(), index: int = 
         ) from None
 
 
-def write_texts(captioner, rows, args, state) -> None:
+def print_captions(loaded, rows, args) -> None:
+    for row in show_progress(caption(loaded[0], Share(rows, args.per_device_eval_batch_size), args), None):
+        print(f"{row['image']}\t{row.get('caption', 'error: ' + row.get('error', ''))}", flush=True)
+
+
+def write_texts(loaded, rows, args, share: tuple[int, int]) -> None:
     """A .txt beside each image, or below --output. One that is there is left as it is, so a stopped run resumes."""
     folder = Path(args.output) if args.output else None
     if args.output and is_remote(args.output):
         raise UserError("--output_format txt writes beside local images or into a local folder.")
-    written, there = 0, set()
-    for row in rows():
-        if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
-            raise UserError(f"{row['name']} lies inside a source: name a folder for the .txt files with --output.")
-        if writers.text_of(row["image"], row["relative"], folder).exists():
-            there.add(key(row["name"]))
-    state.wait_for_everyone()
-    for row in caption(captioner, rows, args, there, state.process_index, state.num_processes):
+    written, there = 0, Counter()
+
+    def left():
+        for row in itertools.islice(rows(), share[0], None, share[1]):
+            if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
+                raise UserError(f"{row['name']} lies inside a source: name a folder for the .txt files with --output.")
+            if writers.text_of(row["image"], row["relative"], folder).exists():
+                there["before"] += 1
+            else:
+                yield row
+
+    for row in show_progress(caption(loaded[0], Share(left, args.per_device_eval_batch_size), args), None):
         if "caption" in row:
             target = writers.text_of(row["place"], row["relative"], folder)
             written += writers.write_text_beside(target, row["caption"])
         else:
             logger.warning("%s", row["error"])
-    logger.info("%d .txt files written; %d images had one, which is left as it is", written, len(there))
+    logger.info("%d .txt files written; those that were there are left as they are", written)
 
 
-def write_output(captioner, rows, args, form: str, settings: dict, paths: list[str], state) -> None:
-    """Caption what is left into part files, a line as soon as it is known, and bring them together at the end."""
-    output = local_output(args.output)
-    with state.main_process_first():
-        prepare_output(output, args.output, form, settings, state)
-    done = captioned_before(output, form)
-    if isinstance(next(rows())["image"], str):  # files: they are counted without being read
-        names = [row["name"] for row in rows()]
-        before = sum(key(name) in done for name in names) if done else 0
-        logger.info("%d images, %d of them captioned before", len(names), before)
-    else:
-        logger.info("%d images captioned before", len(done))
-    state.wait_for_everyone()  # all have read what was done before anyone adds to it
-    with open_part(output, state.process_index) as file:
-        for row in caption(captioner, rows, args, done, state.process_index, state.num_processes):
+def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]) -> list[str]:
+    """Caption the shards that are left, and make the output of all when none is. Returns what failed."""
+    folder = caption_output.shard_folder(args.output, form)
+    folder.check()
+    source = ImageSource(paths, options(args))
+    size = args.shard_size or folder.size(1000, engine.sharing(args, share), source.first)
+    shards = source.shards(size)
+    work = CaptionShards(load, args, source, folder, caption_output.stale_files(folder, shards))
+    begin = functools.partial(progress.begin, folder, shards, size, "images", share)
+    engine.run(work, begin, functools.partial(reachable, folder.name), args, len(shards))
+    caption_output.finish(folder, shards, form, source, paths)
+    return progress.failures(folder, shards)
+
+
+class CaptionShards:
+    """The captions of a shard, into its file. A worker has one of these."""
+
+    def __init__(self, load, args, source: ImageSource, folder, stale: list[str]):
+        self.load, self.args, self.source, self.folder = load, args, source, folder
+        self.earlier = caption_output.Earlier(folder, stale)
+
+    def start(self) -> dict:
+        """Load the model; returns the settings that a run may not change."""
+        self.captioner, self.settings = self.load()
+        if self.args.dataloader_num_workers is None:
+            self.args.dataloader_num_workers = default_workers()
+        return self.settings
+
+    def __call__(self, shard, tick) -> dict:
+        started, known, captioned = time.time(), {}, []
+        rows = functools.partial(self.source.rows, shard)
+        if shard.kind == "rows" and (self.earlier.stale or self.args.dataloader_num_workers):
+            listed = list(rows())  # a loader's processes would each read the source up to here
+            known = self.earlier.rows([row["key"] for row in listed])
+            rows = lambda: (row for row in listed if row["key"] not in known)  # noqa: E731
+        for row in caption(self.captioner, Share(rows, self.args.per_device_eval_batch_size), self.args):
             row.pop("relative"), row.pop("place")
-            write_row(file, row)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        bring_together(output, args.output, form, rows, paths)
+            captioned.append(row)
+            tick(len(captioned))
+        if known:
+            found = known | {row["key"]: row for row in captioned}
+            captioned = [found[row["key"]] for row in listed]
+        return caption_output.write_shard(self.folder, shard, captioned, time.time() - started, self.settings)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
     torchrun --nproc_per_node 8 rewrite.py fuse INPUT ...
 
 INPUT is whatever train.py trains on, or JSON, JSONL, CSV, Parquet or a Hub set with columns of captions. OUT keeps its
-columns, and adds `caption` and `rewrite`: status, reason, warnings, model, prompt, settings. A run that was stopped goes
-on when the same command is given again, in any number of processes; no row that was finished is asked for again.
+columns, and adds `caption` and `rewrite`: status, reason, warnings, model, prompt, settings. A run that was stopped resumes
+when the same command is given again, in any number of processes; no row that was answered is asked for again.
+--status OUT says how far it is, here or elsewhere; millions of rows, and clusters: docs/scale.md.
 --dry_run tells first what it would cost. Keys come from the environment (OPENAI_API_KEY).
 """
 
@@ -18,88 +19,127 @@ from common.cli import check, parse, run
 if __name__ == "__main__":
     check(REWRITE_GROUPS, positional="task")  # answers --help and mistakes before torch is imported
 
+import functools
 import itertools
 import json
 import logging
+import os
+import sys
+import tempfile
+import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
+from common import engine
 from common.errors import UserError
-from common.files import write_json
-from common.processes import processes, show_progress
+from common.files import whole
+from common.processes import own_share
 from common.provenance import environment
-from common.resumable import check_settings, open_part, parts, settings_file, write_row
+from data import progress
+from data.remote import is_remote, upload
+from data.shards import REPORT, ShardFolder, reachable
 from rewriting import results as res
 from rewriting.backends import load_tokenizer, open_backend
 from rewriting.checks import REASONS, Checker
-from rewriting.prompts import Tokens, load_prompt
-from rewriting.rows import open_source, write_rows
+from rewriting.prompts import Prompt, Tokens, load_prompt
+from rewriting.rows import Source, open_source, tables, told_from
 
 logger = logging.getLogger("rewrite")
 
 
 def main():
-    args, llm_args, (task, name) = parse(REWRITE_GROUPS, positional="task")
+    args, llm_args, words = parse(REWRITE_GROUPS, positional="task")
+    if args.status:
+        print(progress.status(args.status, "rows"))
+        return
+    task, name = words
     llm_args.max_new_tokens = llm_args.max_new_tokens or (80 if task == "fuse" else 256)
     llm_args.max_prompt_tokens = llm_args.max_prompt_tokens or (256 if task == "fuse" else 1024)
     prompt = load_prompt(task, args.prompt_file)
-    state = processes(patience=timedelta(days=7))  # who is done waits for the others
-    with state.main_process_first():
-        source = open_source(task, name, args)
+    share = own_share()
+    source = open_source(task, name, args)
     if args.dry_run:
         print(res.estimate(source, prompt, counting_tokens(args.llm, llm_args), args, llm_args))
         return
 
-    output = check_output(args, source)
-    llm = open_backend(args.llm, llm_args)
-    settings = {"llm": args.llm, "prompt": prompt.sha256, "seed": llm_args.seed, **llm.settings()}
-    run_settings = {"task": task, "language": args.language, **settings}
-    if parts(output):
-        check_settings(output, run_settings)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_json(settings_file(output), run_settings)
-
-    before = res.Results(output)
-    left = sum(1 for _ in res.rows_left(source, before, args.max_samples)) if not args.streaming else None
-    logger.info("%s rows to rewrite, %d were before", "unknown" if left is None else left, before.count)
-    state.wait_for_everyone()  # all have read what was done before anyone adds to it
-    share = itertools.islice(
-        res.rows_left(source, before, args.max_samples), state.process_index, None, state.num_processes
-    )
-    jobs = res.jobs(share, prompt, llm.tokens, llm_args.max_prompt_tokens)
-    total = None if left is None else left // state.num_processes
-    with open_part(output, state.process_index) as part:
-        write_texts(part, llm, jobs, Checker(prompt, args.language), total, output)
-    before.close()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        bring_together(task, source, output, args, llm_args, settings)
+    folder = check_output(args, source)
+    args.on_reject = args.on_reject or res.FALLBACKS[task]
+    first = lambda limit: itertools.islice(source.read(source.columns), limit)  # noqa: E731
+    args.rows_per_file = args.rows_per_file or folder.size(10_000, engine.sharing(args, share), first)
+    shards = res.plan(source, args.rows_per_file, args.max_samples, args.on_reject, args.output_column)
+    opened = functools.partial(open_source, task, name, args)
+    work = RewriteShards(task, args, llm_args, prompt, opened, source_features(source, folder), folder)
+    begin = functools.partial(progress.begin, folder, shards, args.rows_per_file, "rows", share)
+    engine.run(work, begin, functools.partial(reachable, folder.name), args, len(shards))
+    finish(source, folder, shards, args, llm_args)
+    if progress.failures(folder, shards):
+        sys.exit(1)
 
 
-def write_texts(part, llm, jobs, checker: Checker, total: int | None, output: Path) -> None:
-    """Append the text of each job to `part` as soon as it passes the checks or is given up."""
-    reasons: Counter = Counter()
-    finished = llm.run(jobs, lambda job, text, ended: checker.fault(text, job.inputs, ended))
-    for job, outcome in show_progress(finished, total, "rewriting"):
-        write_row(part, res.result_row(job, outcome))
-        reasons[outcome.reason] += 1
-        warn_early(reasons, output)
+class RewriteShards:
+    """The rewritten captions of a shard, into its file. A worker has one of these."""
+
+    def __init__(self, task: str, args, llm_args, prompt: Prompt, opened, features, folder: ShardFolder):
+        self.task, self.args, self.llm_args, self.prompt = task, args, llm_args, prompt
+        self.opened, self.features, self.folder = opened, features, folder
+        self.reasons: Counter = Counter()
+
+    def start(self) -> dict:
+        """Open the source and the LLM; returns the settings that a run may not change."""
+        self.rows = res.Rows(self.opened())
+        self.llm = open_backend(self.args.llm, self.llm_args)
+        self.checker = Checker(self.prompt, self.args.language)
+        settings = {"llm": self.args.llm, "prompt": self.prompt.sha256, "seed": self.llm_args.seed}
+        self.settings = settings | self.llm.settings()
+        more = {"task": self.task, "language": self.args.language, "rows_per_file": self.args.rows_per_file}
+        return more | self.settings
+
+    def __call__(self, shard, tick) -> dict:
+        started, source, report = time.time(), self.rows.source, res.Report()
+        with res.Answers(self.folder, shard) as answers:
+            tick(len(answers.rows))
+            self.ask(shard, answers, tick)
+            answers.keep()
+            provenance = {"model": self.settings["llm"], "prompt": self.settings["prompt"]}
+            provenance["settings"] = json.dumps(self.settings)
+            every = self.rows.read(shard, None)
+            merged = res.merged(every, source, answers, self.task, self.args, provenance, report)
+
+            def counts():
+                rejected = report.reasons.total()
+                seconds = round(time.time() - started, 3)
+                return {"source": str(shard), "rows": report.rows, "errors": rejected, "seconds": seconds,
+                        "finished": time.time(), "settings": self.settings, "report": vars(report)}  # fmt: skip
+
+            self.folder.write(shard.file, tables(merged, self.features, self.args.output_column), counts)
+        return {"rows": report.rows, "errors": report.reasons.total()}
+
+    def ask(self, shard, answers: res.Answers, tick) -> None:
+        """Have the rows rewritten that have no answer yet; each is kept as soon as it passes the checks or is given up."""
+        left = res.rows_left(self.rows.read(shard, self.rows.source.columns), self.rows.source, answers)
+        jobs = res.jobs(left, self.prompt, self.llm.tokens, self.llm_args.max_prompt_tokens)
+        finished = self.llm.run(jobs, lambda job, text, ended: self.checker.fault(text, job.inputs, ended))
+        for job, outcome in finished:
+            answers.add(res.result_row(job, outcome))
+            self.reasons[outcome.reason] += 1
+            warn_early(self.reasons, answers.path)
+            tick(len(answers.rows))
 
 
-def check_output(args, source) -> Path:
-    output = Path(args.output)
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: its folder does not exist.")
-    if output.is_dir() == (output.suffix == ".jsonl") and output.exists():
-        raise UserError(f"--output {output}: a name ending in .jsonl is a file, any other a folder of Parquet files.")
-    if output.exists() and not settings_file(output).exists():
-        raise UserError(f"--output {output} is there already, and no run of rewrite.py made it. Name another.")
+def check_output(args, source: Source) -> ShardFolder:
     for column in (args.output_column, "rewrite"):
         if column in next(source.read(None)):
             raise UserError(f"{source.name} has a column {column!r} already. Rename it, or choose --output_column.")
-    return output
+    folder = ShardFolder(args.output, single=args.output.endswith(".jsonl"))
+    folder.check()
+    return folder
+
+
+def source_features(source: Source, folder: ShardFolder):
+    """Types of the input's columns, for Parquet: those that it says, else as its first 1,000 rows show them."""
+    if folder.single:
+        return None
+    return source.features or told_from(list(itertools.islice(source.read(None), 1000)))
 
 
 def counting_tokens(llm: str, llm_args) -> Tokens:
@@ -110,31 +150,65 @@ def counting_tokens(llm: str, llm_args) -> Tokens:
     return Tokens(load_tokenizer(llm_args.tokenizer) if llm_args.tokenizer else None)
 
 
-def warn_early(reasons: Counter, output: Path) -> None:
+def warn_early(reasons: Counter, answers: Path) -> None:
     """Says while there is time when most texts are rejected."""
     if reasons.total() == 200 and reasons[None] < 100:
         rejected = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common() if reason)
-        logger.warning(
-            "of the first 200 texts %d were rejected (%s): see %s.part-0", 200 - reasons[None], rejected, output
-        )
+        logger.warning("of the first 200 texts %d were rejected (%s): see %s", 200 - reasons[None], rejected, answers)
 
 
-def bring_together(task: str, source, output: Path, args, llm_args, settings: dict) -> None:
-    """The output, made of the input and all parts; then the report. The parts stay: they are what a further run of the
-    same command (with more rows, another --on_reject) resumes from."""
-    provenance = {"model": settings["llm"], "prompt": settings["prompt"], "settings": json.dumps(settings)}
-    results, report = res.Results(output), res.Report()
-    rows = res.merged(source, results, task, args, provenance, report)
-    write_rows(rows, output, source.features, args.output_column, args.rows_per_file)
-    results.close()
+def finish(source: Source, folder: ShardFolder, shards: list, args, llm_args) -> None:
+    """The report, and where the output is one file that file, once all shards are there. The answers stay: a run of the
+    same command with more rows, or another --on_reject, asks for none of them again."""
+    done = folder.done(shards)
+    if len(done) < len(shards):
+        left = len(shards) - len(done)
+        logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
+        return
+    names = [done[shard] for shard in shards]
+    for name in set(folder.outputs().values()) - set(names):  # of fewer rows, or another --on_reject
+        folder.remove(name)
+    counts = [counts for _, counts in folder.footers(names)]
+    if [each["rows"] for each in counts] != [shard.rows for shard in shards]:
+        raise UserError(f"{folder.name}: a file does not have the rows of its shard. Delete it, and start again.")
+    if folder.single:
+        bring_together(folder, names)
+    report = res.Report()
+    for each in counts:
+        report.merge(each["report"])
     summary = report.summary(llm_args.price_in, llm_args.price_out)
-    write_json(output.with_name(f"{output.name}.report.json"), {**summary, "settings": settings, **environment()})
-    logger.info("%s: %d rows verified, each once; %s", output, summary["rows"], in_words(summary["status"]))
+    summary |= res.vocabulary(rows_of(folder, names), source, args.output_column)
+    folder.write_json(REPORT, {**summary, "settings": counts[0]["settings"], **environment()})
+    say(folder, summary)
+
+
+def bring_together(folder: ShardFolder, names: list[str]) -> None:
+    """A single .jsonl: the lines of all shards, one shard after the other."""
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "output.jsonl" if folder.remote else Path(folder.output)
+        with whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for name in names:
+                for batch in folder.read(name):
+                    file.writelines(f"{line}\n" for line in batch["line"].to_pylist())
+            file.flush()
+            os.fsync(file.fileno())
+        if is_remote(folder.output):
+            upload(output, folder.output)
+
+
+def rows_of(folder: ShardFolder, names: list[str]):
+    """The rows of the output, in their order."""
+    for batch in itertools.chain.from_iterable(map(folder.read, names)):
+        yield from map(json.loads, batch["line"].to_pylist()) if folder.single else batch.to_pylist()
+
+
+def say(folder: ShardFolder, summary: dict) -> None:
+    logger.info("%s: %d rows verified, each once; %s", folder.output, summary["rows"], in_words(summary["status"]))
     for reason, number in summary["rejected"].items():
         logger.info("  rejected: %d %s (%s)", number, reason, REASONS[reason])
     logger.info("  %d tokens of prompts, %d written%s", *summary["tokens"].values(),
                 "" if summary["cost"] is None else f", cost {summary['cost']:.2f}")  # fmt: skip
-    if summary["most_frequent_text"] > 0.05 * summary["rows"] > 5:
+    if summary["most_frequent_text"] > 0.05 * summary["vocabulary_and_frequency_of_first_rows"] > 5:
         logger.warning(
             "one text is repeated in %d rows: look at the samples in the report", summary["most_frequent_text"]
         )

@@ -3,7 +3,6 @@
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import psutil
 import torch
@@ -14,10 +13,18 @@ from common.errors import UserError
 from common.limits import cpus
 
 
-def processes(patience: timedelta | None = None) -> PartialState:
-    """This process among those that torchrun or accelerate launch started; joins them on its first call, which also
-    says how long one waits for another (default: torch's, 10 to 30 minutes)."""
-    return PartialState(cpu=not on_accelerator(), **({"timeout": patience} if patience else {}))
+def processes() -> PartialState:
+    """This process among those that torchrun or accelerate launch started; joins them on its first call."""
+    return PartialState(cpu=not on_accelerator())
+
+
+def own_share() -> tuple[int, int]:
+    """(number, count) of this process among those that were started together, for work that needs no other of them:
+    it does not join them, so that none waits for another, and runs on the GPU of its own number."""
+    number, count, local = (int(os.environ.pop(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if count > 1 and on_accelerator():
+        torch.accelerator.set_device_index(local % torch.accelerator.device_count())
+    return number, count
 
 
 def on_accelerator() -> bool:

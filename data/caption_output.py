@@ -1,7 +1,6 @@
-"""The output of infer.py: part files while it runs, then one output of them in the form that its name says.
+"""The output of infer.py: a Parquet file per shard, and at the end what the name of the output says, made of them.
 
-In what follows `output` is the local path where it is made, `name` what --output says (a path or an address), `form` a
-key of data.writers.FORMATS, and `rows()` what data.image_rows gives of the source, as often as it is called.
+In what follows `name` is what --output says (a path or an address) and `form` a key of data.writers.FORMATS.
 """
 
 import contextlib
@@ -11,107 +10,234 @@ import json
 import logging
 import os
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from common.caches import cache_folder
-from common.errors import UserError
-from common.files import write_json
-from common.resumable import check_settings, parts, settings_file, whole_lines
+import pyarrow as pa
+
+from common.files import whole
 from data import writers
 from data.formats import webdataset
 from data.image_rows import source_files
-from data.remote import file_system, is_remote, local_copy, upload
+from data.remote import is_remote, upload
+from data.shards import REPORT, ImageSource, Shard, ShardFolder
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
+OWN = (
+    "key",
+    "image",
+    "caption",
+    "error",
+    "relative",
+    "place",
+    "columns",
+)  # a source's columns of these names are renamed
 
 
-def local_output(name: str) -> Path:
-    """Where the output is made: itself, or for an address a place in the cache, from which it is put there."""
-    if not is_remote(name):
-        return Path(name.rstrip("/\\"))
-    file_system(name)  # a missing package is said before anything is captioned
-    folder = cache_folder() / "outputs" / hashlib.sha256(name.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name.rstrip("/").rsplit("/", 1)[-1]
+def shard_folder(name: str, form: str) -> ShardFolder:
+    """Where the shards' outputs are: in the output itself if that is a folder of Parquet files."""
+    return ShardFolder(name, single=not (form == "parquet" and writers.is_folder(name, form)))
 
 
-def prepare_output(output: Path, name: str, form: str, settings: dict, state) -> None:
-    """Refuses to add to captions of another model or other settings, of which OUTPUT.settings.json tells."""
-    if (output.is_dir() and not writers.is_folder(name, form)) or not output.parent.is_dir():
-        raise UserError(f"--output {name}: name a file in a folder that exists.")
-    if is_remote(name) and not output.exists() and state.is_main_process:
-        system, path = file_system(name)
-        if system.exists(path):
-            shutil.copy(local_copy(name), output) if system.isfile(path) else shutil.copytree(local_copy(name), output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        next(writers.read_back(output, form), None)  # refuses what nothing can be added to
-    if output.exists() or parts(output):
-        check_settings(output, settings)
-    if state.is_main_process:
-        write_json(settings_file(output), settings)
+def short(key: str) -> bytes:
+    """A stand-in for a key, so that a million of them fit in little memory."""
+    return hashlib.blake2b(os.fsencode(key), digest_size=12).digest()
 
 
-def captioned_before(output: Path, form: str) -> set[bytes]:
-    """Keys of the images whose rows are in part files or in a finished output."""
-    done = {key(json.loads(line)["image"]) for part in parts(output) for line in whole_lines(part)}
-    if output.exists():
-        done |= {key(row["image"]) for row in writers.read_back(output, form)}
-    return done
+def write_shard(folder: ShardFolder, shard: Shard, rows: list[dict], seconds: float, settings: dict) -> dict:
+    """Write a shard's rows, {"key", "image", columns ..., "caption" or "error"}; returns the counts of its footer."""
+    errors = sum("error" in row for row in rows)
+    counts = {"source": str(shard), "kind": shard.kind, "label": shard.label, "rows": len(rows), "errors": errors}
+    counts |= {"seconds": round(seconds, 3), "finished": time.time(), "settings": settings}
+    if folder.single:  # columns as they are, of whatever types, until the output is made of them
+        rows = [
+            {name: row[name] for name in ("key", "image", "caption", "error") if name in row}
+            | {"columns": json.dumps({k: v for k, v in row.items() if k not in OWN}, ensure_ascii=False, default=str)}
+            for row in rows
+        ]
+    schema = writers.schema_of(lambda: iter(rows), ("key", "image", "caption", "error"), nulls=True)
+    folder.write(shard.file, iter([writers.table_of(rows, schema)]), lambda: counts)
+    return counts
 
 
-def key(path: str) -> bytes:
-    """A short stand-in for a path, so that a million of them fit in little memory."""
-    return hashlib.blake2b(os.fsencode(path), digest_size=12).digest()
+class Earlier:
+    """Rows of outputs whose shards are no longer those of the source, since it grew: found again by their key.
+
+    Args:
+        stale: names of their files.
+    """
+
+    def __init__(self, folder: ShardFolder, stale: list[str]):
+        self.folder, self.stale, self.places = folder, stale, None
+
+    def rows(self, keys: list[str]) -> dict[str, dict]:
+        """{key: row} of those that are there, rows as `write_shard` takes them."""
+        if self.places is None:
+            self.places = {}
+            for number, name in enumerate(self.stale):
+                column = (key for batch in self.folder.read(name, ["key"]) for key in batch["key"].to_pylist())
+                self.places.update({short(key): (number, row) for row, key in enumerate(column)})
+        wanted: dict[int, set[int]] = {}
+        for key in keys if self.places else ():
+            if short(key) in self.places:
+                number, row = self.places[short(key)]
+                wanted.setdefault(number, set()).add(row)
+        found = {}
+        for number, numbers in wanted.items():
+            for place, row in enumerate(rows_in(self.folder, self.stale[number])):
+                if place in numbers:
+                    found[row["key"]] = row
+        return found
 
 
-def bring_together(output: Path, name: str, form: str, rows, paths: list[str]) -> None:
-    """One output of all parts, in the order of the source, then of what earlier runs captioned besides."""
-    with contextlib.ExitStack() as stack:
-        if output.exists() and (output.is_file() or any(output.iterdir())):
-            before = output.with_name(f"{output.name}.part-before")
-            with open(before, "w", encoding="utf-8") as file:
-                for row in writers.read_back(output, form):
-                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        files = [stack.enter_context(open(path, "rb")) for path in parts(output)]
-        places: dict[bytes, tuple[int, int]] = {}
-        for number, file in enumerate(files):
-            position = 0
-            for line in file:
-                if line.endswith(b"\n"):  # a kill cuts the last one in two
-                    places[key(json.loads(line)["image"])] = (number, position)
-                position += len(line)
-        order = [row_key for row in rows() if (row_key := key(row["name"])) in places]
-        wanted = set(order)
-        order += [row_key for row_key in places if row_key not in wanted]
-
-        def merged():
-            for row_key in order:
-                number, position = places[row_key]
-                files[number].seek(position)
-                yield json.loads(files[number].readline())
-
-        temporary = output.with_name(f"{output.name}.new")
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        _writer(output, name, form, paths)(merged, temporary, rows)
-    if output.is_dir():
-        shutil.rmtree(output)
-    temporary.replace(output)
-    for part in parts(output):
-        part.unlink()
-    if is_remote(name):
-        upload(output, name)
-    logger.info("%d captions in %s", len(places), name)
+def rows_in(folder: ShardFolder, name: str) -> Iterator[dict]:
+    """The rows of a shard's file, as `write_shard` took them."""
+    for batch in folder.read(name):
+        for row in batch.to_pylist():
+            row = {column: value for column, value in row.items() if value is not None}
+            columns = json.loads(row.pop("columns")) if folder.single else {}
+            said = {column: row.pop(column) for column in ("caption", "error") if column in row}
+            yield row | columns | said
 
 
-def _writer(output: Path, name: str, form: str, paths: list[str]):
+def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSource, paths: list[str]) -> bool:
+    """Make the output of the shards' files, if all are there; whether they are."""
+    done = folder.done(shards)
+    if len(done) < len(shards):
+        left = len(shards) - len(done)
+        logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
+        return False
+    with _alone(folder) as free:
+        if not free:  # another process sees the same, and is at it
+            return True
+        names = [done[shard] for shard in shards]
+        besides = _leave_out_what_is_replaced(folder, shards, names)
+        if folder.single:
+            _bring_together(folder, form, shards, names + besides, source, paths)
+        else:
+            _give_one_schema(folder, names + besides)
+        counts = [counts for _, counts in folder.footers(names + besides)]
+        total = {name: sum(each.get(name, 0) for each in counts) for name in ("rows", "errors", "seconds")}
+        folder.write_json(REPORT, {"shards": len(counts), **total, "settings": counts[0].get("settings") if counts else {}})
+    logger.info(
+        "%d captions in %s, %d images without one", total["rows"] - total["errors"], folder.output, total["errors"]
+    )
+    return True
+
+
+@contextlib.contextmanager
+def _alone(folder: ShardFolder):
+    """Whether this is the only process here that finishes the output."""
+    if folder.remote or fcntl is None:
+        yield True
+        return
+    with open(Path(folder.path) / "_lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(Path(folder.path) / "_lock")
+
+
+def _leave_out_what_is_replaced(folder: ShardFolder, shards: list[Shard], names: list[str]) -> list[str]:
+    """Files of earlier shards that hold rows which no file of `names` has, with those rows alone."""
+    stale = stale_files(folder, shards)
+    if not stale:
+        return []
+    present = {short(key) for name in names for batch in folder.read(name, ["key"]) for key in batch["key"].to_pylist()}
+    labels = {(shard.kind, shard.label) for shard in shards if shard.kind != "rows"}
+    kept = []
+    for name, (schema, counts) in zip(stale, folder.footers(stale), strict=True):
+        table = pa.Table.from_batches(folder.read(name), schema)
+        left = [short(key) not in present for key in table["key"].to_pylist()]
+        if (counts.get("kind"), counts.get("label")) in labels or not any(left):
+            folder.remove(name)
+            continue
+        kept.append(name)
+        if not all(left):
+            table = table.filter(pa.array(left))
+            errors = len(table) - table["error"].null_count
+            folder.write(name, iter([table]), lambda c=counts, t=table, e=errors: c | {"rows": len(t), "errors": e})
+    return kept
+
+
+def stale_files(folder: ShardFolder, shards: list[Shard]) -> list[str]:
+    """Files of shards that the source has no longer."""
+    planned = {shard.id + shard.digest for shard in shards}
+    return [name for key, name in folder.outputs().items() if key not in planned]
+
+
+def _give_one_schema(folder: ShardFolder, names: list[str]) -> None:
+    """Write those files again whose columns or types differ from what holds all: readers take those of the first."""
+    found = [
+        (name, schema.remove_metadata(), counts)
+        for name, (schema, counts) in zip(names, folder.footers(names), strict=True)
+    ]
+    schema = writers.common_schema([schema for _, schema, _ in found])
+    for name, own, counts in found:
+        if own != schema:
+            rows = [row for batch in folder.read(name) for row in batch.to_pylist()]
+            folder.write(name, iter([writers.table_of(rows, schema)]), lambda counts=counts: counts)
+
+
+def _bring_together(folder: ShardFolder, form: str, shards, names: list[str], source, paths: list[str]) -> None:
+    """The output of all shards, in their order."""
+    output = folder.output
+    several = len({piece for piece in source.pieces if piece[0] == "parquet"}) > 1
+
+    def rows():
+        found = (row for name in names for row in rows_in(folder, name))
+        for row in _numbered(found, "image") if several else found:
+            row.pop("key")
+            yield row
+
+    def images():
+        found = (row for shard in shards for row in source.rows(shard))
+        yield from _numbered(found, "name") if several else found
+
+    writer = _writer(output, form, paths)
+    if is_remote(output):
+        with tempfile.TemporaryDirectory() as temporary:
+            writer(rows, Path(temporary) / "output", images)
+            upload(Path(temporary) / "output", output)
+    elif form == "tar" and writers.is_folder(output, form):
+        temporary = Path(f"{output}.new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        writer(rows, temporary, images)
+        shutil.rmtree(output, ignore_errors=True)
+        temporary.replace(output)
+    else:
+        with whole(output) as temporary:
+            writer(rows, temporary, images)
+
+
+def _numbered(rows: Iterator[dict], column: str) -> Iterator[dict]:
+    """Rows with a number behind a name that another file of the source has, too."""
+    seen = set()
+    for row in rows:
+        name, number = row[column], 1
+        while short(row[column]) in seen:
+            number += 1
+            row[column] = f"{name}#{number}"
+        seen.add(short(row[column]))
+        yield row
+
+
+def _writer(output: str, form: str, paths: list[str]):
     """The function of data.writers for a form of output."""
     if form == "metadata":
-        return functools.partial(writers.write_metadata, folder=output.parent, kind=output.suffix)
-    folder = writers.is_folder(name, form)
-    if form == "tar" and folder:
+        return functools.partial(writers.write_metadata, folder=Path(output).parent, kind=os.path.splitext(output)[1])
+    if form == "tar" and writers.is_folder(output, form):
         return functools.partial(writers.write_tars, tars=source_files(paths, webdataset.TARS))
-    if form == "parquet" and folder:
-        return writers.write_parquet_folder
     forms = {"jsonl": writers.write_jsonl, "csv": writers.write_csv, "parquet": writers.write_parquet}
     return (forms | {"coco": writers.write_coco, "tar": writers.write_tar})[form]

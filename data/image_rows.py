@@ -5,6 +5,7 @@ needed. Nothing is decoded here, and of a tar or a Parquet file only a piece is 
 """
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -41,85 +42,138 @@ def image_rows(paths: list[str], options: Options) -> Iterator[dict]:
     Raises:
         DataError: a path that does not exist, holds no image, or cannot be read.
     """
-    if not paths:
-        raise DataError(
-            "Name what to caption: image files, folders, globs, a list of images (.txt, .jsonl, .csv), tar or Parquet "
-            "files, a Hub data set."
-        )
-    seen: dict[str, int] = {}
-    for path in paths:
-        for row in _rows(str(path), options):
-            row["name"] = row["name"].encode("utf-8", "backslashreplace").decode()  # file names may be any bytes
-            image = row["image"]
-            content = image.get("bytes") if isinstance(image, dict) else None
-            if content is not None:  # images of one name may be different ones
-                digest = xxhash.xxh3_64_intdigest(content)
-                number, name = 1, row["name"]
-                while seen.get(row["name"], digest) != digest:
-                    number += 1
-                    row["name"] = f"{name}#{number}"
-                if row["name"] in seen:
-                    continue
-                seen[row["name"]] = digest
-            elif row["name"] in seen:
+    rows = (row for piece in pieces(paths, options) for row in rows_of(*piece, options))
+    return unique(rows, {})
+
+
+def unique(rows: Iterator[dict], seen: dict[int, int] | None) -> Iterator[dict]:
+    """The rows without images that were there before; another image of the same name gets a number.
+
+    Args:
+        seen: hashes of names and of contents that were there before, which grows; None where all names differ.
+    """
+    for row in rows:
+        row["name"] = row["name"].encode("utf-8", "backslashreplace").decode()  # file names may be any bytes
+        if seen is not None:
+            content = row["image"].get("bytes") if isinstance(row["image"], dict) else None
+            digest = 0 if content is None else xxhash.xxh3_64_intdigest(content)
+            number, name = 1, row["name"]
+            while content is not None and seen.get(_hash(row["name"]), digest) != digest:
+                number += 1
+                row["name"] = f"{name}#{number}"
+            if _hash(row["name"]) in seen:
                 continue
-            else:
-                seen[row["name"]] = 0
-            yield row
+            seen[_hash(row["name"])] = digest
+        yield row
+
+
+def _hash(name: str) -> int:
+    return xxhash.xxh3_64_intdigest(name.encode())
 
 
 def _row(name: str, image, columns: dict | None = None, relative: str | None = None) -> dict:
     return {"name": name, "image": image, "columns": columns or {}, "relative": relative or os.path.basename(name)}
 
 
-def _rows(path: str, options: Options) -> Iterator[dict]:
-    if is_remote(path):
-        yield from _remote_rows(path, options)
-    elif options.format != "auto":
-        source, place = find_format(path, options.format)
-        yield from _format_rows(source, place, path, options)
-    elif os.path.isdir(path):
-        yield from _folder_rows(path, options)
-    elif os.path.exists(path):
-        yield from _file_rows(path, options)
-    elif found := sorted(glob.glob(path, recursive=True)):
-        for file in found:
-            if os.path.isdir(file):
-                yield from _folder_rows(file, options)
-            else:
-                yield from _file_rows(file, options)
-    else:
-        # A name with one / and no ending may be the id of a Hub data set.
-        if path != "scenes" and (not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) or os.path.splitext(path)[1]):
-            raise DataError(f"{path}: there is no such file or folder, and no file that fits it as a pattern.")
-        yield from _format_rows(*find_format(path), path, options)
+def pieces(paths: list[str], options: Options) -> Iterator[tuple[str, str]]:
+    """("tar" | "parquet" | "folder" | "rows", place) of what paths name, in order: files that are read by themselves,
+    folders of images, and what else is read as a stream of rows.
+
+    Raises:
+        DataError: a path that does not exist, or holds no image.
+    """
+    if not paths:
+        raise DataError(
+            "Name what to caption: image files, folders, globs, a list of images (.txt, .jsonl, .csv), tar or Parquet "
+            "files, a Hub data set."
+        )
+    for path in map(str, paths):
+        if is_remote(path):
+            yield from _remote_pieces(path)
+        elif options.format != "auto":
+            yield from _format_pieces(*find_format(path, options.format), path)
+        elif os.path.isdir(path):
+            yield from _folder_pieces(path)
+        elif os.path.exists(path):
+            yield (_kind(path), path)
+        elif found := sorted(glob.glob(path, recursive=True)):
+            for file in found:
+                yield from _folder_pieces(file) if os.path.isdir(file) else [(_kind(file), file)]
+        else:
+            # A name with one / and no ending may be the id of a Hub data set.
+            if path != "scenes" and (not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) or os.path.splitext(path)[1]):
+                raise DataError(f"{path}: there is no such file or folder, and no file that fits it as a pattern.")
+            yield ("rows", path)
 
 
-def _folder_rows(path: str, options: Options) -> Iterator[dict]:
-    """The images in a folder and below, whatever their endings; of a folder without any, the data set that it is."""
+def _kind(file: str) -> str:
+    return (
+        "tar" if file.lower().endswith(webdataset.TARS) else "parquet" if file.lower().endswith(".parquet") else "rows"
+    )
+
+
+def _remote_pieces(path: str) -> list[tuple[str, str]]:
+    files = list_remote(path)
+    images = [file for file in files if os.path.splitext(file)[1].lower() in ENDINGS]
+    tables = [file for file in files if file.lower().endswith((*webdataset.TARS, ".parquet", *TABLES, *LISTS))]
+    if images or not tables:
+        return [("rows", path)]
+    return [(_kind(file), file) for file in tables]
+
+
+def _folder_pieces(path: str) -> list[tuple[str, str]]:
     if saved.matches(Path(path)):
-        yield from _format_rows(saved, Path(path), path, options)
-        return
-    found = False
-    for file in _walk(path):
-        if os.path.splitext(file)[1].lower() in ENDINGS or is_image(file):
-            found = True
-            yield _row(file, file, relative=os.path.relpath(file, path))
-    if found:
-        return
+        return [("rows", path)]
+    if next(_images_in(path), None) is not None:
+        return [("folder", path)]
     try:
-        source = detect(path)
+        return _format_pieces(detect(path), Path(path), path)
     except DataError:
         endings = Counter(os.path.splitext(file)[1].lower() or "without an ending" for file in _walk(path))
         inside = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(6)) or "it is empty"
         raise DataError(f"{path}: there is no image in this folder ({inside}).") from None
-    yield from _format_rows(source, Path(path), path, options)
+
+
+def _format_pieces(source, place: Path, path: str) -> list[tuple[str, str]]:
+    if source is webdataset:
+        return [("tar", str(file)) for file in (sorted(place.rglob("*.tar")) if place.is_dir() else [place])]
+    if source.NAME == "parquet":
+        return [("parquet", str(file)) for file in (sorted(place.rglob("*.parquet")) if place.is_dir() else [place])]
+    return [("rows", path)]
+
+
+def rows_of(kind: str, place: str, options: Options, start: int = 0, stop: int | None = None) -> Iterator[dict]:
+    """The rows of a piece; of a Parquet file those of the row groups that begin at rows `start` to `stop`."""
+    try:
+        if kind == "tar":
+            yield from _tar_rows(place, options)
+        elif kind == "parquet":
+            yield from _parquet_rows(place, options, start, stop)
+        elif is_remote(place):
+            yield from _remote_rows(place, options)
+        elif options.format == "auto" and os.path.isfile(place):
+            yield from _file_rows(place, options)
+        elif kind == "folder":
+            yield from (_row(file, file, relative=os.path.relpath(file, place)) for file in _images_in(place))
+        else:
+            yield from _format_rows(*find_format(place, options.format), place, options)
+    except (DataError, ImageError):
+        raise
+    except OSError as error:
+        if not is_remote(place):
+            raise
+        raise unreachable(place, error) from None
+
+
+def _images_in(path: str) -> Iterator[str]:
+    """The images in a folder and below, in order, whatever their endings."""
+    return (file for file in _walk(path) if os.path.splitext(file)[1].lower() in ENDINGS or is_image(file))
 
 
 def _walk(path: str) -> Iterator[str]:
-    """The files in a folder and below, in order, but for what macOS adds."""
+    """The files in a folder and below, in order, but for what macOS adds and the shards of an output."""
     for folder, below, names in os.walk(path):
-        below[:] = sorted(name for name in below if name != "__MACOSX")
+        below[:] = sorted(name for name in below if name != "__MACOSX" and not name.endswith(".shards"))
         yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("._"))
 
 
@@ -140,11 +194,7 @@ def left_out(path: str) -> Counter:
 
 def _file_rows(path: str, options: Options) -> Iterator[dict]:
     file, lower = Path(path), path.lower()
-    if lower.endswith(webdataset.TARS):
-        yield from _tar_rows(path, options)
-    elif lower.endswith(".parquet"):
-        yield from _parquet_rows(path, options)
-    elif lower.endswith(LISTS) and not flickr8k.matches(file):
+    if lower.endswith(LISTS) and not flickr8k.matches(file):
         yield from _list_rows(file, Finder([file.parent]))
     elif lower.endswith(TABLES):
         yield from _table_rows(file, options)
@@ -226,16 +276,19 @@ def _tar_rows(path: str, options: Options) -> Iterator[dict]:
             opened.close()
 
 
-def _parquet_rows(path: str, options: Options) -> Iterator[dict]:
+def _parquet_rows(path: str, options: Options, start: int = 0, stop: int | None = None) -> Iterator[dict]:
     folder = options.image_dir or (None if is_remote(path) else os.path.dirname(path) or ".")
     find = Finder([folder]) if folder else None
-    number = 0
+    number = start
     try:
         source = open_remote(path) if is_remote(path) else path
         with pq.ParquetFile(source) as file:
             names = file.schema_arrow.names
             column, _ = find_columns([*names, "captions"], options.image_column, None, path)
-            for batch in file.iter_batches(batch_size=32):
+            groups = [
+                group for group, first in group_starts(file.metadata) if first >= start and first < (stop or first + 1)
+            ]
+            for batch in file.iter_batches(batch_size=32, row_groups=groups):
                 for row in batch.to_pylist():
                     yield _cell_row(row, column, f"{os.path.basename(path)}#{number}", path, number, find)
                     number += 1
@@ -252,6 +305,12 @@ def _parquet_rows(path: str, options: Options) -> Iterator[dict]:
         ) from None
 
 
+def group_starts(metadata) -> list[tuple[int, int]]:
+    """(row group, number of its first row) of a Parquet file."""
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return list(zip(range(len(sizes)), itertools.accumulate(sizes, initial=0), strict=False))
+
+
 def _cell_row(row: dict, column: str, spare: str, source: str, number: int, find) -> dict:
     columns = {name: value for name, value in row.items() if name != column and not isinstance(value, bytes)}
     if row.get(column) is None:
@@ -264,14 +323,6 @@ def _cell_row(row: dict, column: str, spare: str, source: str, number: int, find
 
 def _format_rows(source, place: Path, path: str, options: Options) -> Iterator[dict]:
     """Rows of a data set, by its format's own reader."""
-    if source is webdataset:
-        for tar in sorted(place.rglob("*.tar")):
-            yield from _tar_rows(str(tar), options)
-        return
-    if source.NAME == "parquet":
-        for file in sorted(place.rglob("*.parquet")):
-            yield from _parquet_rows(str(file), options)
-        return
     options.captions, options.streaming = False, True
     try:
         found = source.read(place, options)
@@ -314,31 +365,18 @@ def _remote_rows(path: str, options: Options) -> Iterator[dict]:
     files = list_remote(path)
     root = path.rstrip("/")
     images = [file for file in files if os.path.splitext(file)[1].lower() in ENDINGS]
-    tables = [file for file in files if file.lower().endswith((*webdataset.TARS, ".parquet", *TABLES, *LISTS))]
-    if len(files) == 1 and files[0] == path and not tables:
+    lists = [file for file in files if file.lower().endswith((*TABLES, *LISTS))]
+    if len(files) == 1 and files[0] == path and not lists:
         images = files
-    try:
-        if images:
-            for image in images:
-                yield _row(image, image, relative=image[len(root) :].lstrip("/") if image.startswith(root) else None)
-            return
-        if not tables:
-            raise DataError(f"{path}: there is no image here, and no tar, Parquet or list of images.")
-        for file in tables:
-            if file.lower().endswith(webdataset.TARS):
-                yield from _tar_rows(file, options)
-            elif file.lower().endswith(".parquet"):
-                yield from _parquet_rows(file, options)
-            elif file.lower().endswith(LISTS):
-                copy = local_copy(file, options.cache_dir)
-                yield from _list_rows(copy, None, base=file)
-            else:
-                copy = local_copy(file, options.cache_dir)
-                yield from _table_rows(copy, options, base=file)
-    except (DataError, ImageError):
-        raise
-    except OSError as error:
-        raise unreachable(path, error) from None
+    if not images and not lists:
+        raise DataError(f"{path}: there is no image here, and no tar, Parquet or list of images.")
+    for image in images:
+        yield _row(image, image, relative=image[len(root) :].lstrip("/") if image.startswith(root) else None)
+    for file in [] if images else lists:
+        copy = local_copy(file, options.cache_dir)
+        yield from (
+            _list_rows(copy, None, base=file) if file.lower().endswith(LISTS) else _table_rows(copy, options, base=file)
+        )
 
 
 def source_files(paths: list[str], endings: tuple[str, ...]) -> list[str]:

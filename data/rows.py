@@ -24,6 +24,8 @@ SPLIT_NAMES = {
 class DataError(UserError):
     """Data that cannot be used as it is; the message says where, what is wrong and what to do."""
 
+    of_one_shard = True
+
 
 @dataclass(slots=True)
 class Record:

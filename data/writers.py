@@ -25,7 +25,6 @@ from data.images import ImageError
 from data.remote import is_remote, open_remote
 from data.rows import DataError
 
-ROWS_PER_FILE = 50_000  # of a folder of Parquet files
 BATCH = 5_000
 
 
@@ -44,18 +43,10 @@ def write_csv(rows, target: Path, images) -> None:
 
 
 def write_parquet(rows, target: Path, images) -> None:
-    schema = _schema(rows)
+    schema = schema_of(rows)
     with pq.ParquetWriter(target, schema) as writer:
         for batch in _batches(rows(), BATCH):
-            writer.write_table(_table(batch, schema))
-
-
-def write_parquet_folder(rows, target: Path, images) -> None:
-    """part-00000.parquet, part-00001.parquet, ... of up to ROWS_PER_FILE rows."""
-    target.mkdir()
-    schema = _schema(rows)
-    for number, batch in enumerate(_batches(rows(), ROWS_PER_FILE)):
-        pq.write_table(_table(batch, schema), target / f"part-{number:05d}.parquet")
+            writer.write_table(table_of(batch, schema))
 
 
 def write_coco(rows, target: Path, images) -> None:
@@ -192,30 +183,6 @@ def is_folder(output: str, form: str) -> bool:
     return form in ("parquet", "tar") and os.path.splitext(output.rstrip("/\\"))[1].lower() not in (".parquet", ".tar")
 
 
-def read_back(output: Path, form: str) -> Iterator[dict]:
-    """The rows of a finished output that more can be added to: JSON lines, CSV, Parquet."""
-    if form == "jsonl":
-        with open(output, encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
-    elif form == "csv":
-        with open(output, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                yield {
-                    name: value
-                    for name, value in row.items()
-                    if value != "" or (name == "caption" and not row.get("error"))
-                }
-    elif form == "parquet":
-        for file in sorted(output.glob("*.parquet")) if output.is_dir() else [output]:
-            for batch in pq.ParquetFile(file).iter_batches():
-                for row in batch.to_pylist():
-                    yield {name: value for name, value in row.items() if value is not None}
-    else:
-        raise DataError(
-            f"{output} is there already, and nothing can be added to it. Name another --output, or delete it"
-        )
-
-
 # ---------------------------------------------------------------- helpers
 
 
@@ -230,31 +197,43 @@ def _cell(value):
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list | bool) else value
 
 
-def _schema(rows) -> pa.Schema:
-    """Types that hold every row: a column of several types becomes text."""
-    types: dict[str, pa.DataType] = {"image": pa.string(), "caption": pa.string()}
+def schema_of(rows, text: tuple[str, ...] = ("image", "caption"), nulls: bool = False) -> pa.Schema:
+    """Types that hold every row: a column of several types becomes text, and one without values unless `nulls`. The
+    columns `text` come first."""
+    schemas = [pa.schema([(name, pa.string()) for name in text])]
     for batch in _batches(rows(), BATCH):
+        found = []
         for name in dict.fromkeys(key for row in batch for key in row):
             try:
-                kind = pa.array([row.get(name) for row in batch]).type
+                found.append((name, pa.array([row.get(name) for row in batch]).type))
             except pa.ArrowException:
-                kind = pa.string()
-            known = types.get(name, pa.null())
-            if pa.types.is_null(known):
-                types[name] = kind
-            elif not pa.types.is_null(kind) and kind != known:
-                numbers = all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (kind, known))
-                types[name] = pa.float64() if numbers else pa.string()
-    return pa.schema([(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in types.items()])
+                found.append((name, pa.string()))
+        schemas.append(common_schema([*schemas[-1:], pa.schema(found)], nulls=True))
+    return common_schema(schemas[-1:], nulls)
 
 
-def _table(batch: list[dict], schema: pa.Schema) -> pa.Table:
+def common_schema(schemas: list[pa.Schema], nulls: bool = False) -> pa.Schema:
+    """One schema for tables of all of these; a column without any value is text, unless `nulls`."""
+    types: dict[str, pa.DataType] = {}
+    for name, kind in (field for schema in schemas for field in zip(schema.names, schema.types, strict=True)):
+        known = types.get(name, pa.null())
+        if pa.types.is_null(known):
+            types[name] = kind
+        elif not pa.types.is_null(kind) and kind != known:
+            numbers = all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (kind, known))
+            types[name] = pa.float64() if numbers else pa.string()
+    return pa.schema([(n, pa.string() if pa.types.is_null(k) and not nulls else k) for n, k in types.items()])
+
+
+def table_of(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    """Rows as a table; what a column of text holds besides is written as JSON."""
+
     def fit(value, kind):
         if value is None or not pa.types.is_string(kind) or isinstance(value, str):
             return value
         return json.dumps(value, ensure_ascii=False, default=str)
 
-    columns = {field.name: [fit(row.get(field.name), field.type) for row in batch] for field in schema}
+    columns = {field.name: [fit(row.get(field.name), field.type) for row in rows] for field in schema}
     return pa.table(columns, schema=schema)
 
 

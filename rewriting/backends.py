@@ -121,6 +121,7 @@ class OpenAIBackend:
         return {name: getattr(self.args, name) for name in named}
 
     def run(self, jobs: Iterable[Job], judge: Callable) -> Iterator[tuple[Job, Outcome]]:
+        self.stop.clear()
         waiting: dict = {}
         jobs, error = iter(jobs), None
         pool = concurrent.futures.ThreadPoolExecutor(self.args.concurrency)

@@ -1,16 +1,22 @@
-"""Results of rows: kept as they come in, found again by row, and brought together with the input."""
+"""Answers to rows: kept as they come in, found again by row, and brought together with the input."""
 
+import contextlib
 import itertools
 import json
-from array import array
+import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import xxhash
 
+from common.caches import cache_folder
 from common.errors import UserError
-from common.resumable import parts
+from common.files import whole
+from common.resumable import open_journal, whole_lines, write_row
+from data.shards import Cursor, Digest, Shard, ShardFolder, digest_of, parquet_ranges
 from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
 from rewriting.prompts import Prompt, Tokens, fit
@@ -32,61 +38,124 @@ def captions(inputs: dict) -> list[str]:
 
 
 def result_row(job: Job, outcome: Outcome) -> dict:
-    """What a part file keeps of a row."""
+    """What is kept of a row."""
     tokens = [outcome.tokens_in, outcome.tokens_out]
     return {"row": job.row, "input": job.digest, "text": outcome.text, "reason": outcome.reason,
             "attempts": outcome.attempts, "tokens": tokens}  # fmt: skip
 
 
-class Results:
-    """The results in OUTPUT's part files, by row: 16 bytes of memory each, the texts stay on disk."""
+class Answers:
+    """The answers to a shard's rows, a line each, as soon as they are there: the journal that a killed run resumes from,
+    and what is kept for a run of more rows or another --on_reject.
 
-    def __init__(self, output: Path):
-        self.files = [open(part, "rb") for part in parts(output)]  # noqa: SIM115 - close() closes them
-        self.digests, self.places = array("Q"), array("Q")
-        self.count = 0
-        for number, file in enumerate(self.files):
-            position = 0
-            for line in file:
-                if line.endswith(b"\n"):  # a kill cuts the last one in two
-                    result = json.loads(line)
-                    self.add(result["row"], int(result["input"], 16) or 1, number << 48 | position)
-                position += len(line)
+    They are in the folder _answers of the outputs. For an address that is a place in the cache, from which the file is
+    put there once the shard is done; so what another machine does not know is one shard per worker.
+    """
 
-    def add(self, row: int, value: int, place: int) -> None:
-        for column in (self.digests, self.places):
-            column.extend(itertools.repeat(0, max(0, row + 1 - len(column))))
-        self.count += not self.digests[row]
-        self.digests[row], self.places[row] = value, place
+    def __init__(self, folder: ShardFolder, shard: Shard):
+        self.folder, self.shard, self.name = folder, shard, f"_answers/{shard.id}.jsonl"
+        self.path = Path(folder.path) / self.name
+        if folder.remote:
+            self.path = cache_folder() / "answers" / digest({"folder": folder.name}) / f"{shard.id}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if folder.remote and not self.path.exists():
+            with contextlib.suppress(FileNotFoundError), folder.open(self.name) as there, whole(self.path) as temporary:
+                temporary.write_bytes(there.read())
 
-    def has(self, row: int, name: str, value: str) -> bool:
-        """Whether the row has a result. ValueError if it was made of other captions than it has now."""
-        known = self.digests[row] if row < len(self.digests) else 0
-        if known and known != (int(value, 16) or 1):
+    def __enter__(self):
+        self.file = open_journal(self.path)
+        self.rows = {row["row"]: row for row in map(json.loads, whole_lines(self.path))}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def add(self, row: dict) -> None:
+        write_row(self.file, row)
+        self.rows[row["row"]] = row
+
+    def has(self, row: int, value: str) -> bool:
+        """Whether the row has an answer. ValueError if that was to other captions than it has now."""
+        known = self.rows.get(row)
+        if known and known["input"] != value:
             raise UserError(
-                f"{name}: row {row} has other captions than when it was rewritten. Give the input as it was, or name "
-                "another --output."
+                f"{self.shard.label}: row {row} has other captions than when it was rewritten. Give the input as it was, "
+                "or name another --output."
             )
-        return bool(known)
+        return known is not None
 
-    def read(self, row: int) -> dict:
-        place = self.places[row]
-        file = self.files[place >> 48]
-        file.seek(place & ((1 << 48) - 1))
-        return json.loads(file.readline())
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
+    def keep(self) -> None:
+        """Put them where other machines find them."""
+        if self.folder.remote:
+            with self.folder.whole(self.name) as temporary:
+                temporary.parent.mkdir(exist_ok=True)
+                shutil.copy(self.path, temporary)
 
 
-def rows_left(source: Source, results: Results, limit: int | None) -> Iterator[tuple[int, dict, str]]:
-    """(number, inputs, digest) of each row that has captions and no result yet."""
-    for number, row in enumerate(itertools.islice(source.read(source.columns), limit)):
+# ---------------------------------------------------------------- shards of a table
+
+
+def plan(source: Source, size: int, limit: int | None, *settings) -> list[Shard]:
+    """The source's rows, `size` together, the first `limit` of them. Parquet files are not read, all others once.
+
+    Args:
+        settings: what the output depends on besides rows and answers.
+    """
+    shards: list[Shard] = []
+    left = math.inf if limit is None else limit
+    for part in source.parts:
+        found = _parquet_plan(part, size) if part.parquet else _counted(part, source, size)
+        for start, stop, content in found:
+            rows = min(stop - start, left)
+            if not rows:
+                return shards
+            left -= rows
+            content = digest_of(content, rows, *settings)
+            shards.append(Shard(len(shards), "table", "", part.label, start, start + rows, rows, content))
+    return shards
+
+
+def _parquet_plan(part, size: int) -> Iterator[tuple[int, int, str]]:
+    for start, stop, _, content in parquet_ranges(pq.read_metadata(part.parquet), size):
+        for first in range(start, stop, size):
+            yield first, min(first + size, stop), content
+
+
+def _counted(part, source: Source, size: int) -> Iterator[tuple[int, int, str]]:
+    rows, start = part.read_from(source.columns, 0)[1], 0
+    while True:
+        content, count = Digest(), 0
+        for row in itertools.islice(rows, size):
+            content.add(source.inputs(row))
+            count += 1
+        if not count:
+            return
+        yield start, start + count, str(content)
+        start += count
+
+
+class Rows:
+    """The rows of a source's shards: each part is read forwards, once for what is asked and once for what is written."""
+
+    def __init__(self, source: Source):
+        self.source, self.parts, self.cursors = source, {part.label: part for part in source.parts}, {}
+
+    def read(self, shard: Shard, columns: list[str] | None) -> Iterator[tuple[int, dict]]:
+        """(number in its part, row)."""
+        key = shard.label, columns is None
+        if key not in self.cursors:
+            part = self.parts[shard.label]
+            self.cursors[key] = Cursor(lambda start: part.read_from(columns, start))
+        return enumerate(self.cursors[key].read(shard.start, shard.stop), shard.start)
+
+
+def rows_left(rows: Iterator[tuple[int, dict]], source: Source, answers: Answers) -> Iterator[tuple[int, dict, str]]:
+    """(number, inputs, digest) of each row that has captions and no answer yet."""
+    for number, row in rows:
         inputs = source.inputs(row)
         if captions(inputs):
             value = digest(inputs)
-            if not results.has(number, source.name, value):
+            if not answers.has(number, value):
                 yield number, inputs, value
 
 
@@ -111,19 +180,19 @@ def fallback(task: str, inputs: dict, on_reject: str) -> tuple[str | None, str]:
 
 
 class Report:
-    """What came out: counts, tokens, lengths, vocabulary, samples. Memory does not grow with the rows."""
+    """What came out: counts, tokens, lengths, samples. Memory does not grow with the rows, and those of shards add up."""
+
+    COUNTERS = ("statuses", "reasons", "lengths", "attempts")
 
     def __init__(self):
         self.statuses, self.reasons, self.lengths, self.attempts = Counter(), Counter(), Counter(), Counter()
-        self.vocabularies: dict[str, set] = {"inputs": set(), "rewritten": set()}
-        self.texts: Counter = Counter()
         self.tokens, self.rows, self.warned = [0, 0], 0, 0
         self.samples: dict[str, list] = {}
 
     def add(self, inputs: list[str], caption: str | None, facts: dict, tokens: list[int]) -> None:
         self.rows += 1
         self.statuses[facts["status"]] += 1
-        self.attempts[facts["attempts"]] += 1
+        self.attempts[str(facts["attempts"])] += 1
         self.warned += bool(facts["warnings"])
         self.tokens = [a + b for a, b in zip(self.tokens, tokens, strict=True)]
         if facts["reason"]:
@@ -134,19 +203,21 @@ class Report:
                 {"inputs": inputs, "caption": caption, "rejected": facts["rejected"], "warnings": facts["warnings"]}
             )
         if facts["status"] == "rewritten":
-            tokens = words(caption)
-            self.lengths[min(len(tokens), 500)] += 1
-            if self.rows <= SAMPLED:
-                self.texts[hash(caption)] += 1
-                self.vocabularies["rewritten"].update(tokens)
-                self.vocabularies["inputs"].update(word for text in inputs for word in words(text))
+            self.lengths[str(min(len(words(caption)), 500))] += 1
+
+    def merge(self, other: dict) -> None:
+        """Add `vars` of the report of other rows."""
+        for name in self.COUNTERS:
+            getattr(self, name).update(other[name])
+        self.tokens = [a + b for a, b in zip(self.tokens, other["tokens"], strict=True)]
+        self.rows, self.warned = self.rows + other["rows"], self.warned + other["warned"]
+        for reason, shown in other["samples"].items():
+            self.samples[reason] = (self.samples.get(reason, []) + shown)[:5]
 
     def summary(self, price_in: float | None, price_out: float | None) -> dict:
+        lengths = sorted((int(length), number) for length, number in self.lengths.items())
         written = self.lengths.total()
-        passed = dict(
-            zip(sorted(self.lengths), itertools.accumulate(self.lengths[n] for n in sorted(self.lengths)), strict=True)
-        )
-        sizes = {name: len(vocabulary) for name, vocabulary in self.vocabularies.items()}
+        passed = list(itertools.accumulate(number for _, number in lengths))
         cost = None
         if price_in is not None and price_out is not None:
             cost = (self.tokens[0] * price_in + self.tokens[1] * price_out) / 1e6
@@ -155,38 +226,57 @@ class Report:
             "status": dict(self.statuses),
             "rejected": dict(self.reasons.most_common()),
             "rows_with_unsupported_names_or_numbers": self.warned,
-            "attempts": {str(k): v for k, v in sorted(self.attempts.items())},
+            "attempts": dict(sorted(self.attempts.items())),
             "tokens": {"prompts": self.tokens[0], "written": self.tokens[1]},
             "cost": cost,
             "words": {
-                "mean": sum(length * n for length, n in self.lengths.items()) / written if written else None,
-                **{f"p{s}": next(n for n in passed if passed[n] >= written * s / 100) for s in (5, 50, 95) if written},
+                "mean": sum(length * number for length, number in lengths) / written if written else None,
+                **{
+                    f"p{s}": next(n for (n, _), p in zip(lengths, passed, strict=True) if p >= written * s / 100)
+                    for s in (5, 50, 95)
+                    if written
+                },
             },
-            "vocabulary": {**sizes, "gain": sizes["rewritten"] / sizes["inputs"] if sizes["inputs"] else None},
-            "most_frequent_text": max(self.texts.values(), default=0),
-            "vocabulary_and_frequency_of_first_rows": min(self.rows, SAMPLED),
             "samples": self.samples,
         }
 
 
-def merged(source: Source, results: Results, task: str, args, provenance: dict, report: Report) -> Iterator[dict]:
-    """The output's rows: each row of the input with its caption and how it came about, in order.
+def vocabulary(rows: Iterator[dict], source: Source, column: str) -> dict:
+    """Different words, and the most frequent text, of the first SAMPLED rows of an output that were rewritten."""
+    found: dict[str, set] = {"inputs": set(), "rewritten": set()}
+    texts: Counter = Counter()
+    number = 0
+    for row in itertools.islice(rows, SAMPLED):
+        number += 1
+        if row["rewrite"]["status"] == "rewritten":
+            texts[hash(row[column])] += 1
+            found["rewritten"].update(words(row[column]))
+            found["inputs"].update(word for text in captions(source.inputs(row)) for word in words(text))
+    sizes = {name: len(different) for name, different in found.items()}
+    return {
+        "vocabulary": {**sizes, "gain": sizes["rewritten"] / sizes["inputs"] if sizes["inputs"] else None},
+        "most_frequent_text": max(texts.values(), default=0),
+        "vocabulary_and_frequency_of_first_rows": number,
+    }
+
+
+def merged(rows, source: Source, answers: Answers, task: str, args, provenance: dict, report: Report) -> Iterator[dict]:
+    """The output's rows: each of `rows`, (number, row), with its caption and how it came about, in order.
 
     Raises:
-        ValueError: a row has no result, or one of other captions.
+        UserError: a row has no answer, or one to other captions.
     """
-    on_reject = args.on_reject or FALLBACKS[task]
-    for number, row in enumerate(itertools.islice(source.read(None), args.max_samples)):
+    for number, row in rows:
         inputs = source.inputs(row)
         given = captions(inputs)
         result = {"text": None, "reason": "no_input", "attempts": 0, "tokens": [0, 0]}
         if given:
-            if not results.has(number, source.name, digest(inputs)):
-                raise UserError(f"{source.name}: row {number} has no result. Start the same command again.")
-            result = results.read(number)
+            if not answers.has(number, digest(inputs)):
+                raise UserError(f"{answers.shard.label}: row {number} has no answer. Start the same command again.")
+            result = answers.rows[number]
         caption, status = result["text"], "rewritten"
         if result["reason"]:
-            caption, status = fallback(task, inputs, on_reject)
+            caption, status = fallback(task, inputs, args.on_reject)
         facts = {
             "status": status,
             "reason": result["reason"],

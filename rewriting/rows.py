@@ -3,9 +3,9 @@
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import data
-from common.files import whole
 from common.text import open_text
 from data.caption_files import load_predictions
 from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
 from data.formats.annotations import files_of
+from data.image_rows import group_starts
 from data.rows import DataError, Options
 from data.sources import find_format, open_rows, require_splits
 from data.text_rows import csv_rows, jsonl_rows
@@ -29,14 +29,28 @@ FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 @dataclass
+class Part:
+    """A file, or a split, of a source."""
+
+    label: str
+    # read_from(columns, start) -> (number of the first row, rows) from row `start` or one before it, again and again in
+    # the same order; a format that can reads these columns only
+    read_from: Callable[..., tuple[int, Iterator[dict]]]
+    parquet: Path | None = None
+
+
+@dataclass
 class Source:
     """Rows that can be read again and again, in the same order."""
 
     name: str
-    read: Callable[..., Iterator[dict]]  # read(columns) -> rows; a format that can reads these columns only
+    parts: list[Part]
     features: datasets.Features | None  # types of the columns, where the source says them
     inputs: Callable[[dict], dict]  # row -> {"captions": [...]} or {"raw": ..., "synthetic": ...}, stripped
     columns: list[str] | None  # those that `inputs` needs
+
+    def read(self, columns: list[str] | None) -> Iterator[dict]:
+        return itertools.chain.from_iterable(part.read_from(columns, 0)[1] for part in self.parts)
 
 
 def open_source(task: str, name: str, args) -> Source:
@@ -51,12 +65,16 @@ def open_source(task: str, name: str, args) -> Source:
     source_format = find_format(name, args.data_format)[0].NAME
     tabular = source_format in ("annotations", "parquet", "hub", "saved", "webdataset")
     if tabular and not is_coco(Path(name).expanduser()):
-        read, features, first = open_table(name, source_format, args)
+        parts, features = open_table(name, source_format, args)
+        first = first_row(parts)
         if task == "fuse" or (first is not None and not holds_images(first, args)):
-            return with_inputs(task, name, read, features, first, args)
-    read, features = open_records(name, source_format, args)
-    first = next(read(None), None)
-    return with_inputs(task, name, read, features, first, args, records=True)
+            return with_inputs(task, name, parts, features, first, args)
+    parts, features = open_records(name, source_format, args)
+    return with_inputs(task, name, parts, features, first_row(parts), args, records=True)
+
+
+def first_row(parts: list[Part]) -> dict | None:
+    return next(itertools.chain.from_iterable(part.read_from(None, 0)[1] for part in parts), None)
 
 
 def holds_images(row: dict, args) -> bool:
@@ -68,40 +86,36 @@ def holds_images(row: dict, args) -> bool:
 
 
 def open_table(name: str, source_format: str, args):
-    """(read, features or None, first row or None) of rows as they are."""
+    """(parts, features or None) of rows as they are."""
     path = Path(name).expanduser()
     if source_format == "parquet" or (source_format == "annotations" and path.exists()):
         files = table_files(path)
         if args.split:
             raise DataError(f"{name}: --split is for data sets with splits; of a table, all rows are rewritten")
+        labels = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
         if all(file.suffix == ".parquet" for file in files):
-            schema = pq.read_schema(files[0])
-            features = undecoded(datasets.Features.from_arrow_schema(schema))
+            features = undecoded(datasets.Features.from_arrow_schema(pq.read_schema(files[0])))
+            return [Part(n, partial(parquet_rows, f), f) for n, f in zip(labels, files, strict=True)], features
+        return [Part(n, partial(all_text_rows, f)) for n, f in zip(labels, files, strict=True)], None
+    tables = load_tables(name, source_format, args)
+    if args.split:
+        require_splits([args.split], list(tables), name)
+        tables = {args.split: tables[args.split]}
+    features = undecoded(next(iter(tables.values())).features)
+    named = len(tables) > 1 and "split" not in features
+    tables = {split: table.cast(features) for split, table in tables.items()}
+    if named:
+        features = datasets.Features({**features, "split": datasets.Value("string")})
+    return [
+        Part(split, partial(table_rows, table, split if named else None)) for split, table in tables.items()
+    ], features
 
-            def read(columns):
-                return parquet_rows(files, columns)
-        else:
-            features = None
 
-            def read(columns):
-                return itertools.chain.from_iterable(map(text_rows, files))
-    else:
-        tables = load_tables(name, source_format, args)
-        if args.split:
-            require_splits([args.split], list(tables), name)
-            tables = {args.split: tables[args.split]}
-        features = undecoded(next(iter(tables.values())).features)
-        tables = {split: table.cast(features) for split, table in tables.items()}
-        if len(tables) > 1 and "split" not in features:
-            features = datasets.Features({**features, "split": datasets.Value("string")})
-
-        def read(columns):
-            for split, table in tables.items():
-                if columns and not set(columns) - set(table.column_names):
-                    table = table.select_columns(columns)
-                yield from ({**row, "split": split} if len(tables) > 1 and "split" not in row else row for row in table)
-
-    return read, features, next(read(None), None)
+def table_rows(table, split: str | None, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+    if columns and not set(columns) - set(table.column_names or ()):
+        table = table.select_columns(columns)
+    rows = table.skip(start) if start else table
+    return start, (row if split is None else {**row, "split": split} for row in rows)
 
 
 def load_tables(name: str, source_format: str, args) -> dict:
@@ -110,7 +124,7 @@ def load_tables(name: str, source_format: str, args) -> dict:
 
 
 def open_records(name: str, source_format: str, args):
-    """(read, features) of what train.py trains on: one record an image, with all its captions, and its split."""
+    """(parts, features) of what train.py trains on: one record an image, with all its captions, and its split."""
     splits = data.load(
         name,
         dataset_config_name=args.dataset_config_name,
@@ -124,17 +138,17 @@ def open_records(name: str, source_format: str, args):
     )
     features = next(iter(splits.values())).features
     features = datasets.Features({**features, "split": datasets.Value("string")}) if features is not None else None
+    return [Part(split, partial(record_rows, rows, split)) for split, rows in splits.items()], features
 
-    def read(columns):
-        for split, rows in splits.items():
-            if columns and not set(columns) - set(rows.column_names or ()):
-                rows = rows.select_columns(columns)
-            for row in rows:
-                if isinstance(row.get("image"), dict) and os.path.exists(row["image"]["path"] or ""):
-                    row["image"]["path"] = os.path.abspath(row["image"]["path"])  # OUTPUT may lie elsewhere
-                yield {**row, "split": split}
 
-    return read, features
+def record_rows(table, split: str, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+    def rows():
+        for row in table_rows(table, split, columns, start)[1]:
+            if isinstance(row.get("image"), dict) and os.path.exists(row["image"]["path"] or ""):
+                row["image"]["path"] = os.path.abspath(row["image"]["path"])  # OUTPUT may lie elsewhere
+            yield row
+
+    return start, rows()
 
 
 def undecoded(features: datasets.Features) -> datasets.Features:
@@ -155,11 +169,22 @@ def table_files(path: Path) -> list[Path]:
     return files
 
 
-def parquet_rows(files: list[Path], columns: list[str] | None) -> Iterator[dict]:
-    for file in files:
+def parquet_rows(file: Path, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+    groups = group_starts(pq.read_metadata(file))
+    behind = [(group, first) for group, first in groups if first > start]
+    before = groups[: len(groups) - len(behind)][-1:]  # the row group that `start` is in
+
+    def rows():
         with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1000, columns=columns):
+            wanted = [group for group, _ in before + behind]
+            for batch in table.iter_batches(batch_size=1000, row_groups=wanted, columns=columns):
                 yield from batch.to_pylist()
+
+    return before[0][1] if before else 0, rows()
+
+
+def all_text_rows(file: Path, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+    return 0, text_rows(file)
 
 
 def text_rows(file: Path) -> Iterator[dict]:
@@ -213,7 +238,7 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
 # ---------------------------------------------------------------- the captions of a row
 
 
-def with_inputs(task: str, name: str, read, features, first: dict | None, args, records: bool = False) -> Source:
+def with_inputs(task: str, name: str, parts, features, first: dict | None, args, records: bool = False) -> Source:
     """The source of rows, with the columns that hold its captions; `records` have them under data.load's names."""
     if first is None:
         raise DataError(f"{name}: there are no rows")
@@ -225,7 +250,7 @@ def with_inputs(task: str, name: str, read, features, first: dict | None, args, 
             captions = (clean(caption) for caption in captions_of(row, wanted, name))
             return {"captions": list(dict.fromkeys(filter(None, captions)))}
 
-        return Source(name, read, features, inputs, wanted)
+        return Source(name, parts, features, inputs, wanted)
 
     synthetic_of = read_synthetic(args.synthetic_file) if args.synthetic_file else None
     raw = "captions" if records else find_column(columns, args.raw_column, RAW_COLUMNS, "raw_column", name)
@@ -249,7 +274,7 @@ def with_inputs(task: str, name: str, read, features, first: dict | None, args, 
         keys = [str(row.get("image_id")), str(place), os.path.abspath(folder / str(place))]
         return {"raw": own, "synthetic": clean(next((synthetic_of[key] for key in keys if key in synthetic_of), None))}
 
-    return Source(name, read, features, inputs, wanted)
+    return Source(name, parts, features, inputs, wanted)
 
 
 def clean(caption) -> str:
@@ -282,6 +307,7 @@ def read_synthetic(path: str) -> dict[str, str]:
 
 # ---------------------------------------------------------------- rows out
 
+LINES = pa.schema({"line": pa.string()})
 RESULT = {
     "status": "string",  # rewritten, kept_synthetic, kept_raw, null
     "reason": "string",  # of rewriting.checks.REASONS, where the LLM's text was rejected
@@ -294,53 +320,34 @@ RESULT = {
 }
 
 
-def write_rows(rows: Iterable[dict], output: Path, features: datasets.Features | None, column: str, shard: int) -> None:
-    """JSONL where OUTPUT ends in .jsonl, else a folder of Parquet files of `shard` rows. Whole or not at all.
+def tables(rows: Iterator[dict], features: datasets.Features | None, column: str) -> Iterator[pa.Table]:
+    """Rows of the output as tables of a thousand: typed where `features` are given, else each as a line of JSON.
 
     Args:
-        features: types of the input's columns, None to tell them from the first 1,000 rows.
+        features: types of the input's columns.
         column: name of the caption's column; the result's other facts are in `rewrite`.
     """
-    if output.suffix == ".jsonl":
-        with whole(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(plain_row(row), ensure_ascii=False, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return
-    temporary = output.with_name(f"{output.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write_parquet(iter(rows), temporary, features, column, shard)
-    previous = output.with_name(f"{output.name}.old")
-    if output.exists():
-        output.rename(previous)
-    temporary.rename(output)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def write_parquet(rows: Iterator[dict], folder: Path, features, column: str, shard: int) -> None:
     schema = None if features is None else output_features(features, column).arrow_schema
-    for number in itertools.count():
-        writer, of_shard = None, itertools.islice(rows, shard)
-        while group := list(itertools.islice(of_shard, 1000)):
-            try:
-                schema = schema or output_features(told_from(group, column), column).arrow_schema
-                for name in {name for row in group for name in row} - set(schema.names):
-                    raise DataError(f"column {name} is not in the first 1,000 rows: Parquet has no place. Write JSONL")
-                table = pa.Table.from_pylist(group, schema)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
-            writer = writer or pq.ParquetWriter(folder / f"{number:05}.parquet", schema, compression="zstd")
-            writer.write_table(table)
-        if writer is None:
-            return
-        writer.close()
+    empty = True
+    while group := list(itertools.islice(rows, 1000)):
+        empty = False
+        if schema is None:
+            lines = [json.dumps(plain_row(row), ensure_ascii=False, default=str) for row in group]
+            yield pa.table({"line": lines}, schema=LINES)
+            continue
+        try:
+            for name in {name for row in group for name in row} - set(schema.names):
+                raise DataError(f"column {name} is not in the first 1,000 rows: Parquet has no place. Write JSONL")
+            yield pa.Table.from_pylist(group, schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
+    if empty:  # of a shard whose rows were all dropped, too, there is a file
+        yield (LINES if schema is None else schema).empty_table()
 
 
-def told_from(rows: list[dict], column: str) -> datasets.Features:
+def told_from(rows: list[dict]) -> datasets.Features:
     """Types of the input's columns as some of its rows show them; a column without values is text."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in (column, "rewrite"))
+    names = dict.fromkeys(name for row in rows for name in row)
     table = pa.table({name: [row.get(name) for row in rows] for name in names})
     types = datasets.Features.from_arrow_schema(table.schema)
     return datasets.Features(

@@ -73,7 +73,7 @@ def captioner(dataset: Path, folder: Path, steps: int, *more) -> dict:
 
 
 def rewritten(output: Path) -> dict:
-    report = json.loads(output.with_name(f"{output.name}.report.json").read_text(encoding="utf-8"))
+    report = json.loads((output.with_name(f"{output.name}.shards") / "_report.json").read_text(encoding="utf-8"))
     wanted = ("status", "rejected", "words", "vocabulary", "tokens", "rows_with_unsupported_names_or_numbers")
     return {key: report[key] for key in wanted} | {"samples": report["samples"].get("rewritten", [])[:3]}
 

@@ -139,7 +139,7 @@ def main() -> None:
     ]  # fmt: skip
 
     def finished() -> set[int]:
-        parts = output.parent.glob(f"{output.name}.part-*")
+        parts = output.parent.glob(f"{output.name}.shards/_answers/*.jsonl")
         return {json.loads(line)["row"] for part in parts for line in part.read_text(encoding="utf-8").split("\n")[:-1]}
 
     def client():
@@ -174,7 +174,7 @@ def main() -> None:
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     ours = [{key: row[key] for key in rows[0]} for row in found]
     assert ours == rows, "rows are missing, doubled or out of order"
-    report = json.loads(output.with_name(f"{output.name}.report.json").read_text(encoding="utf-8"))
+    report = json.loads((output.with_name(f"{output.name}.shards") / "_report.json").read_text(encoding="utf-8"))
     log = (folder / "client.log").read_text(encoding="utf-8")
     # Rows whose captions are the same as another's share a prompt: they are asked for rightly.
     shared = len(rows) - len({fill(prompt, captions(row)) for row in rows})

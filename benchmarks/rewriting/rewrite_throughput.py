@@ -111,19 +111,19 @@ def main() -> None:
     )  # fmt: skip
     start = time.perf_counter()
     process = subprocess.Popen(command, env=environ)
-    parts = [output.with_name(f"{output.name}.part-{rank}") for rank in (0, 1)]
-    while sum(part.read_text(encoding="utf-8").count("\n") for part in parts if part.exists()) < 600:
+    answers = output.with_name(f"{output.name}.shards") / "_answers"
+    while sum(part.read_text(encoding="utf-8").count("\n") for part in answers.glob("*.jsonl")) < 600:
         assert process.poll() is None
         time.sleep(0.1)
     for running in (*psutil.Process(process.pid).children(recursive=True), process):  # each worker has its own session
         running.kill()
     process.wait()
-    killed_at = sum(part.read_text(encoding="utf-8").count("\n") for part in parts)
+    killed_at = sum(part.read_text(encoding="utf-8").count("\n") for part in answers.glob("*.jsonl"))
     subprocess.run(command, env=environ, check=True)
     seconds = time.perf_counter() - start
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [{key: row[key] for key in rows[0]} for row in found] == rows
-    report = json.loads(output.with_name(f"{output.name}.report.json").read_text(encoding="utf-8"))
+    report = json.loads((output.with_name(f"{output.name}.shards") / "_report.json").read_text(encoding="utf-8"))
     written = [row["rewrite"]["rejected"] if row["rewrite"]["reason"] else row["caption"] for row in found]
     result = {
         "processes": 2,

@@ -1,6 +1,7 @@
 """A small OpenAI-compatible server on this machine: real HTTP, answers and faults as a test says."""
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -68,3 +69,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def fused(prompt, request=None):
+    """What a good LLM would answer to the published prompt."""
+    raw = re.search(r"Sentence 1: (.*)", prompt).group(1)
+    synthetic = re.search(r"Sentence 2: (.*)", prompt).group(1)
+    return f"There is {raw.rstrip('.')}, and with it {synthetic.rstrip('.')}."
+
+
+def write_rows(folder, count, **more):
+    rows = [
+        {"laion_2b": f"Shop {n} offer no. {n}", "laion_coco": f"a picture of {n} dogs.", "key": n, **more}
+        for n in range(count)
+    ]
+    (folder / "in.json").write_text(json.dumps(rows))
+    return folder / "in.json"

@@ -54,10 +54,10 @@ def test_texts_are_those_of_one_row_at_a_time(llm, source):
 
 
 def test_a_killed_run_of_two_processes_is_finished_and_equals_that_of_one(llm, source):
-    arguments = command(source, llm, "--per_device_batch_size", 1)
+    arguments = command(source, llm, "--per_device_batch_size", 1, "--rows_per_file", 4)
     process = tiny.start("rewrite.py", *arguments, processes=2)
     deadline = time.time() + 200
-    parts = lambda: [p.read_text().count("\n") for p in sorted(source.parent.glob("out.jsonl.part-*"))]  # noqa: E731
+    parts = lambda: [p.read_text().count("\n") for p in sorted(source.parent.glob("out.jsonl.shards/_answers/*"))]  # noqa: E731
     while len(parts()) < 2 or min(parts()) < 2:
         assert process.poll() is None, process.communicate()[1]
         assert time.time() < deadline
@@ -68,7 +68,7 @@ def test_a_killed_run_of_two_processes_is_finished_and_equals_that_of_one(llm, s
     found = rows(source)
     assert [row["synthetic"] for row in found] == [f"a dog {n}." for n in range(len(TEXTS))]
     assert {row["rewrite"]["attempts"] for row in found} <= {1, 2, 3}
-    said = tiny.run("rewrite.py", *command(source, llm, "--num_beams", 2), fails=True).stderr
+    said = tiny.run("rewrite.py", *command(source, llm, "--num_beams", 2, "--rows_per_file", 4), fails=True).stderr
     assert "num_beams was 3, is 2" in said
 
 

@@ -5,6 +5,8 @@ import shutil
 import signal
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from PIL import Image
@@ -72,37 +74,57 @@ def test_pictures_of_every_mode_become_captions(model, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_with_each_image_once_and_none_lost(model, tmp_path, processes):
     folder = pictures(tmp_path / "many", 300)
-    output = tmp_path / "captions.jsonl"
-    command = [folder, *settings(model), "--output", output, "--per_device_eval_batch_size", 4]
+    output, shards = tmp_path / "captions.jsonl", tmp_path / "captions.jsonl.shards"
+    command = [folder, *settings(model), "--per_device_eval_batch_size", 4, "--shard_size", 10]
+    kept: dict = {}
     for _ in range(2):
-        before = sum(len(part.read_text().splitlines()) for part in tmp_path.glob("captions.jsonl.part-*"))
-        process = tiny.start("infer.py", *command, processes=processes)
+        process = tiny.start("infer.py", *command, "--output", output, processes=processes)
         deadline = time.time() + 200
-        while sum(len(part.read_text().splitlines()) for part in tmp_path.glob("captions.jsonl.part-*")) < before + 30:
+        while len(list(shards.glob("0*.parquet"))) < len(kept) + 3:
             assert process.poll() is None, process.communicate()[1]
             assert time.time() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL if processes == 1 else signal.SIGTERM)
         process.communicate()
-        # A kill in the middle of a line leaves half of it.
-        with open(tmp_path / "captions.jsonl.part-0", "a", encoding="utf-8") as part:
-            part.write('{"image": "ha')
-    result = tiny.run("infer.py", *command, processes=processes)
-    assert "captioned before" in result.stderr
+        assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())  # nothing was done again
+        kept = {path: path.stat().st_mtime_ns for path in shards.glob("0*.parquet")}
+    result = tiny.run("infer.py", *command, "--output", output, processes=processes)
+    assert f"300 images, {10 * len(kept)} of them done before" in result.stderr
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert [row["image"] for row in rows(output)] == [str(path) for path in sorted(folder.iterdir())]
-    whole = tmp_path / "whole.jsonl"
-    tiny.run("infer.py", folder, *settings(model), "--output", whole, "--per_device_eval_batch_size", 4)
-    assert rows(whole) == rows(output)
-    assert not list(tmp_path.glob("captions.jsonl.part-*"))
+    tiny.run("infer.py", *command, "--output", tmp_path / "whole.jsonl")
+    assert rows(tmp_path / "whole.jsonl") == rows(output)
+    said = tiny.run("infer.py", "--status", output).stdout
+    assert "300 of 300 images, 30 of 30 shards" in said
 
 
 def test_new_images_are_added_to_a_finished_file(model, tmp_path):
     folder = pictures(tmp_path / "a", 3)
     output = tmp_path / "captions.jsonl"
     tiny.run("infer.py", folder / "0001.jpg", *settings(model), "--output", output)
-    result = tiny.run("infer.py", folder, *settings(model), "--output", output)
-    assert "3 images, 1 of them captioned before" in result.stderr
-    assert [row["image"][-8:] for row in rows(output)] == ["0000.jpg", "0001.jpg", "0002.jpg"]
+    (before,) = rows(output)
+    shard = next((tmp_path / "captions.jsonl.shards").glob("0*.parquet"))
+    table = pq.read_table(shard)  # what was captioned is taken over, not made again: a mark in it stays
+    table = table.set_column(2, "caption", pa.array(["made before"]))
+    pq.write_table(table, shard)
+    tiny.run("infer.py", folder, *settings(model), "--output", output)
+    found = rows(output)
+    assert [row["image"][-8:] for row in found] == ["0000.jpg", "0001.jpg", "0002.jpg"]
+    assert [row["caption"] == "made before" for row in found] == [False, True, False]
+    pictures(tmp_path / "b", 1)  # another source is added, and what was there stays
+    tiny.run("infer.py", tmp_path / "b", *settings(model), "--output", output)
+    assert [row["image"][-10:] for row in rows(output)] == ["b/0000.jpg", "a/0000.jpg", "a/0001.jpg", "a/0002.jpg"]
+    assert before["image"] == found[1]["image"]
+
+
+@pytest.mark.parametrize("left", ["captions.jsonl.part-0", "captions.jsonl.settings.json", "captions.jsonl"])
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(model, tmp_path, left):
+    folder = pictures(tmp_path / "a", 1)
+    (tmp_path / left).write_text('{"image": "x", "caption": "y"}\n')
+    result = tiny.run("infer.py", folder, *settings(model), "--output", tmp_path / "captions.jsonl", fails=True)
+    assert ("earlier version" in result.stderr) == (left != "captions.jsonl")
+    assert "another" in result.stderr.splitlines()[-1]
+    assert (tmp_path / left).read_text() == '{"image": "x", "caption": "y"}\n'
 
 
 def test_captions_of_other_settings_are_not_mixed(model, tmp_path):

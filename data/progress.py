@@ -1,0 +1,178 @@
+"""How far a run is: one line for all of its shards, in the run itself and, from the files alone, anywhere else."""
+
+import logging
+import sys
+import time
+
+from common.errors import UserError
+from data.shards import REPORT, SETTINGS, Shard, ShardFolder
+
+logger = logging.getLogger(__name__)
+FAILED = "_failed-"
+
+
+class Watch:
+    """What the files of a folder tell; each is opened once."""
+
+    def __init__(self, folder: ShardFolder):
+        self.folder, self.footers = folder, {}
+
+    def update(self, keys: set[str] | None = None) -> dict:
+        """{"shards", "rows", "errors", "last", "recent_rows"}: finished shards (of `keys`, else all), their rows, those
+        without a caption, the time of the last one, and the rows finished since the run was last started."""
+        there = self.folder.outputs()
+        there = {key: name for key, name in there.items() if keys is None or key in keys}
+        new = [name for name in there.values() if name not in self.footers]
+        self.footers.update(zip(new, (counts for _, counts in self.folder.footers(new)), strict=True))
+        found = [self.footers[name] for name in there.values()]
+        started = (self.folder.read_json(SETTINGS) or {}).get("started", 0)
+        recent = [counts for counts in found if counts.get("finished", 0) >= started]
+        return {
+            "shards": len(found),
+            "rows": sum(counts.get("rows", 0) for counts in found),
+            "errors": sum(counts.get("errors", 0) for counts in found),
+            "last": max((counts["finished"] for counts in recent), default=None),
+            "recent_rows": sum(counts.get("rows", 0) for counts in recent),
+        }
+
+
+def line(rows: int, total: int | None, shards: int, of: int, errors: int, failed: int, rate: float, unit: str) -> str:
+    """The one line. `rate` is in rows per second, 0 where it is not known yet."""
+    parts = [f"{rows:,}{f' of {total:,}' if total is not None else ''} {unit}, {shards:,} of {of:,} shards"]
+    if rate:
+        parts.append(f"{rate:,.1f} {unit}/s")
+    parts += [f"{errors:,} without a result"] * bool(errors) + [f"{failed:,} shards failed"] * bool(failed)
+    left = (total - rows if total is not None else (of - shards) * rows / shards if shards else 0) / rate if rate else 0
+    if left > 0 and shards < of:
+        parts.append(f"about {_duration(left)} left")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def status(name: str, unit: str) -> str:
+    """How far the run is that writes to --output `name`, and which shards failed.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    for single in (True, False):
+        folder = ShardFolder(name, single)
+        if about := folder.read_json(SETTINGS):
+            break
+    else:
+        raise UserError(f"--status {name}: no run has written there.")
+    found = Watch(folder).update()
+    failed = [folder.read_json(file) for file in folder.files() if file.startswith(FAILED)]
+    seconds = (found["last"] or 0) - about["started"]
+    rate = found["recent_rows"] / seconds if seconds > 0 else 0.0
+    said = line(
+        found["rows"], about["rows"], found["shards"], about["shards"], found["errors"], len(failed), rate, unit
+    )
+    ended = folder.read_json(REPORT) is not None and found["shards"] >= about["shards"]
+    lines = [f"{said}{', finished' if ended else ''}"]
+    return "\n".join(lines + [f"failed: {shard['error']}" for shard in failed if shard])
+
+
+def begin(folder: ShardFolder, shards: list[Shard], size: int, unit: str, share: tuple[int, int], settings: dict):
+    """(shards that are left to this process, Progress) of a run that begins, or resumes; `share` is (number, count) of
+    this process, which takes every count-th shard."""
+    folder.begin(settings, shards, size)
+    number, count = share
+    progress = Progress(folder, shards, unit, others=count > 1, quiet=number > 0)
+    if number == 0:
+        logger.info("%s", progress.begun())
+    left = set(progress.left)
+    mine = [shard for shard in shards[number::count] if shard in left]
+    there = set(folder.files())
+    for mark in map(mark_of, mine):
+        if mark in there:  # of a run before: the shard is tried again
+            folder.remove(mark)
+    return mine, progress
+
+
+def mark_of(shard: Shard) -> str:
+    """The file that says that a shard was given up."""
+    return f"{FAILED}{shard.id}{shard.digest}.json"
+
+
+def failures(folder: ShardFolder, shards: list[Shard]) -> list[str]:
+    """What is wrong with each shard that was given up, if no shard is left to others: who ends last says it, since
+    torchrun stops all processes as soon as one of them ends with an error."""
+    there = set(folder.files())
+    failed = [mark for mark in map(mark_of, shards) if mark in there]
+    if len(folder.done(shards)) + len(failed) < len(shards):
+        return []
+    for mark in failed:
+        logger.error("failed: %s", (folder.read_json(mark) or {}).get("error"))
+    if failed:
+        logger.error("%d of %d shards failed; the same command tries them again", len(failed), len(shards))
+    return failed
+
+
+class Progress:
+    """The line of a run, while it works.
+
+    Args:
+        others: other processes work on the same shards, so what is done is read from the files.
+        quiet: say nothing: another process does.
+    """
+
+    def __init__(self, folder: ShardFolder, shards: list[Shard], unit: str, others: bool = False, quiet: bool = False):
+        self.folder, self.shards, self.unit, self.others, self.quiet = folder, shards, unit, others, quiet
+        done = folder.done(shards)
+        self.left = [shard for shard in shards if shard not in done]
+        self.before, self.began = len(done), time.time()
+        rows = [shard.rows for shard in shards]
+        self.total = None if None in rows else sum(rows)
+        self.rows = self.rows_before = sum(shard.rows or 0 for shard in done)
+        self.finished_shards, self.errors, self.failed, self.current = len(done), 0, 0, 0
+        self.said, self.watched, self.watch = time.monotonic(), time.monotonic(), Watch(folder)
+        self.keys = {shard.id + shard.digest for shard in shards}
+        self.terminal = sys.stderr.isatty()
+
+    def begun(self) -> str:
+        what = f"{self.total:,} {self.unit}" if self.total is not None else f"{len(self.shards):,} shards"
+        before = f"{self.rows:,}" if self.total is not None else f"{self.before:,} shards"
+        return f"{what}, {before} of them done before"
+
+    def tick(self, current: int) -> None:
+        """`current` rows of the shards in progress are finished."""
+        self.current = current
+        if time.monotonic() - self.said > (0.5 if self.terminal else 30):
+            self.say()
+
+    def finished(self, outcome) -> None:
+        """A shard is done, or given up."""
+        if outcome.error:
+            self.failed += 1
+            self.folder.write_json(mark_of(outcome.shard), {"error": str(outcome)})
+        self.rows += outcome.counts.get("rows", 0)
+        self.errors += outcome.counts.get("errors", 0)
+        self.finished_shards += not outcome.error
+        self.tick(0)
+
+    def say(self) -> None:
+        self.said = time.monotonic()
+        if self.quiet:
+            return
+        if self.others and time.monotonic() - self.watched > 10:
+            found = self.watch.update(self.keys)
+            self.rows, self.finished_shards, self.errors = found["rows"], found["shards"], found["errors"]
+            self.watched = time.monotonic()
+        rows = self.rows + self.current
+        rate = max(0, rows - self.rows_before) / max(1e-3, time.time() - self.began)
+        said = line(rows, self.total, self.finished_shards, len(self.shards), self.errors, self.failed, rate, self.unit)
+        if self.terminal:
+            print(f"\r{said}\033[K", end="", file=sys.stderr, flush=True)
+        else:
+            logger.info("%s", said)
+
+    def close(self) -> None:
+        if self.terminal and not self.quiet:
+            self.say()
+            print(file=sys.stderr)

@@ -1,0 +1,429 @@
+"""Shards: what is worked on at once, and the folder where the output of each appears, whole or not at all.
+
+A shard is a tar, some row groups of a Parquet file, or a number of rows of a folder, a list or another source. Its output
+is a file of its own, whose name tells what was in the shard; these files are all that a run resumes from.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from common.errors import UserError
+from common.files import whole
+from data.image_rows import group_starts, pieces, rows_of, unique
+from data.remote import file_system, is_remote, open_remote, unreachable
+from data.rows import DataError, Options
+
+FILE = re.compile(r"\d{5,}-([0-9a-f]{12})([0-9a-f]{8})\.parquet")
+SETTINGS, REPORT = "_settings.json", "_report.json"
+FOOTER = b"image_captioning"  # key of a shard's counts in its file's metadata
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows that are worked on together."""
+
+    position: int  # in the order of the source
+    kind: str  # "tar", "parquet" or "rows"
+    place: str  # path or address; empty for rows
+    label: str  # what its images are named by: the file's name, or its path where several have that name
+    start: int  # first row, counted from the beginning of the file, or of all rows of their kind
+    stop: int | None  # one behind the last row; None for all
+    rows: int | None  # how many, where that is known
+    digest: str  # 8 hex digits of what is in it
+
+    @property
+    def id(self) -> str:
+        """12 hex digits that stay the same when the source grows."""
+        return xxhash.xxh3_64_hexdigest(f"{self.kind}\n{self.label}\n{self.start}".encode())[:12]
+
+    @property
+    def file(self) -> str:
+        return f"{self.position:05d}-{self.id}{self.digest}.parquet"
+
+    def __str__(self) -> str:
+        rows = f"rows {self.start} to {self.stop}" if self.stop is not None else "all rows"
+        return f"{self.label}, {rows}" if self.kind != "tar" else self.label
+
+
+class Digest:
+    """A running digest of rows."""
+
+    def __init__(self):
+        self.hash = xxhash.xxh3_64()
+
+    def add(self, *values) -> None:
+        self.hash.update(
+            json.dumps(values, default=str, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        )
+
+    def __str__(self) -> str:
+        return self.hash.hexdigest()[:8]
+
+
+def digest_of(*values) -> str:
+    digest = Digest()
+    digest.add(*values)
+    return str(digest)
+
+
+class Cursor:
+    """A stream of rows that is read forwards, piece by piece, and opened again for a piece that lies behind.
+
+    Args:
+        open_at: called with a row's number; returns (number of the first row, rows), from that row or one before it.
+    """
+
+    def __init__(self, open_at: Callable[[int], tuple[int, Iterator]]):
+        self.open_at, self.position, self.stream = open_at, 0, None
+
+    def read(self, start: int, stop: int | None) -> Iterator:
+        if self.stream is None or start < self.position:
+            self.position, self.stream = self.open_at(start)
+        try:
+            while stop is None or self.position < stop:
+                row = next(self.stream)
+                self.position += 1
+                if self.position > start:
+                    yield row
+        except StopIteration:
+            self.stream = None
+        except Exception:
+            self.stream = None  # a stream that failed has ended
+            raise
+
+
+# ---------------------------------------------------------------- shards of images
+
+
+class ImageSource:
+    """What infer.py's paths name, as shards, and the rows of each: those of data.image_rows with a `key` that no other
+    row of the source has.
+
+    """
+
+    def __init__(self, paths: list[str], options: Options):
+        self.options = options
+        self.pieces = list(pieces(paths, options))
+        self.loose = [piece for piece in self.pieces if piece[0] in ("folder", "rows")]
+        self.cursor = Cursor(lambda start: (0, self._stream()))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"cursor": None}  # a worker's process reads by itself
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.cursor = Cursor(lambda start: (0, self._stream()))
+
+    def shards(self, size: int) -> list[Shard]:
+        """All shards in the order of the source, of `size` rows but for tars, which are one each. Lists and folders are
+        gone through once, tars are not opened."""
+        files = list(dict.fromkeys(piece for piece in self.pieces if piece not in self.loose))
+        with ThreadPoolExecutor(16) as pool:
+            ranges = dict(zip(files, pool.map(partial(self._ranges, size), files), strict=True))
+        labels = self._labels()
+        found, seen, first = [], self._seen(), 0
+        for loose, group in itertools.groupby(self.pieces, key=lambda piece: piece in self.loose):
+            if loose:
+                rows = unique((row for piece in group for row in rows_of(*piece, self.options)), seen)
+                for count, digest in _counted(rows, size):
+                    found.append(Shard(len(found), "rows", "", "images", first, first + count, count, digest))
+                    first += count
+                continue
+            for kind, place in group:
+                for start, stop, rows, digest in ranges.pop((kind, place), ()):
+                    found.append(Shard(len(found), kind, place, labels[place], start, stop, rows, digest))
+        return found
+
+    def rows(self, shard: Shard) -> Iterator[dict]:
+        """The rows of a shard: {"key", "name", "image", "columns", "relative"}.
+
+        Raises:
+            DataError: the file is broken, or the list or folder has changed since `shards` went through it.
+        """
+        if shard.kind == "rows":
+            digest = Digest()
+            for row in self.cursor.read(shard.start, shard.stop):
+                digest.add(row["name"], row["columns"])
+                yield row | {"key": row["name"]}
+            if str(digest) != shard.digest:
+                raise DataError(f"{shard}: the source has changed while this was running. Start the same command again")
+            return
+        base = os.path.basename(shard.place)
+        rows = rows_of(shard.kind, shard.place, self.options, shard.start, shard.stop)
+        yield from unique((self._named(row, number, shard, base) for number, row in enumerate(rows, shard.start)), {})
+
+    def _named(self, row: dict, number: int, shard: Shard, base: str) -> dict:
+        if row["name"].startswith(base):
+            row["name"] = shard.label + row["name"][len(base) :]
+        return row | {"key": row["name"] if shard.kind == "tar" else f"{shard.label}#{number}"}
+
+    def first(self, limit: int) -> Iterator[dict]:
+        """The first rows that are not in tars or Parquet files."""
+        return itertools.islice(self._stream(), limit)
+
+    def _stream(self) -> Iterator[dict]:
+        rows = (row for piece in self.loose for row in rows_of(*piece, self.options))
+        return unique(rows, self._seen())
+
+    def _seen(self) -> dict | None:
+        return (
+            None if [kind for kind, _ in self.loose] == ["folder"] else {}
+        )  # in one folder, no two names are the same
+
+    def _labels(self) -> dict[str, str]:
+        """The names of tars and Parquet files, and the paths of those that share a name with another."""
+        places = {place for piece in self.pieces if piece not in self.loose for place in piece[1:]}
+        count = Counter(map(os.path.basename, places))
+        return {place: place if count[os.path.basename(place)] > 1 else os.path.basename(place) for place in places}
+
+    def _ranges(self, size: int, piece: tuple[str, str]) -> list[tuple[int, int | None, int | None, str]]:
+        """(first row, one behind the last, rows, digest) of each shard of a file. A broken one is a shard, whose rows
+        will say what is wrong with it."""
+        kind, place = piece
+        try:
+            version = _version(place)
+            if kind == "tar":
+                return [(0, None, None, digest_of(version))]
+            with open_remote(place) if is_remote(place) else open(place, "rb") as file:
+                return list(parquet_ranges(pq.read_metadata(file), size))
+        except (OSError, pa.ArrowException):
+            return [(0, None, None, digest_of(place))]
+
+
+def _version(place: str) -> list:
+    """What changes when a file does, but not when it is copied elsewhere: its size, and both of its ends, since tars are
+    padded to whole blocks."""
+    if not is_remote(place):
+        with open(place, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            ends = [file.read(2**16) for start in (0, max(0, size - 2**16)) if file.seek(start) == start]
+        return [size, *map(xxhash.xxh3_64_hexdigest, ends)]
+    system, path = file_system(place)
+    info = system.info(path)
+    return [info.get("size"), info.get("ETag") or info.get("etag")]
+
+
+def _counted(rows: Iterator[dict], size: int) -> Iterator[tuple[int, str]]:
+    """(rows, digest) of each `size` rows."""
+    while True:
+        digest, count = Digest(), 0
+        for row in itertools.islice(rows, size):
+            digest.add(row["name"], row["columns"])
+            count += 1
+        if not count:
+            return
+        yield count, str(digest)
+
+
+def parquet_ranges(metadata, size: int) -> Iterator[tuple[int, int, int, str]]:
+    """(first row, one behind the last, rows, digest) of as many row groups as make up `size` rows."""
+    start = rows = 0
+    digest = Digest()
+    for group, first in group_starts(metadata):
+        content = metadata.row_group(group)
+        digest.add(content.num_rows, content.total_byte_size)
+        rows += content.num_rows
+        if rows >= size or group == metadata.num_row_groups - 1:
+            if rows:
+                yield start, first + content.num_rows, rows, str(digest)
+            start, rows, digest = first + content.num_rows, 0, Digest()
+
+
+# ---------------------------------------------------------------- the folder of outputs
+
+
+class ShardFolder:
+    """The folder that outputs of shards appear in: a path, or an address.
+
+    Args:
+        output: what --output says.
+        single: whether that is a file, to be made of the shards at the end; they then are in OUTPUT.shards.
+    """
+
+    def __init__(self, output: str, single: bool):
+        self.output, self.single = output.rstrip("/\\"), single
+        self.name = f"{self.output}.shards" if single else self.output
+        self.remote = is_remote(output)
+        self.system, self.path = file_system(self.name) if self.remote else (None, str(Path(self.name).absolute()))
+
+    def __getstate__(self) -> dict:
+        return {"output": self.output, "single": self.single, "path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["output"], state["single"])
+        self.path = state["path"]  # of the process that began the run, whose folder may be another
+
+    def size(self, default: int, share: tuple[int, int], first: Callable[[int], Iterator]) -> int:
+        """Rows of a shard where that is not said: as the run was begun with, else `default`, or so many that each of the
+        processes has a shard.
+
+        Args:
+            share: (number, count) of this process.
+            first: called with a number; returns so many rows of the source, or all.
+        """
+        before = self.read_json(SETTINGS)
+        if before is not None:
+            return before["size"]
+        count = share[1]
+        rows = sum(1 for _ in first(default * count)) if count > 1 else math.inf
+        return default if rows >= default * count else max(1, math.ceil(rows / count))
+
+    def begin(self, settings: dict, shards: list[Shard], size: int) -> None:
+        """Write down what the run is; `size` is that of its shards.
+
+        Raises:
+            UserError: it was begun with other settings.
+        """
+        before = self.read_json(SETTINGS)
+        differ = {k: v for k, v in settings.items() if before and before["settings"].get(k) != v}
+        if differ:
+            what = "; ".join(
+                f"{name} was {before['settings'].get(name)!r}, is {value!r}" for name, value in differ.items()
+            )
+            raise UserError(f"{self.output} was begun with other settings: {what}. Name another --output.")
+        if not self.remote:
+            os.makedirs(self.path, exist_ok=True)
+        rows = [shard.rows for shard in shards]
+        about = {"settings": settings, "size": size, "shards": len(shards), "rows": None if None in rows else sum(rows)}
+        self.write_json(SETTINGS, about | {"started": time.time(), "done_before": len(self.done(shards))})
+
+    def check(self) -> None:
+        """UserError where no run can write: the folder is missing, or holds other things, or what earlier versions left."""
+        if self.read_json(SETTINGS) is not None:
+            return
+        if self.remote:
+            if self.single and file_system(self.output)[0].exists(file_system(self.output)[1]):
+                raise UserError(f"--output {self.output} is there already, and no run made it here. Name another.")
+            return
+        output = Path(self.output)
+        if not output.absolute().parent.is_dir():
+            raise UserError(f"--output {output}: its folder does not exist.")
+        older = [*output.parent.glob(f"{output.name}.part-*"), *output.parent.glob(f"{output.name}.settings.json")]
+        if older:
+            raise UserError(
+                f"--output {output} was begun by an earlier version, which left {older[0].name}: finish it with that "
+                "version, or name another --output."
+            )
+        if output.exists() and (output.is_file() or any(output.iterdir())):
+            raise UserError(f"--output {output} is there already, and no run like this one made it. Name another.")
+
+    def files(self) -> list[str]:
+        """Names of all files in the folder, sorted."""
+        if not self.remote:
+            return sorted(entry.name for entry in os.scandir(self.path)) if os.path.isdir(self.path) else []
+        self.system.invalidate_cache()
+        try:
+            return sorted(file.rstrip("/").rsplit("/", 1)[-1] for file in self.system.ls(self.path, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def outputs(self) -> dict[str, str]:
+        """{id and digest of a shard: name of its file} of all that are there."""
+        return {found[1] + found[2]: name for name in self.files() if (found := FILE.fullmatch(name))}
+
+    def done(self, shards: list[Shard]) -> dict[Shard, str]:
+        """The file of each shard that has one."""
+        there = self.outputs()
+        return {shard: there[key] for shard in shards if (key := shard.id + shard.digest) in there}
+
+    @contextlib.contextmanager
+    def whole(self, name: str):
+        """A local path to write to; the file appears under `name` when the block ends well."""
+        if not self.remote:
+            with whole(Path(self.path) / name) as temporary:
+                yield temporary
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / name
+            self._put(Path(folder) / name, name)
+
+    def _put(self, file: Path, name: str) -> None:
+        with reaching(self.name):
+            self.system.put_file(str(file), f"{self.path}/{name}")
+
+    def open(self, name: str):
+        return open(Path(self.path) / name, "rb") if not self.remote else self.system.open(f"{self.path}/{name}")
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(Path(self.path) / name) if not self.remote else self.system.rm_file(f"{self.path}/{name}")
+
+    def write_json(self, name: str, value) -> None:
+        with self.whole(name) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+
+    def read_json(self, name: str):
+        try:
+            with reaching(self.name), self.open(name) as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, batches: Iterator[pa.Table], counts: Callable[[], dict]) -> None:
+        """A shard's file; `counts()`, called when all batches are written, is kept in its footer."""
+        with self.whole(name) as temporary:
+            first = next(batches)
+            with pq.ParquetWriter(temporary, first.schema, compression="zstd") as writer:
+                for table in itertools.chain([first], batches):
+                    writer.write_table(table)
+                writer.add_key_value_metadata({FOOTER: json.dumps(counts()).encode()})
+
+    def read(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        with self.open(name) as file:
+            yield from pq.ParquetFile(file).iter_batches(columns=columns)
+
+    def footers(self, names: list[str]) -> list[tuple[pa.Schema, dict]]:
+        """(schema, counts) of files, in their order."""
+
+        def footer(name):
+            with self.open(name) as file:
+                found = pq.read_metadata(file)
+            return found.schema.to_arrow_schema(), json.loads((found.metadata or {}).get(FOOTER, b"{}"))
+
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(footer, names))
+
+
+@contextlib.contextmanager
+def reaching(name: str):
+    """Errors of a server are a DataError of one line."""
+    try:
+        yield
+    except (FileNotFoundError, DataError):
+        raise
+    except Exception as error:
+        if not is_remote(name):
+            raise
+        raise unreachable(name, error) from None
+
+
+def reachable(folder: str, shard: Shard) -> bool:
+    """Whether the servers that a shard is read from and written to answer."""
+    for place in filter(is_remote, (folder, shard.place)):
+        system, path = file_system(place)
+        system.invalidate_cache()
+        try:
+            system.info(path)
+        except (FileNotFoundError, PermissionError):
+            continue
+        except Exception:
+            return False
+    return True
