@@ -125,7 +125,9 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
             _give_one_schema(folder, names + besides)
         counts = [counts for _, counts in folder.footers(names + besides)]
         total = {name: sum(each.get(name, 0) for each in counts) for name in ("rows", "errors", "seconds")}
-        folder.write_json(REPORT, {"shards": len(counts), **total, "settings": counts[0].get("settings") if counts else {}})
+        folder.write_json(
+            REPORT, {"shards": len(counts), **total, "settings": counts[0].get("settings") if counts else {}}
+        )
     logger.info(
         "%d captions in %s, %d images without one", total["rows"] - total["errors"], folder.output, total["errors"]
     )

@@ -17,7 +17,7 @@ from llm_server import LLMServer, fused, write_rows
 from PIL import Image
 
 pytest.importorskip("ray", reason="--engine ray needs Ray, of requirements-dev.txt")
-QUIET = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+QUIET = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 IMAGES, SHARD = 240, 12
 
 
@@ -101,7 +101,8 @@ def nodes(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", str(80 * 2**20)]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address", "127.0.0.1"]
+    ray += ["--object-store-memory", str(80 * 2**20)]
     head = ["--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false"]
     started = []
     for words in (head, ["--address", address, "--num-cpus", "1"], ["--address", address, "--num-cpus", "1"]):
