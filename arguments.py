@@ -300,6 +300,9 @@ REPLACED = {
     "do_predict": "use evaluate.py",
     "use_cache": "training keeps no key-value cache",
     "sortish_sampler": "batches are drawn at random",
+    "fsdp": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml train.py ...",
+    "fsdp_config": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml train.py ...",
+    "deepspeed": "use accelerate launch --config_file recipes/accelerate/zero3.yaml train.py ...",
 }
 
 
@@ -313,7 +316,6 @@ PACKAGES = {
         "grokadamw": "grokadamw", "schedule_free": "schedulefree", "apollo": "apollo_torch", "stable_adamw": "optimi",
     },
     "use_liger_kernel": {"True": "liger_kernel"},
-    "deepspeed": {"": "deepspeed"},
 }  # fmt: skip
 PIP_NAMES = {
     "liger_kernel": "liger-kernel", "galore_torch": "galore-torch", "lomo_optim": "lomo-optim",
@@ -329,6 +331,11 @@ class TrainFlags:
         "cross_entropy",
         "What is learnt from: cross_entropy on the references; or rewards of the model's own captions, by scst or dico. "
         "These start from a trained captioner, and a sample is an image with all its captions.",
+    )
+    dry_run: bool = flag(
+        False,
+        "Train nothing: say how many weights are trained, and what memory each process will need, from the model's config "
+        "alone. On a machine without the GPU, pass --bf16 true as it will be there.",
     )
     output_dir: str = flag("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
     num_train_epochs: float = flag(4.0, "Passes over the training captions.")

@@ -24,6 +24,8 @@ from captioner import Captioner
 from collator import CaptionCollator, input_size
 from common.errors import UserError
 from common.files import output_folder
+from common.processes import device_memory
+from common.sharding import gathered, strategy
 from data.tokens import check_captions_can_be_written
 from metrics.clip_scores import load_scorers
 from models.families import vision_encoder
@@ -35,6 +37,8 @@ from reports.plots import plot_curves, training_panels
 from reports.score_split import score_split
 from training.checkpoints import find_checkpoint, record_run
 from training.feature_cache import keep_features
+from training.memory import plan
+from training.sharding import check_sharding, shard
 from training.trainer import CaptionTrainer
 
 logger = logging.getLogger("train")
@@ -46,6 +50,9 @@ def main():
 
     # Set up the run
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
+    check_sharding(args, model_args, scratch_args)
+    if args.dry_run:
+        return plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = output_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
@@ -56,21 +63,17 @@ def main():
 
     # Load the data and the model
     splits, bad_samples = load_splits(data_args, args)
-    model, processor = load_captioner(model_args, scratch_args, adapter_args, splits["train"])
-    how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
-    captioner = Captioner(model, processor, **how, **vars(generation_args))
-    captioner.save_settings()
+    captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args)
 
     # Build the trainer
     collator = build_collator(captioner, augmentations, data_args, args)
+    objective = build_objective(args, objective_args, captioner, splits["train"], scorers, metric_args.caption_language)
     train_dataset, validation = build_datasets(splits, captioner, collator, scratch_args, data_args, args)
     trainer = CaptionTrainer(
-        model=model,
+        model=captioner.model,
         args=args,
-        processing_class=processor,
-        objective=build_objective(
-            args, objective_args, captioner, splits["train"], scorers, metric_args.caption_language
-        ),
+        processing_class=captioner.processor,
+        objective=objective,
         captioner=captioner,
         data_collator=collator,
         train_dataset=train_dataset,
@@ -89,6 +92,27 @@ def main():
         logger.info("the model, its scores, captions, report, curves and card are in %s", folder)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args) -> None:
+    """Print what memory the run will need of each process; reads the model's config and processor, and no weights."""
+    if scratch_args.model_config:
+        words = [f"word{number}" for number in range(8000)]  # as many as are counted at most
+        vocab = scratch_args.tokenizer_vocab
+        model, processor = build_model(scratch_args.model_config, vocab, words, model_args.fast_attention)
+    else:
+        merge = not adapter_args.use_peft
+        loading = model_args.loading()
+        model, processor = load_model(model_args.model_name_or_path, merge=merge, weights=False, **loading)
+    model = make_trainable(model, adapter_args, scratch_args.freeze_vision)
+    captioner = Captioner(model, processor, fast_jpeg=model_args.fast_jpeg)
+    no_augmentations = {"augmentation": None, "text_augmentation": None}
+    collator = build_collator(captioner, no_augmentations, data_args, args).for_evaluation()
+    drawn = {"scst": objective_args.scst_samples, "dico": objective_args.dico_candidates}
+    rows = drawn.get(args.objective, data_args.captions_per_image)
+    found = plan(model, collator, args, rows, data_args.max_txt_len, model_args.quantization)
+    if args.process_index == 0:
+        print("\n".join(found.lines(device_memory(args.device), args.world_size)))
 
 
 def load_augmentations(data_args, seed: int) -> dict:
@@ -113,8 +137,9 @@ def load_splits(data_args, args) -> tuple:
     return {"train": splits["train"], **held_out}, bad_rows + bad_images
 
 
-def load_captioner(model_args, scratch_args, adapter_args, train_records) -> tuple:
-    """(model with what is to be trained left trainable, processor), pretrained or from random weights."""
+def load_captioner(model_args, scratch_args, adapter_args, generation_args, train_records, args) -> Captioner:
+    """A pretrained captioner or one of random weights; what is to be trained is left trainable, and the model shared
+    between processes if they were launched so."""
     if scratch_args.model_config:
         captions = (text for row in train_records for text in row["captions"])
         vocab = scratch_args.tokenizer_vocab
@@ -126,7 +151,11 @@ def load_captioner(model_args, scratch_args, adapter_args, train_records) -> tup
         model, processor = load_model(model_args.model_name_or_path, merge=merge, **model_args.loading())
     captions = (text for row in train_records for text in row["captions"])
     check_captions_can_be_written(processor.tokenizer, captions)
-    return make_trainable(model, adapter_args, scratch_args.freeze_vision), processor
+    model = shard(make_trainable(model, adapter_args, scratch_args.freeze_vision), args)
+    how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
+    captioner = Captioner(model, processor, **how, **vars(generation_args))
+    captioner.save_settings()
+    return captioner
 
 
 def build_collator(captioner, augmentations: dict, data_args, args) -> CaptionCollator:
@@ -148,7 +177,8 @@ def build_datasets(splits, captioner, collator, scratch_args, data_args, args) -
     used = {"train": splits["train"], "validation": splits.get("validation") if args.eval_strategy != "no" else None}
     # Rewards look at all references of an image at once.
     per_image = None if collator.prompts_only else data_args.captions_per_image
-    if not any(parameter.requires_grad for parameter in vision_encoder(captioner.model).parameters()):
+    frozen = not any(parameter.requires_grad for parameter in vision_encoder(captioner.model).parameters())
+    if frozen and not strategy():
         used |= keep_features(scratch_args.feature_cache, captioner, used, args, per_image, collator.augmentation)
     if data_args.streaming:
         return data.CaptionStream(splits["train"], data_args.captions_per_image, seed=args.seed), used["validation"]
@@ -174,22 +204,23 @@ def evaluate(trainer, splits, scorers, metric_args, data_args, folder) -> list:
     """Caption and score the validation and the test split; a ScoredSplit of each, on the main process."""
     args, captioner, scored = trainer.args, trainer.captioner, []
     known = None if data_args.streaming else [text for group in splits["train"]["captions"] for text in group]
-    for name in ("validation", "test"):
-        if name not in splits:
-            continue
-        records, workers = splits[name], args.dataloader_num_workers
-        predictions = captioner.caption_split(records, batch_size=args.eval_batch_size, num_workers=workers)
-        if not trainer.is_world_process_zero():
-            continue
-        source = {"split": name, "dataset_name": data_args.dataset_name, "model": str(folder)}
-        where = folder if name == "test" or "test" not in splits else output_folder(folder / name)
-        looks = {"captioner": captioner, "curves": training_panels(trainer.state)}
-        options = {"training_captions": known, "scorers": scorers, "num_workers": workers}
-        scored.append(
-            score_split(where, predictions, records, metric_args, args.seed, source=source, **looks, **options)
-        )
-        if name == "validation":
-            trainer.save_metrics("eval", outputs.flat(scored[-1].scores, "eval"), combined=False)
+    with gathered(trainer.model):  # by every process once; what comes after captioning the first does alone
+        for name in ("validation", "test"):
+            if name not in splits:
+                continue
+            records, workers = splits[name], args.dataloader_num_workers
+            predictions = captioner.caption_split(records, batch_size=args.eval_batch_size, num_workers=workers)
+            if not trainer.is_world_process_zero():
+                continue
+            source = {"split": name, "dataset_name": data_args.dataset_name, "model": str(folder)}
+            where = folder if name == "test" or "test" not in splits else output_folder(folder / name)
+            looks = {"captioner": captioner, "curves": training_panels(trainer.state)}
+            options = {"training_captions": known, "scorers": scorers, "num_workers": workers}
+            scored.append(
+                score_split(where, predictions, records, metric_args, args.seed, source=source, **looks, **options)
+            )
+            if name == "validation":
+                trainer.save_metrics("eval", outputs.flat(scored[-1].scores, "eval"), combined=False)
     return scored
 
 

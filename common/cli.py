@@ -146,7 +146,7 @@ def convert(value, action):
             raise UserError(f"expected a list, got {value!r}")
         return [action.type(item) for item in value]
     if isinstance(value, dict):
-        if not action.dest.endswith(("_kwargs", "_config")) and action.dest not in ("fsdp", "deepspeed"):
+        if not action.dest.endswith(("_kwargs", "_config")):
             raise UserError(f"expected one value, got {value!r}")
         return value
     if isinstance(value, bool) and action.const == "true":  # a third value is possible: auto

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.limits import cpus
+from common.limits import cpus, free_memory
 
 
 def processes() -> PartialState:
@@ -62,6 +62,13 @@ def peak_memory() -> int:
         return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of this process's GPU, or what is free of the machine's, where processes share it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def show_progress(items, total: int, doing: str = "captioning"):

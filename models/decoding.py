@@ -42,6 +42,9 @@ def generate(
     if input_ids is not None:
         generation_kwargs["input_ids"] = input_ids.clone()  # the library writes its start token into them
     given = {"pixel_values": pixel_values, "attention_mask": attention_mask}
+    # A process that shares the model has all weights here (common.sharding.gathered), and images of its own number:
+    # the library would have it wait at each token for the others.
+    generation_kwargs.setdefault("synced_gpus", False)
     return model.generate(**{name: value for name, value in given.items() if value is not None}, **generation_kwargs)
 
 

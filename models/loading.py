@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import (
@@ -45,8 +45,10 @@ def load_model(
     dtype: str = "float32",
     quantization: str | None = None,
     merge: bool = True,
+    weights: bool = True,
 ):
-    """A captioner and its processor, from a local folder or the Hub.
+    """A captioner and its processor, from a local folder or the Hub. Without `weights` it has the shape that its config
+    says, on the meta device, and no weight is read.
 
     Weights are read as common.weights says, and no code of the repository is run. `dtype` is float32 or bfloat16;
     `quantization` 4bit or 8bit. Of an adapter the base model is loaded first, by the name that the adapter has for it, and
@@ -62,10 +64,12 @@ def load_model(
         base = adapter["base_model_name_or_path"]
         logger.info("%s is an adapter (LoRA): loading its base model %s", model_name_or_path, base)
         try:
-            options = {"dtype": dtype, "quantization": quantization}
+            options = {"dtype": dtype, "quantization": quantization, "weights": weights}
             model, processor = load_model(base, fast_attention, adapter.get("revision") or "main", **options)
         except ValueError as error:
             raise UserError(f"{model_name_or_path} is an adapter, and its base model does not load: {error}") from None
+        if not weights:
+            return get_peft_model(model, PeftConfig.from_pretrained(model_name_or_path, revision=revision)), processor
         model = load_adapter(model, model_name_or_path, revision)
         return (model.merge_and_unload() if merge else model), processor
     folder = Path(model_name_or_path)
@@ -83,6 +87,8 @@ def load_model(
         if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
             raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
         processor = _load_processor(config, model_name_or_path, options)
+        if not weights:
+            return ready(without_weights(family.model_class, config, dtype), processor, fast_attention), processor
         if quantization:
             options["quantization_config"] = quantization_config(quantization)
         options |= {"dtype": getattr(torch, dtype), "unread": family.unread}
@@ -110,6 +116,15 @@ def _load_processor(config, model_name_or_path: str, options: dict):
             f"The processor of {model_name_or_path} needs {package}, which is not installed: pip install {package}. The "
             f"library says: {said.partition('. ')[0]}"
         ) from error
+
+
+def without_weights(model_class, config, dtype: str):
+    """A model of the config's shape on the meta device."""
+    make = getattr(model_class, "from_config", None) or model_class._from_config  # an Auto class, or a model's own
+    with torch.device("meta"):
+        model = make(config, dtype=getattr(torch, dtype))
+    model.config.name_or_path = model.config.name_or_path or config.name_or_path
+    return model
 
 
 def load_weights(model, checkpoint: str) -> None:

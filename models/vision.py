@@ -15,6 +15,7 @@ from transformers import Blip2VisionModel, GitVisionModel, InstructBlipVisionMod
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from common.errors import UserError
+from common.sharding import gathered
 from models.blip_attention import VisionModel, check_nothing_asked
 from models.families import ENCODED, base_model, family_of, vision_encoder
 
@@ -108,7 +109,8 @@ def encode_once(model, inputs: dict, times: int = 1) -> dict:
     if base not in _AGREES:
         rows = family_of(base.config).text_inputs
         first = {name: value[::times] if name in rows else value for name, value in inputs.items()}
-        _AGREES[base] = _agrees(base, first)
+        with gathered(model):
+            _AGREES[base] = _agrees(base, first)
         if not _AGREES[base]:
             logger.warning(
                 "%s gives other logits for encoded images than for pixels with this release of transformers: images are "

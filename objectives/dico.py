@@ -6,9 +6,11 @@ counts is by how much its preference exceeds the starting model's.
 """
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
 
 from collator import IGNORE
+from common.sharding import gathered
 from models.vision import has_gradients
 from objectives.cross_entropy import target_logits
 from objectives.policy import SAMPLING, draw, facts, switch_off_dropout
@@ -129,7 +131,7 @@ class Dico:
         device, dtype = passed["input_ids"].device.type, self.captioner.autocast
         self._exchange_weights()
         try:
-            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            with gathered(self.captioner.model), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
                 logits, _ = target_logits(self.captioner.model, passed)
         finally:
             self._exchange_weights()
@@ -137,4 +139,9 @@ class Dico:
 
     def _exchange_weights(self) -> None:
         for i, parameter in enumerate(self.trained):
-            parameter.data, self.start[i] = self.start[i].to(parameter.device), parameter.data
+            if isinstance(parameter, DTensor):  # FSDP keeps the address of a share
+                own, other = parameter.to_local(), self.start[i].to_local()
+                kept = own.clone()
+                own.copy_(other), other.copy_(kept)
+            else:
+                parameter.data, self.start[i] = self.start[i].to(parameter.device), parameter.data

@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessor
 
 from common.processes import fork_rng, processes
+from common.sharding import gathered
 from metrics import ends_badly, repeated_bigrams, tokenize
 
 # Settings of generate that decode one caption after the other, and that draw from the model's own distribution (the
@@ -57,7 +58,7 @@ def draw(captioner, batch: dict, **settings) -> Candidates:
     was_training = model.training
     # Processes start with the same random state: without their number, all would draw by the same chance.
     seed = int(torch.randint(2**31, ())) + processes().process_index
-    with fork_rng(model.device):
+    with fork_rng(model.device), gathered(model):
         torch.manual_seed(seed)
         model.eval()
         tokens = captioner.rows(captioner.generate_tokens(batch, **settings))

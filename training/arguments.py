@@ -56,6 +56,10 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
             self.accelerator_config = {"dispatch_batches": False}  # of a stream: each process reads its own share
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # all are constants; sent before a forward pass, autograd sees a change
+        if self.ddp_find_unused_parameters is None:
+            # The library's default with checkpointing, False, ends DDP at the second step of families that have weights
+            # they never read, such as the last norm of LLaVA's encoder.
+            self.ddp_find_unused_parameters = True
         if self.metric_for_best_model and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         Seq2SeqTrainingArguments.__post_init__(self)

@@ -18,7 +18,7 @@ FREE = {
     "log_level_replica", "log_on_each_node", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_revision",
     "hub_private_repo", "hub_always_push", "local_rank", "ddp_timeout", "ddp_backend", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "license", "meteor",
-    "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp",
+    "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp", "dry_run",
     "per_device_eval_batch_size", "report_maps", "max_test_samples", "feature_cache", "clip_metrics", "device",
     "caption_language", "instances", "subset_column",
 }  # fmt: skip

@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.loaders import TIMEOUT, data_loader, fit_workers
 from common.processes import fork_rng, peak_memory
 from common.publish import upload
+from common.sharding import gathered
 from data import CaptionPairs
 from metrics import score
 from metrics.clip_scores import clip_scores
@@ -23,6 +24,7 @@ from metrics.names import SCORES
 from models.families import base_model
 from models.loading import load_weights
 from objectives.cross_entropy import caption_loss
+from training.sharding import adopt, fill_in_states, whole_state
 from training.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
 from training.special_tokens import KeepSpecialTokens
 from training.tracker_images import log_samples
@@ -61,6 +63,16 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._sigterm, self._late = StopOnSigterm(), False
         self.add_callback(self._sigterm)
         self.add_callback(KeepSpecialTokens(self.model))
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = adopt(self.accelerator)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        # The library has generate gather what is shared, and drop it then. Captions are generated with all of it there.
+        vars(self.model).pop("generate", None)
+        return prepared
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         # The checkpoint of a run that was stopped before the evaluation of its last step: evaluate now.
@@ -190,8 +202,8 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _evaluate_now(self, pairs) -> tuple[dict, dict[str, str]]:
         """(loss and scores, captions) of the validation split."""
         self.model.eval()
-        loss = self._pairs_loss(pairs)
-        with self.compute_loss_context_manager():
+        with gathered(self.model), self.compute_loss_context_manager():
+            loss = self._pairs_loss(pairs)
             predictions = self.captioner.caption_split(
                 self.validation,
                 batch_size=self.args.eval_batch_size,
@@ -214,6 +226,17 @@ class CaptionTrainer(Seq2SeqTrainer):
             )
             metrics |= {name: value for name, value in found.items() if isinstance(value, float)}
         return metrics, predictions
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.is_fsdp_enabled:
+            fill_in_states(self.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:  # checkpoints hold shares, which the library writes
+            self._save(output_dir, whole_state(self.model))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -268,7 +291,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
 # The Trainer's own names for what is overridden above: under another name it would go its own way without a word.
 _OVERRIDDEN = (
-    "_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
+    "_get_train_sampler", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
     "create_model_card", "get_batch_samples",
 )  # fmt: skip
 if missing := [name for name in _OVERRIDDEN if not hasattr(Seq2SeqTrainer, name)]:

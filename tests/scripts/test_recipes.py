@@ -13,7 +13,8 @@ from conftest import ROOT
 import arguments
 from common import cli
 
-RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+# Those in recipes/accelerate are for accelerate launch: tests/training/test_sharding.py runs them.
+RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name != "accelerate")
 GROUPS = arguments.TRAIN_GROUPS
 
 
@@ -81,7 +82,16 @@ def test_every_flag_that_a_page_names_exists(page):
     others = ("Evaluate", "Infer", "Demo", "Rewrite", "LLM", "Export")
     for group in (getattr(arguments, f"{name}Arguments") for name in others):
         known |= set(group.__dataclass_fields__)
-    of_other_programs = {"help", "nproc_per_node", "photos", "shm"}
+    of_other_programs = {"help", "nproc_per_node", "photos", "shm", "config_file", "num_processes", "num_machines"}
+    of_other_programs |= {
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+        "nnodes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+    }
+    of_other_programs |= {"nodes", "ntasks", "gpus", "cpus", "rdzv_id"}
     assert set(re.findall(r"--(\w+)", page.read_text(encoding="utf-8"))) - of_other_programs <= known
 
 

@@ -1,0 +1,40 @@
+"""Weights that processes share between them (FSDP2, ZeRO-3): whether the launch asked for it, and all of them at once."""
+
+import contextlib
+import os
+
+from torch.distributed.fsdp import FSDPModule
+
+
+def strategy() -> str | None:
+    """What `accelerate launch --config_file` asked for: "FSDP", "ZeRO-1" to "ZeRO-3", or None, where each process has the
+    whole model."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "FSDP"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return None
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Inside, every process has all weights of a sharded `model`, in the precision that they are computed in, and may run
+    it alone, as often as it likes and any part of it: captioning shares of unequal length needs no step in common. All
+    processes enter together. A model that is not sharded stays as it is, and so does one that is gathered already.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units or getattr(model, "is_gathered", False):
+        yield model
+        return
+    model.is_gathered = True
+    for unit in units:
+        unit.reshard()  # what an earlier pass left gathered may be older than the shares
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield model
+    finally:
+        model.is_gathered = False
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()

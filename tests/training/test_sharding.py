@@ -1,0 +1,210 @@
+"""FSDP2 on two CPU processes: all that holds in one process holds there, on tiny models of the real classes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import families
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from ranks import Ranks
+from safetensors.torch import load_file
+from small_run import CAPTIONS
+
+from models.loading import load_model
+
+FSDP2, DDP = (ROOT / f"recipes/accelerate/{name}.yaml" for name in ("fsdp2", "ddp"))
+# Seven images to evaluate: two processes have four and three of them.
+SPLITS = {name: "train" if i < 8 else "test" if i == 8 else "validation" for i, name in enumerate(CAPTIONS)}
+# The checkpoint of the highest loss is the best one: the first of two, so that the last is not the one to end with.
+RUN = {
+    "num_train_epochs": 2, "learning_rate": 2e-3, "gradient_accumulation_steps": 2, "logging_steps": 1,
+    "num_beams": 2, "max_new_tokens": 8, "meteor": "false", "spice": "false", "bootstrap_samples": 0, "report": "false", "ddp_timeout": 60,
+    "report_to": "none", "per_device_eval_batch_size": 2, "metric_for_best_model": "loss", "greater_is_better": "true",
+    "lora_dropout": 0,
+}  # fmt: skip
+LORA = {"use_peft": "true", "lora_r": 4}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    ranks = Ranks(tmp_path_factory.mktemp("logs"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
+
+
+def save(name: str, folder: Path) -> Path:
+    model, processor = families.build(name)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def train(ranks, base, dataset, output, *, processes=1, config=None, code=0, **changed):
+    values = RUN | {"per_device_train_batch_size": 2 // processes} | changed
+    values |= {"model_name_or_path": base, "dataset_name": dataset, "output_dir": output}
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    return ranks.run(*words, processes=processes, config=config, code=code)
+
+
+def sharded(*arguments, **changed):
+    return train(*arguments, processes=2, config=FSDP2, **changed)
+
+
+class Family:
+    """A family's tiny model, trained by one process and by two that share it."""
+
+    def __init__(self, name, kind, ranks, dataset, folder):
+        self.base, self.flags = save(name, folder / "base"), LORA if kind == "lora" else {}
+        self.one, self.two, self.dataset, self.ranks = folder / "one", folder / "two", dataset, ranks
+        train(ranks, self.base, dataset, self.one, **self.flags)
+        sharded(ranks, self.base, dataset, self.two, **self.flags)
+
+
+CASES = [(name, kind) for name in ("blip2-opt", "llava", "idefics3") for kind in ("full", "lora")]
+CASES += [("blip2-t5", "full")]  # weights that four modules share
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def trained(request, ranks, dataset, tmp_path_factory):
+    return Family(*request.param, ranks, dataset, tmp_path_factory.mktemp("-".join(request.param)))
+
+
+def state(folder) -> dict:
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def logged(folder, name: str) -> list[float]:
+    return [row[name] for row in state(folder)["log_history"] if name in row]
+
+
+def captions(folder) -> dict:
+    return {row["image_id"]: row["caption"] for row in json.loads((folder / "predictions.json").read_text())}
+
+
+def weights(folder) -> dict:
+    return {name: one for file in sorted(folder.glob("*model*.safetensors")) for name, one in load_file(file).items()}
+
+
+def test_losses_are_those_of_one_process(trained):
+    for name in ("loss", "eval_loss"):
+        one, two = logged(trained.one, name), logged(trained.two, name)
+        assert len(one) > 1
+        assert two == pytest.approx(one, abs=1e-5), name
+    assert logged(trained.two, "grad_norm") == pytest.approx(logged(trained.one, "grad_norm"), rel=1e-3)
+
+
+def test_weights_and_captions_are_those_of_one_process(trained):
+    one, two = weights(trained.one), weights(trained.two)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+    for split in ("", "validation"):
+        assert captions(trained.two / split) == captions(trained.one / split)
+    assert len(captions(trained.two / "validation")) == 7
+
+
+def test_the_best_checkpoint_is_what_the_folder_holds(trained):
+    """It is the first of two, so that the last is not it; each process wrote its share of it."""
+    two = state(trained.two)
+    assert two["best_global_step"] == two["global_step"] // 2
+    kept = trained.two / f"checkpoint-{two['best_global_step']}"
+    assert len(list((kept / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+    shares = checkpoint_weights(kept)
+    final = {name.replace(".default", ""): one for name, one in shares.items()}
+    model, _ = load_model(str(trained.two), merge=False)
+    ours = {name.replace(".default", ""): one for name, one in model.state_dict().items()}
+    assert len(final) >= len(weights(trained.two))
+    assert [name for name, one in final.items() if not ours[name].equal(one)] == []
+    last = checkpoint_weights(trained.two / f"checkpoint-{two['global_step']}")
+    assert [name for name in shares if not shares[name].equal(last[name])]
+
+
+def checkpoint_weights(checkpoint) -> dict:
+    """The weights in the shares of a checkpoint."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(checkpoint / "pytorch_model_fsdp_0", checkpoint.parent / "whole.bin")
+    found = torch.load(checkpoint.parent / "whole.bin", weights_only=True)["model"]
+    (checkpoint.parent / "whole.bin").unlink()
+    return found
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(trained, tmp_path):
+    stopped = tmp_path / "stopped"
+    first = trained.two / f"checkpoint-{state(trained.two)['best_global_step']}"
+    shutil.copytree(first, stopped / first.name)
+    shutil.copy(trained.two / "run.json", stopped)
+    log, _ = sharded(trained.ranks, trained.base, trained.dataset, stopped, **trained.flags)
+    assert f"resuming from {stopped / first.name}" in log
+    last = f"checkpoint-{state(trained.two)['global_step']}"
+    unbroken, resumed = (checkpoint_weights(folder / last) for folder in (trained.two, stopped))
+    assert unbroken.keys() == resumed.keys()
+    assert [name for name in unbroken if not unbroken[name].equal(resumed[name])] == []
+    assert all(one.equal(weights(stopped)[name]) for name, one in weights(trained.two).items())
+
+
+def test_an_export_is_one_folder_that_captions_alike(trained, tmp_path):
+    """Of an adapter, merged; of a whole model, copied."""
+    if trained.base.parent.name.startswith("idefics3"):
+        pytest.skip("as LLaVA")
+    images = sorted(trained.dataset.parent.glob("*.png"))
+    trained.ranks.run(trained.two, "--output_dir", tmp_path / "exported", script="export")
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert not (tmp_path / "exported" / "adapter_config.json").exists()
+    words = ["--model_name_or_path", tmp_path / "exported", "--output", tmp_path / "captions.jsonl"]
+    trained.ranks.run(*images, *words, script="infer")
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    found = {Path(row["image"]).name: row["caption"] for row in rows}
+    known = captions(trained.two / "validation") | captions(trained.two)
+    assert {name: found[name] for name in known} == known
+
+
+def test_rewards_of_captions_drawn_on_shares_are_those_of_two_whole_models(ranks, dataset, tmp_path):
+    """SCST with the encoder trained, so with gradients through the shared encoding, and DiCO, whose reference is kept in
+    shares: both as under DDP, where each process has the model."""
+    base = save("llava", tmp_path / "base")
+    for objective in ({"objective": "scst", "scst_samples": 3, "ce_weight": 0.3}, {"objective": "dico"}):
+        flags = objective | {"num_train_epochs": 1, "metric_for_best_model": "CIDEr", "dico_candidates": 3}
+        for name, config in (("ddp", DDP), ("fsdp", FSDP2)):
+            out = tmp_path / f"{objective['objective']}-{name}"
+            train(ranks, base, dataset, out, processes=2, config=config, **flags)
+        one, two = (tmp_path / f"{objective['objective']}-{name}" for name in ("ddp", "fsdp"))
+        for name in ("loss", "reward"):
+            assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-5), (objective, name)
+        assert len(set(logged(two, "reward"))) > 1
+        assert captions(two / "validation") == captions(one / "validation")
+
+
+REFUSED = {
+    "4bit": ({"quantization": "4bit"}, "quantization 4bit: quantised weights are not shared between processes"),
+    "features": ({"feature_cache": "memory", "freeze_vision": "true"}, "feature_cache memory: kept features need"),
+    "batch size": ({"auto_find_batch_size": "true"}, "auto_find_batch_size starts again"),
+    "only weights": ({"save_only_model": "true"}, "save_only_model keeps nothing to resume from"),
+    "compiled": ({"torch_compile": "true"}, "torch_compile was not tested with FSDP"),
+    "FSDP1": ({"environment": {"FSDP_VERSION": "1"}}, "FSDP2 alone is supported. Set fsdp_version: 2"),
+    "whole": ({"environment": {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}}, "checkpoints are written in shares"),
+    "twice": ({"environment": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}}, "train.py has it from --gradient_check"),
+    "alone": ({"processes": 1}, "shares a model between processes, and there is one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_loaded(case, ranks, tmp_path):
+    flags, line = REFUSED[case]
+    options = {"processes": 2, "config": FSDP2} | {n: flags[n] for n in ("processes",) if n in flags}
+    words = [word for n, v in flags.items() if n not in ("processes", "environment") for word in (f"--{n}", v)]
+    words += ["--model_name_or_path", tmp_path / "nowhere", "--output_dir", tmp_path / "out"]
+    log, *_ = ranks.run(*words, code=2, **options, **flags.get("environment", {}))
+    said = [row for row in log.splitlines() if row.startswith("train.py: ")]
+    assert len(said) == 1, log
+    assert line in said[0]
+    assert "Traceback" not in log
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,168 @@
+"""FSDP2: the weights, gradients and optimizer states of one model shared between processes."""
+
+import os
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from common.errors import UserError
+from common.processes import processes
+from common.sharding import strategy
+from models.families import base_model, vision_encoder
+
+
+def check_sharding(args, model_args, scratch_args) -> None:
+    """UserError, before anything is loaded, if the run does not go with what accelerate launch was asked for."""
+    how = strategy()
+    if not how:
+        return
+    version, kept = os.environ.get("FSDP_VERSION", "2"), os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    inside = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
+    refused = {
+        f"quantization {model_args.quantization}: quantised weights are not shared between processes. Use "
+        "recipes/accelerate/ddp.yaml, where each process has them all": model_args.quantization,
+        f"feature_cache {scratch_args.feature_cache}: kept features need the whole encoder in each process. Leave it "
+        "out": scratch_args.feature_cache not in ("auto", "off"),
+        "auto_find_batch_size starts again with the model as it was, and it is shared by then. Set "
+        "per_device_train_batch_size by what --dry_run says": args.auto_find_batch_size,
+        "save_only_model keeps nothing to resume from, and shared checkpoints are only for that. Leave it "
+        "out": args.save_only_model,
+        f"torch_compile was not tested with {how}. Leave it out": args.torch_compile,
+        f"fsdp_version {version}: FSDP2 alone is supported. Set fsdp_version: 2": how == "FSDP" and version != "2",
+        f"fsdp_state_dict_type {kept}: checkpoints are written in shares. Set SHARDED_STATE_DICT": how == "FSDP"
+        and kept != "SHARDED_STATE_DICT",
+        "fsdp_activation_checkpointing: train.py has it from --gradient_checkpointing. Leave it out of the "
+        "config file": how == "FSDP" and inside,
+        f"{how} shares a model between processes, and there is one. Pass --num_processes 2 or more": args.world_size
+        == 1,
+    }
+    for why, applies in refused.items():
+        if applies:
+            processes().wait_for_everyone()  # none leaves while another still joins: that one would end in a traceback
+            raise UserError(f"With {how}, {why}.")
+
+
+def shard(model, args):
+    """`model` with its weights shared between the processes, in place, if the launch asks for FSDP; on GPUs and on CPUs.
+
+    The weights are those of the first process: the others may have theirs on the meta device. Each is left with its share
+    on its own device. accelerate's own way (accelerate.utils.fsdp2_prepare_model) is not used: it takes no weights that
+    more than two modules share (T5), and finds a parameter of the optimizer again by the address of its data, which empty
+    shares and weights on the meta device do not have.
+
+    Args:
+        args: TrainArguments, for the precision and the process group, which they have joined.
+    """
+    if strategy() != "FSDP":
+        return model
+    plugin, device = FullyShardedDataParallelPlugin(), args.device
+    options = {"mesh": init_device_mesh(device.type, (args.world_size,)), "offload_policy": plugin.cpu_offload}
+    if args.autocast_dtype:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=args.autocast_dtype, reduce_dtype=torch.float32)
+    options = {name: value for name, value in options.items() if value is not None}
+    whole = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    replace_tensors(model, lambda tensor: tensor.to("meta"))
+    for unit in units(model):
+        fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, **options)
+    fully_shard(model, **options)
+    for module in model.modules():  # the library looks by its class for what it can record, and torch makes new classes
+        if isinstance(module, PreTrainedModel):
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+    model.to_empty(device="cpu" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else device)
+    main = processes().is_main_process
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            first = whole.pop(name)
+            first = first.to(device) if main else torch.empty(first.shape, dtype=first.dtype, device=device)
+            own.copy_(distribute_tensor(first, own.device_mesh, own.placements))
+        for name, own in model.named_buffers():
+            own.copy_(whole.pop(name))
+            torch.distributed.broadcast(own, src=0)
+    # Parts of the model are run by themselves, and torch takes the first that runs for the whole.
+    model._get_fsdp_state()._lazy_init()
+    return model
+
+
+def replace_tensors(model, make) -> None:
+    """Puts `make(tensor)` in the place of every weight and buffer; what modules share, they share afterwards too."""
+    made = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = torch.nn.Parameter(make(parameter.detach()), parameter.requires_grad)
+                module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = make(buffer)
+
+
+def adopt(accelerator) -> bool:
+    """Has `accelerator` take a model that `shard` has cut up for one of its own; says whether it is one.
+
+    On CPUs accelerate leaves FSDP out without a word (accelerate.state.AcceleratorState), but nothing in what it does for
+    it needs a GPU."""
+    if strategy() != "FSDP":
+        return False
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+        processes().distributed_type = state.distributed_type  # from where other states take it
+    prepare = accelerator._prepare_one
+    accelerator._prepare_fsdp2 = lambda *objects: tuple(
+        one if isinstance(one, torch.nn.Module) else prepare(one, first_pass=True) for one in objects
+    )
+    return True
+
+
+def fill_in_states(optimizer) -> None:
+    """Gives zeros to weights that never had a gradient, such as an encoder's last norm that a family passes over: torch
+    writes no state for them, but wants one from a checkpoint."""
+    own = [one for group in optimizer.param_groups for one in group["params"]]
+    example, state = next(((one, optimizer.state[one]) for one in own if optimizer.state.get(one)), (None, {}))
+    for parameter in own:
+        if not optimizer.state.get(parameter):
+            optimizer.state[parameter] = {
+                name: torch.zeros_like(parameter if value.shape == example.shape else value)
+                for name, value in state.items()
+            }
+
+
+def whole_state(model) -> dict:
+    """On the first process the state dict that the model would have if it were not sharded, or of an adapter what is
+    trained; {} on the others. All processes call it."""
+    adapter = isinstance(model, PeftModel)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+    state, names = get_model_state_dict(model, options=options), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, name)
+        if names[parameter] in state:  # one tensor under two names is written once
+            state[name] = state[names[parameter]]
+    return state
+
+
+def units(model) -> list[torch.nn.Module]:
+    """The modules whose weights are gathered when they run and dropped then: the layers, and what is run by itself, from
+    outside of the model's own forward (the vision encoder, and what is between it and the language model). What
+    is in none of them is gathered once per step: weights that modules share, such as those of the words' embeddings."""
+    base = base_model(model)
+    words = base.get_input_embeddings()
+    found = [vision_encoder(base)]
+    found += [module for module in base.base_model.children() if words not in module.modules()]
+    layers = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+    found += [layer for layer_list in layers for layer in layer_list]
+    seen = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        seen.setdefault(parameter, []).append(name)
+    shared = {parameter for parameter, names in seen.items() if len(names) > 1}
+    found = [module for module in found if (own := set(module.parameters())) and not own & shared]
+    order = {module: number for number, module in enumerate(base.modules())}
+    return sorted(dict.fromkeys(found), key=order.get, reverse=True)  # the inner ones first
