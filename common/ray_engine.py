@@ -39,8 +39,8 @@ def connect(args):
             ) from None
     own = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"RAY_ADDRESS={address}: {str(error).splitlines()[0]}") from None
     there = ray.cluster_resources()
     wanted = (args.gpus_per_worker or 0) * (args.workers or 1)

@@ -11,6 +11,7 @@ two sizes, so that the start is left out. Writes benchmarks/results/scale.json a
 
 import argparse
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -167,8 +168,9 @@ def main() -> None:
     parser.add_argument("--baseline", default=BASELINE)
     parser.add_argument("--output", type=Path, default=RESULTS / "scale.json")
     arguments = parser.parse_args()
-    images: dict[str, list] = {how: [] for how in arguments.engines}
-    rows: list[dict] = []
+    before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    images: dict[str, list] = {how: [] for how in arguments.engines} if arguments.images else before.get("images", {})
+    rows: list[dict] = [] if arguments.rows else before.get("rows", [])  # what is not measured again stays
 
     def keep() -> None:
         per_image = {how: marginal(runs, "images") for how, runs in images.items() if len(runs) > 1}

@@ -238,6 +238,31 @@ def test_broken_files_are_named_and_what_was_captioned_is_kept(model, sources, e
     assert list(pandas.read_csv(tmp_path / "o.csv").caption) == expected
 
 
+def test_of_processes_that_wait_for_none_the_last_says_what_failed(
+    model, sources, expected, tmp_path, caplog, monkeypatch
+):
+    whole = (sources / "tars" / "00000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:6000])
+    shutil.copy(sources / "tars" / "00001.tar", tmp_path / "b.tar")
+
+    def rank(number):
+        for name, value in {"RANK": number, "WORLD_SIZE": 2, "LOCAL_RANK": number}.items():
+            monkeypatch.setenv(name, str(value))
+        infer(model, tmp_path / "a.tar", tmp_path / "b.tar", "--output", tmp_path / "o.jsonl")
+
+    rank(0)  # an error here would have torchrun end the other, which is at work
+    assert "1 of 2 shards" not in caplog.text
+    with pytest.raises(SystemExit, match="1"):
+        rank(1)
+    assert re.search(r"failed: .*a\.tar: the tar file is broken", caplog.text)
+    assert not (tmp_path / "o.jsonl").exists()
+    (tmp_path / "a.tar").write_bytes(whole)
+    rank(1)
+    rank(0)
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["caption"] for row in rows] == expected
+
+
 def test_a_bad_image_names_the_flag_that_passes_over_it(model, sources, expected, tmp_path):
     parts = members(range(3))
     parts["0001.jpg"] = parts["0001.jpg"][:200]

@@ -17,7 +17,7 @@ from llm_server import LLMServer, fused, write_rows
 from PIL import Image
 
 pytest.importorskip("ray", reason="--engine ray needs Ray, of requirements-dev.txt")
-QUIET = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+QUIET = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 IMAGES, SHARD = 240, 12
 
 
@@ -101,24 +101,28 @@ def nodes(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", str(80 * 2**20)]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address", "127.0.0.1"]
+    ray += ["--object-store-memory", str(80 * 2**20)]
     head = ["--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false"]
     started = []
-    for words in (head, ["--address", address, "--num-cpus", "1"], ["--address", address, "--num-cpus", "1"]):
-        with open(tmp_path / f"node{len(started)}.log", "w", encoding="utf-8") as log:
-            started.append(
-                subprocess.Popen(
-                    [*ray, *words], env={**os.environ, **QUIET}, stdout=log, stderr=log, start_new_session=True
+    try:
+        for number, words in enumerate((head, *[["--address", address, "--num-cpus", "1"]] * 2)):
+            place = tmp_path / f"node{number}.log"
+            with open(place, "w", encoding="utf-8") as log:
+                started.append(
+                    subprocess.Popen(
+                        [*ray, *words], env={**os.environ, **QUIET}, stdout=log, stderr=log, start_new_session=True
+                    )
                 )
-            )
-        deadline = time.time() + 200
-        while "Ray runtime started" not in (tmp_path / f"node{len(started) - 1}.log").read_text():
-            assert started[-1].poll() is None, (tmp_path / f"node{len(started) - 1}.log").read_text()
-            assert time.time() < deadline
-            time.sleep(0.1)
-    yield address, started
-    for process in started:
-        kill_node(process)
+            deadline = time.time() + 200
+            while "Ray runtime started" not in place.read_text():
+                assert started[-1].poll() is None, place.read_text()
+                assert time.time() < deadline
+                time.sleep(0.1)
+        yield address, started
+    finally:
+        for process in started:
+            kill_node(process)
 
 
 def kill_node(process) -> None:
