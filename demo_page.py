@@ -26,7 +26,7 @@ CSS = """
 .words figcaption {text-align: center; font-size: 0.95rem; padding-top: 4px; color: var(--body-text-color)}
 .picture img {width: 100%; height: 100%; object-fit: contain}
 :root, .dark {--font-mono: var(--font) !important}
-.best textarea {font-size: 1.2rem !important; line-height: 1.4}
+.best textarea {font-size: 1.2rem !important; line-height: 1.4; field-sizing: content; height: auto !important}
 """
 # Names for screen readers, which Gradio gives to no example, and to the upload area in words other than those it shows.
 NAMES = """() => {

@@ -54,7 +54,7 @@ def main():
     state = processes()
     with state.main_process_first():
         splits = load_splits(model_args, data_args, args)
-    records = data.in_memory(splits[args.split])
+    records = data.in_memory(splits[args.split], args.split)
     scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
     captioner = load_captioner(model_args, generation_args, args)
 

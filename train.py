@@ -133,7 +133,7 @@ def load_splits(data_args, args) -> tuple:
         splits, bad_images = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
     if "validation" not in splits and args.eval_strategy != "no":
         raise UserError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
-    held_out = {name: data.in_memory(splits[name]) for name in ("validation", "test") if name in splits}
+    held_out = {name: data.in_memory(splits[name], name) for name in ("validation", "test") if name in splits}
     return {"train": splits["train"], **held_out}, bad_rows + bad_images
 
 

@@ -10,11 +10,18 @@ from data.checks import check_images
 from data.rows import DataError
 
 
-def in_memory(split) -> datasets.Dataset:
-    """A split that is evaluated, which is gone through more than once, of a stream or not."""
-    if isinstance(split, datasets.IterableDataset):
-        return datasets.Dataset.from_list(list(split), features=split.features)
-    return split
+def in_memory(split, name: str) -> datasets.Dataset:
+    """A split that is evaluated, which is gone through more than once, of a stream or not. DataError if a stream has no
+    image of it."""
+    if not isinstance(split, datasets.IterableDataset):
+        return split
+    records = list(split)
+    if not records:
+        raise DataError(
+            f"no image of the stream is of the {name} split: of a source without splits, 5 % are drawn by each image's own "
+            "bytes, which of few images may be none. Leave out --streaming"
+        )
+    return datasets.Dataset.from_list(records, features=split.features)
 
 
 def require_training_split(splits, source: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -803,3 +804,20 @@ def test_a_hub_set_without_captions_lists_its_columns(tmp_path):
         data.load(hub_folder(tmp_path / "a", train=rows))
     with pytest.raises(DataError, match=r"no column 'words'.*Columns present: image, label"):
         data.load(str(tmp_path / "a"), caption_column="words")
+
+
+def test_a_stream_of_few_images_says_which_split_has_none(tmp_path):
+    """5 % by the images' own bytes: of four images, most draws leave validation or test without one."""
+    rows = [{"image": {"bytes": b"picture %d" % number, "path": None}, "caption": "a dog"} for number in range(4)]
+    table = pyarrow.table({name: [row[name] for row in rows] for name in ("image", "caption")})
+    pyarrow.parquet.write_table(table, tmp_path / "few.parquet")
+    splits = data.load(tmp_path / "few.parquet", streaming=True)
+    numbers = {name: len(list(rows)) for name, rows in splits.items()}
+    assert sum(numbers.values()) == 4
+    assert 0 in numbers.values()
+    for name, number in numbers.items():
+        if number:
+            assert len(data.in_memory(splits[name], name)) == number
+        else:
+            with pytest.raises(DataError, match=f"no image of the stream is of the {name} split"):
+                data.in_memory(splits[name], name)

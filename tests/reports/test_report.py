@@ -262,7 +262,7 @@ def test_nothing_is_asked_of_any_server_and_every_control_has_a_name(chromium, r
 
 def test_runs_stand_side_by_side_and_the_greatest_difference_first(chromium, runs):
     opened(chromium, runs / "both")
-    assert chromium.find_element("tag name", "h1").text == "bad compared with good"
+    assert chromium.find_element("tag name", "h1").text == "bad and good compared"
     choose(chromium, "order", "highest first")
     first = chromium.find_element("css selector", "#gallery > li")
     captions = [p.text for p in first.find_elements("css selector", ".prediction")]
@@ -557,8 +557,8 @@ def test_training_charts_share_their_steps_and_mark_the_checkpoint_that_was_kept
     assert [chart["title"] for chart in drawn] == [
         "Loss",
         "Learning rate",
-        "sacreBLEU, validation",
         "CIDEr, validation",
+        "sacreBLEU, validation",
     ]
     assert len({tuple((tick["x"], tick["text"]) for tick in chart["x_ticks"]) for chart in drawn}) == 1
     training, validation = drawn[0]["lines"]
