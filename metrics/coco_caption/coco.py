@@ -198,7 +198,7 @@ def _tokenized(predictions, references, language: str) -> tuple[list[list[str]],
     flat = iter(tokens_of((caption for captions in references.values() for caption in captions), language))
     reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
     tokens = tokens_of((predictions[image] for image in references), language)
-    if language == "en" and (found := unsegmented([*tokens, *itertools.chain(*reference_tokens)])):
+    if language == "en" and (found := unsegmented([*itertools.chain(*reference_tokens)])):
         logger.warning(
             "Whole captions are taken for one word (%s): the scores mean nothing. Name their language: "
             "--caption_language %s.",
