@@ -85,11 +85,13 @@ def main():
     figure = Figure(figsize=(12, 3.6 * -(-number // 4)), layout="constrained")
     for axis, row in zip(figure.subplots(-(-number // 4), 4, squeeze=False).flat, chosen, strict=False):
         name = row["image_id"] if Path(row["image_id"]).suffix else row["image_id"] + ".jpg"
-        axis.imshow(open_image(args.photos / name))
+        picture = open_image(args.photos / name)
+        room = min(1, 1.1 * picture.width / picture.height)  # of a tall one the sheet has less
+        axis.imshow(picture)
         said = ", ".join(wrong(row["caption"], row["references"]))
-        axis.set_title(textwrap.fill(row["caption"], 30), fontsize=11, loc="left")
+        axis.set_title(textwrap.fill(row["caption"], round(30 * room)), fontsize=11, loc="left")
         axis.set_xlabel(
-            textwrap.fill(f"no reference says: {said}" if said else "every word is in a reference", 34),
+            textwrap.fill(f"no reference says: {said}" if said else "every word is in a reference", round(34 * room)),
             fontsize=10, loc="left", color=COLOURS[1] if said else COLOURS[2],
         )  # fmt: skip
         axis.set(xticks=[], yticks=[])
