@@ -464,7 +464,9 @@ class EvaluateArguments:
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
     )
-    bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
+    bf16: bool | None = flag(
+        None, "Caption in bfloat16. Default: where the GPU can; on CPUs float32, as train.py scores."
+    )
     seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
 
     def __post_init__(self):
@@ -518,7 +520,9 @@ class InferArguments(ShardArguments):
     dataloader_num_workers: int | None = flag(
         None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
     )
-    bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
+    bf16: bool | None = flag(
+        None, "Caption in bfloat16. Default: where the GPU or the processor (AVX-512 BF16, AMX) can."
+    )
     skip_bad_images: bool = flag(False, "Write unreadable images down with their error instead of stopping at one.")
     shard_size: int | None = flag(
         None,
@@ -544,7 +548,9 @@ class InferArguments(ShardArguments):
 class DemoArguments:
     compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
     examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
-    bf16: bool | None = flag(None, "Caption in bfloat16. Default: where the GPU can.")
+    bf16: bool | None = flag(
+        None, "Caption in bfloat16. Default: where the GPU or the processor (AVX-512 BF16, AMX) can."
+    )
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
     port: int = flag(7860, "Port to listen on.")
     root_path: str | None = flag(

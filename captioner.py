@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, Subset
 
 from collator import ImageCollator, pad_rows
 from common.errors import UserError
-from common.loaders import data_loader
-from common.processes import processes, show_progress
+from common.loaders import ahead, data_loader
+from common.processes import has_bfloat16, keep_memory, processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
 from models.families import ENCODED, base_model, family_of, model_inputs
@@ -104,15 +104,20 @@ class Captioner:
 
     @classmethod
     def from_pretrained(cls, model_name_or_path, *, device=None, bf16=None, loading=None, **kw):
-        """A captioner on `device` (default: this process's own GPU, else the CPU), in bfloat16 where the GPU can.
-        `loading` is for models.loading.load_model, the rest for the captioner."""
-        model, processor = load_model(model_name_or_path, **loading or {})
-        device = torch.device(device) if device else processes().device
-        if bf16 is None:
-            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        """A captioner on `device` (default: this process's own GPU, else the CPU), with bfloat16 weights if `bf16`, by
+        default where the device computes in it (common.processes.has_bfloat16). `loading` is for models.loading.load_model,
+        the rest for the captioner."""
+        loading, device = dict(loading or {}), torch.device(device) if device else processes().device
+        if device.type == "cpu":
+            keep_memory()
+        bf16 = has_bfloat16(device) if bf16 is None else bf16
+        quantized = bool(loading.get("quantization"))
+        if bf16 and not quantized:
+            loading["dtype"] = "bfloat16"
+        model, processor = load_model(model_name_or_path, **loading)
         if not getattr(model, "is_quantized", False):  # that one is where it was loaded to
             model = model.to(device)
-        return cls(model.eval(), processor, autocast=torch.bfloat16 if bf16 else None, **kw)
+        return cls(model.eval(), processor, autocast=torch.bfloat16 if bf16 and quantized else None, **kw)
 
     def save_settings(self) -> None:
         """Write prompt and settings into the model's configs, so that its checkpoints are captioned alike."""
@@ -121,7 +126,7 @@ class Captioner:
 
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
-        precision = str(self.autocast).removeprefix("torch.") if self.autocast else "float32"
+        precision = str(self.autocast or self.model.dtype).removeprefix("torch.")
         how = {"precision": precision, "fast_jpeg": self.fast_jpeg}
         if self.corruption:
             how["corrupt"] = self.corruption.spec
@@ -208,8 +213,12 @@ class Captioner:
         return self.collator.with_targets(batch, padded, lengths)
 
     def _on_device(self, batch: dict) -> dict:
-        device = self.model.device
-        inputs = {n: v.to(device, non_blocking=True) for n, v in batch.items() if isinstance(v, torch.Tensor)}
+        device, dtype = self.model.device, self.model.dtype
+        inputs = {
+            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+            for name, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
         return inputs | {name: batch[name] for name in (ENCODED,) if name in batch}
 
     def _precision(self):
@@ -230,7 +239,7 @@ class Captioner:
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
         )
-        for batch in loader:
+        for batch in loader if num_workers else ahead(loader):
             errors = batch["errors"]
             captions = iter(self.caption_batch(batch, sweep) if len(errors) < len(batch["image_ids"]) else [])
             for image_id in batch["image_ids"]:

@@ -18,13 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 
 
-def blip_base() -> BlipForConditionalGeneration:
-    """The architecture of Salesforce/blip-image-captioning-base (12 heads in the text decoder), random weights."""
+def blip_base(tiny: bool = False) -> BlipForConditionalGeneration:
+    """The architecture of Salesforce/blip-image-captioning-base (12 heads in the text decoder), random weights; `tiny`, of
+    two narrow layers, is for tests of the benchmarks themselves."""
     torch.manual_seed(0)
-    config = BlipConfig(
-        text_config={"num_attention_heads": 12}, vision_config={"image_size": 384, "initializer_range": 0.02}
-    )
-    return BlipForConditionalGeneration(config)
+    text, vision = {"num_attention_heads": 12}, {"image_size": 384, "initializer_range": 0.02}
+    if tiny:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        text, vision = sizes | {"encoder_hidden_size": 32}, vision | sizes | {"patch_size": 96}
+    return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
 
 
 def summary(seconds: dict[str, list[float]], items: int) -> dict:
@@ -34,6 +36,16 @@ def summary(seconds: dict[str, list[float]], items: int) -> dict:
         name: {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
         for name, values in rates.items()
     } | {"ratio": statistics.median(rates["ours"]) / statistics.median(rates["peer"])}
+
+
+def device_memory(device: str, function) -> float | None:
+    """MiB that a GPU holds at most while `function` runs, weights and all; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def timed(function, device: str) -> tuple[float, object]:

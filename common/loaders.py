@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,6 +29,17 @@ def data_loader(dataset, collate_fn, *, batch_size: int, num_workers: int = 0, p
         pin_memory=pin_memory,
         timeout=TIMEOUT if num_workers else 0,
     )
+
+
+def ahead(batches):
+    """`batches` in their order, the next one made in a thread while the caller works on the last: reading and resizing
+    images let go of the interpreter, and a model on a CPU does not keep every core busy all the time."""
+    iterator, end = iter(batches), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, end)
+        while (batch := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield batch
 
 
 def fit_workers(

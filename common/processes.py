@@ -1,8 +1,11 @@
 """This process among others, its threads, and what people see of long work."""
 
+import ctypes
 import os
+import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import torch
@@ -11,6 +14,9 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.limits import cpus, free_memory
+
+CPUINFO = Path("/proc/cpuinfo")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def processes() -> PartialState:
@@ -38,6 +44,26 @@ def use_device(name: str) -> None:
     if name not in there:
         raise UserError(f"--device {name}: torch finds none on this machine. It can run on: {', '.join(there)}.")
     os.environ["ACCELERATE_USE_CPU"] = str(name == "cpu").lower()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 faster than in float32: a GPU that torch says so of, and a processor with
+    AVX-512 BF16 or AMX. On others the CPU's bfloat16 is emulated, and several times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu" or not CPUINFO.exists() or not torch.backends.mkldnn.is_available():
+        return False
+    flags = next((line for line in CPUINFO.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), "")
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed buffers for the next ones, whatever their size. By default those of more than 32 MiB go back to
+    the system and are faulted in anew: a twentieth of captioning's time on a CPU. Elsewhere does nothing."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def default_workers() -> int:

@@ -47,7 +47,13 @@ def environment() -> dict:
         "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {"cpu": _cpu_name(), "cores": cpus(), "threads": torch.get_num_threads(), "gpus": gpus},
+        "hardware": {
+            "cpu": _cpu_name(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),  # a virtual machine may hide some of its processor's
+            "cores": cpus(),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+        },
         "versions": versions,
     }
 

@@ -61,7 +61,7 @@ def use_fast_attention(model: BlipForConditionalGeneration, enabled: bool = True
     if enabled:
         reason = why_not_fast(model)
         if reason is None:
-            _put(FAST, model)
+            put_classes(FAST, model)
             reason = difference_from_library(model)
         if reason is None:
             return model
@@ -72,7 +72,7 @@ def use_fast_attention(model: BlipForConditionalGeneration, enabled: bool = True
             release,
             reason,
         )
-    _put(EAGER, model)
+    put_classes(EAGER, model)
     if reason := difference_from_library(model):
         raise RuntimeError(f"BLIP cannot be used with {release}: {reason}. requirements.txt has the releases that can.")
     return model
@@ -195,11 +195,11 @@ def _small(blip: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
             if weight.dim() > 1:  # large ones, so that a fault shows; norms and biases as they are
                 weight.normal_(std=0.2, generator=generator)
     kinds = {type(module) for module in blip.modules()}
-    _put({PLAIN[kind]: kind for kind in kinds if kind in PLAIN}, small)
+    put_classes({PLAIN[kind]: kind for kind in kinds if kind in PLAIN}, small)
     return small
 
 
-def _put(classes: dict[type, type], model) -> None:
+def put_classes(classes: dict[type, type], model) -> None:
     for module in model.modules():
         plain = PLAIN.get(type(module), type(module))
         module.__class__ = classes.get(plain, plain)
@@ -210,7 +210,7 @@ def _library(model):
     """The library's own classes in `model`, for a while."""
     classes = {module: type(module) for module in model.modules()}
     try:
-        _put({}, model)
+        put_classes({}, model)
         yield
     finally:
         for module, kind in classes.items():

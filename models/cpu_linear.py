@@ -1,23 +1,27 @@
-"""Float32 linear layers through oneDNN on AMD processors, where PyTorch's default, Intel's MKL, runs at half speed.
+"""Float32 linear layers through oneDNN on AMD processors with AVX-512, where PyTorch's default, Intel's MKL, runs at half
+speed.
 
-On an EPYC with AVX-512 one thread of MKL gives 60 to 90 GFLOP/s on BLIP's layers and oneDNN, which every PyTorch for
-x86 has inside, 130 to 200 (benchmarks/NOTES.md). BLIP is nearly all linear layers, so captioning and training on such a
-CPU take about 0.6 of the time. The products differ by float32's rounding of another order of summation, no more.
+On such an EPYC one thread of MKL gives 60 to 90 GFLOP/s on BLIP's layers and oneDNN, which every PyTorch for x86 has
+inside, 130 to 200 (benchmarks/NOTES.md). BLIP is nearly all linear layers, so captioning and training on such a CPU take
+about 0.6 of the time. The products differ by float32's rounding of another order of summation, no more. Where AVX2 is all
+that a processor has, or a virtual machine shows of it, MKL is the faster one: 70 GFLOP/s, oneDNN 51 to 63.
 """
 
 import functools
 import logging
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from common.processes import CPUINFO
+
 logger = logging.getLogger(__name__)
 
 
 def use_onednn_linear(model: nn.Module, enabled: bool = True) -> nn.Module:
-    """Switches the linear layers of `model` to oneDNN, in place, or back; on processors other than AMD's does nothing.
+    """Switches the linear layers of `model` to oneDNN, in place, or back; on processors other than AMD's with
+    AVX-512 does nothing.
 
     Weights, state dict and modules stay as they are: only the class of plain `nn.Linear` modules changes. A call takes
     PyTorch's usual way whenever it is not on the CPU, not float32, empty, under autocast, or compiled.
@@ -52,13 +56,13 @@ def _product_is_right() -> bool:
 
 
 def onednn_is_faster() -> bool:
-    cpu = Path("/proc/cpuinfo")
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and cpu.exists()
-        and "AuthenticAMD" in cpu.read_text(encoding="utf-8")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and CPUINFO.exists()
+        and "AuthenticAMD" in CPUINFO.read_text(encoding="utf-8")
     )
 
 

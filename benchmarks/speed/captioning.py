@@ -1,15 +1,19 @@
-"""Captions per second: beam search of transformers' BLIP beside ours, same weights, images and token ids.
+"""Captions per second: beam search of transformers' BLIP and ours, same weights, images and token ids.
 
     python -m benchmarks.speed.captioning                                        # CPU, batches of 8, 1, 2 and 4
     python -m benchmarks.speed.captioning --device cuda --dtype bfloat16 --batch_sizes 1 8 32 128
+    python -m benchmarks.speed.captioning --batch_sizes 1 --also all --repeats 3 --plot "" --output benchmarks/results/peers.json
 
-BLIP-base at 384 px with random weights, which never end a caption, so each has --max_new_tokens tokens. The two take
-turns in one process; the result has every time, medians, spread and the machine, and docs/captioning.png is drawn of it.
+BLIP-base at 384 px with random weights, which never end a caption, so each has --max_new_tokens tokens. All take turns in
+one process; the result has every time, medians, spread and the machine, and docs/captioning.png is drawn of it. `--also`
+adds what a user might take instead: transformers' model compiled or in bfloat16, ours in bfloat16, and ours with int8 linear
+layers (torch's dynamic quantisation). How many of their tokens are those of float32 is a result, not a condition.
 """
 
 import argparse
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,6 +22,34 @@ from benchmarks.harness import RESULTS, ROOT, blip_base, summary, timed, write_r
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.decoding import generate
+
+
+def compiled(peer, ours):
+    """transformers' model as its users compile it: lengths that change are not compiled anew."""
+    model = copy.deepcopy(peer, {id(weight): weight for weight in peer.parameters()})
+    model.vision_model.compile()
+    model.text_decoder.compile(dynamic=True)
+    return model
+
+
+def int8(peer, ours):
+    """Ours with weights in int8 and activations rounded to int8 as they come, by torch's own dynamic quantisation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        model = use_onednn_linear(copy.deepcopy(ours), False)
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+ALSO = {
+    "transformers, torch.compile": compiled,
+    "transformers, bfloat16 weights": lambda peer, ours: copy.deepcopy(peer).to(torch.bfloat16),
+    "ours, bfloat16 weights": lambda peer, ours: copy.deepcopy(ours).to(torch.bfloat16),
+    "ours, int8 linear layers": int8,
+}
+
+
+def share_of_same(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return (found == expected).float().mean().item() if found.shape == expected.shape else 0.0
 
 
 def main() -> None:
@@ -30,14 +62,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--without_onednn", action="store_true", help="ours with PyTorch's own linear layers")
+    parser.add_argument("--also", nargs="+", default=[], choices=["all", *ALSO], metavar="SIDE", help=", ".join(ALSO))
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to test the benchmark itself")
     parser.add_argument("--output", type=Path, default=RESULTS / "captioning.json")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "captioning.png")
+    parser.add_argument("--plot", default=str(ROOT / "docs" / "captioning.png"), help="empty: none")
     arguments = parser.parse_args()
+    arguments.also = list(ALSO) if "all" in arguments.also else arguments.also
     torch.set_num_threads(arguments.threads)
 
-    peer = blip_base().eval().to(arguments.device, getattr(torch, arguments.dtype))
+    peer = blip_base(arguments.tiny).eval().to(arguments.device, getattr(torch, arguments.dtype))
     ours = copy.deepcopy(peer, {id(weight): weight for weight in peer.parameters()})  # the same weights
     use_onednn_linear(use_fast_attention(ours), not arguments.without_onednn)
+    others = {name: ALSO[name](peer, ours) for name in arguments.also}
     options = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens}
     result = {
         "measure": "captions per second",
@@ -50,8 +86,10 @@ def main() -> None:
             "peer": lambda images=pixel_values: peer.generate(pixel_values=images, **options),
             "ours": lambda images=pixel_values: generate(ours, pixel_values=images, **options),
         }
+        for name, model in others.items():
+            turns[name] = lambda m=model, images=pixel_values: generate(m, pixel_values=images.to(m.dtype), **options)
         seconds = {name: [] for name in turns}
-        same_tokens = []
+        same_tokens, of_others = [], {name: [] for name in others}
         for turn in range(arguments.repeats + 1):
             captions = {}
             for name, function in turns.items():
@@ -59,19 +97,24 @@ def main() -> None:
                 if turn > 0:
                     seconds[name].append(elapsed)
             # In half precision near-ties fall either way, so there the share is a result and no condition.
-            shapes_agree = captions["peer"].shape == captions["ours"].shape
-            agreement = (captions["peer"] == captions["ours"]).float().mean().item() if shapes_agree else 0.0
+            agreement = share_of_same(captions["ours"], captions["peer"])
             same_tokens.append(agreement)
+            for name, shares in of_others.items():
+                shares.append(share_of_same(captions[name], captions["peer"]))
             if arguments.dtype == "float32" and agreement < 1:
                 raise SystemExit(f"Batch {batch_size}: ours and transformers' token ids differ. No result.")
         numbers = summary(seconds, batch_size) | {"same_tokens": min(same_tokens)}
+        for name, shares in of_others.items():
+            numbers[name]["same_tokens"] = min(shares)
+            print(f"batch {batch_size}: {name} {numbers[name]['median']:.3f} captions/s, same tokens {min(shares):.3f}")
         result["batches"][str(batch_size)] = numbers
         print(
             f"batch {batch_size}: transformers {numbers['peer']['median']:.3f} captions/s, "
             f"ours {numbers['ours']['median']:.3f}, {numbers['ratio']:.2f} times, same tokens {min(same_tokens):.3f}"
         )
     write_result(arguments.output, result)
-    plot(result["batches"], arguments.plot)
+    if arguments.plot:
+        plot(result["batches"], Path(arguments.plot))
 
 
 def plot(batches: dict, path: Path) -> None:

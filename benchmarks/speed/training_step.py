@@ -55,7 +55,7 @@ class Sides:
 
     def __init__(self, arguments, frozen_vision: bool, only: str | None = None):
         self.arguments = arguments
-        self.peer = blip_base().to(arguments.device).train()
+        self.peer = blip_base(arguments.tiny).to(arguments.device).train()
         self.ours = copy.deepcopy(self.peer, {id(weight): weight for weight in self.peer.parameters()})
         use_onednn_linear(use_fast_attention(self.ours), not arguments.without_onednn)
         self.peer.vision_model.requires_grad_(not frozen_vision)
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--skip_memory", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to test the benchmark itself")
     parser.add_argument("--without_onednn", action="store_true", help="ours with PyTorch's own linear layers")
     parser.add_argument("--output", type=Path, default=RESULTS / "training_step.json")
     parser.add_argument("--memory_of", choices=["peer", "ours"], help=argparse.SUPPRESS)

@@ -7,9 +7,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from .bleu import bleu_from_statistics, bleu_statistics
 from .cider import CiderD
@@ -19,6 +19,9 @@ from .rouge import rouge_l
 from .spice import CATEGORIES, are_cached, fetch_corenlp, find_corenlp, why_no_spice
 from .spice import spice as spice_of_images
 from .text_checks import illegal_characters, repetition
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics import BLEU  # imported where it is used: captioning and rewards need none of it
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +153,8 @@ def score(
             "ROUGE_L": _in_blocks(rouge_l, tokens, reference_tokens),
             "CIDEr": _in_blocks(cider.score, tokens, reference_tokens),
         }
+        from sacrebleu.metrics import BLEU
+
         sacrebleu = BLEU(lowercase=sacrebleu_lowercase, tokenize=sacrebleu_tokenizer(language))
         sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
         corpus = _corpus_facts(tokens, [predictions[image] for image in images], training_captions, language)
@@ -309,7 +314,7 @@ def _result(job: Future | None, name: str, unavailable: dict[str, str]):
 
 
 def _sacrebleu_statistics(
-    sacrebleu: BLEU, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+    sacrebleu: "BLEU", predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> np.ndarray:
     """sacreBLEU's counts, one row per image, as `bleu_statistics`: only the tokenizer differs, and it is sacreBLEU's."""
 
@@ -323,7 +328,7 @@ def _sacrebleu_statistics(
     return _in_blocks(statistics, [predictions[image] for image in references], list(references.values()))
 
 
-def _sacrebleu_signature(sacrebleu: BLEU, references: Mapping[str, Sequence[str]]) -> str:
+def _sacrebleu_signature(sacrebleu: "BLEU", references: Mapping[str, Sequence[str]]) -> str:
     """sacreBLEU's own description of the settings. It asks for a scoring first, to see how many references there are."""
     fewest, most = min(references.values(), key=len), max(references.values(), key=len)
     streams = [[fewest[n] if n < len(fewest) else None, most[n]] for n in range(len(most))]
@@ -332,6 +337,8 @@ def _sacrebleu_signature(sacrebleu: BLEU, references: Mapping[str, Sequence[str]
 
 
 def _sacrebleu_score(statistics: np.ndarray) -> float:
+    from sacrebleu.metrics import BLEU
+
     hypothesis_length, reference_length, *counts = (round(number) for number in statistics)
     return BLEU.compute_bleu(
         correct=counts[:4], total=counts[4:], sys_len=hypothesis_length, ref_len=reference_length, smooth_method="exp"

@@ -129,3 +129,14 @@ def test_another_operator_is_not_used(product, reason, monkeypatch, caplog):
     assert [type(layer) for layer in layers] == [torch.nn.Linear] * 2
     [record] = caplog.records
     assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize(("capability", "maker", "expected"), [
+    ("AVX512", "AuthenticAMD", True), ("AVX2", "AuthenticAMD", False), ("AVX512", "GenuineIntel", False),
+])  # fmt: skip
+def test_onednn_is_for_amd_processors_with_avx512(capability, maker, expected, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the fixture's answer
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(cpu_linear, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu_linear.onednn_is_faster() == expected

@@ -95,10 +95,13 @@ def test_every_flag_that_a_page_names_exists(page):
     assert set(re.findall(r"--(\w+)", page.read_text(encoding="utf-8"))) - of_other_programs <= known
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("benchmarks/results/*.json")))
+RESULTS = ROOT / "benchmarks/results"
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.json")))
 def test_a_result_has_its_evidence(name):
     """Command, hardware, versions and commit stand in every results file."""
-    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    result = json.loads((RESULTS / name).read_text())
     assert {"command", "commit", "hardware", "versions"} <= set(result)
 
 
