@@ -21,7 +21,7 @@ from .spice import spice as spice_of_images
 from .text_checks import illegal_characters, repetition
 
 if TYPE_CHECKING:
-    from sacrebleu.metrics import BLEU  # imported where it is used: captioning and rewards need none of it
+    from sacrebleu.metrics import BLEU
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +153,7 @@ def score(
             "ROUGE_L": _in_blocks(rouge_l, tokens, reference_tokens),
             "CIDEr": _in_blocks(cider.score, tokens, reference_tokens),
         }
-        from sacrebleu.metrics import BLEU
-
-        sacrebleu = BLEU(lowercase=sacrebleu_lowercase, tokenize=sacrebleu_tokenizer(language))
+        sacrebleu = _sacrebleu(lowercase=sacrebleu_lowercase, tokenize=sacrebleu_tokenizer(language))
         sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
         corpus = _corpus_facts(tokens, [predictions[image] for image in images], training_captions, language)
         meteor_counts = _result(meteor_job, "METEOR", unavailable)
@@ -311,6 +309,12 @@ def _result(job: Future | None, name: str, unavailable: dict[str, str]):
         unavailable[name] = str(error) if isinstance(error, Unavailable) else repr(error)
         logger.warning("%s is null: %s", name, unavailable[name])
         return None
+
+
+def _sacrebleu(**settings) -> "BLEU":
+    from sacrebleu.metrics import BLEU  # imported where it is used: captioning and rewards need none of it
+
+    return BLEU(**settings)
 
 
 def _sacrebleu_statistics(
