@@ -37,6 +37,34 @@ BASELINE = "ff2f287"  # the last commit whose infer.py wrote part files and merg
 PER_TAR = 1000
 
 
+class Instant:
+    """Answers every prompt at once, with a text that passes."""
+
+    def __init__(self):
+        from rewriting.prompts import Tokens
+
+        self.tokens = Tokens()
+
+    def settings(self) -> dict:
+        return {}
+
+    def run(self, jobs, judge):
+        from rewriting.backends import Outcome
+
+        for job in jobs:
+            text = f"In this offer, {job.inputs[0]} is beside {job.inputs[1]}."
+            yield job, Outcome(text, judge(job, text, True), 1, len(job.ids), 20)
+
+
+def worker(source: str, output: str) -> None:
+    import rewrite
+    from common import cli
+
+    rewrite.open_backend = lambda *_: Instant()
+    sys.argv = ["rewrite.py", "fuse", source, "--output", output, "--llm", "openai:instant"]
+    cli.run(rewrite.main)
+
+
 def watch(command: list, folder: Path, interval: float = 0.25, **environ) -> dict:
     """CPU seconds, highest memory and wall time of a command and of all that it starts."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0", **environ}
@@ -126,8 +154,8 @@ def rewrite(rows: int, place: Path) -> dict:
             file.write(
                 f'{{"id": {n}, "raw": "Shop {n % 997} Article {n} blue", "synthetic": "a dog near {n % 89} chairs"}}\n'
             )
-    worker = [sys.executable, "-m", "benchmarks.rewriting.rewrite_scaling", "--worker", source, output]
-    found = watch(worker, place, PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    command = [sys.executable, "-m", __spec__.name, "--worker", source, output]
+    found = watch(command, place, PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     with open(output, encoding="utf-8") as file:
         assert sum(1 for _ in file) == rows
     source.unlink(), output.unlink()
@@ -167,7 +195,10 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=10_000, help="most images of the engines that are not local")
     parser.add_argument("--baseline", default=BASELINE)
     parser.add_argument("--output", type=Path, default=RESULTS / "scale.json")
+    parser.add_argument("--worker", nargs=2, help="used by the script itself")
     arguments = parser.parse_args()
+    if arguments.worker:
+        return worker(*arguments.worker)
     before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     images: dict[str, list] = {how: [] for how in arguments.engines} if arguments.images else before.get("images", {})
     rows: list[dict] = [] if arguments.rows else before.get("rows", [])  # what is not measured again stays
