@@ -52,6 +52,35 @@ def share_of_same(found: torch.Tensor, expected: torch.Tensor) -> float:
     return (found == expected).float().mean().item() if found.shape == expected.shape else 0.0
 
 
+def measure(turns: dict, batch_size: int, arguments) -> dict:
+    """Rates of all sides, and the least share of token ids that a side other than the peer has in common with it. A side
+    of --also that fails is written down with its error."""
+    seconds, same, failed = {name: [] for name in turns}, {name: [] for name in turns}, {}
+    for turn in range(arguments.repeats + 1):
+        captions = {}
+        for name in [name for name in turns if name not in failed]:
+            try:
+                elapsed, captions[name] = timed(turns[name], arguments.device)
+            except Exception as error:
+                if name not in ALSO:
+                    raise
+                failed[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                print(f"batch {batch_size}: {name} {failed[name]['failed']}")
+                continue
+            seconds[name] += [elapsed] * (turn > 0)
+            same[name].append(share_of_same(captions[name], captions["peer"]))
+        # In half precision near-ties fall either way, so there the share is a result and no condition.
+        if arguments.dtype == "float32" and same["ours"][-1] < 1:
+            raise SystemExit(f"Batch {batch_size}: ours and transformers' token ids differ. No result.")
+    numbers = summary({name: times for name, times in seconds.items() if name not in failed}, batch_size) | failed
+    for name in ALSO:
+        if "median" in numbers.get(name, {}):
+            numbers[name]["same_tokens"] = min(same[name])
+            said = f"{numbers[name]['median']:.3f} captions/s, same tokens {min(same[name]):.3f}"
+            print(f"batch {batch_size}: {name} {said}")
+    return numbers | {"same_tokens": min(same["ours"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 1, 2, 4], help="images a batch")
@@ -88,29 +117,11 @@ def main() -> None:
         }
         for name, model in others.items():
             turns[name] = lambda m=model, images=pixel_values: generate(m, pixel_values=images.to(m.dtype), **options)
-        seconds = {name: [] for name in turns}
-        same_tokens, of_others = [], {name: [] for name in others}
-        for turn in range(arguments.repeats + 1):
-            captions = {}
-            for name, function in turns.items():
-                elapsed, captions[name] = timed(function, arguments.device)
-                if turn > 0:
-                    seconds[name].append(elapsed)
-            # In half precision near-ties fall either way, so there the share is a result and no condition.
-            agreement = share_of_same(captions["ours"], captions["peer"])
-            same_tokens.append(agreement)
-            for name, shares in of_others.items():
-                shares.append(share_of_same(captions[name], captions["peer"]))
-            if arguments.dtype == "float32" and agreement < 1:
-                raise SystemExit(f"Batch {batch_size}: ours and transformers' token ids differ. No result.")
-        numbers = summary(seconds, batch_size) | {"same_tokens": min(same_tokens)}
-        for name, shares in of_others.items():
-            numbers[name]["same_tokens"] = min(shares)
-            print(f"batch {batch_size}: {name} {numbers[name]['median']:.3f} captions/s, same tokens {min(shares):.3f}")
+        numbers = measure(turns, batch_size, arguments)
         result["batches"][str(batch_size)] = numbers
         print(
             f"batch {batch_size}: transformers {numbers['peer']['median']:.3f} captions/s, "
-            f"ours {numbers['ours']['median']:.3f}, {numbers['ratio']:.2f} times, same tokens {min(same_tokens):.3f}"
+            f"ours {numbers['ours']['median']:.3f}, {numbers['ratio']:.2f} times, same tokens {numbers['same_tokens']:.3f}"
         )
     write_result(arguments.output, result)
     if arguments.plot:

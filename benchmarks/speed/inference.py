@@ -1,4 +1,4 @@
-"""infer.py end to end on 2,000 JPEG files, beside a loop of transformers' processor and `generate` at the same batch.
+"""infer.py end to end on 2,000 JPEG files, and a loop of transformers' processor and `generate` at the same batch.
 
     python -m benchmarks.speed.inference --data FOLDER        (the folder that CAPTION_TEST_DATA names)
 
@@ -81,9 +81,7 @@ def peer(model_folder: str, images: str, output: str, batch_size: int, num_beams
 
 def turn(side: str, folder: Path, arguments) -> tuple[float, list[dict]]:
     """Seconds from start to end of one side's process, and its rows."""
-    output = folder / f"{side}.jsonl"
-    for old in folder.glob(f"{side}.jsonl*"):
-        old.unlink()
+    output = Path(tempfile.mkdtemp(dir=folder)) / f"{side}.jsonl"  # of its own: infer.py resumes what it finds
     settings = [arguments.batch_size, arguments.num_beams, arguments.max_new_tokens]
     if side == "ours":
         names = ("--per_device_eval_batch_size", "--num_beams", "--max_new_tokens")

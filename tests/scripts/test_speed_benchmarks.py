@@ -1,5 +1,6 @@
 """The benchmarks that people run where we cannot: the command for a GPU, and what a limit is counted from."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from benchmarks.speed import roofline, table
+from benchmarks.speed import captioning, roofline, table
 from common.loaders import ahead
 
 # What requirements.txt installs and a PyTorch image with Hugging Face's libraries does not have.
@@ -128,3 +129,22 @@ def test_of_several_runs_the_table_has_the_lowest_and_the_range(tmp_path):
 def test_the_page_has_the_table_of_the_results():
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     assert page.split(table.BEGIN)[1].split(table.END)[0] == table.table(table.RESULTS)
+
+
+def test_a_peer_that_fails_is_written_down_and_the_others_are_measured(tmp_path, monkeypatch):
+    def broken(peer, ours):
+        model = copy.deepcopy(peer)
+        model.generate = lambda **kwargs: {}["no compiler"]
+        return model
+
+    sides = {"broken": broken, "int8": captioning.int8, "bfloat16": captioning.ALSO["ours, bfloat16 weights"]}
+    monkeypatch.setattr(captioning, "ALSO", sides)
+    words = ["--tiny", "--batch_sizes", "1", "--also", "all", "--repeats", "1", "--max_new_tokens", "3", "--plot", ""]
+    monkeypatch.setattr("sys.argv", ["captioning", *words, "--output", str(tmp_path / "peers.json")])
+    captioning.main()
+    found = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))["batches"]["1"]
+    assert found["broken"] == {"failed": "KeyError: 'no compiler'"}
+    assert found["same_tokens"] == 1.0
+    for name in ("int8", "bfloat16"):
+        assert 0 <= found[name]["same_tokens"] <= 1
+        assert found[name]["median"] > 0
