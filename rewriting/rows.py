@@ -162,11 +162,16 @@ def table_files(path: Path) -> list[Path]:
     """A file, or the files of one kind in a folder, in the order of their names."""
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and not file.name.startswith("."))
+    files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and _is_data(file.relative_to(path)))
     kinds = {file.suffix for file in files}
     if len(kinds) != 1:
         raise DataError(f"{path}: expected files of one kind ({' '.join(FILE_KINDS)}), found {sorted(kinds) or 'none'}")
     return files
+
+
+def _is_data(file: Path) -> bool:
+    """Whether a file of a folder is none of what programs keep there for themselves, such as _settings.json."""
+    return not any(part.startswith((".", "_")) for part in file.parts)
 
 
 def parquet_rows(file: Path, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:

@@ -213,6 +213,17 @@ def test_json_jsonl_csv_and_parquet_of_the_same_rows_are_the_same(tmp_path):
         assert inputs("fuse", tmp_path / f"a.{kind}") == expected
 
 
+def test_what_infer_py_and_rewrite_py_keep_in_their_folders_is_no_data(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "out/_answers").mkdir(parents=True)
+    pq.write_table(pa.table({"raw": ["a"], "synthetic": ["b"]}), tmp_path / "out/00000-0123456789ab01234567.parquet")
+    for name in ("_settings.json", "_report.json", "_answers/0123456789ab.jsonl"):
+        (tmp_path / "out" / name).write_text("{}\n")
+    assert inputs("fuse", tmp_path / "out") == [{"raw": "a", "synthetic": "b"}]
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
 def test_a_json_list_is_read_piece_by_piece(chunk, tmp_path):
     values = [{"a": [1, {"b": "]},["}]}, 12, "x,]", [], None]
