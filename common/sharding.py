@@ -23,10 +23,15 @@ def gathered(model):
     processes enter together. A model that is not sharded stays as it is, and so does one that is gathered already.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not units or getattr(model, "is_gathered", False):
+    if getattr(model, "is_gathered", False) or not (units or hasattr(model, "zero3_offload")):
         yield model
         return
     model.is_gathered = True
+    if not units:
+        with _gathered_by_zero(model):
+            yield model
+        model.is_gathered = False
+        return
     for unit in units:
         unit.reshard()  # what an earlier pass left gathered may be older than the shares
         unit.set_reshard_after_forward(False, recurse=False)
@@ -38,3 +43,21 @@ def gathered(model):
         for unit in units:
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
+
+
+@contextlib.contextmanager
+def _gathered_by_zero(model):
+    """The same of ZeRO-3, whose hooks would drop what a module has used (as TRL does it for generation)."""
+    import deepspeed
+
+    offload = model.zero3_offload()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        for parameter in model.parameters():
+            parameter.ds_active_sub_modules.clear()
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)

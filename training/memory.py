@@ -116,8 +116,10 @@ def plan(model, collator, args, rows_per_image: int, max_txt_len: int, quantizat
     gathered = evaluation = 0.0
     if how == "FSDP":
         size = compute.itemsize if compute else 4
-        groups = [sum(one.numel() for one in unit.parameters()) for unit in units(model)]
-        inner = {one for unit in units(model) for one in unit.parameters()}
+        groups, inner = [], set()
+        for unit in units(model):  # those inside others first
+            groups.append(sum(one.numel() for one in set(unit.parameters()) - inner))
+            inner |= set(unit.parameters())
         root = sum(one.numel() for one in parameters if one not in inner)
         gathered = size * (2 * max(groups) + root) + 4 * max(groups)
         evaluation = size * sum(one.numel() for one in parameters)
@@ -173,7 +175,9 @@ def activation_bytes(model, collator, caption: dict, args, share: float, in_comp
     alive = Alive(model)
 
     def keep(parameter):
-        alive.kept += 4 * parameter.numel() * share - parameter.grad.nbytes
+        alive.kept -= parameter.grad.nbytes
+        if args.gradient_accumulation_steps == 1:  # else there are those of the batch before
+            alive.kept += 4 * parameter.numel() * share
 
     for parameter in model.parameters():
         if parameter.requires_grad:

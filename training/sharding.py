@@ -1,5 +1,6 @@
 """FSDP2: the weights, gradients and optimizer states of one model shared between processes."""
 
+import logging
 import os
 
 import torch
@@ -18,6 +19,8 @@ from common.processes import processes
 from common.sharding import strategy
 from models.families import base_model, vision_encoder
 
+logger = logging.getLogger(__name__)
+
 
 def check_sharding(args, model_args, scratch_args) -> None:
     """UserError, before anything is loaded, if the run does not go with what accelerate launch was asked for."""
@@ -35,6 +38,8 @@ def check_sharding(args, model_args, scratch_args) -> None:
         "per_device_train_batch_size by what --dry_run says": args.auto_find_batch_size,
         "save_only_model keeps nothing to resume from, and shared checkpoints are only for that. Leave it "
         "out": args.save_only_model,
+        f"objective {args.objective}: captions are drawn in training, which was not tested with it. Use "
+        "recipes/accelerate/fsdp2.yaml": how.startswith("ZeRO") and args.objective != "cross_entropy",
         f"torch_compile was not tested with {how}. Leave it out": args.torch_compile,
         f"fsdp_version {version}: FSDP2 alone is supported. Set fsdp_version: 2": how == "FSDP" and version != "2",
         f"fsdp_state_dict_type {kept}: checkpoints are written in shares. Set SHARDED_STATE_DICT": how == "FSDP"
@@ -77,7 +82,7 @@ def shard(model, args):
         if isinstance(module, PreTrainedModel):
             _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
     model.to_empty(device="cpu" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else device)
-    main = processes().is_main_process
+    main, shares = processes().is_main_process, list(model.parameters())  # DTensors
     with torch.no_grad():
         for name, own in model.named_parameters():
             first = whole.pop(name)
@@ -86,6 +91,10 @@ def shard(model, args):
         for name, own in model.named_buffers():
             own.copy_(whole.pop(name))
             torch.distributed.broadcast(own, src=0)
+    here, of = (sum(map(torch.numel, tensors)) for tensors in ([one.to_local() for one in shares], shares))
+    logger.info(
+        "FSDP: %d processes share the model; this one holds %s of %s weights", args.world_size, f"{here:,}", f"{of:,}"
+    )
     # Parts of the model are run by themselves, and torch takes the first that runs for the whole.
     model._get_fsdp_state()._lazy_init()
     return model

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.loaders import TIMEOUT, data_loader, fit_workers
 from common.processes import fork_rng, peak_memory
 from common.publish import upload
-from common.sharding import gathered
+from common.sharding import gathered, strategy
 from data import CaptionPairs
 from metrics import score
 from metrics.clip_scores import clip_scores
@@ -72,6 +72,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         # The library has generate gather what is shared, and drop it then. Captions are generated with all of it there.
         vars(self.model).pop("generate", None)
+        if strategy() == "ZeRO-3":
+            self.model.zero3_offload = lambda: self.deepspeed.optimizer.parameter_offload
         return prepared
 
     def train(self, resume_from_checkpoint=None, **kwargs):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.large_models
 
-Models of the real classes with random weights, some 100 million of them, are trained for three steps: by one process, by two
+Models of the real classes with random weights, 40 to 65 million of them, are trained for two steps: by one process, by two
 with a copy each (DDP), and by two that share one (FSDP2). Measured is the most that the process had in training, less what
 it had before the model was loaded (VmHWM of /proc, set back before training). Loading is measured on its own.
 """
@@ -19,26 +19,26 @@ from benchmarks.harness import RESULTS, write_result
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {
-    "max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "eval_strategy": "no",
+    "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "eval_strategy": "no",
     "save_strategy": "no", "max_txt_len": 12, "num_beams": 1, "max_new_tokens": 2, "meteor": "false", "spice": "false",
     "bootstrap_samples": 0, "report": "false", "report_to": "none", "lora_dropout": 0, "logging_steps": 1,
     "max_test_samples": 2, "max_eval_samples": 2,
 }  # fmt: skip
-# Name: (processes, accelerate's config file, flags).
+# (model, what is trained): processes, accelerate's config file, flags.
 CASES = {
-    "full, 1 process": (1, None, {}),
-    "full, no checkpointing, 1 process": (1, None, {"gradient_checkpointing": "false"}),
-    "LoRA, 1 process": (1, None, {"use_peft": "true"}),
-    "full, DDP, 2 processes": (2, "ddp", {}),
-    "full, FSDP2, 2 processes": (2, "fsdp2", {}),
-    "LoRA, FSDP2, 2 processes": (2, "fsdp2", {"use_peft": "true"}),
+    ("LLaVA", "full, 1 process"): (1, None, {}),
+    ("LLaVA", "full, FSDP2, 2 processes"): (2, "fsdp2", {}),
+    ("LLaVA", "full, DDP, 2 processes"): (2, "ddp", {}),
+    ("LLaVA", "LoRA, FSDP2, 2 processes"): (2, "fsdp2", {"use_peft": "true"}),
+    ("BLIP-2 OPT", "full, no checkpointing, 1 process"): (1, None, {"gradient_checkpointing": "false"}),
+    ("BLIP-2 OPT", "LoRA, 1 process"): (1, None, {"use_peft": "true"}),
+    ("BLIP-2 OPT", "full, FSDP2, 2 processes"): (2, "fsdp2", {}),
 }
-WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 6, "num_attention_heads": 10}
+WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 4, "num_attention_heads": 10}
 
 
 def save_models(folder: Path) -> list[Path]:
     """A BLIP-2 with OPT and a LLaVA."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
     import families
     import torch
     from transformers import OPTConfig
@@ -96,17 +96,16 @@ def main():
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        models = save_models(folder)
+        sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
         import tiny
         from small_run import CAPTIONS, SPLITS
 
         dataset = tiny.write_photos(folder / "photos", CAPTIONS, SPLITS)
-        for model in models:
-            for number, (case, (processes, config, flags)) in enumerate(CASES.items()):
-                output = folder / f"{model.name}-{number}".replace(" ", "-")
-                found = measure(model, dataset, output, processes, config, flags)
-                rows[f"{model.name}, {case}"] = found
-                print(model.name, case, found, flush=True)
+        folders = {model.name: model for model in save_models(folder)}
+        for number, ((name, case), (processes, config, flags)) in enumerate(CASES.items()):
+            found = measure(folders[name], dataset, folder / str(number), processes, config, flags)
+            rows[f"{name}, {case}"] = found
+            print(name, case, found, flush=True)
     write_result(RESULTS / "large_models.json", {"gib": rows, "flags": FLAGS})
 
 

@@ -47,8 +47,9 @@ def main():
     train.main()
     estimate = found.pop("plan")
     found["estimated"] = estimate.training / GIB
-    found["parts"] = {name: value / GIB for name, value in vars(estimate).items() if isinstance(value, float)}
-    found["parameters"], found["trained"] = estimate.parameters, estimate.trained
+    counts = ("parameters", "trained")
+    found["parts"] = {name: round(size / GIB, 4) for name, size in vars(estimate).items() if name not in counts}
+    found |= {name: getattr(estimate, name) for name in counts}
     Path(f"{os.environ['MEASURED']}.{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """FSDP2 on two CPU processes: all that holds in one process holds there, on tiny models of the real classes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class Family:
         self.base, self.flags = save(name, folder / "base"), LORA if kind == "lora" else {}
         self.one, self.two, self.dataset, self.ranks = folder / "one", folder / "two", dataset, ranks
         train(ranks, self.base, dataset, self.one, **self.flags)
-        sharded(ranks, self.base, dataset, self.two, **self.flags)
+        self.log, _ = sharded(ranks, self.base, dataset, self.two, **self.flags)
 
 
 CASES = [(name, kind) for name in ("blip2-opt", "llava", "idefics3") for kind in ("full", "lora")]
@@ -99,6 +100,17 @@ def test_losses_are_those_of_one_process(trained):
         assert len(one) > 1
         assert two == pytest.approx(one, abs=1e-5), name
     assert logged(trained.two, "grad_norm") == pytest.approx(logged(trained.one, "grad_norm"), rel=1e-3)
+
+
+def test_a_process_holds_its_share_alone(trained):
+    """The log counts local parts of DTensors: a parameter that is none has no such part, and ends the run."""
+    here, of = re.search(
+        r"2 processes share the model; this one holds ([\d,]+) of ([\d,]+) weights", trained.log
+    ).groups()
+    here, of = (int(number.replace(",", "")) for number in (here, of))
+    assert 0.5 * of <= here < 0.52 * of  # the first has the odd rows
+    model, _ = load_model(str(trained.two), merge=False)
+    assert of == sum(one.numel() for one in model.parameters())
 
 
 def test_weights_and_captions_are_those_of_one_process(trained):
@@ -181,6 +193,28 @@ def test_rewards_of_captions_drawn_on_shares_are_those_of_two_whole_models(ranks
             assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-5), (objective, name)
         assert len(set(logged(two, "reward"))) > 1
         assert captions(two / "validation") == captions(one / "validation")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_zero_gives_what_one_process_gives(stage, kind, ranks, dataset, tmp_path):
+    """Losses, captions of unequal shares, best checkpoint, and a resumed run."""
+    pytest.importorskip("deepspeed", reason="pip install deepspeed, and DS_ACCELERATOR=cpu")
+    base, flags = save("blip2-opt", tmp_path / "base"), LORA if kind == "lora" else {}
+    one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
+    launch = {"processes": 2, "config": ROOT / f"recipes/accelerate/zero{stage}.yaml"}
+    train(ranks, base, dataset, one, **flags)
+    train(ranks, base, dataset, two, **launch, **flags)
+    for name in ("loss", "eval_loss"):
+        assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-5), name
+    assert captions(two / "validation") == captions(one / "validation")
+    first, last = (two / f"checkpoint-{step}" for step in (state(two)["best_global_step"], state(two)["global_step"]))
+    assert all(tensor.equal(weights(first)[name]) for name, tensor in weights(two).items())
+    assert any(not tensor.equal(weights(last)[name]) for name, tensor in weights(two).items())
+    shutil.copytree(first, stopped / first.name)
+    shutil.copy(two / "run.json", stopped)
+    train(ranks, base, dataset, stopped, **launch, **flags)
+    assert all(tensor.equal(weights(stopped / last.name)[name]) for name, tensor in weights(last).items())
 
 
 REFUSED = {
