@@ -89,7 +89,8 @@ def shard(model, args):
             first = first.to(device) if main else torch.empty(first.shape, dtype=first.dtype, device=device)
             own.copy_(distribute_tensor(first, own.device_mesh, own.placements))
         for name, own in model.named_buffers():
-            own.copy_(whole.pop(name))
+            if not (first := whole.pop(name)).is_meta:
+                own.copy_(first)
             torch.distributed.broadcast(own, src=0)
     here, of = (sum(map(torch.numel, tensors)) for tensors in ([one.to_local() for one in shares], shares))
     logger.info(

@@ -237,7 +237,13 @@ class CaptionTrainer(Seq2SeqTrainer):
     def save_model(self, output_dir=None, _internal_call=False):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
-        elif not _internal_call:  # checkpoints hold shares, which the library writes
+        elif (
+            _internal_call
+        ):  # a checkpoint's, of shares, which the library writes: after each process has looked for its
+            Path(output_dir).mkdir(
+                parents=True, exist_ok=True
+            )  # folder, and taken one without for none that is the best
+        else:
             self._save(output_dir, whole_state(self.model))
 
     def _save(self, output_dir=None, state_dict=None):

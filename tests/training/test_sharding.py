@@ -1,6 +1,7 @@
 """FSDP2 on two CPU processes: all that holds in one process holds there, on tiny models of the real classes."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from small_run import CAPTIONS
 
 from models.loading import load_model
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks of one process, to spare their imports")
 FSDP2, DDP = (ROOT / f"recipes/accelerate/{name}.yaml" for name in ("fsdp2", "ddp"))
 # Seven images to evaluate: two processes have four and three of them.
 SPLITS = {name: "train" if i < 8 else "test" if i == 8 else "validation" for i, name in enumerate(CAPTIONS)}
@@ -71,6 +73,8 @@ class Family:
 
 CASES = [(name, kind) for name in ("blip2-opt", "llava", "idefics3") for kind in ("full", "lora")]
 CASES += [("blip2-t5", "full")]  # weights that four modules share
+if os.environ.get("CAPTION_TEST_FAMILIES"):  # make test: Idefics3 is as LLaVA
+    CASES = [case for case in CASES if case[0] != "idefics3"]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -165,8 +169,6 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(trained, tmp_pat
 
 def test_an_export_is_one_folder_that_captions_alike(trained, tmp_path):
     """Of an adapter, merged; of a whole model, copied."""
-    if trained.base.parent.name.startswith("idefics3"):
-        pytest.skip("as LLaVA")
     images = sorted(trained.dataset.parent.glob("*.png"))
     trained.ranks.run(trained.two, "--output_dir", tmp_path / "exported", script="export")
     assert (tmp_path / "exported" / "model.safetensors").is_file()
@@ -202,6 +204,9 @@ def test_zero_gives_what_one_process_gives(stage, kind, ranks, dataset, tmp_path
     pytest.importorskip("deepspeed", reason="pip install deepspeed, and DS_ACCELERATOR=cpu")
     base, flags = save("blip2-opt", tmp_path / "base"), LORA if kind == "lora" else {}
     one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
+    if flags:  # from an adapter: ZeRO-3 reads weights with other random numbers, and a new one would begin elsewhere
+        train(ranks, base, dataset, tmp_path / "adapter", **flags, num_train_epochs=1)
+        base = tmp_path / "adapter"
     launch = {"processes": 2, "config": ROOT / f"recipes/accelerate/zero{stage}.yaml"}
     train(ranks, base, dataset, one, **flags)
     train(ranks, base, dataset, two, **launch, **flags)
