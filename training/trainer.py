@@ -237,14 +237,12 @@ class CaptionTrainer(Seq2SeqTrainer):
     def save_model(self, output_dir=None, _internal_call=False):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
-        elif (
-            _internal_call
-        ):  # a checkpoint's, of shares, which the library writes: after each process has looked for its
-            Path(output_dir).mkdir(
-                parents=True, exist_ok=True
-            )  # folder, and taken one without for none that is the best
-        else:
+        elif not _internal_call:
             self._save(output_dir, whole_state(self.model))
+        else:
+            # The library writes a checkpoint's shares later. Before that each process looks whether the folder of the best
+            # one is there: one that looked too early would wait for ever for the others, who load it.
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
