@@ -91,7 +91,17 @@ def test_every_flag_that_a_page_names_exists(page):
         "rdzv_backend",
         "rdzv_endpoint",
     }
-    of_other_programs |= {"nodes", "ntasks", "gpus", "cpus", "rdzv_id"}
+    of_other_programs |= {
+        "nodes",
+        "ntasks",
+        "gpus",
+        "cpus",
+        "rdzv_id",
+        "recipe",
+        "train",
+        "instance_count",
+        "environment",
+    }
     assert set(re.findall(r"--(\w+)", page.read_text(encoding="utf-8"))) - of_other_programs <= known
 
 
