@@ -168,7 +168,7 @@ def _summary(run: dict, base: str | None) -> str:
     if flags.get("model_config"):
         start = "trained from random weights"
     millions = f"{model['parameters'] / 1e6:.1f} million parameters, " if model else ""
-    rows = "".join(f"| {name} | {s['images']} | {s['captions']} |\n" for name, s in sizes.items())
+    rows = "".join(f"| {name} | {s['images']:,} | {s['captions']:,} |\n" for name, s in sizes.items())
     return (
         f"An image captioner ({millions}`{model.get('class', 'model')}`), {start} on `{_shown(flags['dataset_name'])}`.\n\n"
         f"| split | images | captions |\n|---|---|---|\n{rows}\n"
@@ -201,7 +201,8 @@ model = {kind}.from_pretrained("{name}")
 
 image = Image.open("photo.jpg").convert("RGB")
 inputs = {inputs}return_tensors="pt")
-tokens = model.generate(**inputs, {", ".join(f"{k}={v}" for k, v in settings.items())})
+settings = dict({", ".join(f"{k}={v}" for k, v in settings.items())})
+tokens = model.generate(**inputs, **settings)
 print(processor.decode(tokens[0], skip_special_tokens=True))
 ```"""
 
@@ -261,7 +262,7 @@ def _limits(flags: dict, reported: list[dict]) -> str:
             f"{facts['bad_endings']:.1%} end in the middle of a phrase."
         )
     return (
-        "For describing photographs like those it was trained on, as a draft that a person checks. A caption can name "
+        "For describing pictures like those it was trained on, as a draft that a person checks. A caption can name "
         "things that are not there, miscount, and guess at gender, age or occupation from looks, as its training "
         f"captions do; it should not be used to identify or judge people, nor where a wrong caption does harm.{said} "
         "N-gram scores reward captions that sound like the references, which is not the same as being right."
