@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--about", help="a line on the model and the images, for the result file")
     parser.add_argument("--output", type=Path, default=RESULTS / "precision.json")
     arguments = parser.parse_args()
-    records = data.in_memory(data.load(arguments.dataset_name, splits=(arguments.split,))[arguments.split])
+    records = data.load(arguments.dataset_name, splits=(arguments.split,))[arguments.split]
     references = dict(zip(records["image_id"], records["captions"], strict=True))
     tokens = {image: tokenize(list(found)) for image, found in references.items()}
     scorer = CiderD.from_references(list(tokens.values()))
