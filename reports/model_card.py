@@ -23,7 +23,7 @@ def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) 
     state, model = trainer.state, base_model(trainer.model)
     config = model.config
     model_facts = {
-        "class": type(model).__name__,
+        "class": type(model).__name__.removeprefix("FSDP"),  # what torch calls a class whose weights are shared
         "adapter": model is not trainer.model,
         "license": family_of(config).license,
         "chat": family_of(config).prompt is None,

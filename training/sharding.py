@@ -27,7 +27,7 @@ def check_sharding(args, model_args, scratch_args) -> None:
     how = strategy()
     if not how:
         return
-    version, kept = os.environ.get("FSDP_VERSION", "2"), os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    version, kept = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     inside = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
     refused = {
         f"quantization {model_args.quantization}: quantised weights are not shared between processes. Use "

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import families
@@ -117,6 +119,10 @@ def test_a_process_holds_its_share_alone(trained):
     assert of == sum(one.numel() for one in model.parameters())
 
 
+def test_the_card_names_the_librarys_class(trained):
+    assert "FSDP" not in (trained.two / "README.md").read_text()
+
+
 def test_weights_and_captions_are_those_of_one_process(trained):
     one, two = weights(trained.one), weights(trained.two)
     assert one.keys() == two.keys()
@@ -195,6 +201,44 @@ def test_rewards_of_captions_drawn_on_shares_are_those_of_two_whole_models(ranks
             assert logged(two, name) == pytest.approx(logged(one, name), abs=1e-5), (objective, name)
         assert len(set(logged(two, "loss"))) > 1
         assert captions(two / "validation") == captions(one / "validation")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_processes_with_a_model_each_give_what_one_gives(kind, ranks, dataset, tmp_path):
+    """DDP, of a model with weights that no loss reaches, checkpointed: the library's defaults end it at the second step."""
+    base, flags = save("llava", tmp_path / "base"), LORA if kind == "lora" else {}
+    train(ranks, base, dataset, tmp_path / "one", **flags)
+    train(ranks, base, dataset, tmp_path / "two", processes=2, config=DDP, **flags)
+    for name in ("loss", "eval_loss"):
+        assert logged(tmp_path / "two", name) == pytest.approx(logged(tmp_path / "one", name), abs=1e-5), name
+    assert captions(tmp_path / "two/validation") == captions(tmp_path / "one/validation")
+
+
+def test_a_dry_run_reads_no_weights_and_counts_the_shares(ranks, tmp_path):
+    base = save("blip2-opt", tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    words = ["--model_name_or_path", base, "--output_dir", tmp_path / "out", "--dry_run"]
+    (alone,) = ranks.run(*words)
+    shared, other = ranks.run(*words, processes=2, config=FSDP2)
+    assert "parameters 80,512, trained 80,512 (100.00%)" in alone
+    assert "GiB per process (1 process):" in alone
+    assert "GiB per process (2 processes, FSDP):" in shared
+    assert "GiB per process" not in other
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_documented_command_is_what_the_other_tests_start(dataset, tmp_path):
+    """accelerate launch itself, once."""
+    base, values = save("blip2-opt", tmp_path / "base"), RUN | {"num_train_epochs": 1, "per_device_train_batch_size": 1}
+    values |= {"model_name_or_path": base, "dataset_name": dataset, "output_dir": tmp_path / "out"}
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", FSDP2, "--num_processes", 2]
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    command = list(map(str, [*launch, "--main_process_port", 0, ROOT / "train.py", *words]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes share the model" in done.stderr
+    assert (tmp_path / "out/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
