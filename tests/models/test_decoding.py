@@ -159,7 +159,7 @@ def test_a_loaded_captioner_says_what_the_library_says(settings, prompt, tmp_pat
     """The whole way from a folder to tokens, against an untouched model of the installed release."""
     folder = tiny.build_folder(tmp_path)
     ours = Captioner.from_pretrained(
-        folder, device="cpu", prompt=prompt, max_new_tokens=9, min_new_tokens=4, **settings
+        folder, device="cpu", bf16=False, prompt=prompt, max_new_tokens=9, min_new_tokens=4, **settings
     )
     library = BlipForConditionalGeneration.from_pretrained(folder).eval()
     for model in (ours.model, library):  # as sure of its words as a trained one

@@ -94,7 +94,9 @@ def test_corrupted_images_are_what_the_model_sees_with_any_number_of_workers(mod
     from captioner import Captioner
     from collator import ImageCollator
 
-    captioner = Captioner.from_pretrained(str(model), corruption=data.corruption(["gaussian_noise:40", "jpeg:10"]))
+    captioner = Captioner.from_pretrained(
+        str(model), bf16=False, corruption=data.corruption(["gaussian_noise:40", "jpeg:10"])
+    )
     records, seen = data.load(dataset)["test"], []
     captioner.model.vision_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"].clone()), with_kwargs=True
