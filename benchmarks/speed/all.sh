@@ -16,7 +16,7 @@ measure() {
     echo "== $name ($(date -u +%T), load $(cut -d ' ' -f 1 /proc/loadavg 2>/dev/null))"
     $python -m "benchmarks.speed.$name" "$@" 2>"$out/errors.log" || { failed="$failed $name"; tail -5 "$out/errors.log"; }
 }
-measure captioning --repeats 3 --output "$out/captioning.json"
+measure captioning --repeats 3 --plot "$out/captioning.png" --output "$out/captioning.json"
 measure inference --repeats 3 --output "$out/inference.json"
 measure scst_step --repeats 2 --output "$out/scst_step.json"
 measure training_step --repeats 2 --output "$out/training_step.json"
@@ -24,6 +24,8 @@ measure scores --repeats 3 --output "$out/scores.json"
 measure captioning --batch_sizes 1 --also all --repeats 2 --plot "" --output "$out/peers.json"
 measure family_scst_step --output "$out/family_scst_step.json"
 measure roofline --results "$out" --output "$out/roofline.json"
+# At the end: results say whether the code had uncommitted changes.
+[ ! -f "$out/captioning.png" ] || mv "$out/captioning.png" docs/captioning.png
 measure table --write docs/speed.md
 rm -f "$out/errors.log"
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
