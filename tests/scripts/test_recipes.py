@@ -76,33 +76,21 @@ def test_every_test_that_the_corrections_name_exists():
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
 
 
+# Flags of docker, accelerate, torchrun, Slurm, Ray and SageMaker's launch.py in the pages, up to a hyphen.
+OF_OTHER_PROGRAMS = (
+    "help shm photos config_file num_processes num_machines machine_rank main_process_ip main_process_port nproc_per_node "
+    "nnodes rdzv_id rdzv_backend rdzv_endpoint nodes ntasks gpus cpus requeue array head port address working generate "
+    "recipe train instance_count environment"
+)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page):
     known = {field for group in GROUPS for field in group.__dataclass_fields__}
     others = ("Evaluate", "Infer", "Demo", "Rewrite", "LLM", "Export")
     for group in (getattr(arguments, f"{name}Arguments") for name in others):
         known |= set(group.__dataclass_fields__)
-    of_other_programs = {"help", "nproc_per_node", "photos", "shm", "config_file", "num_processes", "num_machines"}
-    of_other_programs |= {
-        "machine_rank",
-        "main_process_ip",
-        "main_process_port",
-        "nnodes",
-        "rdzv_backend",
-        "rdzv_endpoint",
-    }
-    of_other_programs |= {
-        "nodes",
-        "ntasks",
-        "gpus",
-        "cpus",
-        "rdzv_id",
-        "recipe",
-        "train",
-        "instance_count",
-        "environment",
-    }
-    assert set(re.findall(r"--(\w+)", page.read_text(encoding="utf-8"))) - of_other_programs <= known
+    assert set(re.findall(r"--(\w+)", page.read_text(encoding="utf-8"))) - set(OF_OTHER_PROGRAMS.split()) <= known
 
 
 RESULTS = ROOT / "benchmarks/results"
