@@ -329,9 +329,10 @@ class ShardFolder:
             return sorted(entry.name for entry in os.scandir(self.path)) if os.path.isdir(self.path) else []
         self.system.invalidate_cache()
         try:
-            return sorted(file.rstrip("/").rsplit("/", 1)[-1] for file in self.system.ls(self.path, detail=False))
+            found = waited_for(self.name, lambda: self.system.ls(self.path, detail=False))
         except FileNotFoundError:
             return []
+        return sorted(file.rstrip("/").rsplit("/", 1)[-1] for file in found)
 
     def outputs(self) -> dict[str, str]:
         """{id and digest of a shard: name of its file} of all that are there."""
@@ -413,6 +414,21 @@ def reaching(name: str):
         if not is_remote(name):
             raise
         raise unreachable(name, error) from None
+
+
+def waited_for(name: str, ask: Callable, patience: float = 600):
+    """What `ask` returns. A server that does not answer is asked again for `patience` seconds: work that is done is not
+    given up because the list of it cannot be read just now."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return ask()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:
+            if time.monotonic() > end:
+                raise unreachable(name, error) from None
+            time.sleep(2)
 
 
 def reachable(folder: str, shard: Shard) -> bool:

@@ -89,7 +89,9 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_resumes(model, photos, 
     assert len(kept) < IMAGES // SHARD
     kept = files(output)
     result = tiny.run("infer.py", *command(model, photos, output, "--engine", "ray", "--workers", 2), **QUIET)
-    assert f"{IMAGES} images, {SHARD * len(kept)} of them done before" in result.stderr
+    # Workers end a little after the driver, and may still finish a shard.
+    before = int(re.search(rf"{IMAGES} images, (\d+) of them done before", result.stderr)[1])
+    assert SHARD * len(kept) <= before <= SHARD * (len(kept) + 2)
     assert rows(output) == expected
     assert kept.items() <= files(output).items()
 
