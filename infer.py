@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import functools
 import itertools
-import json
 import logging
 import os
 import sys
@@ -29,14 +28,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-import data
 from captioner import Captioner
 from common import engine
 from common.errors import UserError
 from common.processes import default_workers, own_share, show_progress
 from data import caption_output, progress, writers
+from data.caption_rows import ImageRows, caption
 from data.image_rows import image_rows, left_out
 from data.remote import is_remote
 from data.rows import Options
@@ -104,50 +101,8 @@ def say_left_out(paths: list[str]) -> None:
         logger.warning("left out, as they are no images: %s", what)
 
 
-class Share(torch.utils.data.IterableDataset):
-    """Every `count`-th of the rows, from number `index` on, in batches that its loader workers take in turn."""
-
-    def __init__(self, rows, batch_size: int, index: int = 0, count: int = 1):
-        self.rows, self.batch_size, self.index, self.count = rows, batch_size, index, count
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        for number, row in enumerate(itertools.islice(self.rows(), self.index, None, self.count)):
-            if worker is None or number // self.batch_size % worker.num_workers == worker.id:
-                # The id carries the row from a worker's process to what is written of it.
-                place = row["image"] if isinstance(row["image"], str) else None
-                row_id = json.dumps([row.get("key"), row["name"], row["columns"], row["relative"], place], default=str)
-                yield {"image": row["image"], "image_id": row_id}
-
-
-def caption(captioner, rows: Share, args):
-    """{"key", "image", "relative", "place", the columns, "caption" or "error"} of each image in order; errors only if
-    these are to be skipped."""
-    stream = captioner.stream(
-        rows,
-        batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-        skip_bad_images=args.skip_bad_images,
-    )
-    try:
-        for row_id, captions in stream:
-            key, name, columns, relative, place = json.loads(row_id)
-            failed = isinstance(captions, data.ImageError)
-            taken = {"key": key, "image": name, "relative": relative, "place": place} | {
-                f"source_{column}" if column in caption_output.OWN else column: value
-                for column, value in columns.items()
-            }
-            yield taken | ({"error": str(captions)} if failed else {"caption": captions[0]})
-    except data.ImageError as error:
-        # A loader's worker process hands its error over as a text that holds the whole traceback.
-        reason = str(error).strip().splitlines()[-1].removeprefix("data.images.ImageError: ")
-        raise data.ImageError(
-            f"{reason}. With --skip_bad_images such images are written down with their error"
-        ) from None
-
-
 def print_captions(loaded, rows, args) -> None:
-    for row in show_progress(caption(loaded[0], Share(rows, args.per_device_eval_batch_size), args), None):
+    for row in show_progress(caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args), None):
         print(f"{row['image']}\t{row.get('caption', 'error: ' + row.get('error', ''))}", flush=True)
 
 
@@ -167,7 +122,7 @@ def write_texts(loaded, rows, args, share: tuple[int, int]) -> None:
             else:
                 yield row
 
-    for row in show_progress(caption(loaded[0], Share(left, args.per_device_eval_batch_size), args), None):
+    for row in show_progress(caption(loaded[0], ImageRows(left, args.per_device_eval_batch_size), args), None):
         if "caption" in row:
             target = writers.text_of(row["place"], row["relative"], folder)
             written += writers.write_text_beside(target, row["caption"])
@@ -177,7 +132,7 @@ def write_texts(loaded, rows, args, share: tuple[int, int]) -> None:
 
 
 def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]) -> list[str]:
-    """Caption the shards that are left, and make the output of all when none is. Returns what failed."""
+    """Caption the shards that are left; after the last one, make the output of all shards. Returns those that failed."""
     folder = caption_output.shard_folder(args.output, form)
     folder.check()
     source = ImageSource(paths, options(args))
@@ -185,8 +140,9 @@ def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]
     shards = source.shards(size)
     work = CaptionShards(load, args, source, folder, caption_output.stale_files(folder, shards))
     begin = functools.partial(progress.begin, folder, shards, size, "images", share)
-    engine.run(work, begin, functools.partial(reachable, folder.name), args, len(shards))
-    caption_output.finish(folder, shards, form, source, paths)
+    there = functools.partial(reachable, folder.name)
+    engine.run(work, begin, there, args, len(shards))
+    engine.Patient(functools.partial(caption_output.finish, folder, shards, form, source, paths), there)()
     return progress.failures(folder, shards)
 
 
@@ -211,7 +167,7 @@ class CaptionShards:
             listed = list(rows())  # a loader's processes would each read the source up to here
             known = self.earlier.rows([row["key"] for row in listed])
             rows = lambda: (row for row in listed if row["key"] not in known)  # noqa: E731
-        for row in caption(self.captioner, Share(rows, self.args.per_device_eval_batch_size), self.args):
+        for row in caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args):
             row.pop("relative"), row.pop("place")
             captioned.append(row)
             tick(len(captioned))

@@ -23,24 +23,20 @@ import functools
 import itertools
 import json
 import logging
-import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 from common import engine
 from common.errors import UserError
-from common.files import whole
 from common.processes import own_share
-from common.provenance import environment
 from data import progress
-from data.remote import is_remote, upload
-from data.shards import REPORT, ShardFolder, reachable
+from data.shards import ShardFolder, reachable
+from rewriting import output
 from rewriting import results as res
 from rewriting.backends import load_tokenizer, open_backend
-from rewriting.checks import REASONS, Checker
+from rewriting.checks import Checker
 from rewriting.prompts import Prompt, Tokens, load_prompt
 from rewriting.rows import Source, open_source, tables, told_from
 
@@ -70,8 +66,9 @@ def main():
     opened = functools.partial(open_source, task, name, args)
     work = RewriteShards(task, args, llm_args, prompt, opened, source_features(source, folder), folder)
     begin = functools.partial(progress.begin, folder, shards, args.rows_per_file, "rows", share)
-    engine.run(work, begin, functools.partial(reachable, folder.name), args, len(shards))
-    finish(source, folder, shards, args, llm_args)
+    there = functools.partial(reachable, folder.name)
+    engine.run(work, begin, there, args, len(shards))
+    engine.Patient(functools.partial(output.finish, source, folder, shards, args, llm_args), there)()
     if progress.failures(folder, shards):
         sys.exit(1)
 
@@ -155,67 +152,6 @@ def warn_early(reasons: Counter, answers: Path) -> None:
     if reasons.total() == 200 and reasons[None] < 100:
         rejected = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common() if reason)
         logger.warning("of the first 200 texts %d were rejected (%s): see %s", 200 - reasons[None], rejected, answers)
-
-
-def finish(source: Source, folder: ShardFolder, shards: list, args, llm_args) -> None:
-    """The report, and where the output is one file that file, once all shards are there. The answers stay: a run of the
-    same command with more rows, or another --on_reject, asks for none of them again."""
-    done = folder.done(shards)
-    if len(done) < len(shards):
-        left = len(shards) - len(done)
-        logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
-        return
-    names = [done[shard] for shard in shards]
-    for name in set(folder.outputs().values()) - set(names):  # of fewer rows, or another --on_reject
-        folder.remove(name)
-    counts = [counts for _, counts in folder.footers(names)]
-    if [each["rows"] for each in counts] != [shard.rows for shard in shards]:
-        raise UserError(f"{folder.name}: a file does not have the rows of its shard. Delete it, and start again.")
-    if folder.single:
-        bring_together(folder, names)
-    report = res.Report()
-    for each in counts:
-        report.merge(each["report"])
-    summary = report.summary(llm_args.price_in, llm_args.price_out)
-    summary |= res.vocabulary(rows_of(folder, names), source, args.output_column)
-    folder.write_json(REPORT, {**summary, "settings": counts[0]["settings"], **environment()})
-    say(folder, summary)
-
-
-def bring_together(folder: ShardFolder, names: list[str]) -> None:
-    """A single .jsonl: the lines of all shards, one shard after the other."""
-    with tempfile.TemporaryDirectory() as place:
-        output = Path(place) / "output.jsonl" if folder.remote else Path(folder.output)
-        with whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for name in names:
-                for batch in folder.read(name):
-                    file.writelines(f"{line}\n" for line in batch["line"].to_pylist())
-            file.flush()
-            os.fsync(file.fileno())
-        if is_remote(folder.output):
-            upload(output, folder.output)
-
-
-def rows_of(folder: ShardFolder, names: list[str]):
-    """The rows of the output, in their order."""
-    for batch in itertools.chain.from_iterable(map(folder.read, names)):
-        yield from map(json.loads, batch["line"].to_pylist()) if folder.single else batch.to_pylist()
-
-
-def say(folder: ShardFolder, summary: dict) -> None:
-    logger.info("%s: %d rows verified, each once; %s", folder.output, summary["rows"], in_words(summary["status"]))
-    for reason, number in summary["rejected"].items():
-        logger.info("  rejected: %d %s (%s)", number, reason, REASONS[reason])
-    logger.info("  %d tokens of prompts, %d written%s", *summary["tokens"].values(),
-                "" if summary["cost"] is None else f", cost {summary['cost']:.2f}")  # fmt: skip
-    if summary["most_frequent_text"] > 0.05 * summary["vocabulary_and_frequency_of_first_rows"] > 5:
-        logger.warning(
-            "one text is repeated in %d rows: look at the samples in the report", summary["most_frequent_text"]
-        )
-
-
-def in_words(counts: dict) -> str:
-    return ", ".join(f"{number} {what}" for what, number in counts.items())
 
 
 if __name__ == "__main__":

@@ -96,14 +96,8 @@ def main():
 
 def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args) -> None:
     """Print what memory the run will need of each process; reads the model's config and processor, and no weights."""
-    if scratch_args.model_config:
-        words = [f"word{number}" for number in range(8000)]  # as many as are counted at most
-        vocab = scratch_args.tokenizer_vocab
-        model, processor = build_model(scratch_args.model_config, vocab, words, model_args.fast_attention)
-    else:
-        merge = not adapter_args.use_peft
-        loading = model_args.loading()
-        model, processor = load_model(model_args.model_name_or_path, merge=merge, weights=False, **loading)
+    words = [f"word{number}" for number in range(8000)]  # of a vocabulary that is counted, the most
+    model, processor = open_model(model_args, scratch_args, adapter_args, words, weights=False)
     model = make_trainable(model, adapter_args, scratch_args.freeze_vision)
     captioner = Captioner(model, processor, fast_jpeg=model_args.fast_jpeg)
     no_augmentations = {"augmentation": None, "text_augmentation": None}
@@ -137,20 +131,22 @@ def load_splits(data_args, args) -> tuple:
     return {"train": splits["train"], **held_out}, bad_rows + bad_images
 
 
+def open_model(model_args, scratch_args, adapter_args, captions, weights: bool = True) -> tuple:
+    """(model, processor): of random weights, with a vocabulary of `captions` where none is named, or a pretrained one, of
+    which `weights` may be left out."""
+    if not scratch_args.model_config:
+        merge = not adapter_args.use_peft
+        return load_model(model_args.model_name_or_path, merge=merge, weights=weights, **model_args.loading())
+    vocab, accents = scratch_args.tokenizer_vocab, scratch_args.strip_accents
+    return build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention, accents)
+
+
 def load_captioner(model_args, scratch_args, adapter_args, generation_args, train_records, args) -> Captioner:
     """A pretrained captioner or one of random weights; what is to be trained is left trainable, and the model shared
     between processes if they were launched so."""
-    if scratch_args.model_config:
-        captions = (text for row in train_records for text in row["captions"])
-        vocab = scratch_args.tokenizer_vocab
-        model, processor = build_model(
-            scratch_args.model_config, vocab, captions, model_args.fast_attention, scratch_args.strip_accents
-        )
-    else:
-        merge = not adapter_args.use_peft
-        model, processor = load_model(model_args.model_name_or_path, merge=merge, **model_args.loading())
-    captions = (text for row in train_records for text in row["captions"])
-    check_captions_can_be_written(processor.tokenizer, captions)
+    captions = lambda: (text for row in train_records for text in row["captions"])  # noqa: E731
+    model, processor = open_model(model_args, scratch_args, adapter_args, captions())
+    check_captions_can_be_written(processor.tokenizer, captions())
     model = shard(make_trainable(model, adapter_args, scratch_args.freeze_vision), args)
     how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
     captioner = Captioner(model, processor, **how, **vars(generation_args))

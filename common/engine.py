@@ -113,20 +113,21 @@ def sharing(args, share: tuple[int, int]) -> tuple[int, int]:
 
 
 class Patient:
-    """Work that waits for a server that does not answer instead of failing with it, ten minutes in all.
+    """Work that waits for a server that does not answer instead of failing with it, ten minutes in all. What makes the
+    output of all shards is such work, too, without a shard: `Patient(finish, reachable)()`.
 
     Args:
-        reachable: whether the servers that a shard needs answer.
+        reachable: whether the servers that a shard needs answer; of None, those of the outputs.
     """
 
     def __init__(self, work: Callable, reachable: Callable[[object], bool], patience: float = 600):
         self.work, self.reachable, self.patience = work, reachable, patience
 
-    def __call__(self, shard, tick) -> dict:
-        waited = 0.0
+    def __call__(self, *args):
+        shard, waited = args[0] if args else None, 0.0
         while True:
             try:
-                return self.work(shard, tick)
+                return self.work(*args)
             except Exception as error:
                 if (isinstance(error, UserError) and not error.of_one_shard) or self.reachable(shard):
                     raise
@@ -134,6 +135,6 @@ class Patient:
                 while not self.reachable(shard):
                     if waited >= self.patience:
                         raise
-                    logger.warning("%s: %s. Waiting for it", shard, str(error).strip().splitlines()[-1])
+                    logger.warning("%s: %s. Waiting for it", shard or "the output", str(error).strip().splitlines()[-1])
                     time.sleep(pause)
                     waited, pause = waited + pause, min(60, 2 * pause)

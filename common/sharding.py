@@ -27,19 +27,22 @@ def gathered(model):
         yield model
         return
     model.is_gathered = True
-    if not units:
-        with _gathered_by_zero(model):
+    try:
+        with _gathered_by_fsdp(model, units) if units else _gathered_by_zero(model):
             yield model
+    finally:
         model.is_gathered = False
-        return
+
+
+@contextlib.contextmanager
+def _gathered_by_fsdp(model, units: list):
     for unit in units:
         unit.reshard()  # what an earlier pass left gathered may be older than the shares
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        yield model
+        yield
     finally:
-        model.is_gathered = False
         for unit in units:
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()

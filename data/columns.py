@@ -290,7 +290,7 @@ def dict_rows(
 
 
 def columns_of(row: dict, image_column, caption_column, source: str, captions: bool = True):
-    """`find_columns` of a row. With `captions` false no caption column is needed, and none is returned."""
+    """`find_columns` of a row. With `captions` false only the image column is looked for, and the list of caption columns is empty."""
     if captions:
         return find_columns(list(row), image_column, caption_column, source, example=row)
     image, _ = find_columns([*row, "captions"], image_column, None, source, example=row)

@@ -22,7 +22,7 @@ from data.columns import columns_of, find_columns, image_in
 from data.finder import Finder, forms
 from data.formats import detect, flickr8k, saved, webdataset
 from data.images import ENDINGS, ImageError, is_image
-from data.remote import is_remote, list_remote, local_copy, open_remote, unreachable
+from data.remote import is_remote, list_remote, local_copy, open_remote, reaching
 from data.rows import DataError, Options, Record
 from data.sources import find_format
 from data.tables import could_not_load, holds_paths, with_images
@@ -144,7 +144,7 @@ def _format_pieces(source, place: Path, path: str) -> list[tuple[str, str]]:
 
 def rows_of(kind: str, place: str, options: Options, start: int = 0, stop: int | None = None) -> Iterator[dict]:
     """The rows of a piece; of a Parquet file those of the row groups that begin at rows `start` to `stop`."""
-    try:
+    with reaching(place, ImageError):
         if kind == "tar":
             yield from _tar_rows(place, options)
         elif kind == "parquet":
@@ -157,12 +157,6 @@ def rows_of(kind: str, place: str, options: Options, start: int = 0, stop: int |
             yield from (_row(file, file, relative=os.path.relpath(file, place)) for file in _images_in(place))
         else:
             yield from _format_rows(*find_format(place, options.format), place, options)
-    except (DataError, ImageError):
-        raise
-    except OSError as error:
-        if not is_remote(place):
-            raise
-        raise unreachable(place, error) from None
 
 
 def _images_in(path: str) -> Iterator[str]:

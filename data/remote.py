@@ -1,5 +1,6 @@
 """Sources and outputs at an address: s3://, gs://, hf:// and every other file system that fsspec knows, memory:// too."""
 
+import contextlib
 import hashlib
 import re
 from pathlib import Path
@@ -41,16 +42,15 @@ def list_remote(name: str) -> list[str]:
     """The addresses of a file, of all files below a folder, or of those that fit a pattern, sorted."""
     system, path = file_system(name)
     try:
-        if any(sign in name for sign in "*?["):
-            found = [file for file in system.glob(path) if system.isfile(file)]
-        elif system.isfile(path):
-            return [name]
-        else:
-            found = system.find(path)
+        with reaching(name, FileNotFoundError):
+            if any(sign in name for sign in "*?["):
+                found = [file for file in system.glob(path) if system.isfile(file)]
+            elif system.isfile(path):
+                return [name]
+            else:
+                found = system.find(path)
     except FileNotFoundError:
         found = []
-    except Exception as error:
-        raise unreachable(name, error) from None
     if not found:
         raise DataError(f"{name}: there is no such file or folder, and no file that fits it as a pattern.")
     return sorted(system.unstrip_protocol(file) for file in found)
@@ -78,11 +78,8 @@ def local_copy(name: str, cache_dir=None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         for old in target.parent.glob(f".{target.name}.*"):
             old.unlink()
-        try:
-            with whole(target) as part:
-                system.get_file(inner, str(part))
-        except Exception as error:
-            raise unreachable(address, error) from None
+        with reaching(address), whole(target) as part:
+            system.get_file(inner, str(part))
         mark.touch()
     if pattern:
         return folder / name[len(name) - len(path) + len(root) :].lstrip("/") if root else folder / path
@@ -92,16 +89,26 @@ def local_copy(name: str, cache_dir=None) -> Path:
 def upload(source: Path, name: str) -> None:
     """Put a local file, or a folder's files, at an address."""
     system, path = file_system(name)
-    try:
+    with reaching(name):
         if source.is_dir():
             for file in sorted(source.rglob("*")):
                 if file.is_file():
                     system.put_file(str(file), f"{path.rstrip('/')}/{file.relative_to(source).as_posix()}")
         else:
             system.put_file(str(source), path)
+
+
+@contextlib.contextmanager
+def reaching(name: str, *passing: type[Exception]):
+    """Errors of the server that an address is on are a DataError of one line. Errors of the types `passing`, what is a
+    DataError already, and errors of local paths stay what they are."""
+    try:
+        yield
+    except (DataError, *passing):
+        raise
     except Exception as error:
-        raise unreachable(name, error) from None
-
-
-def unreachable(name: str, error: Exception) -> DataError:
-    return DataError(f"{name}: could not be reached, or was refused ({type(error).__name__}: {str(error)[:300]})")
+        if not is_remote(name):
+            raise
+        raise DataError(
+            f"{name}: could not be reached, or was refused ({type(error).__name__}: {str(error)[:300]})"
+        ) from None

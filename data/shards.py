@@ -26,7 +26,7 @@ import xxhash
 from common.errors import UserError
 from common.files import whole
 from data.image_rows import group_starts, pieces, rows_of, unique
-from data.remote import file_system, is_remote, open_remote, unreachable
+from data.remote import file_system, is_remote, open_remote, reaching
 from data.rows import DataError, Options
 
 FILE = re.compile(r"\d{5,}-([0-9a-f]{12})([0-9a-f]{8})\.parquet")
@@ -329,7 +329,8 @@ class ShardFolder:
             return sorted(entry.name for entry in os.scandir(self.path)) if os.path.isdir(self.path) else []
         self.system.invalidate_cache()
         try:
-            found = waited_for(self.name, lambda: self.system.ls(self.path, detail=False))
+            with reaching(self.name, FileNotFoundError):
+                found = self.system.ls(self.path, detail=False)
         except FileNotFoundError:
             return []
         return sorted(file.rstrip("/").rsplit("/", 1)[-1] for file in found)
@@ -364,7 +365,7 @@ class ShardFolder:
         return open(Path(self.path) / name, "rb") if not self.remote else self.system.open(f"{self.path}/{name}")
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), reaching(self.name, FileNotFoundError):
             os.unlink(Path(self.path) / name) if not self.remote else self.system.rm_file(f"{self.path}/{name}")
 
     def write_json(self, name: str, value) -> None:
@@ -373,7 +374,7 @@ class ShardFolder:
 
     def read_json(self, name: str):
         try:
-            with reaching(self.name), self.open(name) as file:
+            with reaching(self.name, FileNotFoundError), self.open(name) as file:
                 return json.load(file)
         except FileNotFoundError:
             return None
@@ -388,14 +389,14 @@ class ShardFolder:
                 writer.add_key_value_metadata({FOOTER: json.dumps(counts()).encode()})
 
     def read(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        with self.open(name) as file:
+        with reaching(self.name), self.open(name) as file:
             yield from pq.ParquetFile(file).iter_batches(columns=columns)
 
     def footers(self, names: list[str]) -> list[tuple[pa.Schema, dict]]:
         """(schema, counts) of files, in their order."""
 
         def footer(name):
-            with self.open(name) as file:
+            with reaching(self.name), self.open(name) as file:
                 found = pq.read_metadata(file)
             return found.schema.to_arrow_schema(), json.loads((found.metadata or {}).get(FOOTER, b"{}"))
 
@@ -403,37 +404,9 @@ class ShardFolder:
             return list(pool.map(footer, names))
 
 
-@contextlib.contextmanager
-def reaching(name: str):
-    """Errors of a server are a DataError of one line."""
-    try:
-        yield
-    except (FileNotFoundError, DataError):
-        raise
-    except Exception as error:
-        if not is_remote(name):
-            raise
-        raise unreachable(name, error) from None
-
-
-def waited_for(name: str, ask: Callable, patience: float = 600):
-    """What `ask` returns. A server that does not answer is asked again for `patience` seconds: work that is done is not
-    given up because the list of it cannot be read just now."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            return ask()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:
-            if time.monotonic() > end:
-                raise unreachable(name, error) from None
-            time.sleep(2)
-
-
-def reachable(folder: str, shard: Shard) -> bool:
-    """Whether the servers that a shard is read from and written to answer."""
-    for place in filter(is_remote, (folder, shard.place)):
+def reachable(folder: str, shard: Shard | None) -> bool:
+    """Whether the servers that a shard is read from and written to answer; without a shard, that of the outputs."""
+    for place in filter(is_remote, (folder, shard.place if shard else "")):
         system, path = file_system(place)
         system.invalidate_cache()
         try:

@@ -168,7 +168,9 @@ def _summary(run: dict, base: str | None) -> str:
     if flags.get("model_config"):
         start = "trained from random weights"
     millions = f"{model['parameters'] / 1e6:.1f} million parameters, " if model else ""
-    shown = {name: [f"{n:,}" if n else "a stream" for n in (s["images"], s["captions"])] for name, s in sizes.items()}
+    shown = {
+        name: ["a stream" if n is None else f"{n:,}" for n in (s["images"], s["captions"])] for name, s in sizes.items()
+    }
     rows = "".join(f"| {name} | {images} | {captions} |\n" for name, (images, captions) in shown.items())
     return (
         f"An image captioner ({millions}`{model.get('class', 'model')}`), {start} on `{_shown(flags['dataset_name'])}`.\n\n"

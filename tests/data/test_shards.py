@@ -237,6 +237,29 @@ def test_a_server_that_is_gone_is_waited_for(monkeypatch):
     assert 600 <= sum(slept[2:]) / 2 <= 700
 
 
+def test_the_output_of_all_shards_waits_for_its_server_too(monkeypatch):
+    slept, left, asked = [], [DataError("gone"), DataError("gone")], []
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    def finish():
+        if left:
+            raise left.pop()
+        return "made"
+
+    answers = iter([False, False, True, False, False, True])
+    patient = engine.Patient(finish, lambda shard: asked.append(shard) or next(answers))
+    assert patient() == "made"
+    assert slept == [2, 2]
+    assert set(asked) == {None}
+
+    def broken():
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):  # a fault of the program is none of the server's
+        engine.Patient(broken, lambda shard: True)()
+    assert slept == [2, 2]
+
+
 def test_a_full_disk_loses_no_shard_and_leaves_no_half_of_one(root, tmp_path):
     place = tmp_path / "disk"
     place.mkdir()

@@ -186,6 +186,7 @@ def test_two_processes_train_from_a_stream(dataset, tmp_path):
     tiny.run("train.py", *values, processes=2)
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert len([row for row in log if "loss" in row]) == 3
+    assert "| train | a stream | a stream |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_untrained_model_scores_nothing_in_training(test_data, tmp_path):

@@ -1,0 +1,47 @@
+"""Images of infer.py's sources through a captioner: rows that tell which caption is whose."""
+
+import json
+
+import torch
+
+from data.caption_output import OWN
+from data.images import ImageError
+
+
+class ImageRows(torch.utils.data.IterableDataset):
+    """The rows that `rows()` gives, in batches that loader workers take in turn."""
+
+    def __init__(self, rows, batch_size: int):
+        self.rows, self.batch_size = rows, batch_size
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        for number, row in enumerate(self.rows()):
+            if worker is None or number // self.batch_size % worker.num_workers == worker.id:
+                # The id carries the row from a worker's process to what is written of it.
+                place = row["image"] if isinstance(row["image"], str) else None
+                row_id = json.dumps([row.get("key"), row["name"], row["columns"], row["relative"], place], default=str)
+                yield {"image": row["image"], "image_id": row_id}
+
+
+def caption(captioner, rows: ImageRows, args):
+    """{"key", "image", "relative", "place", the columns, "caption" or "error"} of each image in order; errors only if
+    these are to be skipped."""
+    stream = captioner.stream(
+        rows,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        skip_bad_images=args.skip_bad_images,
+    )
+    try:
+        for row_id, captions in stream:
+            key, name, columns, relative, place = json.loads(row_id)
+            failed = isinstance(captions, ImageError)
+            taken = {"key": key, "image": name, "relative": relative, "place": place} | {
+                f"source_{column}" if column in OWN else column: value for column, value in columns.items()
+            }
+            yield taken | ({"error": str(captions)} if failed else {"caption": captions[0]})
+    except ImageError as error:
+        # A loader's worker process hands its error over as a text that holds the whole traceback.
+        reason = str(error).strip().splitlines()[-1].removeprefix("data.images.ImageError: ")
+        raise ImageError(f"{reason}. With --skip_bad_images such images are written down with their error") from None
