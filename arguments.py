@@ -28,7 +28,9 @@ class ModelArguments:
     )
     model_revision: str = flag("main", "Branch, tag or commit of the Hub model.")
     dtype: str = flag(
-        "float32", "Precision that weights are loaded in: float32, bfloat16. Those that are trained become float32."
+        "float32",
+        "Precision that weights are loaded in: float32, bfloat16. Those that are trained become float32. Captioning loads "
+        "bfloat16 wherever --bf16 holds.",
     )
     quantization: str | None = flag(None, "Load the weights in 4bit (NF4) or 8bit, by bitsandbytes; needs a CUDA GPU.")
     device: Literal["cpu", "cuda", "mps"] | None = flag(

@@ -1,5 +1,6 @@
 """train.py --dry_run: what it prints comes from the config alone, and is near what a training step takes."""
 
+import ctypes
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from collator import CaptionCollator
+from common.processes import M_MMAP_THRESHOLD
 from models.families import family_of
 from models.loading import ready, without_weights
 from objectives import caption_loss
@@ -38,7 +40,8 @@ def settings(checkpointing: bool) -> SimpleNamespace:
 
 
 def measured(model, collator, checkpointing: bool) -> int:
-    """Bytes that two training steps take, those of the weights among them, in a process of their own."""
+    """Bytes that two training steps take, those of the weights among them, in a process of their own, whose allocator gives
+    back what is freed: else what it keeps comes on top, from one run to the next up to as much again."""
 
     def memory(name):
         text = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -47,6 +50,7 @@ def measured(model, collator, checkpointing: bool) -> int:
     reader, writer = os.pipe()
     if os.fork() == 0:
         try:
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
             for parameter in model.parameters():  # memory of its own, not the parent's
                 parameter.data = parameter.data.clone()
             picture = Image.effect_noise((640, 480), 50).convert("RGB")
