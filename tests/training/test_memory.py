@@ -1,9 +1,9 @@
 """train.py --dry_run: what it prints comes from the config alone, and is near what a training step takes."""
 
 import ctypes
-import json
-import os
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,13 +23,12 @@ WIDE = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 3, "
 BATCH, LENGTH = 64, 16
 
 
-@pytest.fixture
-def wide(monkeypatch):
-    """Families of some ten million weights, so that what the libraries take does not count."""
+def widen(setitem) -> None:
+    """Makes families of some ten million weights, so that what the libraries take does not count."""
     for sizes, more in ((families.VISION, {}), (families.DECODER, {}), (families.LLAMA, {"num_key_value_heads": 5})):
         for name, value in (WIDE | more).items():
-            monkeypatch.setitem(sizes, name, value)
-    monkeypatch.setitem(families.LLAMA, "head_dim", 64)
+            setitem(sizes, name, value)
+    setitem(families.LLAMA, "head_dim", 64)
 
 
 def settings(checkpointing: bool) -> SimpleNamespace:
@@ -39,48 +38,42 @@ def settings(checkpointing: bool) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def measured(model, collator, checkpointing: bool) -> int:
-    """Bytes that two training steps take, those of the weights among them, in a process of their own, whose allocator gives
-    back what is freed: else what it keeps comes on top, from one run to the next up to as much again."""
+def memory(name: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(text.split(f"{name}:")[1].split()[0])
 
-    def memory(name):
-        text = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(text.split(f"{name}:")[1].split()[0])
 
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        try:
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-            for parameter in model.parameters():  # memory of its own, not the parent's
-                parameter.data = parameter.data.clone()
-            picture = Image.effect_noise((640, 480), 50).convert("RGB")
-            record = {"image": picture, "image_id": "0", "captions": ["a dog runs " * LENGTH], "epoch": 0}
-            batch = collator([record] * BATCH)
-            if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-            weights = sum(one.nbytes for one in model.parameters())
-            before = memory("VmRSS") - weights
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-            for _ in range(2):
-                caption_loss(model.train(), batch).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            os.write(writer, json.dumps(memory("VmHWM") - before).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as answer:
-        return json.loads(answer.read())
+def measure(name: str, checkpointing: bool) -> int:
+    """Bytes that two training steps take, those of the weights among them. For a process of its own, whose allocator gives
+    back what is freed: what it keeps would come on top, and what others left free in it would not be counted."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    widen(dict.__setitem__)
+    model, processor = families.build(name)
+    collator = CaptionCollator(processor, model.config, max_txt_len=LENGTH)
+    picture = Image.effect_noise((640, 480), 50).convert("RGB")
+    record = {"image": picture, "image_id": "0", "captions": ["a dog runs " * LENGTH], "epoch": 0}
+    batch = collator([record] * BATCH)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = memory("VmRSS") - sum(one.nbytes for one in model.parameters())
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for _ in range(2):
+        caption_loss(model.train(), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return memory("VmHWM") - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
 @pytest.mark.parametrize("name", ["llava"])
-def test_the_estimate_is_within_a_quarter_of_what_a_step_takes(name, checkpointing, wide):
+def test_the_estimate_is_within_a_quarter_of_what_a_step_takes(name, checkpointing, monkeypatch):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        found = alone.submit(measure, name, checkpointing).result()
+    widen(monkeypatch.setitem)
     model, processor = families.build(name)
     collator = CaptionCollator(processor, model.config, max_txt_len=LENGTH)
-    found = measured(model, collator, checkpointing)
     empty = ready(without_weights(family_of(model.config).model_class, model.config, "float32"), processor)
     planned = plan(empty, collator, settings(checkpointing), 1, LENGTH, None)
     assert planned.parameters == sum(one.numel() for one in model.parameters())
