@@ -146,6 +146,7 @@ class Family:
     renamed: dict = field(default_factory=dict)
     # Token ids that a caption begins with in a decoder whose encoder reads the prompt: of the config. None: its start.
     decoder_prompt: callable = None
+    vision_takes_encoded: bool = False  # whether models/vision.py lets the vision encoder hand back encoded images
     unread: str = ""  # weights that the model has but never reads: a regular expression of whole names
     license: str | None = None  # of the published weights, where all have the same
 
@@ -176,6 +177,7 @@ _BLIP2 = {
     "end_token": "text_config.eos_token_id",  # OPT checkpoints name the line end here
     "pad_token": "text_config.pad_token_id",
     "lora_targets": rf"({_LANGUAGE}|{_QFORMER})",
+    "vision_takes_encoded": True,
 }
 _CHAT = {
     "vision": ("model.vision_model", "model.visual", "model.vision_tower"),
@@ -200,6 +202,7 @@ FAMILIES = {
         end_token="eos_token_id",
         pad_token="pad_token_id",
         prompt=_git_prompt,
+        vision_takes_encoded=True,
         license="mit",
         lora_targets=r"git\.encoder\..*\.(query|key|value|dense)",
     ),
@@ -229,6 +232,7 @@ FAMILIES |= {
         pad_token="decoder.pad_token_id",
         prompt=_decoder_prompt,
         renamed=_IN_DECODER,
+        vision_takes_encoded=True,
         unread=r"encoder\.pooler\..*",
         lora_targets=r"decoder\..*\.(c_attn|q_attn|c_proj|c_fc|query|key|value|dense|q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
     ),
@@ -248,6 +252,7 @@ FAMILIES |= {
         joint_prompt=_plain_prompt,
         answer=_plain_answer,
         default_words="<CAPTION>",
+        vision_takes_encoded=True,
         writes_special_tokens=True,
         # As its captions were trained: the start token, then that of a text.
         decoder_prompt=lambda config: [_decoder_start(config), config.text_config.bos_token_id],
@@ -259,6 +264,7 @@ FAMILIES |= {
         joint_prompt=_plain_prompt,
         answer=_plain_answer,
         default_words="An image of",
+        vision_takes_encoded=True,
         caption_tokens={"image_embeds_position_mask": 0},
         license="mit",
         **_CHAT

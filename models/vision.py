@@ -1,17 +1,17 @@
 """Images that are encoded once for all their captions.
 
-BLIP has this, and more, in models/blip_attention.py. BLIP-2, InstructBLIP and GIT get it here, in the vision encoder's
-class. Chat families have it in the library: `get_image_features` encodes images, and the model takes that back as
+BLIP has this, and more, in models/blip_attention.py. Families of our own rows get it here, in the vision encoder's class
+(Family.vision_takes_encoded). Chat families have it in the library: `get_image_features` encodes images, and the model takes that back as
 `mm_encoder_outputs` (transformers >= 5.23). Whether that gives the same is checked once for each model.
 """
 
+import functools
 import inspect
 import logging
 import weakref
 
 import torch
 import transformers
-from transformers import Blip2VisionModel, GitVisionModel, InstructBlipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from common.errors import UserError
@@ -22,49 +22,54 @@ from models.families import ENCODED, base_model, family_of, vision_encoder
 logger = logging.getLogger(__name__)
 
 
+# Arguments of vision encoders that encoded images have no use for, or that say what to return.
+KNOWN = {
+    "interpolate_pos_encoding", "bool_masked_pos", "attention_mask", "output_attentions", "output_hidden_states",
+    "return_dict", "kwargs",
+}  # fmt: skip
+
+
 class TakesEncoded:
-    """A vision encoder that hands back (images, 1, patches, hidden), what it had returned with a channel put in."""
+    """A vision encoder that hands back (images, 1, ...) encoded images: what it had returned, with a channel put in."""
 
-    def forward(self, pixel_values, **kwargs):
-        if pixel_values.dim() == 4 and pixel_values.shape[1] == 1:
-            check_nothing_asked(kwargs)
-            return BaseModelOutputWithPooling(last_hidden_state=pixel_values[:, 0])
-        return super().forward(pixel_values, **kwargs)
-
-
-class Blip2Vision(TakesEncoded, Blip2VisionModel):
-    pass
+    def forward(self, pixels, **kwargs):
+        if pixels.shape[1] == 1:
+            # Kosmos-2's generate hands its own settings on: as little as the library's encoder looks at others than these.
+            check_nothing_asked({name: value for name, value in kwargs.items() if name in KNOWN})
+            return BaseModelOutputWithPooling(last_hidden_state=pixels[:, 0])
+        return super().forward(pixels, **kwargs)
 
 
-class InstructBlipVision(TakesEncoded, InstructBlipVisionModel):
-    pass
+@functools.cache
+def _taking_encoded(kind: type) -> type:
+    """The class of a vision encoder, with forward's first argument by the name that it has there."""
+    first = next(name for name in inspect.signature(kind.forward).parameters if name != "self")
 
+    @functools.wraps(kind.forward)  # generate() reads the names of its parameters
+    def forward(self, *args, **kwargs):
+        pixels = args[0] if args else kwargs.pop(first)
+        return TakesEncoded.forward(self, pixels, **kwargs)
 
-class GitVision(TakesEncoded, GitVisionModel):
-    pass
-
-
-KINDS = {Blip2VisionModel: Blip2Vision, InstructBlipVisionModel: InstructBlipVision, GitVisionModel: GitVision}
+    return type(kind.__name__, (TakesEncoded, kind), {"forward": forward})
 
 
 def take_encoded_images(model):
-    """Lets the model take (images, 1, patches, hidden) encoded images as `pixel_values`, where its family can.
+    """Lets the model take (images, 1, ...) encoded images as `pixel_values`, where its family can.
 
     A vision encoder whose arguments are not those looked at stays the library's, with a warning."""
-    for module in model.modules():
-        if type(module) not in KINDS:
-            continue
-        found = tuple(inspect.signature(type(module).forward).parameters)
-        if found == ("self", "pixel_values", "interpolate_pos_encoding", "kwargs"):
-            module.__class__ = KINDS[type(module)]
-        else:
-            logger.warning(
-                "Each image is encoded once per caption, since with transformers %s %s.forward takes (%s), which is new. "
-                "Captions and losses are the same, but training on several captions per image takes longer.",
-                transformers.__version__,
-                type(module).__name__,
-                ", ".join(found[1:]),
-            )
+    if not family_of(model.config).vision_takes_encoded or takes_encoded(vision := vision_encoder(model)):
+        return model
+    first, *others = list(inspect.signature(type(vision).forward).parameters)[1:]
+    if first not in ("pixel_values", "hidden_states") or not KNOWN.issuperset(others):
+        logger.warning(
+            "Each image is encoded once per caption, since with transformers %s %s.forward takes (%s), which is new. "
+            "Captions and losses are the same, but training on several captions per image takes longer.",
+            transformers.__version__,
+            type(vision).__name__,
+            ", ".join([first, *others]),
+        )
+    elif getattr(vision.config, "num_channels", 3) > 1:  # a picture of one channel looks like an encoded one
+        vision.__class__ = _taking_encoded(type(vision))
     return model
 
 
@@ -76,11 +81,10 @@ def takes_encoded(vision) -> bool:
 def encode_images(model, pixel_values: torch.Tensor) -> torch.Tensor:
     """Encoded images, as the model takes them in place of `pixel_values` (images, 3, height, width).
 
-    (images, patches + 1, hidden) for BLIP, (images, 1, patches + 1, hidden) for BLIP-2, InstructBLIP and GIT. Gradients
-    flow if they are enabled. `model` is the captioner or its vision encoder.
+    (images, patches + 1, hidden) for BLIP, (images, 1, ...) for others. Gradients flow if they are enabled. `model` is the captioner or its vision encoder.
     """
     vision = model if takes_encoded(model) else vision_encoder(model)
-    encoded = vision(pixel_values=pixel_values).last_hidden_state
+    encoded = vision(pixel_values).last_hidden_state
     return encoded[:, None] if isinstance(vision, TakesEncoded) else encoded
 
 

@@ -64,7 +64,7 @@ def one_by_one(captioner, rows, times) -> list[torch.Tensor]:
 
 
 # Families whose library class takes no encoded images, or takes them in a way of its own.
-ENCODED_AGAIN = {"mllama", "vision-encoder-decoder", "pix2struct", "florence2", "kosmos-2"}
+ENCODED_AGAIN = {"mllama", "pix2struct"}
 
 
 def test_samples_are_scored_on_their_own_picture(disturbed):
@@ -273,15 +273,24 @@ def test_a_pix2struct_that_answers_questions_is_refused_by_its_reason():
 
 
 def fit(model, batch, steps=350, lr=3e-3):
+    """Trains until the pairs are known, which one way round of the learning rate is not enough for on every machine."""
+    for _ in range(3):
+        if fit_once(model, batch, steps, lr) < 0.02:
+            break
+    return model.eval()
+
+
+def fit_once(model, batch, steps, lr) -> float:
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
-        CrossEntropy()(model, batch)["loss"].backward()
+        loss = CrossEntropy()(model, batch)["loss"]
+        loss.backward()
         optimizer.step()
-    return model.eval()
+    return loss.item()
 
 
 def test_ten_pairs_are_memorised_and_given_back_one_by_one_and_reloaded(model_and_processor, tmp_path):
