@@ -6,8 +6,10 @@ accelerate's own launcher makes of a config file.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -15,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Ranks:
-    """The process that forks. `run` returns each rank's log; asserts that all ended with `code`."""
+    """The process that forks. `run` returns each rank's log; asserts that all ended with `code`. `until`: a file; when it is
+    there, all ranks are killed."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
@@ -26,16 +29,19 @@ class Ranks:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )
 
-    def run(self, *arguments, config=None, processes: int = 1, code: int = 0, script: str = "train", **environment):
+    def run(
+        self, *arguments, config=None, processes: int = 1, code: int = 0, script="train", until=None, **environment
+    ):
         self.count += 1
         logs = [self.folder / f"{self.count}.{rank}.log" for rank in range(processes)]
         asked = {
             "script": script, "arguments": list(map(str, arguments)), "config": config and str(config),
-            "logs": list(map(str, logs)), "environment": environment,
+            "logs": list(map(str, logs)), "environment": environment, "until": until and str(until),
         }  # fmt: skip
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         codes = json.loads(self.process.stdout.readline())
+        code = code if until is None else -signal.SIGKILL
         texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
         assert codes == [code] * processes, f"{codes}\n{texts[0][-4000:]}\n---- the last rank\n{texts[-1][-3000:]}"
         return texts
@@ -90,6 +96,16 @@ def run_rank(rank: int, asked: dict, launched: dict) -> None:
     os._exit(code)
 
 
+def kill_when(file: str, children: list[int]) -> None:
+    """SIGKILL for all children, as soon as there is such a file; if they end before, they were not killed."""
+    while not os.path.exists(file):
+        if os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.01)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+
+
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
     answers = os.fdopen(os.dup(1), "w")
@@ -110,6 +126,8 @@ def serve() -> None:
             if child == 0:
                 run_rank(rank, asked, launched)
             children.append(child)
+        if asked["until"]:
+            kill_when(asked["until"], children)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         answers.write(json.dumps(codes) + "\n")
         answers.flush()

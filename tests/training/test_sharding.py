@@ -52,11 +52,11 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
-def train(ranks, base, dataset, output, *, processes=1, config=None, code=0, **changed):
+def train(ranks, base, dataset, output, *, processes=1, config=None, until=None, **changed):
     values = RUN | {"per_device_train_batch_size": 2 // processes} | changed
     values |= {"model_name_or_path": base, "dataset_name": dataset, "output_dir": output}
     words = [word for name, value in values.items() for word in (f"--{name}", value)]
-    return ranks.run(*words, processes=processes, config=config, code=code)
+    return ranks.run(*words, processes=processes, config=config, until=until)
 
 
 def sharded(*arguments, **changed):
@@ -161,11 +161,12 @@ def checkpoint_weights(checkpoint) -> dict:
 
 def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(trained, tmp_path):
     stopped = tmp_path / "stopped"
-    first = trained.two / f"checkpoint-{state(trained.two)['best_global_step']}"
-    shutil.copytree(first, stopped / first.name)
-    shutil.copy(trained.two / "run.json", stopped)
-    log, _ = sharded(trained.ranks, trained.base, trained.dataset, stopped, **trained.flags)
-    assert f"resuming from {stopped / first.name}" in log
+    first = stopped / f"checkpoint-{state(trained.two)['best_global_step']}"
+    given = (trained.ranks, trained.base, trained.dataset, stopped)
+    sharded(*given, **trained.flags, until=first / "trainer_state.json")
+    assert not (stopped / "trainer_state.json").exists()
+    log, _ = sharded(*given, **trained.flags)
+    assert f"resuming from {first}" in log
     last = f"checkpoint-{state(trained.two)['global_step']}"
     unbroken, resumed = (checkpoint_weights(folder / last) for folder in (trained.two, stopped))
     assert unbroken.keys() == resumed.keys()
@@ -243,10 +244,11 @@ def test_the_documented_command_is_what_the_other_tests_start(dataset, tmp_path)
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_zero_gives_what_one_process_gives(stage, kind, ranks, dataset, tmp_path):
+@pytest.mark.parametrize("name", ["blip2-opt", "llava", "idefics3"])
+def test_zero_gives_what_one_process_gives(name, stage, kind, ranks, dataset, tmp_path):
     """Losses, captions of unequal shares, best checkpoint, and a resumed run."""
     pytest.importorskip("deepspeed", reason="pip install deepspeed, and DS_ACCELERATOR=cpu")
-    base, flags = save("blip2-opt", tmp_path / "base"), LORA if kind == "lora" else {}
+    base, flags = save(name, tmp_path / "base"), LORA if kind == "lora" else {}
     one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
     if flags:  # from an adapter: ZeRO-3 reads weights with other random numbers, and a new one would begin elsewhere
         train(ranks, base, dataset, tmp_path / "adapter", **flags, num_train_epochs=1)
