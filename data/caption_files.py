@@ -22,7 +22,7 @@ import pyarrow.parquet
 
 from common.errors import UserError
 from common.text import TextError, read_text
-from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS
+from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
 from data.rows import split_name
 from data.text_rows import csv_rows
 
@@ -104,7 +104,8 @@ def read_references(path: str | os.PathLike, split: str | None = None) -> Refere
                 continue
         if not entry.captions:
             raise CaptionFileError(f"{entry.place}: image {entry.image_id!r} has no reference captions.")
-        found.captions.setdefault(entry.image_id, []).extend(entry.captions)
+        for text in entry.captions:
+            found.captions.setdefault(entry.image_id, []).extend(_captions(text, entry.place, written=True))
         if entry.name:
             found.names[entry.image_id] = entry.name
         found.columns.setdefault(entry.image_id, {}).update(entry.columns)
@@ -294,10 +295,9 @@ def _entry(entry: object, place: str, cells: bool = False) -> Entry:
     image_id, columns = str(image_id), _scalars(entry, {})
     for key in CAPTIONS:
         if key in entry and not (cells and entry[key] is None):
-            value = entry[key]
-            if cells and isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-                value = _written_list(value)
-            return Entry(image_id, _captions(value, f"{place}, {key}"), place, name, columns=columns)
+            return Entry(image_id, _captions(entry[key], f"{place}, {key}", cells), place, name, columns=columns)
+    if numbered := [value for key, value in entry.items() if NUMBERED_CAPTION.fullmatch(key.lower()) and value]:
+        return Entry(image_id, _captions(numbered, place), place, name, columns=columns)
     if entry.get("error") is not None:
         return Entry(image_id, [], place, name, str(entry["error"]))
     if cells:
@@ -319,16 +319,9 @@ def _path(value: object) -> str | None:
     return value if isinstance(value, str) else str(value) if isinstance(value, int) else None
 
 
-def _written_list(value: str):
-    try:
-        found = json.loads(value)
-    except ValueError:
-        return value
-    return found if isinstance(found, list) else value
-
-
-def _captions(value: object, place: str) -> list[str]:
-    captions = value if isinstance(value, list) else [value]
+def _captions(value: object, place: str, written: bool = False) -> list[str]:
+    """`written`: a list that a text holds is its captions; else a text is what it says, as a prediction in JSON is."""
+    captions = [value] if isinstance(value, str) and not written else captions_of({"": value}, [""], place)
     for caption in captions:
         if not isinstance(caption, str):
             raise CaptionFileError(f"{place}: a caption must be text, found {type(caption).__name__} {caption!r:.80}.")

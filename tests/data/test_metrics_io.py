@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pytest
 
 from data.caption_files import CaptionFileError, load_predictions, load_references
@@ -42,6 +43,42 @@ def test_predictions_are_read_in_every_format(tmp_path, name, content):
 )
 def test_references_are_read_in_every_format(tmp_path, name, content):
     assert load_references(write(tmp_path / name, content)) == {"1": ["a", "b"], "2": ["c"]}
+
+
+LISTS = {
+    "json": '["a cat, it sits", "the cat\'s mat"]',
+    "python": """['a cat, it sits', "the cat's mat"]""",
+    "numpy": """['a cat, it sits' "the cat's mat"]""",
+    "sentences": [{"raw": "a cat, it sits", "tokens": ["a"]}, {"raw": "the cat's mat"}],
+    "list": ["a cat, it sits", "the cat's mat"],
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("name", ["r.csv", "r.tsv", "r.jsonl", "r.parquet", "map.json", "rows.json"])
+def test_a_list_of_captions_is_its_captions_in_every_file(name, kind, tmp_path):
+    table = pandas.DataFrame({"image": ["1.jpg", "2.jpg"], "captions": [LISTS[kind], LISTS[kind]]})
+    path = tmp_path / name
+    if name.endswith("sv"):
+        table.to_csv(path, index=False, sep="\t" if name == "r.tsv" else ",")
+    elif name == "r.parquet":
+        table.to_parquet(path)
+    elif name == "map.json":
+        write(path, dict(zip(table["image"], table["captions"], strict=True)))
+    else:
+        table.to_json(path, orient="records", lines=name == "r.jsonl")
+    expected = ["a cat, it sits", "the cat's mat"]
+    assert load_references(path) == {"1.jpg": expected, "2.jpg": expected}
+
+
+def test_captions_in_numbered_columns_are_those_of_the_image(tmp_path):
+    path = write(tmp_path / "r.csv", "image,caption_0,caption_1\n1.jpg,a cat,\n2.jpg,a dog,the dog\n")
+    assert load_references(path) == {"1.jpg": ["a cat"], "2.jpg": ["a dog", "the dog"]}
+
+
+def test_a_prediction_of_json_is_what_it_says(tmp_path):
+    path = write(tmp_path / "p.json", {"1": '["a", "b"]'})
+    assert load_predictions(path) == {"1": '["a", "b"]'}
 
 
 def test_one_line_of_jsonl_is_no_map(tmp_path):
