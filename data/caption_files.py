@@ -1,8 +1,9 @@
 """Reading predictions and references from files, as people have them.
 
 Formats, recognized by content: COCO results `[{"image_id": 1, "caption": "..."}]`; COCO annotations (`images` and
-`annotations`); Karpathy's JSON (`images` with `sentences`); JSONL, CSV and Parquet with a column of image ids or image files
-and one of captions, such as infer.py writes; a plain map `{"1": "caption"}` or `{"1": ["caption", "caption"]}`.
+`annotations`) and VizWiz'; Karpathy's JSON (`images` with `sentences`); TextCaps' (`data`); Flickr8k's token.txt and
+captions.txt; JSONL, CSV and Parquet with a column of image ids or image files and one of captions, such as infer.py writes; a
+plain map `{"1": "caption"}` or `{"1": ["caption", "caption"]}`.
 
 Image ids are compared as text: COCO writes numbers, others file names. Predictions find their references by id, file name,
 or base name with or without ending, where that is of one image only.
@@ -22,7 +23,9 @@ import pyarrow.parquet
 
 from common.errors import UserError
 from common.text import TextError, read_text
+from data.checks import check_rows
 from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
+from data.formats import flickr8k
 from data.rows import split_name
 from data.text_rows import csv_rows
 
@@ -191,6 +194,10 @@ def _entries(path: Path) -> Iterator[Entry]:
         for row, place in csv_rows(path):
             yield _entry(row, f"{path.parent / place}", cells=True)
         return
+    if path.is_file() and flickr8k.matches(path):
+        for name, caption, place in flickr8k.rows_of(path):
+            yield Entry(name, _captions(caption, f"{path.parent / place}"), place, name)
+        return
     try:
         text = read_text(path)
     except TextError as error:
@@ -210,6 +217,9 @@ def _entries(path: Path) -> Iterator[Entry]:
         yield from _coco(content, path)
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         yield from _karpathy(content["images"], path)
+    elif isinstance(content, dict) and isinstance(content.get("data"), list):
+        for index, row in enumerate(content["data"]):
+            yield _entry(row, f"{path}, data[{index}]")
     elif isinstance(content, list):
         for index, entry in enumerate(content):
             yield _entry(entry, f"{path}, [{index}]")
@@ -250,6 +260,8 @@ def _coco(content: dict, path: Path) -> Iterator[Entry]:
         if isinstance(image, dict) and "id" in image:
             images[str(image["id"])] = image
     for index, row in enumerate(content["annotations"]):
+        if isinstance(row, dict) and (row.get("is_rejected") or row.get("is_precanned")):
+            continue  # VizWiz: its official evaluation leaves them out
         entry = _entry(row, f"{path}, annotations[{index}]")
         image = images.get(entry.image_id, {})
         entry.name = image.get("file_name") or entry.name
@@ -288,11 +300,14 @@ def _entry(entry: object, place: str, cells: bool = False) -> Entry:
         raise CaptionFileError(
             f'{place}: expected an object like {{"image_id": 1, "caption": "..."}}, found {entry!r:.80}.'
         )
+    columns = _scalars(entry, {})
+    if cells:
+        entry = {re.sub(r"\W+", "_", name.strip().lower()): value for name, value in entry.items()}
     name = next((_path(entry[key]) for key in IMAGE_COLUMNS if _path(entry.get(key)) is not None), None)
     image_id = next((entry[key] for key in IDS if entry.get(key) is not None), name)
     if isinstance(image_id, bool) or not isinstance(image_id, str | int):
         raise CaptionFileError(f"{place}: no 'image_id' (or 'image') that is a text or a whole number.")
-    image_id, columns = str(image_id), _scalars(entry, {})
+    image_id = str(image_id)
     for key in CAPTIONS:
         if key in entry and not (cells and entry[key] is None):
             return Entry(image_id, _captions(entry[key], f"{place}, {key}", cells), place, name, columns=columns)
@@ -325,4 +340,5 @@ def _captions(value: object, place: str, written: bool = False) -> list[str]:
     for caption in captions:
         if not isinstance(caption, str):
             raise CaptionFileError(f"{place}: a caption must be text, found {type(caption).__name__} {caption!r:.80}.")
+        check_rows(caption, place)
     return captions

@@ -38,11 +38,7 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
     cleaned = []
     for caption in captions:
         if isinstance(caption, str) and caption.strip():
-            if "\n" in caption and any(SWALLOWED.search(line) for line in caption.splitlines()[1:]):
-                raise DataError(
-                    f"{where}: the caption of image {image} goes over rows of the file: {caption[:80]!r}. A quote opens "
-                    "there and is not closed"
-                )
+            check_rows(caption, where)
             caption = caption.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text for Arrow
             cleaned.append(" ".join(caption.split()))
             continue
@@ -54,6 +50,14 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
             raise DataError(f"{message}. Correct the file. {SKIPPING}")
         report(message)
     return cleaned
+
+
+def check_rows(caption: str, where: str) -> None:
+    """DataError if a caption holds rows of the file that it was read from."""
+    if "\n" in caption and any(SWALLOWED.search(line) for line in caption.splitlines()[1:]):
+        raise DataError(
+            f"{where}: this caption goes over rows of the file: {caption[:80]!r}. A quote opens there and is not closed"
+        )
 
 
 def may_skip(record: Record) -> bool:

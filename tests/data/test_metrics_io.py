@@ -71,6 +71,41 @@ def test_a_list_of_captions_is_its_captions_in_every_file(name, kind, tmp_path):
     assert load_references(path) == {"1.jpg": expected, "2.jpg": expected}
 
 
+PUBLISHED = {
+    "captions.txt": "image,caption\n1.jpg,a cat, it sits\n1.jpg,the cat\n2.jpg,a dog\n",
+    "Flickr8k.token.txt": "1.jpg#0\ta cat, it sits\n1.jpg#1\tthe cat\n2.jpg#0\ta dog\n",
+    "TextCaps_val.json": {
+        "data": [
+            {"image_id": image, "caption_str": said, "image_name": image, "set_name": "val"}
+            for image, said in (("1.jpg", "a cat, it sits"), ("1.jpg", "the cat"), ("2.jpg", "a dog"))
+        ]
+    },
+    "vizwiz.json": {
+        "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
+        "annotations": [
+            {"image_id": 1, "caption": "a cat, it sits", "is_rejected": False},
+            {"image_id": 1, "caption": "Quality issues are too severe", "is_precanned": True},
+            {"image_id": 1, "caption": "the cat"},
+            {"image_id": 2, "caption": "spam", "is_rejected": True},
+            {"image_id": 2, "caption": "a dog"},
+        ],
+    },
+    "upper.csv": 'Image Name,Caption\n1.jpg,"a cat, it sits"\n1.jpg,the cat\n2.jpg,a dog\n',
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_train_reads_is_read_as_references_too(name, tmp_path):
+    found = load_references(write(tmp_path / name, PUBLISHED[name]))
+    assert list(found.values()) == [["a cat, it sits", "the cat"], ["a dog"]]
+
+
+def test_a_caption_that_holds_rows_of_its_file_is_refused(tmp_path):
+    path = write(tmp_path / "r.json", {"1.jpg": ["a dog\n2.jpg,a cat\n3.jpg,a man"]})
+    with pytest.raises(ValueError, match="goes over rows of the file"):
+        load_references(path)
+
+
 def test_captions_in_numbered_columns_are_those_of_the_image(tmp_path):
     path = write(tmp_path / "r.csv", "image,caption_0,caption_1\n1.jpg,a cat,\n2.jpg,a dog,the dog\n")
     assert load_references(path) == {"1.jpg": ["a cat"], "2.jpg": ["a dog", "the dog"]}
