@@ -162,6 +162,11 @@ def _answers(turns: list[dict], where: str) -> list:
     return [value]
 
 
+# How a list or an object of texts begins, whatever the quotes, and an array of numpy's.
+BEGINS = re.compile(r"""[\[{]\s*(?:[\[({]\s*)*["'\u201c\u2018\u201e]|(?:np\.)?array\(""")
+ARRAY = re.compile(r"(?:np\.)?array\((.*?)(?:,\s*dtype=\S+)?\)", re.DOTALL)
+
+
 def parse_structure(text: str, where: str):
     """The list or object that a text holds, as JSON, as Python writes it or as numpy does; None for plain text.
 
@@ -169,42 +174,50 @@ def parse_structure(text: str, where: str):
         DataError: it begins as a list of texts and is none.
     """
     text = text.strip()
-    if not (text[:1] == "[" and text[-1:] == "]") and not (text[:1] == "{" and text[-1:] == "}"):
+    if text[:1] == text[-1:] == '"' and text[1:2] in "[{":  # JSON in JSON
+        inner = _json(text)
+        return parse_structure(inner, where) if isinstance(inner, str) else None
+    if not BEGINS.match(text) and text[:1] + text[-1:] not in ("[]", "()", "{}"):
         return None
-    try:
-        value = json.loads(text)
-    except ValueError:
+    value = _json(text)
+    if value is None:
         value = _python_literal(text)
-    if isinstance(value, list) and all(isinstance(item, str | list | dict) for item in value):
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, dict) or (
+        isinstance(value, list) and all(isinstance(i, str | list | tuple | dict) for i in value)
+    ):
         return value
-    if isinstance(value, dict) and caption_key(value):
-        return value
-    if value is None and re.match(r"\[\s*[\"']", text):
+    if value is None and BEGINS.match(text):
         raise DataError(f"{where}: the caption begins as a list and cannot be read as one: {text[:80]!r}")
     return None
 
 
-def _python_literal(text: str):
-    if text[0] == "{":
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return None
-    # numpy and pandas write ['a b' 'c'] without commas, which Python itself would read as one text.
-    items, depth = [], 0
+def _json(text: str):
     try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.OP and token.string in "[]":
-                depth += 1 if token.string == "[" else -1
-            elif token.type == tokenize.STRING and depth == 1:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _python_literal(text: str):
+    array = ARRAY.fullmatch(text)
+    text = array[1] if array else text
+    try:
+        if not text or text[0] + text[-1] not in ("[]", "{}") or text[1:].lstrip()[:1] in "[({":
+            return ast.literal_eval(text)
+        # numpy and pandas write ['a b' 'c'] without commas, which Python itself would read as one text; a set has no order.
+        items = []
+        for token in tokenize.generate_tokens(io.StringIO(f"({text[1:-1]})").readline):
+            if token.type == tokenize.STRING:
                 items.append(ast.literal_eval(token.string))
             elif token.type == tokenize.NAME and token.string == "nan":
                 continue
-            elif token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER) and token.string != ",":
+            elif token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER) and token.string not in ",()":
                 return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         return None
-    return items if all(isinstance(item, str) for item in items) and depth == 0 else None
+    return items if all(isinstance(item, str) for item in items) else None
 
 
 def image_in(value, where: str, column: str):

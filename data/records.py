@@ -6,6 +6,7 @@ record, captions are cleaned, files of equal content are found, and splits are d
 
 import hashlib
 import json
+import logging
 import os
 import random
 from collections import Counter
@@ -20,6 +21,7 @@ from common.processes import in_threads
 from data.checks import clean_captions, may_skip
 from data.rows import SPLITS, DataError, Record
 
+logger = logging.getLogger(__name__)
 HELD_OUT = 0.05  # share of images of the validation and of the test split when we draw them
 
 
@@ -29,6 +31,7 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
     Rows of a table (an int for an image) stay apart here: `same_content` finds which of them are one image.
     """
     records: dict = {}
+    of_lines, first = 0, ""  # rows whose captions go over several lines
     for row in rows:
         image = row.name or str(row.image)
 
@@ -38,6 +41,8 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
 
         skippable = skip_bad_samples and may_skip(row)
         captions = clean_captions(row.captions or [None], row.where, image, skip if skippable else None)
+        if any(isinstance(caption, str) and "\n" in caption.strip() for caption in row.captions):
+            of_lines, first = of_lines + 1, first or row.where
         if not captions:
             dropped["images without captions"] += 1
             continue
@@ -52,6 +57,13 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
             )
         else:
             known.captions += captions
+    if of_lines:
+        logger.warning(
+            "the captions of %d rows go over several lines, the first at %s; each is read as one caption. If every line is a "
+            'caption, write them as a list: ["...", "..."]',
+            of_lines,
+            first,
+        )
     return list(records.values())
 
 

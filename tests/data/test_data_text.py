@@ -8,8 +8,11 @@ import random
 import numpy as np
 import pandas
 import pytest
+from PIL import Image
 
 from common.text import TextError, encoding_of, read_text
+from data import load
+from data.checks import clean_captions
 from data.columns import captions_of, parse_structure
 from data.rows import DataError
 from data.text_rows import csv_rows, jsonl_rows
@@ -155,6 +158,12 @@ CAPTIONS = ["a dog's ball, red", 'he says "stop"', "two men [seated]", "brackets
         np.array(CAPTIONS),
         [{"raw": caption} for caption in CAPTIONS],
         {"raw": CAPTIONS, "tokens": []},
+        repr(tuple(CAPTIONS)),
+        "{" + repr(CAPTIONS)[1:-1] + "}",
+        repr([[CAPTIONS[0], CAPTIONS[1]], CAPTIONS[2:]]),
+        json.dumps(json.dumps(CAPTIONS)),
+        repr(np.array(CAPTIONS, dtype=object)),
+        repr({"raw": CAPTIONS}),
     ],
     ids=str,
 )
@@ -169,15 +178,44 @@ def test_what_pandas_writes_of_lists_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a dog", "[laughing]", "[12, 13]", "{a} smile", "[a dog] and [a cat]", "[]x", "a [b]"]
+    "text",
+    [
+        "a dog",
+        "[laughing]",
+        "[12, 13]",
+        "{a} smile",
+        "[a dog] and [a cat]",
+        "[]x",
+        "a [b]",
+        '("Stop" sign) left',
+        "('a dog')",
+        '"a" (b)',
+    ],
 )
 def test_plain_text_with_brackets_stays_a_caption(text):
     assert captions_of({"x": text}, ["x"], "here") == [text]
 
 
-def test_a_broken_list_is_refused():
+@pytest.mark.parametrize(
+    "text", ['["a dog", "two cats]', '["a dog", "two', "['it's a dog', 'b']", "[\u201ca dog\u201d, \u201cb\u201d]"]
+)
+def test_a_broken_list_is_refused(text):
     with pytest.raises(DataError, match="line 3: the caption begins as a list and cannot be read"):
-        parse_structure('["a dog", "two cats]', "a.csv line 3")
+        parse_structure(text, "a.csv line 3")
+
+
+def test_an_object_that_names_no_caption_is_no_caption():
+    (found,) = captions_of({"x": '{"en": "a dog", "de": "ein Hund"}'}, ["x"], "a.csv line 3")
+    with pytest.raises(DataError, match="line 3: a caption of image 1 is dict, not text"):
+        clean_captions([found], "a.csv line 3", "1")
+
+
+def test_captions_of_several_lines_are_said(tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "c.csv").write_text('image,caption\n1.png,"a dog\na brown dog"\n', encoding="utf-8")
+    records = load(str(tmp_path / "c.csv"), all_as="test")["test"]
+    assert records["captions"] == [["a dog a brown dog"]]
+    assert "the captions of 1 rows go over several lines, the first at c.csv line 2" in caplog.text
 
 
 def test_conversations_are_captions_if_they_have_one_answer():
