@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 IDS = ("image_id", "cocoid", "imgid", "id")
 CAPTIONS = ("caption", "captions", "prediction", "predicted_caption", "generated_caption", *CAPTION_COLUMNS)
+CAPTIONS += ("generated_text", "generated", "hypothesis", "response", "output", "answer", "pred")
 
 
 class CaptionFileError(UserError):
@@ -306,7 +307,8 @@ def _entry(entry: object, place: str, cells: bool = False) -> Entry:
     name = next((_path(entry[key]) for key in IMAGE_COLUMNS if _path(entry.get(key)) is not None), None)
     image_id = next((entry[key] for key in IDS if entry.get(key) is not None), name)
     if isinstance(image_id, bool) or not isinstance(image_id, str | int):
-        raise CaptionFileError(f"{place}: no 'image_id' (or 'image') that is a text or a whole number.")
+        header = f" Its header: {', '.join(entry)}." if cells else ""
+        raise CaptionFileError(f"{place}: no 'image_id' (or 'image') that is a text or a whole number.{header}")
     image_id = str(image_id)
     for key in CAPTIONS:
         if key in entry and not (cells and entry[key] is None):
@@ -325,7 +327,9 @@ def _has_captions(entry: dict) -> bool:
 
 
 def _none(entry: dict, place: str):
-    raise CaptionFileError(f"{place}: neither 'caption' nor 'captions'; it has {', '.join(map(repr, entry))}.")
+    raise CaptionFileError(
+        f"{place}: neither 'caption' nor 'captions'; it has {', '.join(map(repr, entry))}. Call what holds them 'caption'."
+    )
 
 
 def _path(value: object) -> str | None:
