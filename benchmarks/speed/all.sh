@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every row of the speed table, measured anew: under 20 minutes on 2 quiet CPU cores.
+# Every row of the speed table, measured anew: half an hour on 2 quiet CPU cores.
 #
 #     CAPTION_TEST_DATA=/path/to/data sh benchmarks/speed/all.sh [python]
 #
