@@ -244,6 +244,11 @@ class CaptionTrainer(Seq2SeqTrainer):
             # one is there: one that looked too early would wait for ever for the others, who load it.
             Path(output_dir).mkdir(parents=True, exist_ok=True)
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # Next, the first process writes what makes the checkpoint a whole one (training.checkpoints).
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
