@@ -1,11 +1,15 @@
 """Small models built with the real classes, and how the tests start the scripts."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import forks
 from conftest import ROOT
 
 CONFIG = {
@@ -119,14 +123,35 @@ def start(script: str, *arguments, processes: int = 1, **environment) -> subproc
 
 def run(script: str, *arguments, fails: bool = False, **options) -> subprocess.CompletedProcess:
     """A script run to its end; asserts that it succeeds, or with `fails` that it exits with 2 and no traceback."""
-    process = start(script, *arguments, **options)
-    out, err = process.communicate(timeout=600)
-    if fails:
-        assert process.returncode == 2, f"exit {process.returncode}\n{err}"
-        assert "Traceback" not in err, err
+    if options or sys.platform != "linux" or Path(script).stem not in forks.SCRIPTS or not server().fits():
+        process = start(script, *arguments, **options)
+        out, err = process.communicate(timeout=600)
+        done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     else:
-        assert process.returncode == 0, f"exit {process.returncode}\n{err}\n{out}"
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        done = run_forked(script, *arguments)
+    if fails:
+        assert done.returncode == 2, f"exit {done.returncode}\n{done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+    else:
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr}\n{done.stdout}"
+    return done
+
+
+@functools.cache
+def server() -> forks.Server:
+    """One for all tests of this process."""
+    started = forks.Server()
+    atexit.register(started.close)
+    return started
+
+
+def run_forked(script: str, *arguments) -> subprocess.CompletedProcess:
+    asked = {"script": str(ROOT / script), "arguments": list(map(str, arguments)), "environment": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        asked |= {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
+        (code,) = server().run([asked])
+        out, err = (Path(asked[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([asked["script"], *asked["arguments"]], code, out, err)
 
 
 def build_llm(folder: Path, texts: list[str] = ("a red circle and a blue square.",), seed: int = 0) -> Path:
