@@ -1,6 +1,7 @@
 """infer.py: every kind of path, every kind of picture, and a run that can be killed."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -89,7 +90,8 @@ def test_a_killed_run_goes_on_with_each_image_once_and_none_lost(model, tmp_path
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())  # nothing was done again
         kept = {path: path.stat().st_mtime_ns for path in shards.glob("0*.parquet")}
     result = tiny.run("infer.py", *command, "--output", output, processes=processes)
-    assert f"300 images, {10 * len(kept)} of them done before" in result.stderr
+    (done,) = re.findall(r"300 images, (\d+) of them done before", result.stderr)
+    assert int(done) == 10 * len(kept) or (processes == 2 and int(done) > 10 * len(kept))  # the other one was sooner
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert [row["image"] for row in rows(output)] == [str(path) for path in sorted(folder.iterdir())]
     tiny.run("infer.py", *command, "--output", tmp_path / "whole.jsonl")
