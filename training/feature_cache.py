@@ -26,7 +26,7 @@ from common.limits import free_memory
 from common.loaders import data_loader
 from common.processes import processes, show_progress
 from data import CaptionPairs, EncodedRecords
-from models.families import vision_encoder
+from models.families import base_model, family_of, vision_encoder
 from models.vision import encode_images, takes_encoded
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def keep_features(
         return {}
     vision = vision_encoder(captioner.model)
     splits = {name: records for name, records in splits.items() if records is not None}
-    why = _why_not(vision, splits, augmentation)
+    why = _why_not(captioner.model, splits, augmentation)
     if why is None and place == "auto":
         drawn = args.samples_drawn(len(CaptionPairs(splits["train"], captions_per_image)))
         if drawn <= len(splits["train"]):
@@ -89,10 +89,13 @@ def keep_features(
     return {}
 
 
-def _why_not(vision, splits: dict, augmentation) -> str | None:
+def _why_not(model, splits: dict, augmentation) -> str | None:
     """Why features cannot stand for the encoder, or None."""
+    vision = vision_encoder(model)
     if not takes_encoded(vision):
         return f"as this model does not take the features of its {type(vision).__name__}"
+    if family_of(base_model(model).config).joint_prompt:
+        return "as this model's processor makes its prompt of the image itself"
     if augmentation:
         return "as augmentation makes another picture of an image each time"
     if any(isinstance(records, IterableDataset) for records in splits.values()):
