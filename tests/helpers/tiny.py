@@ -151,7 +151,7 @@ def run_forked(script: str, *arguments) -> subprocess.CompletedProcess:
         asked |= {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
         (code,) = server().run([asked])
         out, err = (Path(asked[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess([asked["script"], *asked["arguments"]], code, out, err)
+    return subprocess.CompletedProcess([sys.executable, asked["script"], *asked["arguments"]], code, out, err)
 
 
 def build_llm(folder: Path, texts: list[str] = ("a red circle and a blue square.",), seed: int = 0) -> Path:
