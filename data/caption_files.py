@@ -24,8 +24,8 @@ import pyarrow.parquet
 from common.errors import UserError
 from common.text import TextError, read_text
 from data.checks import check_rows
-from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
-from data.formats import flickr8k
+from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of, usual_name
+from data.formats import annotations, flickr8k
 from data.rows import split_name
 from data.text_rows import csv_rows
 
@@ -261,8 +261,8 @@ def _coco(content: dict, path: Path) -> Iterator[Entry]:
         if isinstance(image, dict) and "id" in image:
             images[str(image["id"])] = image
     for index, row in enumerate(content["annotations"]):
-        if isinstance(row, dict) and (row.get("is_rejected") or row.get("is_precanned")):
-            continue  # VizWiz: its official evaluation leaves them out
+        if isinstance(row, dict) and annotations.is_rejected(row):
+            continue
         entry = _entry(row, f"{path}, annotations[{index}]")
         image = images.get(entry.image_id, {})
         entry.name = image.get("file_name") or entry.name
@@ -303,7 +303,7 @@ def _entry(entry: object, place: str, cells: bool = False) -> Entry:
         )
     columns = _scalars(entry, {})
     if cells:
-        entry = {re.sub(r"\W+", "_", name.strip().lower()): value for name, value in entry.items()}
+        entry = {usual_name(name): value for name, value in entry.items()}
     name = next((_path(entry[key]) for key in IMAGE_COLUMNS if _path(entry.get(key)) is not None), None)
     image_id = next((entry[key] for key in IDS if entry.get(key) is not None), name)
     if isinstance(image_id, bool) or not isinstance(image_id, str | int):

@@ -70,7 +70,7 @@ def find_columns(columns: list[str], image_column, caption_column, source: str, 
     for option, name in (("image_column", image_column), ("caption_column", caption_column)):
         if name is not None and name not in columns:
             raise DataError(f"{source}: no column {name!r} (--{option}). Columns present: {', '.join(columns)}")
-    usual = {re.sub(r"\W+", "_", name.strip().lower()): name for name in reversed(columns)}
+    usual = {usual_name(name): name for name in reversed(columns)}
     image = image_column or next((usual[name] for name in IMAGE_COLUMNS if name in usual), None)
     if image_columns and not image_column and image not in image_columns:
         image = image_columns[0]
@@ -87,6 +87,11 @@ def find_columns(columns: list[str], image_column, caption_column, source: str, 
                 + _candidates(option, example or {}, image)
             )
     return image, captions
+
+
+def usual_name(column: str) -> str:
+    """ "Image Name" is image_name."""
+    return re.sub(r"\W+", "_", column.strip().lower())
 
 
 def _number(name: str) -> int:
@@ -303,7 +308,7 @@ def dict_rows(
 
 
 def columns_of(row: dict, image_column, caption_column, source: str, captions: bool = True):
-    """`find_columns` of a row. With `captions` false only the image column is looked for, and the list of caption columns is empty."""
+    """`find_columns` of a row. With `captions` false only the image column is looked for, and there are no caption columns."""
     if captions:
         return find_columns(list(row), image_column, caption_column, source, example=row)
     image, _ = find_columns([*row, "captions"], image_column, None, source, example=row)

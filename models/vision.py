@@ -1,8 +1,8 @@
 """Images that are encoded once for all their captions.
 
 BLIP has this, and more, in models/blip_attention.py. Families of our own rows get it here, in the vision encoder's class
-(Family.vision_takes_encoded). Chat families have it in the library: `get_image_features` encodes images, and the model takes that back as
-`mm_encoder_outputs` (transformers >= 5.23). Whether that gives the same is checked once for each model.
+(Family.vision_takes_encoded). Chat families have it in the library: `get_image_features` encodes images, and the model takes
+that back as `mm_encoder_outputs` (transformers >= 5.23). Whether that gives the same is checked once for each model.
 """
 
 import functools
@@ -21,7 +21,6 @@ from models.families import ENCODED, base_model, family_of, vision_encoder
 
 logger = logging.getLogger(__name__)
 
-
 # Arguments of vision encoders that encoded images have no use for, or that say what to return.
 KNOWN = {
     "interpolate_pos_encoding", "bool_masked_pos", "attention_mask", "output_attentions", "output_hidden_states",
@@ -32,23 +31,20 @@ KNOWN = {
 class TakesEncoded:
     """A vision encoder that hands back (images, 1, ...) encoded images: what it had returned, with a channel put in."""
 
-    def forward(self, pixels, **kwargs):
-        if pixels.shape[1] == 1:
-            # Kosmos-2's generate hands its own settings on: as little as the library's encoder looks at others than these.
-            check_nothing_asked({name: value for name, value in kwargs.items() if name in KNOWN})
-            return BaseModelOutputWithPooling(last_hidden_state=pixels[:, 0])
-        return super().forward(pixels, **kwargs)
-
 
 @functools.cache
 def _taking_encoded(kind: type) -> type:
-    """The class of a vision encoder, with forward's first argument by the name that it has there."""
+    """The class of a vision encoder that takes encoded images, too."""
     first = next(name for name in inspect.signature(kind.forward).parameters if name != "self")
 
     @functools.wraps(kind.forward)  # generate() reads the names of its parameters
     def forward(self, *args, **kwargs):
-        pixels = args[0] if args else kwargs.pop(first)
-        return TakesEncoded.forward(self, pixels, **kwargs)
+        pixels, *others = args or [kwargs.pop(first)]
+        if pixels.shape[1] > 1:
+            return kind.forward(self, pixels, *others, **kwargs)
+        # Kosmos-2's generate hands its own settings on: as little as the library's encoder looks at others than these.
+        check_nothing_asked({name: value for name, value in kwargs.items() if name in KNOWN})
+        return BaseModelOutputWithPooling(last_hidden_state=pixels[:, 0])
 
     return type(kind.__name__, (TakesEncoded, kind), {"forward": forward})
 
@@ -81,7 +77,8 @@ def takes_encoded(vision) -> bool:
 def encode_images(model, pixel_values: torch.Tensor) -> torch.Tensor:
     """Encoded images, as the model takes them in place of `pixel_values` (images, 3, height, width).
 
-    (images, patches + 1, hidden) for BLIP, (images, 1, ...) for others. Gradients flow if they are enabled. `model` is the captioner or its vision encoder.
+    (images, patches + 1, hidden) for BLIP, (images, 1, ...) for others. Gradients flow if they are enabled. `model` is
+    the captioner or its vision encoder.
     """
     vision = model if takes_encoded(model) else vision_encoder(model)
     encoded = vision(pixel_values).last_hidden_state

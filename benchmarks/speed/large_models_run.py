@@ -7,6 +7,7 @@ from pathlib import Path
 
 import train
 from common.cli import run
+from training import building
 from training.trainer import CaptionTrainer
 
 GIB = 2**30
@@ -26,7 +27,7 @@ def set_back() -> None:
 
 def main():
     found = {}
-    load, plan, train_steps = train.load_captioner, train.plan, CaptionTrainer.train
+    load, plan, train_steps = train.load_captioner, building.plan, CaptionTrainer.train
 
     def loading(*arguments):
         set_back()
@@ -41,7 +42,7 @@ def main():
         return outcome
 
     train.load_captioner, CaptionTrainer.train = loading, training
-    train.plan = lambda *arguments: found.setdefault("plan", plan(*arguments))
+    building.plan = lambda *arguments: found.setdefault("plan", plan(*arguments))
     train.main()
     sys.argv.append("--dry_run")
     train.main()

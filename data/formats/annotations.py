@@ -102,7 +102,7 @@ def coco_rows(content: dict, file: Path, split: str | None, find: Finder, option
         text = annotation.get("caption", annotation.get(caption_key(annotation)))
         if text is None or "image_id" not in annotation:
             raise DataError(f"{file} annotation {number}: no caption or image_id. Is this a file of captions?")
-        if annotation.get("is_rejected") or annotation.get("is_precanned"):
+        if is_rejected(annotation):
             options.dropped["rejected or precanned captions"] += 1
             continue
         captions.setdefault(as_id(annotation["image_id"]), []).append(text)
@@ -133,6 +133,11 @@ def coco_rows(content: dict, file: Path, split: str | None, find: Finder, option
         )
     if captions.keys() - known.keys():
         raise DataError(f"{file}: captions of image id {min(captions)}, which is not among its images")
+
+
+def is_rejected(annotation: dict) -> bool:
+    """Whether VizWiz' official evaluation leaves a caption out."""
+    return bool(annotation.get("is_rejected") or annotation.get("is_precanned"))
 
 
 def as_id(value) -> str:

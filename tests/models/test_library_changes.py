@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from conftest import ROOT
-from transformers import GitVisionModel
+from transformers import GitVisionModel, ViTModel
 
 from models.families import vision_encoder
 from models.loading import load_model
@@ -37,6 +37,23 @@ def test_a_vision_encoder_with_new_arguments_stays_the_librarys(monkeypatch, cap
     encoded = encode_images(model, torch.randn(2, 3, families.SIDE, families.SIDE))
     with pytest.raises(TypeError, match="output_hidden_states"):
         vision_encoder(model)(encoded, output_hidden_states=True)
+
+
+def test_a_vision_encoder_that_takes_encoded_images_swallows_no_argument_of_pixels():
+    model, _ = families.build("git")
+    vision, pixels = vision_encoder(model).eval(), torch.randn(2, 3, 2 * families.SIDE, 2 * families.SIDE)
+    expected = GitVisionModel.forward(vision, pixels, interpolate_pos_encoding=True).last_hidden_state
+    assert vision(pixels, True).last_hidden_state.equal(expected)  # without it, pictures of this size are refused
+
+
+def test_a_vision_encoder_of_one_channel_stays_the_librarys():
+    """A picture of one channel could not be told from an encoded one."""
+    model, _ = families.build("vit-gpt2")
+    vision = vision_encoder(model)
+    vision.__class__, vision.config.num_channels = ViTModel, 1
+    assert not takes_encoded(vision_encoder(take_encoded_images(model)))
+    vision.config.num_channels = 3
+    assert takes_encoded(vision_encoder(take_encoded_images(model)))
 
 
 @pytest.mark.parametrize(("kind", "module"), [("SmolVLM", "torchvision"), ("Qwen2VL", "torchvision")])

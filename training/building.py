@@ -1,0 +1,87 @@
+"""What a run of train.py is built of, by its flags: the model, the collator, the datasets; and the plan of its memory."""
+
+import data
+from captioner import Captioner
+from collator import CaptionCollator, input_size
+from common.processes import device_memory
+from common.sharding import strategy
+from data.tokens import check_captions_can_be_written
+from models.families import vision_encoder
+from models.loading import build_model, load_model, make_trainable
+from training.feature_cache import keep_features
+from training.memory import plan
+from training.sharding import shard
+
+
+def load_augmentations(data_args, seed: int) -> dict:
+    """Augmentations of images and captions as CaptionCollator takes them; ValueError names an unknown operation."""
+    images, texts = data_args.augment, data_args.augment_text
+    return {
+        "augmentation": data.Augmentation(images, seed=seed) if images else None,
+        "text_augmentation": data.TextAugmentation(texts, seed) if texts else None,
+    }
+
+
+def open_model(model_args, scratch_args, adapter_args, captions, weights: bool = True) -> tuple:
+    """(model, processor). A model of random weights, whose tokenizer learns its vocabulary from `captions` unless one is
+    given; or a pretrained one, without its weights if `weights` is false."""
+    if not scratch_args.model_config:
+        merge = not adapter_args.use_peft
+        return load_model(model_args.model_name_or_path, merge=merge, weights=weights, **model_args.loading())
+    vocab, accents = scratch_args.tokenizer_vocab, scratch_args.strip_accents
+    return build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention, accents)
+
+
+def load_captioner(model_args, scratch_args, adapter_args, generation_args, train_records, args) -> Captioner:
+    """A pretrained captioner or one of random weights; what is to be trained is left trainable, and the model shared
+    between processes if they were launched so."""
+    captions = lambda: (text for row in train_records for text in row["captions"])  # noqa: E731
+    model, processor = open_model(model_args, scratch_args, adapter_args, captions())
+    check_captions_can_be_written(processor.tokenizer, captions())
+    model = shard(make_trainable(model, adapter_args, scratch_args.freeze_vision), args)
+    how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
+    captioner = Captioner(model, processor, **how, **vars(generation_args))
+    captioner.save_settings()
+    return captioner
+
+
+def build_collator(captioner, augmentations: dict, data_args, args) -> CaptionCollator:
+    if augmentations["augmentation"]:
+        augmentations["augmentation"].size = input_size(captioner.processor.image_processor)
+    return CaptionCollator(
+        captioner.processor,
+        captioner.model.config,
+        max_txt_len=data_args.max_txt_len,
+        prompt=captioner.prompt,
+        fast_jpeg=captioner.fast_jpeg,
+        prompts_only=args.objective != "cross_entropy",  # the other objectives learn from captions of the model's own
+        **augmentations,
+    )
+
+
+def build_datasets(splits, captioner, collator, scratch_args, data_args, args) -> tuple:
+    """(training dataset, validation records or None), with a frozen encoder's images encoded in advance."""
+    used = {"train": splits["train"], "validation": splits.get("validation") if args.eval_strategy != "no" else None}
+    # Rewards look at all references of an image at once.
+    per_image = None if collator.prompts_only else data_args.captions_per_image
+    frozen = not any(parameter.requires_grad for parameter in vision_encoder(captioner.model).parameters())
+    if frozen and not strategy():
+        used |= keep_features(scratch_args.feature_cache, captioner, used, args, per_image, collator.augmentation)
+    if data_args.streaming:
+        return data.CaptionStream(splits["train"], data_args.captions_per_image, seed=args.seed), used["validation"]
+    return data.CaptionPairs(used["train"], per_image), used["validation"]
+
+
+def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args) -> None:
+    """Print what memory the run will need of each process; reads the model's config and processor, and no weights."""
+    words = [f"word{number}" for number in range(8000)]  # of a vocabulary that is counted, the most
+    model, processor = open_model(model_args, scratch_args, adapter_args, words, weights=False)
+    model = make_trainable(model, adapter_args, scratch_args.freeze_vision)
+    captioner = Captioner(model, processor, fast_jpeg=model_args.fast_jpeg)
+    no_augmentations = {"augmentation": None, "text_augmentation": None}
+    collator = build_collator(captioner, no_augmentations, data_args, args).for_evaluation()
+    drawn = {"scst": objective_args.scst_samples, "dico": objective_args.dico_candidates}
+    rows = drawn.get(args.objective, data_args.captions_per_image)
+    found = plan(model, collator, args, rows, data_args.max_txt_len, model_args.quantization)
+    if args.process_index == 0:
+        print("\n".join(found.lines(device_memory(args.device), args.world_size)))
