@@ -1,4 +1,4 @@
-"""Records -> batches. Nothing else makes one."""
+"""Records -> batches. All batches are made here."""
 
 import copy
 
@@ -11,17 +11,17 @@ from common.processes import in_threads
 from data import ImageError, open_image
 from models.families import decoder_prompt, family_of, is_encoder_decoder, placeholders, special_tokens
 
-IGNORE = -100  # torch's cross-entropy passes over targets of this value
+IGNORE = -100  # torch's cross-entropy ignores targets of this value
 
 
 class CaptionCollator:
-    """Training batches: pixels, decoder inputs, and labels that are -100 wherever nothing is to be learnt.
+    """Training batches: pixels, decoder inputs, and labels that are -100 wherever there is nothing to learn.
 
     A sample is `{"image": anything data.open_image takes, "captions": [str, ...], "image_id": str, "epoch": int}`, its
     captions being those that share one encoding of the image. With I images and at most K captions per image the batch
     holds `pixel_values` (I, 3, H, W) and `input_ids`, `attention_mask`, `labels` (I * K, L), the captions of an image in
-    neighbouring rows. An image with fewer than K captions is filled up with rows that have no label. Samples that have
-    "features" (training/feature_cache.py) in place of "image" make `pixel_values` of these.
+    neighbouring rows. An image with fewer than K captions is padded with rows that have no labels. Samples with
+    "features" (training/feature_cache.py) instead of "image" have these as `pixel_values`.
 
     With BLIP, the prompt "a picture of " and the caption "a dog runs" the row is
 
@@ -30,16 +30,16 @@ class CaptionCollator:
         attention_mask      1    1        1    1     1     1     1      1      0
         labels           -100 -100     -100 -100  1037  3899  3216    102   -100
 
-    Labels stand at their own token; the objective shifts them, once. Other families have their own prompt in front
-    (models/families.py), image placeholders included; where an encoder reads it (T5), `input_ids` are the prompt alone,
-    and `decoder_input_ids` and `labels` the caption. `rows_per_image` is K, where K is
-    more than 1 and the model does not find that out itself.
+    Labels are aligned with their own token; the objective shifts them, once. Other families have their own prompt in
+    front (models/families.py), image placeholders included; where an encoder reads it (T5), `input_ids` are the prompt
+    alone, and `decoder_input_ids` and `labels` the caption. `rows_per_image` is K, if K is more than 1 and the model
+    does not infer it.
 
-    With `prompts_only` a batch is one to draw captions from: the inputs of I images end in their prompts, and `labels`
-    (I * K, 1 + L) are the references' target tokens behind a first -100.
+    With `prompts_only` a batch is for drawing captions: the inputs of I images end with their prompts, and `labels`
+    (I * K, 1 + L) are the references' target tokens after an initial -100.
 
-    A caption longer than `max_txt_len` tokens (with prompt and both ends, but for placeholders, an encoder's prompt and
-    a chat's) is cut, and then has no end token: it did not end there.
+    A caption longer than `max_txt_len` tokens (including the prompt and the start and end tokens, but not placeholders,
+    an encoder's prompt or a chat's) is truncated, and then has no end token: it did not end there.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CaptionCollator:
         return self._with_captions(inputs, captions, per_image)
 
     def for_evaluation(self) -> "CaptionCollator":
-        """The same batches with neither image nor caption changed, and with their captions as targets."""
+        """The same collator without augmentation, and with captions as targets."""
         plain = copy.copy(self)
         plain.augmentation = plain.text_augmentation = None
         plain.prompts_only = False
@@ -84,7 +84,7 @@ class CaptionCollator:
 
     @staticmethod
     def _draw_id(sample: dict) -> str:
-        """What an augmentation's chance goes by: each sample of an image gets a draw of its own."""
+        """The id that an augmentation is drawn by: each sample of an image gets its own draw."""
         return f"{sample['image_id']}#{sample.get('first_caption', 0)}"
 
     def _image(self, sample: dict) -> Image.Image:
@@ -94,7 +94,7 @@ class CaptionCollator:
         return image
 
     def token_tensors(self, captions: list[list[str]]) -> dict[str, torch.Tensor]:
-        """The batch of the captions of each image, without its pixels. Not for chat models, whose prompt needs them."""
+        """The batch of each image's captions, without pixels. Not for chat models, whose prompt depends on them."""
         return self._with_captions(self.images.prompts(len(captions)), captions, max(map(len, captions)))
 
     def _with_captions(self, inputs: dict, captions: list[list[str]], per_image: int) -> dict:
@@ -111,7 +111,7 @@ class CaptionCollator:
 
 
 def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, L) of token ids, filled up with `pad` on the right, and how many of a row count."""
+    """(rows, L) token ids, padded with `pad` on the right, and the length of each row."""
     lengths = torch.tensor([len(row) for row in rows])
     padded = torch.full((len(rows), int(lengths.max())), pad)
     for padded_row, row in zip(padded, rows, strict=True):
@@ -120,9 +120,9 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 class ImageCollator:
-    """Batches to caption: pixels, the prompt, and the ids of the images. No caption can be in them: the samples'
-    captions are not looked at, so that nothing generated from such a batch has seen its reference. `corruption` is
-    data.corruption's: noise on every image, drawn by its id.
+    """Batches to caption: pixels, the prompt, and the image ids. The samples' captions are never read, so nothing
+    generated from such a batch has seen its reference. `corruption` is from data.corruption: noise on every image,
+    drawn by its id.
     """
 
     def __init__(self, processor, config, *, prompt: str = "", skip_bad_images=False, fast_jpeg=False, corruption=None):
@@ -150,9 +150,9 @@ class ImageCollator:
 
     def __call__(self, samples: list[dict]) -> dict:
         """The model inputs of the I readable images (`pixel_values` (I, 3, H, W), `input_ids` and `attention_mask`
-        (I, P) of the prompt), `image_ids` of all samples, and `errors`, the ImageError of each that is not readable by
-        its id. Without `skip_bad_images` such an error is raised. Samples with "features" in place of "image" give these
-        as `pixel_values`."""
+        (I, P) of the prompt), `image_ids` of all samples, and `errors`, {image id: ImageError} of the unreadable ones.
+        Without `skip_bad_images` such an error is raised. Samples with "features" instead of "image" have these as
+        `pixel_values`."""
         ids = [sample["image_id"] for sample in samples]
         if "features" in samples[0]:
             pixel_values = torch.stack([sample["features"] for sample in samples])
@@ -172,7 +172,7 @@ class ImageCollator:
         return self.corruption(image, 0, sample["image_id"]) if self.corruption else image
 
     def inputs(self, images: list) -> dict[str, torch.Tensor]:
-        """What the model takes of RGB PIL images and the prompt."""
+        """The model inputs for RGB PIL images and the prompt."""
         if self.family.image_inputs:
             found = self.processor.image_processor(images=images, return_tensors="pt")
             pixels = {ours: found[theirs] for theirs, ours in self.family.image_inputs.items()}
@@ -186,10 +186,10 @@ class ImageCollator:
             images=[[image] for image in images],
             text=[self.text] * len(images),
             padding=True,
-            padding_side="left",  # a caption follows right behind its prompt
+            padding_side="left",  # a caption follows directly after its prompt
             return_tensors="pt",
         )
-        inputs.pop("labels", None)  # PaliGemma's processor makes some, with nothing to learn in them
+        inputs.pop("labels", None)  # PaliGemma's processor makes some, with no targets in them
         return dict(inputs)
 
     def prompts(self, images: int) -> dict[str, torch.Tensor]:
@@ -201,24 +201,25 @@ class ImageCollator:
     def with_targets(self, inputs: dict, targets: torch.Tensor, lengths: torch.Tensor) -> dict:
         """A training batch: the model inputs of I images with their prompts, and after each prompt its targets.
 
-        inputs: as this collator makes them, images encoded or not; what runs along the text is repeated K times.
-        targets: (I * K, L) token ids, of which the first `lengths` (I * K,) of a row count. ValueError for an input of
-        the prompt's length of which it is not known what a caption's tokens have in it.
+        inputs: as made by this collator, images encoded or not; inputs along the text are repeated K times.
+        targets: (I * K, L) token ids, of which the first `lengths` (I * K,) of each row count. ValueError for an input
+        of the prompt's length whose values for a caption's tokens are unknown.
         """
         images, length = inputs["input_ids"].shape
         times = len(targets) // images
         counted = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
         labels = targets.masked_fill(~counted, IGNORE)
         along = {"input_ids": targets, "attention_mask": counted, **self.family.caption_tokens}
-        # BLIP takes fewer images than rows as they are.
+        own = {"pixel_values", *self.family.image_inputs.values()}
+        # BLIP itself handles fewer images than rows.
         batch = {"rows_per_image": times} if times > 1 and self.kind != "blip" else {}
         for name, value in inputs.items():
             if name in self.family.text_inputs:
                 value = value.repeat_interleave(times, dim=0)
-            elif name != "pixel_values" and getattr(value, "shape", ())[:2] == (images, length):
+            elif name not in own and getattr(value, "shape", ())[:2] == (images, length):
                 raise UserError(
-                    f"The input '{name}' runs along the prompt, and it is not known what a caption's tokens have in it: "
-                    "the family's row in models/families.py must say so in caption_tokens."
+                    f"The input '{name}' runs along the prompt, but its values for a caption's tokens are unknown: "
+                    "the family's row in models/families.py must give them in caption_tokens."
                 )
             if name in along and self.decoder_prompt is None:
                 more = along[name]
@@ -244,23 +245,23 @@ class ImageCollator:
             caption = self.lead + caption
         if self.joint or self.decoder_prompt is not None or not self.words:
             return [*tokenizer(caption, add_special_tokens=False)["input_ids"], self.end]
-        # Behind a word, a caption's first one may be other tokens than at the front.
+        # After a word, a caption's first word may be tokenized differently than at the start.
         words = tokenizer(self.words, add_special_tokens=False)["input_ids"]
         both = tokenizer(f"{self.words} {caption}", add_special_tokens=False)["input_ids"]
         return [*both[len(words) :], self.end]
 
 
 class Pixels:
-    """Images -> pixel_values, by a processor's settings.
+    """Images -> pixel_values, with a processor's settings.
 
-    With `fast_jpeg`, large JPEGs are decoded at the smallest of libjpeg's scales that is twice what the model sees.
+    With `fast_jpeg`, large JPEGs are decoded at the smallest of libjpeg's scales that is twice the model's input size.
     """
 
     def __init__(self, image_processor, fast_jpeg: bool = False):
         self.image_processor = image_processor
         self.size = _plain_size(image_processor)
         if self.size:
-            # What the processor makes of each of a channel's 256 values, (3, 256): its own rounding, bit for bit.
+            # The processor's output for each of a channel's 256 values, (3, 256): its own rounding, bit for bit.
             ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2))
             values = np.asarray(image_processor(ramp, do_resize=False, return_tensors="np")["pixel_values"])
             self.values = np.ascontiguousarray(values.reshape(3, 256), dtype=np.float32)
@@ -271,8 +272,8 @@ class Pixels:
         return open_image(image, size=self.decoded_size)
 
     def __call__(self, images) -> torch.Tensor:
-        """(I, 3, H, W) float32 of RGB PIL images: the values of the processor's Pillow backend, whether or not
-        torchvision is there, in half of its time."""
+        """(I, 3, H, W) float32 of RGB PIL images: the values of the processor's Pillow backend, with or without
+        torchvision, in half the time."""
         if not self.size:
             return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         height, width = self.size
@@ -287,13 +288,13 @@ class Pixels:
         return torch.from_numpy(batch)
 
 
-# Settings of processors that cut an image into tiles, as many as its shape asks for.
+# Settings of processors that cut an image into tiles, whose number depends on its shape.
 TILING = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan", "image_grid_pinpoints", "max_image_tiles")
 
 
 def input_size(image_processor) -> tuple[int, int] | None:
-    """(height, width) that a processor brings every image to, for augmentation to aim at. None where that depends on the
-    image: the processor names a number of pixels or the length of an edge, or cuts tiles."""
+    """(height, width) that a processor resizes every image to, as the target of augmentation. None if that depends on
+    the image: the processor sets a number of pixels or the length of an edge, or cuts tiles."""
     if any(getattr(image_processor, name, None) for name in TILING):
         return None
     cropped = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", None) else None
@@ -304,8 +305,8 @@ def input_size(image_processor) -> tuple[int, int] | None:
 
 
 def _plain_size(image_processor) -> tuple[int, int] | None:
-    """(height, width) of a processor that resizes to just this and then maps values one by one, as BLIP's does; None if
-    it may do more."""
+    """(height, width) of a processor that resizes to exactly this size and then maps values one by one, as BLIP's does;
+    None if it may do more."""
     p, size = image_processor, getattr(image_processor, "size", None)
     is_blips = type(p).__name__ in ("BlipImageProcessor", "BlipImageProcessorPil", "BlipImageProcessorFast")
     more = getattr(p, "do_center_crop", None) or getattr(p, "do_pad", None)

@@ -1,7 +1,7 @@
-"""What differs between captioner families, one row per family. Found by the config's `model_type`.
+"""What differs between captioner families, one row per family, looked up by the config's `model_type`.
 
-A caption's tokens are laid out alike in all of them: the prompt, made here, then the caption, then the end token. The
-prompt holds the start token, the tokens that stand for the image where a family has such, and the user's words.
+A caption's tokens have the same layout in all of them: the prompt, made here, then the caption, then the end token. The
+prompt holds the start token, the image's placeholder tokens if a family has them, and the user's words.
 """
 
 import functools
@@ -25,8 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from common.errors import UserError
 
 logger = logging.getLogger(__name__)
-ENCODED = "mm_encoder_outputs"  # the library's name of encoded images among a chat model's inputs
-LAST = "last"  # in Family.caption_tokens: what the prompt's last token has
+ENCODED = "mm_encoder_outputs"  # the library's name for encoded images among a chat model's inputs
+LAST = "last"  # in Family.caption_tokens: the value of the prompt's last token
 
 
 def _blip_prompt(processor, config, words: str) -> dict:
@@ -39,7 +39,7 @@ def _git_prompt(processor, config, words: str) -> dict:
 
 
 def _blip2_prompt(processor, config, words: str) -> dict:
-    # The tokenizer's own special tokens: OPT's and Llama's start token, or the end that T5 puts behind its input.
+    # The tokenizer's own special tokens: OPT's and Llama's start token, or the end token that T5 puts after its input.
     return {"input_ids": [config.image_token_id] * config.num_query_tokens + processor.tokenizer(words)["input_ids"]}
 
 
@@ -53,7 +53,7 @@ def _decoder_prompt(processor, config, words: str) -> dict:
 
 
 def _decoder_start(config) -> int:
-    """The token that a decoder beside an encoder starts with."""
+    """The token that an encoder-decoder's decoder starts with."""
     text = config.get_text_config(decoder=True)
     found = [getattr(of, "decoder_start_token_id", None) for of in (config, text)] + [text.bos_token_id]
     return next(token for token in found if token is not None)
@@ -64,10 +64,10 @@ def _words(processor, words: str) -> list[int]:
 
 
 def _chat_texts(processor, words: str) -> tuple[str, str, str]:
-    """What a chat template writes before an answer, between that and the answer's first word, and behind the answer.
+    """What a chat template writes before an answer, between that and the answer's first word, and after the answer.
 
-    Words that a conversation has between its generation prompt and an answer (the header of the answer's turn, where a
-    template knows no generation prompt) belong to the prompt: they are never learnt.
+    Words that a conversation has between its generation prompt and an answer (the header of the answer's turn, if a
+    template has no generation prompt) belong to the prompt: they are never targets.
     """
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
@@ -108,7 +108,7 @@ def _chat_answer(processor, words: str) -> tuple[str, int]:
 
 
 def _paligemma_prompt(processor, words: str) -> str:
-    return f"<image>{words}"  # the processor puts start token and line end around it
+    return f"<image>{words}"  # the processor puts start token and newline around it
 
 
 def _plain_prompt(processor, words: str) -> str:
@@ -122,31 +122,31 @@ def _plain_answer(processor, words: str) -> tuple[str, int]:
 @dataclass(frozen=True)
 class Family:
     model_class: type
-    # Attribute paths, from the model: the vision encoder (the first that is there), and from the config: the tokens
-    # that end and that fill up a caption.
+    # Attribute paths, from the model: the vision encoder (the first that exists), and from the config: the end and
+    # padding tokens of a caption.
     vision: tuple[str, ...]
     end_token: str
     pad_token: str
-    # Modules that LoRA adapts unless told otherwise: a regular expression that the whole name must match.
+    # Modules that LoRA adapts by default: a regular expression that the whole name must match.
     lora_targets: str
-    # (processor, config, words) -> the token ids before every caption, by the name of the model's argument. None where
-    # they depend on the image: then `joint_prompt` (processor, words) is the text that the processor makes them of, with
-    # the image, and `answer` what stands between that and a caption, and the token that ends one.
+    # (processor, config, words) -> the token ids before every caption, by the name of the model's argument. None if
+    # they depend on the image: then `joint_prompt` (processor, words) is the text that the processor makes them from,
+    # with the image, and `answer` the text between that and a caption, and the token that ends a caption.
     prompt: callable = None
     joint_prompt: callable = None
     answer: callable = None
     default_words: str = ""
-    # What the tokens of a caption have in each input that runs along the text, but for the ids and the attention mask.
+    # The values of a caption's tokens in each input that runs along the text, except the ids and the attention mask.
     caption_tokens: dict = field(default_factory=lambda: {"token_type_ids": 0, "mm_token_type_ids": 0})
-    # Whether the processor writes start and end tokens around a prompt by itself.
+    # Whether the processor itself adds start and end tokens to a prompt.
     writes_special_tokens: bool = False
-    # The names that the image processor has for what an image becomes, and ours; none where that is `pixel_values`.
+    # {name in the image processor's output: our name for it}; empty if that is `pixel_values`.
     image_inputs: dict = field(default_factory=dict)
-    # The model's names of inputs that have other names in a batch; None where the model does not take one.
+    # {name in a batch: the model's name for it}, where they differ; None if the model does not take it.
     renamed: dict = field(default_factory=dict)
-    # Token ids that a caption begins with in a decoder whose encoder reads the prompt: of the config. None: its start.
+    # config -> the token ids that a caption begins with in a decoder whose encoder reads the prompt. None: its start.
     decoder_prompt: callable = None
-    vision_takes_encoded: bool = False  # whether models/vision.py lets the vision encoder hand back encoded images
+    vision_takes_encoded: bool = False  # whether models/vision.py lets the vision encoder take encoded images
     unread: str = ""  # weights that the model has but never reads: a regular expression of whole names
     license: str | None = None  # of the published weights, where all have the same
 
@@ -154,6 +154,11 @@ class Family:
     def chats(self) -> bool:
         """Whether the prompt is made by the processor's chat template."""
         return self.joint_prompt is _chat_prompt
+
+    @property
+    def pixels(self) -> str:
+        """The name of the input that holds the images."""
+        return next(iter(self.image_inputs.values()), "pixel_values")
 
     @property
     def text_inputs(self) -> set[str]:
@@ -170,11 +175,11 @@ class Family:
 
 
 _LANGUAGE = r"language_model\..*\.(q|k|v|o|wi_0|wi_1|wo|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
-# Of the Q-Former what the queries go through: the last layer's text side is never read.
+# The parts of the Q-Former that the queries pass through: the last layer's text side is never read.
 _QFORMER = r"qformer\..*\.(query|key|value|attention\.output\.dense|(intermediate|output)_query\.dense)"
 _BLIP2 = {
     "vision": ("vision_model",),
-    "end_token": "text_config.eos_token_id",  # OPT checkpoints name the line end here
+    "end_token": "text_config.eos_token_id",  # OPT checkpoints name the newline here
     "pad_token": "text_config.pad_token_id",
     "lora_targets": rf"({_LANGUAGE}|{_QFORMER})",
     "vision_takes_encoded": True,
@@ -218,11 +223,11 @@ FAMILIES = {
         joint_prompt=_paligemma_prompt,
         answer=_plain_answer,
         default_words="caption en",
-        caption_tokens={"token_type_ids": 1},  # 0 is the prefix, whose tokens see each other both ways
+        caption_tokens={"token_type_ids": 1},  # 0 is the prefix, whose tokens see each other in both directions
         **_CHAT,
     ),
 }
-# An encoder of images alone, and a decoder that has the prompt and the caption.
+# An encoder of images only, and a decoder of the prompt and the caption.
 _IN_DECODER = {"input_ids": "decoder_input_ids", "attention_mask": None}
 FAMILIES |= {
     "vision-encoder-decoder": Family(  # ViT-GPT2, TrOCR, Donut
@@ -244,6 +249,7 @@ FAMILIES |= {
         prompt=_decoder_prompt,
         image_inputs={"flattened_patches": "flattened_patches", "attention_mask": "patch_mask"},
         renamed=_IN_DECODER | {"patch_mask": "attention_mask"},
+        vision_takes_encoded=True,
         license="apache-2.0",
         lora_targets=r"decoder\..*\.(query|key|value|output|wi_0|wi_1|wo)",
     ),
@@ -254,7 +260,7 @@ FAMILIES |= {
         default_words="<CAPTION>",
         vision_takes_encoded=True,
         writes_special_tokens=True,
-        # As its captions were trained: the start token, then that of a text.
+        # As in its own training: the start token, then that of a text.
         decoder_prompt=lambda config: [_decoder_start(config), config.text_config.bos_token_id],
         license="mit",
         **_CHAT | {"lora_targets": r"model\.language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"},
@@ -274,7 +280,7 @@ FAMILIES |= {
         },
     ),
 }
-# Models that are asked by their processor's chat template.
+# Models that are prompted with their processor's chat template.
 CHAT = Family(
     AutoModelForImageTextToText,
     joint_prompt=_chat_prompt,
@@ -296,7 +302,7 @@ FAMILIES |= {
     "qwen3_vl": CHAT,
     "smolvlm": CHAT,
 }
-# Families of the library's image-text-to-text models that no caption can be had from, each with the reason.
+# Families of the library's image-text-to-text models that cannot caption, each with the reason.
 REFUSED = {
     "diffusion_gemma": "it writes all tokens at once, by diffusion, and captions are decoded one token after the other",
     "evolla": "it takes proteins, not pictures",
@@ -322,14 +328,14 @@ def family_of(config, where: str = "the model") -> Family:
 
 
 def placeholders(config, processor) -> list[int]:
-    """Ids of the tokens that stand for images, videos and sounds: a caption can have none of them."""
+    """Ids of the placeholder tokens of images, videos and sounds: a caption never has any of them."""
     names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
     found = {getattr(source, name, None) for source in (config, processor) for name in names}
     return sorted(token for token in found if isinstance(token, int) and token >= 0)
 
 
 def decoder_prompt(config) -> list[int] | None:
-    """The tokens that a caption has before it in a decoder whose encoder reads the prompt; None without such."""
+    """The tokens before a caption in a decoder whose encoder reads the prompt; None for other models."""
     if not is_encoder_decoder(config):
         return None
     made_by = family_of(config).decoder_prompt
@@ -351,7 +357,7 @@ def special_tokens(config) -> tuple[int, int]:
 
 
 def base_model(model):
-    """The model itself, without what DDP or an adapter put around it."""
+    """The model itself, without the wrapper of DDP or an adapter."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -368,7 +374,7 @@ def vision_encoder(model):
 
 
 def model_inputs(config, batch: dict) -> dict:
-    """The inputs of a batch by the names that the model has for them."""
+    """The inputs of a batch by the model's names."""
     renamed = family_of(config).renamed
     named = {renamed.get(name, name): value for name, value in batch.items()}
     named.pop(None, None)
@@ -376,7 +382,7 @@ def model_inputs(config, batch: dict) -> dict:
 
 
 def is_encoder_decoder(config) -> bool:
-    """Whether the prompt goes to an encoder of its own and the caption alone to the decoder (T5)."""
+    """Whether a text encoder reads the prompt, and the decoder only the caption (T5)."""
     return not family_of(config).renamed and bool(
         getattr(getattr(config, "text_config", config), "is_encoder_decoder", False)
     )

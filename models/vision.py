@@ -1,8 +1,8 @@
-"""Images that are encoded once for all their captions.
+"""Encoding each image once for all its captions.
 
-BLIP has this, and more, in models/blip_attention.py. Families of our own rows get it here, in the vision encoder's class
-(Family.vision_takes_encoded). Chat families have it in the library: `get_image_features` encodes images, and the model takes
-that back as `mm_encoder_outputs` (transformers >= 5.23). Whether that gives the same is checked once for each model.
+BLIP has this, and more, in models/blip_attention.py. Families with their own row get it here, in the vision encoder's
+class (Family.vision_takes_encoded). Chat families have it in the library: `get_image_features` encodes images, and the
+model takes the result as `mm_encoder_outputs` (transformers >= 5.23). That it gives the same is checked once per model.
 """
 
 import functools
@@ -21,7 +21,7 @@ from models.families import ENCODED, base_model, family_of, vision_encoder
 
 logger = logging.getLogger(__name__)
 
-# Arguments of vision encoders that encoded images have no use for, or that say what to return.
+# Arguments of vision encoders that do not apply to encoded images, or that say what to return.
 KNOWN = {
     "interpolate_pos_encoding", "bool_masked_pos", "attention_mask", "output_attentions", "output_hidden_states",
     "return_dict", "kwargs",
@@ -29,34 +29,35 @@ KNOWN = {
 
 
 class TakesEncoded:
-    """A vision encoder that hands back (images, 1, ...) encoded images: what it had returned, with a channel put in."""
+    """A vision encoder that passes encoded images through, (images, 1, ...): its earlier output, a channel inserted."""
 
 
 @functools.cache
 def _taking_encoded(kind: type) -> type:
-    """The class of a vision encoder that takes encoded images, too."""
+    """The class of a vision encoder that also takes encoded images."""
     first = next(name for name in inspect.signature(kind.forward).parameters if name != "self")
 
     @functools.wraps(kind.forward)  # generate() reads the names of its parameters
     def forward(self, *args, **kwargs):
         pixels, *others = args or [kwargs.pop(first)]
-        if pixels.shape[1] > 1:
+        if pixels.dim() < 4 or pixels.shape[1] > 1:  # of 3: rows of patches
             return kind.forward(self, pixels, *others, **kwargs)
         # Kosmos-2's generate hands its own settings on: as little as the library's encoder looks at others than these.
-        check_nothing_asked({name: value for name, value in kwargs.items() if name in KNOWN})
+        # A mask of patches has done its part.
+        check_nothing_asked({name: value for name, value in kwargs.items() if name in KNOWN - {"attention_mask"}})
         return BaseModelOutputWithPooling(last_hidden_state=pixels[:, 0])
 
     return type(kind.__name__, (TakesEncoded, kind), {"forward": forward})
 
 
 def take_encoded_images(model):
-    """Lets the model take (images, 1, ...) encoded images as `pixel_values`, where its family can.
+    """Lets the model take (images, 1, ...) encoded images as `pixel_values`, if its family can.
 
-    A vision encoder whose arguments are not those looked at stays the library's, with a warning."""
+    A vision encoder with other arguments than those checked stays the library's, with a warning."""
     if not family_of(model.config).vision_takes_encoded or takes_encoded(vision := vision_encoder(model)):
         return model
     first, *others = list(inspect.signature(type(vision).forward).parameters)[1:]
-    if first not in ("pixel_values", "hidden_states") or not KNOWN.issuperset(others):
+    if first not in ("pixel_values", "hidden_states", "flattened_patches") or not KNOWN.issuperset(others):
         logger.warning(
             "Each image is encoded once per caption, since with transformers %s %s.forward takes (%s), which is new. "
             "Captions and losses are the same, but training on several captions per image takes longer.",
@@ -64,7 +65,7 @@ def take_encoded_images(model):
             type(vision).__name__,
             ", ".join([first, *others]),
         )
-    elif getattr(vision.config, "num_channels", 3) > 1:  # a picture of one channel looks like an encoded one
+    elif getattr(vision.config, "num_channels", 3) > 1:  # an image with one channel looks like an encoded one
         vision.__class__ = _taking_encoded(type(vision))
     return model
 
@@ -97,16 +98,17 @@ _AGREES = weakref.WeakKeyDictionary()  # model: whether its encoded images gave 
 
 
 def encode_once(model, inputs: dict, times: int = 1) -> dict:
-    """`inputs` of I images and I * `times` rows of text, with the images encoded where the family can; else as they are.
+    """`inputs` of I images and I * `times` rows of text, with the images encoded if the family can; else unchanged.
 
     Gradients flow if they are enabled. The first images that a chat model encodes here are also passed as pixels: if that
     gives other logits, this model's images are not encoded here, and a warning says so.
     """
     base = base_model(model)
-    if "pixel_values" not in inputs or not encodes_once(base):
+    pixels = family_of(base.config).pixels
+    if pixels not in inputs or not encodes_once(base):
         return inputs
     if takes_encoded(vision_encoder(base)):
-        return inputs | {"pixel_values": encode_images(base, inputs["pixel_values"])}
+        return inputs | {pixels: encode_images(base, inputs[pixels])}
     if base not in _AGREES:
         rows = family_of(base.config).text_inputs
         first = {name: value[::times] if name in rows else value for name, value in inputs.items()}
@@ -132,7 +134,7 @@ def _encode_for_chat(model, inputs: dict) -> dict:
 
 @torch.no_grad()
 def _agrees(model, inputs: dict) -> bool:
-    """Whether two copies of each row of text have the logits at its end that it has with the image's pixels."""
+    """Whether two copies of each row of text have the same last logits as that row with the image's pixels."""
     inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "labels"}
     rows = family_of(model.config).text_inputs
     was_training = model.training
@@ -155,7 +157,7 @@ def _agrees(model, inputs: dict) -> bool:
 def repeat_images(model, inputs: dict, times: int) -> dict:
     """`inputs` whose text has `times` rows for each image, with every image repeated for its rows.
 
-    ValueError where it is not known which rows of an input are an image's.
+    ValueError if it is unknown which rows of an input belong to which image.
     """
     model = base_model(model)
     rows, images = family_of(model.config).text_inputs, len(inputs["input_ids"]) // times
@@ -175,7 +177,7 @@ def repeat_images(model, inputs: dict, times: int) -> dict:
 
 
 def _repeat(features, counts: list[int], times: int):
-    """The features of images' tiles, those of an image `times` over. counts: (images,) placeholders in the text."""
+    """The features of images' tiles, those of each image `times` times. counts: (images,) placeholders in the text."""
     tiles, repeated = iter(features), []
     for count in counts:
         group = []
@@ -188,14 +190,14 @@ def _repeat(features, counts: list[int], times: int):
 
 
 def check_repeatable(model, inputs: dict, images: int) -> None:
-    """ValueError if several captions per image would mix up the images: pixels that are rows of patches or tiles, an
-    image's more than one, and a library that repeats rows before it encodes them."""
+    """ValueError if several captions per image would mix up the images: if pixels are rows of patches or tiles, several
+    per image, and the library repeats rows before it encodes them."""
     model = base_model(model)
     if ENCODED not in inputs and encodes_once(model):
         return  # generate encodes them itself
     rows = family_of(model.config).text_inputs
     for name, value in inputs.items():
-        # An image has at least a row, so as many rows as images are one for each.
+        # An image has at least one row, so as many rows as images means one each.
         if isinstance(value, torch.Tensor) and name not in rows and len(value) != images:
             raise UserError(
                 f"{type(model).__name__} has {len(value)} rows of {name} for {images} images, and they cannot be repeated "

@@ -5,35 +5,29 @@ from torch.nn.functional import cross_entropy
 
 from collator import IGNORE
 from models.blip_attention import target_positions
-from models.families import ENCODED, base_model, model_inputs, vision_encoder
-from models.vision import encode_images, encode_once, repeat_images, takes_encoded
+from models.families import ENCODED, base_model, model_inputs
+from models.vision import encode_once, repeat_images
 
 
 def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """((N, vocabulary) logits, (N,) target ids) of all N labels that are not -100, in row order.
 
-    batch: as CaptionCollator or Captioner.training_batch makes it. Labels stand at their own token; the shift to the
-    logits that predict them is made here. Images that are fewer than rows are encoded once for all their rows.
+    batch: as CaptionCollator or Captioner.training_batch makes it. Labels are aligned with their own token; they are
+    shifted here to the logits that predict them. If images are fewer than rows, each is encoded once for its rows.
     """
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels" and isinstance(value, torch.Tensor)}
     captioner = base_model(model)
     if captioner.config.model_type == "blip":
-        # Logits are computed where there is a target to predict, and nowhere else.
+        # Logits are computed only where there is a target to predict.
         return model(**inputs, logits_to_keep=target_positions(labels)).logits, labels[:, 1:][labels[:, 1:] != IGNORE]
     if ENCODED in batch:
         inputs[ENCODED] = batch[ENCODED]
-    if takes_encoded(vision_encoder(model)):
-        times = len(labels) // len(inputs["pixel_values"])
-        if times > 1:
-            pixel_values = inputs["pixel_values"]
-            encoded = pixel_values if pixel_values.shape[1] == 1 else encode_images(model, pixel_values)
-            inputs["pixel_values"] = encoded.repeat_interleave(times, dim=0)
-    elif (times := batch.get("rows_per_image", 1)) > 1:
+    if (times := batch.get("rows_per_image", 1)) > 1:
         inputs = repeat_images(model, encode_once(model, inputs, times), times)
     logits = model(**model_inputs(captioner.config, inputs)).logits
     if "decoder_input_ids" not in batch:
-        # Image tokens that stand before the text (GIT) have logits too.
+        # Image tokens before the text (GIT) have logits too.
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     return logits[labels != IGNORE], labels[labels != IGNORE]
 
@@ -46,14 +40,14 @@ def caption_loss(model, batch: dict, *, label_smoothing: float = 0.0, num_items_
 
 
 def token_log_probs(model, batch: dict) -> torch.Tensor:
-    """(rows, L) float32 log-probability of each label, at its own place; 0 where the label is -100."""
+    """(rows, L) float32 log-probability of each label, at its own position; 0 where the label is -100."""
     logits, targets = target_logits(model, batch)
     chosen = -cross_entropy(logits.float(), targets, reduction="none")
     return torch.zeros(batch["labels"].shape, device=chosen.device).masked_scatter(batch["labels"] != IGNORE, chosen)
 
 
 def mean_log_probs(model, batch: dict) -> torch.Tensor:
-    """(rows,) float32 mean log-probability of a row's labels: a caption's score, 0 the surest."""
+    """(rows,) float32 mean log-probability of a row's labels: a caption's score; 0 is the best."""
     return token_log_probs(model, batch).sum(dim=1) / (batch["labels"] != IGNORE).sum(dim=1)
 
 

@@ -2,8 +2,8 @@
 
 A feature file holds one encoded image, and its name is a hash of everything that it depends on: the encoder's weights
 and config, the processor's settings, the precision, and the image. Runs and processes can therefore share a folder, a
-run that was killed resumes with what is there, and a changed image or encoder is a new file. Files appear whole, by a
-rename, and are read through memory maps, so that the system's page cache is shared by all who read them.
+run that was killed resumes with what is there, and a changed image or encoder gets a new file. Files appear whole, by a
+rename, and are read through memory maps, so that all readers share the system's page cache.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from models.families import base_model, family_of, vision_encoder
 from models.vision import encode_images, takes_encoded
 
 logger = logging.getLogger(__name__)
-SHARE_OF_MEMORY = 0.5  # of the free memory, at most, for features that are kept there
+SHARE_OF_MEMORY = 0.5  # of the free memory, at most, for features
 
 
 def keep_features(
@@ -39,11 +39,11 @@ def keep_features(
     """`{split: data.EncodedRecords}` of `splits`, whose "features" are (patches + 1, hidden), or {} if none are kept.
 
     Every image of `splits` is encoded here, unless a folder holds its features. They have the precision in which the
-    captioner runs the model, as this is the one in which the decoder first looks at them: the loss stays what it is.
+    captioner runs the model, which is the one in which the decoder reads them: the loss does not change.
 
     Args:
-        place: "memory"; a folder; "off"; or "auto": memory if they fit SHARE_OF_MEMORY of what is free and there is one
-            process, else the cache folder if they fit half of its free disk, else off.
+        place: "memory"; a folder; "off"; or "auto": memory if they fit in SHARE_OF_MEMORY of what is free and there is
+            one process, else the cache folder if they fit in half of its free disk space, else off.
         captioner: has the model, whose vision encoder is frozen, and moves to `args.device`.
         splits: `{name: records}`, or None for records that are not used.
         args: TrainArguments. With "auto", nothing is kept if training encodes no more images than keeping would.
@@ -77,7 +77,7 @@ def keep_features(
         to_write = encoder.bytes_an_image * sum(len(found.missing()) for found in files.values())
         free = shutil.disk_usage(folder).free
         logger.info("image features: %s, %s in %s, %s of it to write now", what, gib(size), folder, gib(to_write))
-        # All processes have looked before one of them writes, and all come to the same end.
+        # All processes have checked before one of them writes, and all come to the same decision.
         if all(gather_object([to_write <= (0.5 if place == "auto" else 1.0) * free])):
             for name, records in splits.items():
                 files[name].write(records)
@@ -90,19 +90,21 @@ def keep_features(
 
 
 def _why_not(model, splits: dict, augmentation) -> str | None:
-    """Why features cannot stand for the encoder, or None."""
+    """Why features cannot replace the encoder, or None."""
     vision = vision_encoder(model)
     if not takes_encoded(vision):
         return f"as this model does not take the features of its {type(vision).__name__}"
     if family_of(base_model(model).config).joint_prompt:
         return "as this model's processor makes its prompt of the image itself"
+    if family_of(base_model(model).config).image_inputs:
+        return "as this model reads which rows are patches from another input than the features"
     if augmentation:
-        return "as augmentation makes another picture of an image each time"
+        return "as augmentation changes an image differently each time"
     if any(isinstance(records, IterableDataset) for records in splits.values()):
-        return "as the records of a stream have no number to keep them under"
+        return "as the records of a stream have no index to keep them under"
     dropout = any(module.p > 0 for module in vision.modules() if isinstance(module, torch.nn.Dropout))
     if dropout or getattr(vision.config, "attention_dropout", 0) > 0:
-        return "as dropout in the vision encoder makes other features each time"
+        return "as dropout in the vision encoder makes different features each time"
     return None
 
 
@@ -115,7 +117,7 @@ def in_memory(encoder, records) -> torch.Tensor:
 
 
 class FeatureFiles:
-    """`features[i]`, (patches + 1, hidden), each in a file of `folder` that is mapped when it is asked for."""
+    """`features[i]`, (patches + 1, hidden), each in a file of `folder` that is memory-mapped on access."""
 
     def __init__(self, folder: Path, keys: list[str], encoder):
         self.folder, self.keys, self.encoder = folder, keys, encoder
@@ -132,15 +134,15 @@ class FeatureFiles:
         return torch.from_file(str(self.path(index)), shared=False, size=size, dtype=self.dtype).view(self.shape)
 
     def missing(self) -> list[int]:
-        """One row of each image that has no whole file."""
+        """One row per image that has no complete file."""
         rows = {key: row for row, key in enumerate(self.keys)}
         return [row for row in rows.values() if not is_whole(self.path(row), self.length)]
 
     def write(self, records) -> None:
         """Encode what is missing. In several processes each writes a share, and all wait for the last."""
         state = processes()
-        # By the row's number, as files may appear between two looks; and among this machine's processes, as the folder
-        # may be another one on the next machine.
+        # By the row's number, as files may appear between two checks; and among this machine's processes, as the folder
+        # may be a different one on another machine.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         share = [row for row in self.missing() if row % here == state.local_process_index]
         for row, encoded in self.encoder.encode(records, share):
@@ -167,7 +169,7 @@ class Encoder:
         return features.to(self.autocast or features.dtype).cpu()
 
     def encode(self, records, rows):
-        """Yields (row, features) of these rows of `records`."""
+        """Yields (row, features) for these rows of `records`."""
         if not len(rows):
             return
         loader = data_loader(
@@ -199,7 +201,7 @@ class Encoder:
 
 
 def image_keys(records: Dataset) -> list[str]:
-    """A hash of each record's image: of its bytes, or of path, size and time of change of its file."""
+    """A hash of each record's image: of its bytes, or of its file's path, size and modification time."""
     keys = []
     for row in records.select_columns(["image"]):
         path, content = row["image"]["path"], row["image"]["bytes"]
