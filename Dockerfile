@@ -6,7 +6,7 @@ WORKDIR /app
 COPY requirements.txt constraints.txt ./
 RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt
 COPY . .
-# No root; caches go to the output folder, or where HF_HOME says.
+# Not root; caches go to the output folder, or to HF_HOME.
 USER 1000
 ENTRYPOINT ["python"]
 CMD ["train.py", "--help"]

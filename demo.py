@@ -57,7 +57,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         examples = sorted(map(str, Path(args.examples).iterdir()))[:8] if args.examples else draw_examples(folder)
         app = build(captioners, examples, args.max_images)
-        logger.info("open http://%s:%d; Control-C ends it", args.host, args.port)
+        logger.info("open http://%s:%d; Control-C stops it", args.host, args.port)
         app.queue(max_size=args.max_queue, default_concurrency_limit=1)
         try:
             app.launch(
@@ -80,7 +80,7 @@ def main():
 
 
 def shown_names(models: list[str]) -> list[str]:
-    """What visitors read: a Hub id, or a folder's name; never a path of the server."""
+    """What visitors see: a Hub id, or a folder's name; never a path of the server."""
     names = [Path(model).resolve().name if Path(model).exists() else model for model in models]
     if len(set(names)) == len(names):
         return names
@@ -97,7 +97,7 @@ def draw_examples(folder: str) -> list[str]:
 
 
 def read_login(path: str) -> list[tuple[str, str]]:
-    """(user, password) pairs of a file with one user:password a line."""
+    """(user, password) pairs of a file with one user:password per line."""
     pairs = [line.partition(":")[::2] for line in read_text(path).splitlines() if line.strip()]
     if not pairs or not all(user and password for user, password in pairs):
         raise UserError(f"--login {path}: every line must be user:password.")

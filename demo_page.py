@@ -1,4 +1,4 @@
-"""The page that demo.py serves: what a visitor sets, sends and is shown."""
+"""The page that demo.py serves: its settings, inputs and outputs."""
 
 import base64
 import contextlib
@@ -18,7 +18,7 @@ from data.uploads import list_uploads, read_upload, read_uploads
 from objectives.cross_entropy import mean_log_probs
 from reports.attention_maps import attention_maps, overlay
 
-CHUNK = 8  # images captioned at once, of many
+CHUNK = 8  # images captioned at once
 CSS = """
 .words {display: flex; flex-wrap: wrap; gap: 10px; margin: 0; padding: 0}
 .words figure {margin: 0; width: 90px}
@@ -28,7 +28,7 @@ CSS = """
 :root, .dark {--font-mono: var(--font) !important}
 .best textarea {font-size: 1.2rem !important; line-height: 1.4; field-sizing: content; height: auto !important}
 """
-# Names for screen readers, which Gradio gives to no example, and to the upload area in words other than those it shows.
+# Names for screen readers: Gradio gives examples none, and the upload area one that differs from the text it shows.
 NAMES = """() => {
     const name = () => {
         document.querySelectorAll("button.gallery-item").forEach((item, place) => item.setAttribute("aria-label", `Example ${place + 1}`));
@@ -54,7 +54,7 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
 
 
 def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[str]) -> None:
-    """The tab for one image: it is captioned as soon as it is there."""
+    """The tab for one image, which is captioned as soon as it is uploaded."""
     with gr.Row():
         with gr.Column(scale=2):
             image = gr.Image(
@@ -68,7 +68,7 @@ def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[s
                 outputs += answer("Caption" if len(captioners) == 1 else f"Caption by {name}")
     shown = gr.Examples(examples, image, label="Examples")
     refuse_urls(image)
-    # As it was uploaded: data.open_image reads it, and says what is wrong with it.
+    # Leave the upload unchanged: data.open_image reads it, and reports what is wrong with it.
     image.preprocess = lambda upload: upload and upload.path
     # Progress and errors are shown on the first caption, not on every part of the answer.
     how = {"inputs_kwargs": settings, "show_progress_on": outputs[0]}
@@ -80,7 +80,7 @@ def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[s
     image.clear(lambda: empty, None, outputs, api_visibility="private")
 
     def after_mistake(image):
-        """What stays after a mistake: neither an image that cannot be read nor the captions of another."""
+        """After a mistake, clear an unreadable image and the captions of the previous one."""
         bad = image is not None and isinstance(read_upload(Path(image).name, image), Exception)
         return [None if bad else gr.skip(), *empty]
 
@@ -89,12 +89,12 @@ def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[s
 
 
 def answer(label: str) -> list:
-    """Where a model's answer is shown: its best caption, all of them, and where it looked."""
+    """The components of a model's answer: its best caption, all of them, and where it looked."""
     best = gr.Textbox(
         label=label, lines=2, max_lines=10, buttons=["copy"], interactive=False, elem_classes="best"
     )  # fmt: skip
     table = gr.Dataframe(
-        headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is surest",
+        headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is best",
         interactive=False, wrap=True, column_widths=["80%", "20%"],
     )  # fmt: skip
     return [best, table, gr.HTML()]
@@ -171,7 +171,7 @@ def settings_panel(captioner: Captioner) -> dict:
     with gr.Row():
         search = {
             "num_captions": slider("Captions", 1, 10, 1, 3, "How many to show, the likeliest first"),
-            "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More search longer; no fewer than captions"),
+            "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More take longer; at least one per caption"),
             "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about one per word"),
             "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens"),
             "length_penalty": slider("Length penalty", -2, 4, 0.1, own["length_penalty"], "Above 1: longer captions"),
@@ -180,9 +180,9 @@ def settings_panel(captioner: Captioner) -> dict:
         penalty = own["repetition_penalty"]
         return search | {
             "repetition_penalty": slider("Repetition penalty", 1, 3, 0.1, penalty, "Above 1: fewer repeated words"),
-            "do_sample": gr.Checkbox(False, label="Sample", info="Draw captions by chance, not the likeliest"),
-            "temperature": slider("Temperature", 0.1, 2, 0.1, 1.0, "Of sampling: lower is safer"),
-            "top_p": slider("Top p", 0.05, 1, 0.05, 0.9, "Of sampling: share of likely words drawn from"),
+            "do_sample": gr.Checkbox(False, label="Sample", info="Draw captions at random, not the likeliest"),
+            "temperature": slider("Temperature", 0.1, 2, 0.1, 1.0, "For sampling: lower is safer"),
+            "top_p": slider("Top p", 0.05, 1, 0.05, 0.9, "For sampling: share of likely words drawn from"),
             "prompt": gr.Textbox(captioner.prompt, label="Prompt", max_length=200, info="Every caption continues it"),
         }
 
@@ -191,9 +191,9 @@ def with_settings(
     captioner: Captioner, num_captions, num_beams, max_new_tokens, min_new_tokens, length_penalty,
     repetition_penalty, do_sample, temperature, top_p, prompt,
 ) -> Captioner:  # fmt: skip
-    """The same model with what was set on the page."""
+    """The same model with the settings from the page."""
     if len(prompt or "") > 200:
-        raise UserError("A prompt may have 200 characters.")
+        raise UserError("A prompt may have at most 200 characters.")
     if do_sample:
         how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_beams": 1}
     else:
@@ -253,7 +253,7 @@ def mistakes_shown():
 
 
 def refuse_urls(component) -> None:
-    """Gradio would fetch the URL that a client names in place of a file."""
+    """Refuse URLs: Gradio would fetch one that a client names in place of a file."""
     keep = component.async_move_resource_to_block_cache
 
     async def only_uploads(path):
@@ -265,7 +265,7 @@ def refuse_urls(component) -> None:
 
 
 def theme():
-    """Gradio's own, with the contrast that text needs."""
+    """Gradio's default theme, with enough contrast for text."""
     return gr.themes.Default(primary_hue="blue").set(
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
@@ -275,8 +275,8 @@ def theme():
 
 
 class RelativeLinks:
-    """ASGI middleware: Gradio's page links its manifest by an absolute path and no icon, so that behind a proxy's path a
-    browser would ask somebody else's site for both. Here they are relative to the page."""
+    """ASGI middleware: Gradio's page links its manifest by an absolute path and no icon, so behind a proxy's path a
+    browser would request both from another site. This makes both links relative to the page."""
 
     def __init__(self, app):
         self.app = app

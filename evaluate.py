@@ -1,4 +1,4 @@
-"""Caption a split and score it, or score captions that exist already.
+"""Caption a split and score it, or score existing captions.
 
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --split test --output_dir OUT
 python evaluate.py --model_name_or_path DIR --dataset_name NAME --corrupt jpeg:10 --output_dir OUT    (robustness)
@@ -107,7 +107,7 @@ def compare_runs(folder, args, metric_args) -> None:
 
 
 def score_predictions(folder, data_args, generation_args, metric_args, args) -> None:
-    """Score captions that exist already, of any system."""
+    """Score existing captions, from any system."""
     found = read_references(args.references, args.split)
     predictions, references = load_predictions(args.predictions, found), found.captions
     if generation_args.remove_illegal_characters:
@@ -127,7 +127,7 @@ def score_predictions(folder, data_args, generation_args, metric_args, args) -> 
 
 
 def check_gate(fail_under: str | None, scores: dict) -> None:
-    """Ends the script with exit code 2 where a score misses its bar; all results are written by then."""
+    """Ends the script with exit code 2 if a score misses its threshold; all results are written by then."""
     if below := outputs.below_bars(fail_under, scores):
         raise UserError(f"fail_under: {'; '.join(below)}.")
 
@@ -142,8 +142,8 @@ def load_splits(model_args, data_args, args):
 
 
 def trained_on(model_args, data_args) -> bool:
-    """Whether train.py trained this model on this very data set: of one without splits, what it drew then is scored.
-    Else all of it is, unless --draw_splits_from says otherwise."""
+    """Whether train.py trained this model on this dataset. If so, and the dataset has no splits, the split drawn for
+    training is scored; else all of it, unless --draw_splits_from is given."""
     model = Path(model_args.model_name_or_path)
     records = [folder / "run.json" for folder in (model, model.parent) if (folder / "run.json").is_file()]
     names = [json.loads(record.read_text(encoding="utf-8"))["flags"].get("dataset_name") for record in records]
@@ -152,7 +152,7 @@ def trained_on(model_args, data_args) -> bool:
 
 
 def load_captioner(model_args, generation_args, args) -> Captioner:
-    # On a CPU as train.py scored it, whose best checkpoint must have the same scores here.
+    # On a CPU in float32, as in train.py: its best checkpoint must get the same scores here.
     bf16 = False if args.bf16 is None and not on_accelerator() else args.bf16
     return Captioner.from_pretrained(
         model_args.model_name_or_path,
@@ -165,7 +165,7 @@ def load_captioner(model_args, generation_args, args) -> Captioner:
 
 
 def choose_settings(folder, captions: list[dict], records, metric_args, args, looking: dict) -> dict:
-    """Score the captions of every setting of the sweep; sweep.json, with the number of the best one under "best"."""
+    """Score the captions of every setting of the sweep. Returns the content of sweep.json, with the best's index."""
     settings = sweep_settings(args.sweep)
     found = [{"settings": s, "captions": c} for s, c in zip(settings, captions, strict=True)]
     write_json(folder / "sweep_captions.json", found)
@@ -177,7 +177,7 @@ def choose_settings(folder, captions: list[dict], records, metric_args, args, lo
 
 
 def save_settings(captioner: Captioner, model_name_or_path: str) -> None:
-    """The captioner's settings become those that its checkpoint is captioned with."""
+    """Make the captioner's settings the defaults of its checkpoint."""
     path = Path(model_name_or_path, "generation_config.json")
     own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     chosen = {name: value for name, value in captioner.settings.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Make a self-contained model folder with its card out of a training run or checkpoint, and upload it if asked.
+"""Make a self-contained model folder with its card from a training run or checkpoint, and optionally upload it.
 
 python export.py DIR [--output_dir OUT] [--push_to_hub user/name [--dry_run]]
 """
@@ -30,7 +30,7 @@ def main():
     folder = output_folder(args.output_dir) if args.output_dir else source
 
     model, processor = load_model(str(source), merge=args.merge)
-    if folder != source or not any(source.glob("*.safetensors")):  # of .bin weights, safetensors are made
+    if folder != source or not any(source.glob("*.safetensors")):  # .bin weights become safetensors
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         # A checkpoint's scores and history are those of its run, one folder up.
@@ -44,7 +44,7 @@ def main():
             if not torch.equal(one, other):
                 raise UserError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
     write_card(folder, *read_run(folder), args.push_to_hub)
-    logger.info("%s loads by itself, with its card in README.md", folder)
+    logger.info("%s is self-contained, with its card in README.md", folder)
 
     if args.push_to_hub:
         upload(folder, args.push_to_hub, dry_run=args.dry_run)

@@ -1,16 +1,16 @@
-"""Caption images: files, folders, globs, lists, and every data set that train.py reads.
+"""Caption images: files, folders, globs, lists, and every dataset that train.py reads.
 
     python infer.py photo.jpg                           prints path<TAB>caption
     python infer.py photos/ --output captions.jsonl     a row per image, in order: image, caption, the source's columns
-    python infer.py shards/*.tar --output out.parquet   what is written is said by the name: see docs/data.md
-    python infer.py photos/ --output_format txt         a .txt beside each image
+    python infer.py shards/*.tar --output out.parquet   the format follows from the name: see docs/data.md
+    python infer.py photos/ --output_format txt         a .txt next to each image
     python infer.py s3://bucket/photos --output s3://bucket/captions.csv
     torchrun --nproc_per_node 2 infer.py photos/ --output captions.jsonl
-    python infer.py --status captions.jsonl             how far a run is that writes there, here or elsewhere
+    python infer.py --status captions.jsonl             the progress of a run that writes there, here or elsewhere
 
-With --output the images are worked on in shards, each of which is written whole or not at all: a stopped run resumes with
-those that are left when the same command is given again, each image once and none lost, in any number of processes. A
-million images, and clusters: docs/scale.md.
+With --output, images are processed in shards, each written whole or not at all: the same command resumes a stopped run
+with the shards that are left, in any number of processes, and the output has each image exactly once. For a million
+images and clusters, see docs/scale.md.
 """
 
 from arguments import INFER_GROUPS
@@ -50,14 +50,14 @@ def main():
     form = writers.form_of(args.output, args.output_format) if args.output or args.output_format else None
     share = own_share()
     if form is None and share[1] > 1:
-        raise UserError("Several processes need --output, a file to bring their captions together in.")
+        raise UserError("Several processes need --output, a file that collects their captions.")
     if form in (None, "txt") and args.engine == "ray":
-        raise UserError("--engine ray needs an --output that is not .txt files: local, or an address.")
+        raise UserError("--engine ray needs an --output other than .txt files: a local path or an address.")
     load = functools.partial(load_captioner, model_args, generation_args, args)
     failed = []
     if form in (None, "txt"):
         rows = functools.partial(image_rows, paths, options(args))
-        next(rows(), None)  # what is wrong with the paths is said before the model is loaded
+        next(rows(), None)  # reports bad paths before the model is loaded
         print_captions(load(), rows, args) if form is None else write_texts(load(), rows, args, share)
     else:
         failed = write_output(load, args, form, paths, share)
@@ -68,8 +68,8 @@ def main():
 
 
 def load_captioner(model_args, generation_args, args) -> tuple[Captioner, dict]:
-    """The captioner, and the settings that a run may not change."""
-    model_args.complete()  # --device, in a worker's process too
+    """The captioner, and the settings that must stay the same during a run."""
+    model_args.complete()  # applies --device, also in a worker process
     captioner = Captioner.from_pretrained(
         model_args.model_name_or_path,
         bf16=args.bf16,
@@ -82,7 +82,7 @@ def load_captioner(model_args, generation_args, args) -> tuple[Captioner, dict]:
 
 
 def options(args) -> Options:
-    """What the sources are asked for."""
+    """Options for reading the sources."""
     return Options(
         image_dir=args.image_dir,
         image_column=args.image_column,
@@ -92,13 +92,13 @@ def options(args) -> Options:
 
 
 def say_left_out(paths: list[str]) -> None:
-    """Count, by ending, the files of folders that are no images."""
+    """Report how many files in the folders are not images, by extension."""
     counted = Counter()
     for folder in [path for path in paths if not is_remote(path) and os.path.isdir(path)]:
         counted += left_out(folder)
     if counted:
         what = ", ".join(f"{number} {ending}" for ending, number in counted.most_common())
-        logger.warning("left out, as they are no images: %s", what)
+        logger.warning("left out, as they are not images: %s", what)
 
 
 def print_captions(loaded, rows, args) -> None:
@@ -107,16 +107,16 @@ def print_captions(loaded, rows, args) -> None:
 
 
 def write_texts(loaded, rows, args, share: tuple[int, int]) -> None:
-    """A .txt beside each image, or below --output. One that is there is left as it is, so a stopped run resumes."""
+    """Write a .txt next to each image, or below --output. Existing ones are kept, so a stopped run resumes."""
     folder = Path(args.output) if args.output else None
     if args.output and is_remote(args.output):
-        raise UserError("--output_format txt writes beside local images or into a local folder.")
+        raise UserError("--output_format txt writes next to local images or into a local folder.")
     written, there = 0, Counter()
 
     def left():
         for row in itertools.islice(rows(), share[0], None, share[1]):
             if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
-                raise UserError(f"{row['name']} lies inside a source: name a folder for the .txt files with --output.")
+                raise UserError(f"{row['name']} is inside a source: name a folder for the .txt files with --output.")
             if writers.text_of(row["image"], row["relative"], folder).exists():
                 there["before"] += 1
             else:
@@ -128,11 +128,11 @@ def write_texts(loaded, rows, args, share: tuple[int, int]) -> None:
             written += writers.write_text_beside(target, row["caption"])
         else:
             logger.warning("%s", row["error"])
-    logger.info("%d .txt files written; those that were there are left as they are", written)
+    logger.info("%d .txt files written; existing ones are left as they are", written)
 
 
 def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]) -> list[str]:
-    """Caption the shards that are left; after the last one, make the output of all shards. Returns those that failed."""
+    """Caption the remaining shards, then build the output from all shards. Returns those that failed."""
     folder = caption_output.shard_folder(args.output, form)
     folder.check()
     source = ImageSource(paths, options(args))
@@ -147,14 +147,14 @@ def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]
 
 
 class CaptionShards:
-    """The captions of a shard, into its file. A worker has one of these."""
+    """Captions a shard and writes its file. Each worker has one of these."""
 
     def __init__(self, load, args, source: ImageSource, folder, stale: list[str]):
         self.load, self.args, self.source, self.folder = load, args, source, folder
         self.earlier = caption_output.Earlier(folder, stale)
 
     def start(self) -> dict:
-        """Load the model; returns the settings that a run may not change."""
+        """Load the model; returns the settings that must stay the same during a run."""
         self.captioner, self.settings = self.load()
         if self.args.dataloader_num_workers is None:
             self.args.dataloader_num_workers = default_workers()
@@ -164,7 +164,7 @@ class CaptionShards:
         started, known, captioned = time.time(), {}, []
         rows = functools.partial(self.source.rows, shard)
         if shard.kind == "rows" and (self.earlier.stale or self.args.dataloader_num_workers):
-            listed = list(rows())  # a loader's processes would each read the source up to here
+            listed = list(rows())  # else each DataLoader worker would read the source up to here
             known = self.earlier.rows([row["key"] for row in listed])
             rows = lambda: (row for row in listed if row["key"] not in known)  # noqa: E731
         for row in caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args):

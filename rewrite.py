@@ -6,18 +6,18 @@
                                        a raw and a synthetic caption into one sentence (CapsFusion)
     torchrun --nproc_per_node 8 rewrite.py fuse INPUT ...
 
-INPUT is whatever train.py trains on, or JSON, JSONL, CSV, Parquet or a Hub set with columns of captions. OUT keeps its
-columns, and adds `caption` and `rewrite`: status, reason, warnings, model, prompt, settings. A run that was stopped resumes
-when the same command is given again, in any number of processes; no row that was answered is asked for again.
---status OUT says how far it is, here or elsewhere; millions of rows, and clusters: docs/scale.md.
---dry_run tells first what it would cost. Keys come from the environment (OPENAI_API_KEY).
+INPUT is any data set that train.py accepts, or a JSON, JSONL, CSV, Parquet or Hub data set with caption columns. OUT keeps
+its columns and adds `caption` and `rewrite`: status, reason, warnings, model, prompt, settings. To resume a stopped run,
+give the same command again, in any number of processes; rows that were answered are not sent to the LLM again.
+--status OUT shows the progress, on this machine or another; millions of rows and clusters: docs/scale.md.
+--dry_run estimates the cost first. Keys come from the environment (OPENAI_API_KEY).
 """
 
 from arguments import REWRITE_GROUPS
 from common.cli import check, parse, run
 
 if __name__ == "__main__":
-    check(REWRITE_GROUPS, positional="task")  # answers --help and mistakes before torch is imported
+    check(REWRITE_GROUPS, positional="task")  # handles --help and wrong arguments before torch is imported
 
 import functools
 import itertools
@@ -74,7 +74,7 @@ def main():
 
 
 class RewriteShards:
-    """The rewritten captions of a shard, into its file. A worker has one of these."""
+    """Rewrites the captions of one shard into its file. Each worker has one instance."""
 
     def __init__(self, task: str, args, llm_args, prompt: Prompt, opened, features, folder: ShardFolder):
         self.task, self.args, self.llm_args, self.prompt = task, args, llm_args, prompt
@@ -82,7 +82,7 @@ class RewriteShards:
         self.reasons: Counter = Counter()
 
     def start(self) -> dict:
-        """Open the source and the LLM; returns the settings that a run may not change."""
+        """Open the source and the LLM; return the settings that must not change within a run."""
         self.rows = res.Rows(self.opened())
         self.llm = open_backend(self.args.llm, self.llm_args)
         self.checker = Checker(self.prompt, self.args.language)
@@ -112,7 +112,7 @@ class RewriteShards:
         return {"rows": report.rows, "errors": report.reasons.total()}
 
     def ask(self, shard, answers: res.Answers, tick) -> None:
-        """Have the rows rewritten that have no answer yet; each is kept as soon as it passes the checks or is given up."""
+        """Rewrite the rows that have no answer yet; each is saved as soon as it passes the checks or is given up."""
         left = res.rows_left(self.rows.read(shard, self.rows.source.columns), self.rows.source, answers)
         jobs = res.jobs(left, self.prompt, self.llm.tokens, self.llm_args.max_prompt_tokens)
         finished = self.llm.run(jobs, lambda job, text, ended: self.checker.fault(text, job.inputs, ended))
@@ -126,21 +126,21 @@ class RewriteShards:
 def check_output(args, source: Source) -> ShardFolder:
     for column in (args.output_column, "rewrite"):
         if column in next(source.read(None)):
-            raise UserError(f"{source.name} has a column {column!r} already. Rename it, or choose --output_column.")
+            raise UserError(f"{source.name} already has a column {column!r}. Rename it, or choose --output_column.")
     folder = ShardFolder(args.output, single=args.output.endswith(".jsonl"))
     folder.check()
     return folder
 
 
 def source_features(source: Source, folder: ShardFolder):
-    """Types of the input's columns, for Parquet: those that it says, else as its first 1,000 rows show them."""
+    """Column types of the input, for Parquet: as declared, or else inferred from its first 1,000 rows."""
     if folder.single:
         return None
     return source.features or told_from(list(itertools.islice(source.read(None), 1000)))
 
 
 def counting_tokens(llm: str, llm_args) -> Tokens:
-    """What a dry run counts with: hf's own tokenizer, or the one named for a server."""
+    """The tokenizer that a dry run counts with: the hf model's own, or the one given for a server."""
     if llm.startswith("hf:"):
         tokenizer = load_tokenizer(llm.removeprefix("hf:"))
         return Tokens(tokenizer, tokenizer.chat_template is not None if llm_args.chat is None else llm_args.chat)
@@ -148,7 +148,7 @@ def counting_tokens(llm: str, llm_args) -> Tokens:
 
 
 def warn_early(reasons: Counter, answers: Path) -> None:
-    """Says while there is time when most texts are rejected."""
+    """Warn early when most texts are rejected."""
     if reasons.total() == 200 and reasons[None] < 100:
         rejected = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common() if reason)
         logger.warning("of the first 200 texts %d were rejected (%s): see %s", 200 - reasons[None], rejected, answers)

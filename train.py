@@ -3,9 +3,9 @@
     python train.py [RECIPE.yaml] [--flag value ...]
     torchrun --nproc_per_node 2 train.py RECIPE.yaml
 
-Leaves in the output folder a model that from_pretrained loads, its scores on the validation and the test split, its
-captions, a report that shows them, its training curves and its model card. Started again after a kill, it resumes from
-the last checkpoint.
+Writes to the output folder a model that from_pretrained loads, its scores on the validation and test splits, its
+captions, a report that shows them, training curves and a model card. After a kill, the same command resumes from the
+last checkpoint.
 """
 
 from arguments import TRAIN_GROUPS
@@ -88,7 +88,7 @@ def main():
 
 
 def load_splits(data_args, args) -> tuple:
-    """(splits of records, bad training samples that were left out); ValueError if a split that is needed is missing."""
+    """(splits of records, bad training samples that were left out); ValueError if a required split is missing."""
     bad_rows = []
     with args.main_process_first(desc="preparing the dataset"):
         splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
@@ -116,10 +116,10 @@ def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:
 
 
 def evaluate(trainer, splits, scorers, metric_args, data_args, folder) -> list:
-    """Caption and score the validation and the test split; a ScoredSplit of each, on the main process."""
+    """Caption and score the validation and test splits. Returns a ScoredSplit for each, on the main process."""
     args, captioner, scored = trainer.args, trainer.captioner, []
     known = None if data_args.streaming else [text for group in splits["train"]["captions"] for text in group]
-    with gathered(trainer.model):  # by every process once; what comes after captioning the first does alone
+    with gathered(trainer.model):  # entered by all processes; after captioning, only the first one continues
         for name in ("validation", "test"):
             if name not in splits:
                 continue

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model, turns, peak memory and result files. Run one from the repo's root:
+"""Shared by the benchmarks: model, timing, peak memory and result files. Run one from the repo's root:
 
 python -m benchmarks.speed.captioning
 """
@@ -19,8 +19,8 @@ RESULTS = ROOT / "benchmarks/results"
 
 
 def blip_base(tiny: bool = False) -> BlipForConditionalGeneration:
-    """The architecture of Salesforce/blip-image-captioning-base (12 heads in the text decoder), random weights; `tiny`, of
-    two narrow layers, is for tests of the benchmarks themselves."""
+    """The architecture of Salesforce/blip-image-captioning-base (12 heads in the text decoder), random weights; `tiny`, with
+    two narrow layers, is for testing the benchmarks themselves."""
     torch.manual_seed(0)
     text, vision = {"num_attention_heads": 12}, {"image_size": 384, "initializer_range": 0.02}
     if tiny:
@@ -30,7 +30,7 @@ def blip_base(tiny: bool = False) -> BlipForConditionalGeneration:
 
 
 def summary(seconds: dict[str, list[float]], items: int) -> dict:
-    """Rates (items a second) of the alternating runs of "peer" and "ours": medians, spread, ratio of the medians."""
+    """Rates (items per second) of alternating runs of "peer" and "ours": medians, spread, ratio of the medians."""
     rates = {name: [items / value for value in values] for name, values in seconds.items()}
     return {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
@@ -39,7 +39,7 @@ def summary(seconds: dict[str, list[float]], items: int) -> dict:
 
 
 def device_memory(device: str, function) -> float | None:
-    """MiB that a GPU holds at most while `function` runs, weights and all; None on a CPU."""
+    """Peak GPU memory in MiB while `function` runs, weights included; None on a CPU."""
     if device != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -59,10 +59,10 @@ def timed(function, device: str) -> tuple[float, object]:
 
 
 def peak_mib(device: str) -> float:
-    """The most memory that this process has had: the GPU's, or main memory."""
+    """Peak memory of this process in MiB: on the GPU, or main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage's ru_maxrss: a child process starts with its parent's.
+    # Not getrusage's ru_maxrss: a child process inherits its parent's.
     return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 2**10
 
 

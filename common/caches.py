@@ -1,4 +1,4 @@
-"""Where this repo and its libraries keep what they fetch and compute, also on machines that give this process no home."""
+"""Where this repo and its libraries cache what they fetch and compute, even if this process has no home folder."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder(cache_dir=None) -> Path:
-    """The one folder of what this repo fetches and computes: inside the cache of `datasets`, or in `cache_dir`."""
+    """The folder that caches what this repo fetches and computes: inside the cache of `datasets`, or in `cache_dir`."""
     import datasets
 
     return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "image_captioning"
@@ -15,14 +15,14 @@ def cache_folder(cache_dir=None) -> Path:
 
 def use_writable_cache(beside: str | None) -> None:
     """Moves the caches of Hugging Face, matplotlib and this repo into the folder `beside` (default: a temporary folder) if
-    the usual place, ~/.cache, cannot be written to. Must come before these libraries are imported."""
+    the usual place, ~/.cache, cannot be written to. Must be called before these libraries are imported."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
     if os.environ.get("HF_HOME") or _is_writable(usual):
         return
     place = Path(beside) / ".cache" if beside else Path(tempfile.gettempdir()) / f"image-captioning-cache-{_user()}"
     print(f"{usual} cannot be written to: caches go to {place}. Set HF_HOME to keep them elsewhere.", file=sys.stderr)
     os.environ["XDG_CACHE_HOME"] = str(place.absolute())
-    for name in ("USER", "LOGNAME"):  # what asks for the name of a user that the system does not know
+    for name in ("USER", "LOGNAME"):  # libraries ask for the name of a user that the system does not know
         os.environ.setdefault(name, _user())
 
 

@@ -1,4 +1,4 @@
-"""From a command line to the dataclasses of arguments.py, and from a user's mistake to one line.
+"""From a command line to the dataclasses of arguments.py, and from a user's mistake to a one-line message.
 
 Values come from the defaults of the dataclasses, then a recipe (`train.py recipes/x.yaml`), then the command line.
 """
@@ -20,20 +20,20 @@ from common.caches import use_writable_cache
 from common.errors import UserError
 from common.text import TextError, read_text
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack is computed on the CPU
-# The repo does without it, and says nothing about that. A filter of the logger outlives the import of the library.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
+# The repo does not need torchvision, so do not warn about it. A filter of the logger survives the library's import.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in record.getMessage())
 
-# Nothing here imports torch or transformers before the arguments are known to be right: that takes ten seconds.
+# Nothing here imports torch or transformers before the arguments are known to be valid: that takes ten seconds.
 
 
 def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None):
     """Instances of `dataclasses_`, filled from defaults, recipe and command line; exits with 2 and one clear message
     on a user's mistake.
 
-    The first argument may be a recipe: a YAML file of flags. With `positional` ("paths"), arguments that are no flags
-    are collected instead, and returned as a last value (list of str); a dataclass with a `check_words` method looks at
-    them. What a dataclass can only say once torch is imported, its method `complete` does: it returns the instance.
+    The first argument may be a recipe: a YAML file of flags. With `positional` ("paths"), arguments that are not flags
+    are collected instead, and returned as the last value (list of str); a dataclass's method `check_words` checks them.
+    What a dataclass can only do once torch is imported, its method `complete` does: it returns the instance.
     """
     parser, found, words = _read(dataclasses_, argv, positional)
     try:
@@ -44,7 +44,7 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
 
 
 def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None) -> None:
-    """Answers --help and mistakes of the command line as `parse` does, but before torch is imported. Scripts call it
+    """Handles --help and mistakes of the command line as `parse` does, but before torch is imported. Scripts call it
     above their other imports."""
     _read(dataclasses_, argv, positional)
 
@@ -86,7 +86,7 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
 
 
 def argument_parser(dataclasses_: tuple, **options):
-    """transformers' parser of dataclasses, read from its file: importing the package around it takes seconds."""
+    """transformers' parser of dataclasses, loaded from its file: importing the package around it takes seconds."""
     try:
         file = Path(importlib.util.find_spec("transformers").origin).with_name("hf_argparser.py")
         spec = importlib.util.spec_from_file_location("hf_argparser", file)
@@ -99,7 +99,7 @@ def argument_parser(dataclasses_: tuple, **options):
 
 
 def flags_of(parser) -> dict:
-    """The actions of a parser by name; of a switch and its --no_ twin, which comes after it, the switch."""
+    """The actions of a parser by name; for a switch and its --no_ twin, which comes after it, the switch."""
     return {action.dest: action for action in reversed(parser._actions)}
 
 
@@ -166,22 +166,21 @@ def convert(value, action):
 
 
 def unrecognized(word: str, known) -> str:
-    """The message about `word`, a flag or a recipe's key, that is none of the `known` names."""
+    """The message about `word`, a flag or a recipe's key, that is not one of the `known` names."""
     return f"unrecognized argument: {word}.{nearest(word, known, '--' if word.startswith('-') else '')}"
 
 
 def nearest(name: str, known, dashes: str = "") -> str:
-    """A hint at the known name that is most like a misspelt one, or nothing."""
+    """A hint with the known name closest to a misspelt one, or nothing."""
     name = name.lstrip("-").split("=")[0].replace("-", "_")
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {dashes}{match[0]}?" if match else ""
 
 
 def run(main) -> None:
-    """Runs a script's `main`: logs to stderr, and ends a user's mistake with one message and exit code 2.
+    """Runs a script's `main`: logs to stderr, and turns a user's mistake into one message and exit code 2.
 
-    A mistake is a UserError, or an error of the file system. Anything else is a fault of the program, and keeps its
-    traceback.
+    A mistake is a UserError, or an error of the file system. Anything else is a bug, and keeps its traceback.
     """
     import torch
     import transformers
@@ -199,7 +198,7 @@ def run(main) -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
-    if os.getpid() == 1:  # of a container: the system ignores a stop signal there that no handler takes
+    if os.getpid() == 1:  # of a container: the system ignores a SIGTERM there that has no handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     script = Path(sys.argv[0]).name
@@ -212,7 +211,7 @@ def run(main) -> None:
         if "No space left" in str(error):
             message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"
         elif isinstance(error, UserError):
-            # A DataLoader worker hands its error over as a text that ends with the traceback's last line.
+            # A DataLoader worker passes on its error as a text that ends with the traceback's last line.
             text = str(error).strip()
             message = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
         elif isinstance(error, PermissionError) and error.filename and ".cache" in str(error.filename):
@@ -220,14 +219,14 @@ def run(main) -> None:
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}."
         elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):  # timed out, or worker killed
-            for child in multiprocessing.active_children():  # a stopped one would be waited for at the end
+            for child in multiprocessing.active_children():  # a stopped one would block the exit
                 child.kill()
             message = (
-                f"{str(error).splitlines()[0]} A process that reads images has died or hangs: look for an end of memory "
+                f"{str(error).splitlines()[0]} A DataLoader worker has died or hangs: check whether memory ran out "
                 "(dmesg), or pass --dataloader_num_workers 0. What was finished before is kept."
             )
         elif isinstance(error, ConnectionError | HfHubHTTPError) or type(error).__module__.startswith("http"):
-            message = f"the Hub could not be reached, or refused: {error}. What was written before is kept."
+            message = f"the Hub could not be reached, or refused the request: {error}. What was written before is kept."
         else:
             raise
         print(f"{script}: {message}", file=sys.stderr, flush=True)

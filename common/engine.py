@@ -1,8 +1,8 @@
-"""Who works on which shard: this process and its like (`local`), or actors of a Ray cluster (`ray`).
+"""Distributes shards: to this process and its peers (`local`), or to actors of a Ray cluster (`ray`).
 
-`work(shard, tick)` makes the output of a shard, calls `tick(n)` when n of its rows are finished, and returns its counts. A shard
-whose work fails is tried once more when all others are done, and then given up; an error that would meet every shard ends
-the run.
+`work(shard, tick)` makes the output of a shard, calls `tick(n)` when n of its rows are done, and returns its counts.
+A shard that fails is retried once after all others are done, and then given up; an error that would affect every shard
+ends the run.
 """
 
 import errno
@@ -16,7 +16,7 @@ from common.errors import UserError
 
 logger = logging.getLogger(__name__)
 TRIES = 2
-IN_A_ROW = 5  # unexpected errors, one after the other, that end a run: what is broken is not the shards
+IN_A_ROW = 5  # consecutive unexpected errors that end a run: the shards are not the problem
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Outcome:
     expected: bool = True
     lost: bool = False  # its worker died
     trace: str = ""
-    raised: Exception | None = None  # the error itself, where this process met it
+    raised: Exception | None = None  # the error itself, if it was raised in this process
 
     def __str__(self) -> str:
         return self.error if self.shard.label in self.error else f"{self.shard}: {self.error}"
@@ -49,7 +49,7 @@ def attempt(work: Callable, shard, tick: Callable[[int], None]) -> Outcome:
 
 
 class Queue:
-    """The shards that are left, and what became of the others."""
+    """The shards that are left, and the outcomes of the others."""
 
     def __init__(self, shards: list, report: Callable[[Outcome], None]):
         self.left, self.again = list(reversed(shards)), []
@@ -66,7 +66,7 @@ class Queue:
         return self.left.pop() if self.left else None
 
     def give(self, outcome: Outcome) -> None:
-        """What became of a shard. Raises what ends the run."""
+        """Record the outcome of a shard. Raises an error that ends the run."""
         if outcome.error is None:
             self.unexpected = 0
         else:
@@ -77,7 +77,7 @@ class Queue:
                 raise outcome.raised or UserError(outcome.error)
             self.tries[outcome.shard] = self.tries.get(outcome.shard, 0) + 1
             if self.tries[outcome.shard] < (2 * TRIES if outcome.lost else TRIES):
-                logger.warning("%s. It will be tried once more", outcome)
+                logger.warning("%s. It will be retried", outcome)
                 self.again.append(outcome.shard)
                 return
             self.failed.append(outcome)
@@ -92,7 +92,7 @@ def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Out
         begin: called with the settings; returns (the shards that are left, Progress).
         reachable: whether the servers that a shard needs answer.
         args: --engine and its flags.
-        most: shards that there are at most.
+        most: the largest possible number of shards.
     """
     if args.engine == "ray":
         from common import ray_engine
@@ -113,11 +113,11 @@ def sharing(args, share: tuple[int, int]) -> tuple[int, int]:
 
 
 class Patient:
-    """Work that waits for a server that does not answer instead of failing with it, ten minutes in all. What makes the
-    output of all shards is such work, too, without a shard: `Patient(finish, reachable)()`.
+    """Work that waits for a server that does not answer, up to ten minutes in all, instead of failing. Building the
+    output from all shards is such work, too, without a shard: `Patient(finish, reachable)()`.
 
     Args:
-        reachable: whether the servers that a shard needs answer; of None, those of the outputs.
+        reachable: whether the servers that a shard needs answer; for None, those of the outputs.
     """
 
     def __init__(self, work: Callable, reachable: Callable[[object], bool], patience: float = 600):

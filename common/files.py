@@ -11,8 +11,8 @@ from common.errors import UserError
 
 @contextlib.contextmanager
 def whole(path):
-    """A temporary path beside `path` that takes its place when the block ends well: the file is there whole or not at
-    all, also where several processes write the same one."""
+    """A temporary path next to `path` that replaces it when the block succeeds: the file appears whole or not at all,
+    even if several processes write the same one."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     os.close(handle)
@@ -37,7 +37,7 @@ def write_json(path, value) -> None:
 
 
 def output_folder(path: str) -> Path:
-    """The folder, made if need be; ValueError if it is a file or cannot be written to."""
+    """The folder, created if needed; ValueError if it is a file or cannot be written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

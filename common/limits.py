@@ -21,7 +21,7 @@ def cpus() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that are left, of the machine's and of each limit of its cgroups. File cache counts as free."""
+    """Bytes of free memory: the machine's, or less if a cgroup's limit leaves less. File cache counts as free."""
     free = psutil.virtual_memory().available
     for folder in _cgroups("memory"):
         limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
@@ -35,7 +35,7 @@ def free_memory() -> int:
 
 
 def free_shared_memory() -> int | None:
-    """Bytes that processes can still hand to each other, or None where nothing bounds that but the memory itself."""
+    """Bytes that processes can still pass to each other, or None where only the memory itself limits that."""
     try:
         space = os.statvfs("/dev/shm")
     except (AttributeError, OSError):  # Windows, macOS
@@ -44,7 +44,7 @@ def free_shared_memory() -> int | None:
 
 
 def _cgroups(controller: str) -> list[Path]:
-    """Folders of this process's cgroup and those around it, of version 2 and of version 1's `controller`."""
+    """Folders of this process's cgroup and its parents, of version 2 and of version 1's `controller`."""
     folders = []
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

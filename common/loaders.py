@@ -1,4 +1,4 @@
-"""DataLoaders that cannot wait for ever: bounded by the shared memory there is, and by a time-out."""
+"""DataLoaders that cannot wait forever: limited to the available shared memory, and by a timeout."""
 
 import itertools
 import logging
@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from common.limits import free_shared_memory
 
 logger = logging.getLogger(__name__)
-TIMEOUT = 180  # seconds that a batch may take to come from a worker, or the worker is taken for dead
-said = []  # the warning that shared memory is small, once a process
-MEASURED = 2  # samples that tell how large a batch is
+TIMEOUT = 180  # seconds to wait for a worker's batch before the worker is considered dead
+said = []  # the warning that shared memory is small, once per process
+MEASURED = 2  # samples used to estimate the size of a batch
 
 
 def data_loader(dataset, collate_fn, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """A DataLoader with at most `num_workers` processes, as many as shared memory has room for. It raises a
+    """A DataLoader with at most `num_workers` workers, as many as shared memory has room for. It raises a
     RuntimeError if a worker dies, or sends nothing for TIMEOUT seconds."""
     num_workers, prefetch = fit_workers(dataset, collate_fn, batch_size, num_workers)
     return DataLoader(
@@ -32,8 +32,8 @@ def data_loader(dataset, collate_fn, *, batch_size: int, num_workers: int = 0, p
 
 
 def ahead(batches):
-    """`batches` in their order, the next one made in a thread while the caller works on the last: reading and resizing
-    images let go of the interpreter, and a model on a CPU does not keep every core busy all the time."""
+    """`batches` in order, the next one made in a thread while the caller works on the current one: reading and resizing
+    images release the GIL, and a model on a CPU does not keep every core busy all the time."""
     iterator, end = iter(batches), object()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, iterator, end)
@@ -45,14 +45,14 @@ def ahead(batches):
 def fit_workers(
     dataset, collate_fn, batch_size: int, num_workers: int, prefetch: int | None = None, held: int = 2
 ) -> tuple[int, int | None]:
-    """(workers, batches that each prepares ahead), no more than asked for, that fit half of the shared memory which is
-    free, shared by the processes of this machine. (0, None) if not even one worker's do. `held` is the number of
-    batches that the reader of the loader holds at once; 2 in a loop, whose variable keeps the last one.
+    """(workers, batches that each prepares ahead), no more than asked for, that fit in half of the free shared memory,
+    divided among the processes of this machine. (0, None) if not even one worker's fit. `held` is the number of batches
+    that the consumer of the loader holds at once; 2 in a loop, whose variable keeps the last one.
 
-    Batches travel through /dev/shm, of which Docker gives a container 64 MB, and stay there as long as the reader holds
-    them. Where it is full, the thread that sends them dies, and torch's DataLoader waits for its worker without end.
+    Batches travel through /dev/shm, of which Docker gives a container 64 MB, and stay there as long as the consumer
+    holds them. When it is full, the thread that sends them dies, and torch's DataLoader waits for its worker forever.
     """
-    if num_workers:  # by name: file descriptors are fetched from the worker itself, which no time-out covers
+    if num_workers:  # by name: file descriptors are fetched from the worker itself, which no timeout covers
         torch.multiprocessing.set_sharing_strategy("file_system")
     free = free_shared_memory() if num_workers else None
     if free is None:
@@ -75,7 +75,7 @@ def fit_workers(
 
 
 def _batch_bytes(dataset, collate_fn, batch_size: int) -> int:
-    """An estimate: of the first samples, with a quarter added for those that are larger."""
+    """An estimate from the first samples, plus a quarter as others may be larger."""
     if isinstance(dataset, IterableDataset):
         samples = list(itertools.islice(dataset, MEASURED))
     else:

@@ -1,4 +1,4 @@
-"""This process among others, its threads, and what people see of long work."""
+"""This process among others, its threads and memory, and progress bars."""
 
 import ctypes
 import os
@@ -25,8 +25,8 @@ def processes() -> PartialState:
 
 
 def own_share() -> tuple[int, int]:
-    """(number, count) of this process among those that were started together, for work that needs no other of them:
-    it does not join them, so that none waits for another, and runs on the GPU of its own number."""
+    """(number, count) of this process among those that were started together, for independent work: it does not join
+    them, so that none waits for another, and runs on the GPU of its own number."""
     number, count, local = (int(os.environ.pop(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if count > 1 and on_accelerator():
         torch.accelerator.set_device_index(local % torch.accelerator.device_count())
@@ -47,8 +47,8 @@ def use_device(name: str) -> None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16 faster than in float32: a GPU that torch says so of, and a processor with
-    AVX-512 BF16 or AMX. On others the CPU's bfloat16 is emulated, and several times slower than float32."""
+    """Whether `device` computes faster in bfloat16 than in float32: a GPU if torch says so, and a processor with
+    AVX-512 BF16 or AMX. On other processors bfloat16 is emulated, and several times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu" or not CPUINFO.exists() or not torch.backends.mkldnn.is_available():
@@ -58,8 +58,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed buffers for the next ones, whatever their size. By default those of more than 32 MiB go back to
-    the system and are faulted in anew: a twentieth of captioning's time on a CPU. Elsewhere does nothing."""
+    """Make glibc keep freed buffers for reuse, whatever their size. By default those of more than 32 MiB go back to the
+    system and are faulted in again: a twentieth of captioning's time on a CPU. Without glibc does nothing."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
@@ -67,7 +67,7 @@ def keep_memory() -> None:
 
 
 def default_workers() -> int:
-    """Processes that read images for one process with a GPU. Without one they would take the model's own cores."""
+    """DataLoader workers for one process with a GPU. Without a GPU they would take the model's own cores."""
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(8, max(1, cpus() // processes_here)) if torch.cuda.is_available() and on_accelerator() else 0
 
@@ -80,7 +80,7 @@ def fork_rng(device: torch.device):
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Peak memory of this process, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -91,14 +91,14 @@ def peak_memory() -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory of this process's GPU, or what is free of the machine's, where processes share it."""
+    """Bytes of memory of this process's GPU, or else its share of the machine's free memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def show_progress(items, total: int, doing: str = "captioning"):
-    """A bar for people, or for a log file a line every half minute; on the main process only."""
+    """A progress bar, or in a log file a line every half minute; on the main process only."""
     return tqdm(
         items,
         total=total,
@@ -110,8 +110,8 @@ def show_progress(items, total: int, doing: str = "captioning"):
 
 
 def in_threads(function, items, threads: int | None = None, progress: str | None = None) -> list:
-    """`[function(item) for item in items]` on so many threads: Pillow and numpy let go of the interpreter while they
-    decode and resize. Default: as many as torch has, in a loader's worker process one. `progress` names a bar."""
+    """`[function(item) for item in items]` on several threads: Pillow and numpy release the GIL while they decode and
+    resize. Default: as many as torch has, which is one in a DataLoader worker. `progress` names a progress bar."""
     threads = min(threads or torch.get_num_threads(), len(items))
     if threads < 2:
         return [function(item) for item in tqdm(items, desc=progress, disable=not progress)]

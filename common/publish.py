@@ -1,4 +1,4 @@
-"""What leaves this machine with an upload to the Hub: a list of files, and no path of this machine in them."""
+"""Uploads to the Hub: only the files listed here, without any path of this machine in them."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from common.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Weights, what from_pretrained reads, the card, and scores. Nothing else of a run: no checkpoints, no TensorBoard files
-# and reports (they hold photographs of the data), no captions per image, no pickles.
+# or reports (they contain images of the dataset), no captions per image, no pickles.
 UPLOADED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
     "*processor*.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -21,7 +21,7 @@ UPLOADED = (
     "coco_metrics.json", "validation/coco_metrics.json",
 )  # fmt: skip
 CLEANED = ("run.json", "coco_metrics.json")
-# Two parts or more below a root, a drive or a home; not the address of a web page, not a closing tag.
+# Two parts or more below a root, a drive or a home; not a URL, not a closing tag.
 PATH = re.compile(r"""(?<![\w/.:<\\])(?:~|[A-Za-z]:)?[/\\][\w.@%+=~ -]*[\w.@%+=~-][/\\][^\s"'`|<>(),;]+""")
 
 
@@ -34,7 +34,7 @@ def files_to_upload(folder: Path) -> dict[str, Path | bytes]:
 
 
 def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> None:
-    """Upload `files_to_upload` to a Hub repository, which is made if it is not there; with `dry_run` only list them.
+    """Upload `files_to_upload` to a Hub repository, which is created if needed; with `dry_run` only list them.
     `options` (token, revision, private) are huggingface_hub's."""
     files = files_to_upload(folder)
     sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in files.items()}
@@ -57,7 +57,7 @@ def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> N
 
 
 def without_local_paths(value, key: str = ""):
-    """`value` (what JSON holds), with every path of this machine cut to its last part."""
+    """`value` (JSON data), with every path of this machine cut to its last part."""
     if isinstance(value, dict):
         return {name: without_local_paths(inner, name) for name, inner in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,5 @@
-"""The actors of a Ray cluster that work on shards. A worker returns a shard's error instead of raising it; one that dies,
-or whose node does, is replaced, and its shard given to another."""
+"""The actors of a Ray cluster that process shards. A worker returns a shard's error instead of raising it; one that
+dies, or whose node does, is replaced, and its shard given to another."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ from common.engine import Outcome, Patient, Queue, attempt
 from common.errors import UserError
 
 logger = logging.getLogger(__name__)
-POLL = 2.0  # seconds between looks at the workers' progress
-DEATHS = 3  # of workers that start, without one that has started, that end a run
+POLL = 2.0  # seconds between checks of the workers' progress
+DEATHS = 3  # of starting workers that end a run, if none has started
 
 
 def connect(args):
@@ -61,12 +61,12 @@ def resources(ray, args, most: int) -> tuple[int, dict]:
 
 
 class Actor:
-    """One worker. `progress` is answered while `work_on` runs."""
+    """One worker. `progress` can be called while `work_on` runs."""
 
     def __init__(self, work, reachable: Callable, folder: str, path: list[str]):
         sys.path[:] = [*path, *(place for place in sys.path if place not in path)]
         if os.path.isdir(folder):
-            os.chdir(folder)  # relative paths mean the same as for who started the run
+            os.chdir(folder)  # relative paths mean the same as where the run was started
         self.work, self.patient, self.rows = work, Patient(work, reachable), 0
 
     def start(self) -> tuple[dict | None, Outcome | None]:
@@ -114,8 +114,8 @@ class Pool:
         self.busy[actor.work_on.remote(shard)] = (actor, shard)
 
     def wait(self):
-        """Yields (settings, None) of each worker that has started and (None, outcome) of each shard that has ended, of
-        those that do within a while. Raises what keeps workers from starting."""
+        """Waits up to POLL seconds, and yields (settings, None) for each worker that has started and (None, outcome)
+        for each shard that has ended. Raises an error that keeps workers from starting."""
         ready, _ = self.ray.wait([*self.starting, *self.busy], timeout=POLL)
         for ref in ready:
             actor, shard = self.busy.pop(ref) if ref in self.busy else (self.starting.pop(ref), None)
@@ -137,7 +137,7 @@ class Pool:
             yield (found[0], None) if shard is None else (None, found)
 
     def rows(self) -> int:
-        """Rows finished of the shards in progress."""
+        """Finished rows of the shards in progress."""
         asked = {actor: actor.progress.remote() for actor, _ in self.busy.values()}
         ready, _ = self.ray.wait([*asked.values()], num_returns=len(asked), timeout=0.5) if asked else ([], [])
         known = {}
@@ -175,7 +175,7 @@ def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Out
                 progress.tick(pool.rows())
             elif pool.starting and time.monotonic() - waiting > 60:
                 waiting = time.monotonic()
-                logger.warning("ray: no worker has started yet; free are %s", ray.available_resources())
+                logger.warning("ray: no worker has started yet; free resources: %s", ray.available_resources())
         progress.close()
         return queue.failed
     finally:

@@ -1,4 +1,4 @@
-"""A journal: rows that a process appends as they are finished, so that a killed one loses none."""
+"""A journal: rows that a process appends as they are finished, so that a kill loses none."""
 
 import json
 from collections.abc import Iterator
@@ -17,18 +17,18 @@ class JournalInUse(UserError):
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    """The lines of a file but for the one that a kill cut in two; of no file, none."""
+    """The lines of a file, except for one that a kill cut short; none if there is no file."""
     if path.exists():
         with open(path, encoding="utf-8") as file:
             yield from (line for line in file if line.endswith("\n"))
 
 
 def open_journal(path: Path):
-    """The file, to append to, without a line that a kill cut in two. JournalInUse if another run has it."""
+    """The file, opened to append to, without a line that a kill cut short. JournalInUse if another run has it."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - the caller's `with` closes it
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however that happens
         except OSError:
             file.close()
             raise JournalInUse(f"{path}: another run is writing it. Let it finish, or stop it.") from None
@@ -38,6 +38,6 @@ def open_journal(path: Path):
 
 
 def write_row(file, row: dict) -> None:
-    """Append one row, so that it outlives this process."""
+    """Append one row, so that it survives this process."""
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()

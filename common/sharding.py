@@ -1,4 +1,4 @@
-"""Weights that processes share between them (FSDP2, ZeRO-3): whether the launch asked for it, and all of them at once."""
+"""Weights sharded across processes (FSDP2, ZeRO-3): whether the launch asked for it, and how to gather them."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def strategy() -> str | None:
-    """What `accelerate launch --config_file` asked for: "FSDP", "ZeRO-1" to "ZeRO-3", or None, where each process has the
+    """What `accelerate launch --config_file` asked for: "FSDP", "ZeRO-1" to "ZeRO-3", or None, if each process has the
     whole model."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "FSDP"
@@ -19,8 +19,8 @@ def strategy() -> str | None:
 @contextlib.contextmanager
 def gathered(model):
     """Inside, every process has all weights of a sharded `model`, in the precision that they are computed in, and may run
-    it alone, as often as it likes and any part of it: captioning shares of unequal length needs no step in common. All
-    processes enter together. A model that is not sharded stays as it is, and so does one that is gathered already.
+    it or any part of it independently, any number of times: processes may caption different numbers of images. All
+    processes enter together. A model that is not sharded, or gathered already, stays as it is.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if getattr(model, "is_gathered", False) or not (units or hasattr(model, "zero3_offload")):
@@ -37,7 +37,7 @@ def gathered(model):
 @contextlib.contextmanager
 def _gathered_by_fsdp(model, units: list):
     for unit in units:
-        unit.reshard()  # what an earlier pass left gathered may be older than the shares
+        unit.reshard()  # what an earlier pass left gathered may be out of date
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
@@ -50,7 +50,7 @@ def _gathered_by_fsdp(model, units: list):
 
 @contextlib.contextmanager
 def _gathered_by_zero(model):
-    """The same of ZeRO-3, whose hooks would drop what a module has used (as TRL does it for generation)."""
+    """The same for ZeRO-3, whose hooks would release what a module has used (as TRL does it for generation)."""
     import deepspeed
 
     offload = model.zero3_offload()

@@ -1,7 +1,7 @@
-"""Text files of any encoding that people save: read right, or refused in one line that names the file.
+"""Text files in any common encoding: read correctly, or refused in one line that names the file.
 
 UTF-8 and UTF-16 with or without a byte order mark, UTF-32 with one, and Windows-1252 (Excel's CSV in Western Europe),
-which is only assumed of text that looks like it, and said.
+which is only assumed of text that looks like it, with a warning.
 """
 
 import codecs
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, as it begins with that mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 CHUNK = 1 << 20
-# Four bytes above ASCII in a row are a word of another script; a sign within a word is a letter of another code page.
+# Four bytes above ASCII in a row are a word of another script; a symbol within a word is a letter of another code page.
 FOREIGN = re.compile(
     rb"[\x80-\xff]{4}|[A-Za-z\xc0-\xff][\xa1-\xa9\xac-\xaf\xb1-\xb3\xb5\xb6\xb8\xb9\xbc-\xbf][A-Za-z\xc0-\xff]"
 )
@@ -32,14 +32,14 @@ _said: set = set()
 
 
 class TextError(UserError):
-    """A file that is no text, or text of an encoding that cannot be told."""
+    """A file that is not text, or text in an encoding that cannot be determined."""
 
 
 def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOWrapper:
-    """The file, opened to be read as text in its own encoding; `newline` as of `open`.
+    """The file, opened to be read as text in its own encoding; `newline` as in `open`.
 
     Raises:
-        TextError: naming the file and what it is not. OSError: as of `open`.
+        TextError: naming the file and what it is not. OSError: as `open` does.
     """
     encoding = encoding_of(path)
     if encoding == "cp1252" and path not in _said:

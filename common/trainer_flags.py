@@ -1,4 +1,4 @@
-"""transformers' training flags, read from its source: importing it brings torch, and takes ten seconds."""
+"""transformers' training flags, read from its source: importing it would import torch, which takes ten seconds."""
 
 import ast
 import builtins
@@ -19,7 +19,7 @@ def trainer_flags() -> type:
     """A dataclass with the fields of the installed transformers' Seq2SeqTrainingArguments (names, types, defaults,
     help), without its methods: what a parser needs. tests/scripts/test_arguments.py compares it with the real class."""
     found = importlib.util.find_spec("transformers")
-    if found is None:  # as `import transformers` says it; sagemaker/launch.py runs without it
+    if found is None:  # the error of `import transformers`; sagemaker/launch.py runs without it
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
     folder = Path(found.origin).parent
     classes = []
@@ -49,7 +49,7 @@ def trainer_flags() -> type:
 
 
 def _is_field(statement: ast.stmt) -> bool:
-    """A field, or what gives one its default: a constant of the class, also one that depends on torch's version."""
+    """A field, or a class constant that gives one its default, including one that depends on torch's version."""
     if isinstance(statement, ast.If):
         statement.body = [inner for inner in statement.body if _is_field(inner)]
         return bool(statement.body)
@@ -58,7 +58,7 @@ def _is_field(statement: ast.stmt) -> bool:
 
 
 def _stand_in(name: str):
-    """For a name that is imported from elsewhere: whether torch has some version, or a type."""
+    """A stand-in for an imported name: whether torch has some version, or a type."""
     if found := re.fullmatch(r"is_torch_greater_or_equal_than_(\d+)_(\d+)", name):
         return tuple(map(int, version("torch").split(".")[:2])) >= tuple(map(int, found.groups()))
     return type(name, (str,), {})

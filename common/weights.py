@@ -1,4 +1,4 @@
-"""Weight files: safetensors, or the tensors of a .bin, and no other; every weight found, and every one used."""
+"""Weight files: safetensors, or the tensors of a .bin, and nothing else; every weight must be found and used."""
 
 import contextlib
 import logging
@@ -14,10 +14,10 @@ from common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# transformers would ask a service of the Hub to convert a .bin repository in the background.
+# Otherwise transformers asks a service of the Hub to convert a .bin repository in the background.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
-# Buffers that older releases saved and newer ones compute: no weight of any captioner.
+# Buffers that older releases saved and newer ones compute: not weights of any captioner.
 BUFFERS = re.compile(
     r"(.*\.)?(position_ids|inv_freq|original_inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias|relative_position_index|"
     r"embed_positions\._float_tensor|embed_positions\.weights|num_batches_tracked|qk_rel_pos_index)"
@@ -27,10 +27,10 @@ BUFFERS = re.compile(
 def read_weights(model_class, source, *, revision: str = "main", unread: str = "", **options):
     """`model_class.from_pretrained(source)` with all its weights, from a local folder or the Hub.
 
-    Safetensors if there are any, else `pytorch_model.bin`, of which torch takes tensors alone and runs nothing. Single
-    files and shards. Names of older releases are mapped as the library maps them. `unread`: a regular expression of the
+    Safetensors if there are any, else `pytorch_model.bin`, from which torch reads tensors only and runs no code. Single
+    files or shards. Names of older releases are mapped as the library maps them. `unread`: a regular expression of the
     weights that the model has but never reads. `options` are those of `from_pretrained`. ValueError, in one line, if the
-    files are damaged, hold anything but tensors, lack a weight, or hold one that the model has no place for; OSError if
+    files are damaged, hold anything but tensors, lack a weight, or hold one that the model does not have; OSError if
     there is no model.
     """
     in_safetensors = _has(source, revision, SAFE_WEIGHTS_NAME) or _has(source, revision, SAFE_WEIGHTS_INDEX_NAME)
@@ -49,7 +49,7 @@ def read_weights(model_class, source, *, revision: str = "main", unread: str = "
 
 @contextlib.contextmanager
 def errors_in_one_line(source):
-    """What goes wrong in reading the weight files of `source`, as a ValueError in one line."""
+    """Turns errors in reading the weight files of `source` into a ValueError in one line."""
     try:
         yield
     except SafetensorError as error:
@@ -67,7 +67,7 @@ def errors_in_one_line(source):
 
 
 def check_keys(source, model: str, missing, unexpected, unread: str = "") -> None:
-    """ValueError if weights are missing from `source`, or if it holds some that `model` has no place for."""
+    """ValueError if weights are missing from `source`, or if it holds some that `model` does not have."""
 
     def of_weight(names):
         return sorted(n for n in names if not BUFFERS.fullmatch(n) and not (unread and re.fullmatch(unread, n)))

@@ -1,7 +1,7 @@
-"""Captioning data: sources (one module a format, in data/formats), records and their checks, images, augmentation.
+"""Captioning data: sources (one module per format, in data/formats), records and their checks, images, augmentation.
 
-dataset = data.load("ariG23498/flickr8k")        # DatasetDict: train / validation / test, one record an image
-picture = data.open_image(record["image"])       # RGB, late, in the worker
+dataset = data.load("ariG23498/flickr8k")        # DatasetDict: train / validation / test, one record per image
+picture = data.open_image(record["image"])       # RGB; opened late, in the worker
 """
 
 from data.augmentation import Augmentation, corruption

@@ -1,11 +1,11 @@
-"""Image augmentation on PIL images, from a list of plain words in a recipe, seeded for each image.
+"""Image augmentation on PIL images, from a list of plain words in a recipe, seeded per image.
 
 The recipe of BLIP's paper (section 4.1; data/__init__.py and transform/randaugment.py of github.com/salesforce/BLIP):
 
     augment: ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
 
-docs/augmentation.png shows what each operation makes of a picture; `python benchmarks/quality/augmentation.py PHOTO...` draws
-that of yours.
+docs/augmentation.png shows what each operation does to a picture; `python benchmarks/quality/augmentation.py PHOTO...`
+draws the same for your photos.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from common.errors import UserError
 from data.images import open_image
 
-GRAY = (128, 128, 128)  # what the official RandAugment fills bared corners with
+GRAY = (128, 128, 128)  # what the official RandAugment fills exposed corners with
 NOISE = ("gaussian_noise", "blur", "jpeg")  # what a camera or a website does to a picture; its caption stays true
 LEFT_RIGHT = re.compile(r"\b(left|right)(most|ward|wards|-?hand|-?handed)?\b", re.IGNORECASE)
 
@@ -28,15 +28,15 @@ LEFT_RIGHT = re.compile(r"\b(left|right)(most|ward|wards|-?hand|-?handed)?\b", r
 class Augmentation:
     """Augments one image: `Augmentation(spec, size, seed)(image, epoch, image_id, captions)`.
 
-    Every random choice comes from (seed, epoch, image_id), so a resumed run sees the very images of an unbroken one,
-    with any number of workers and processes.
+    Every random choice comes from (seed, epoch, image_id), so a resumed run sees the same images as an uninterrupted
+    one, with any number of workers and processes.
 
     Args:
         spec: operations, in order:
-            `random_resized_crop:LOW:HIGH`: a crop of that share of the area, sides 3:4 to 4:3, resized (bicubic) to
+            `random_resized_crop:LOW:HIGH`: a crop of that share of the area, aspect 3:4 to 4:3, resized (bicubic) to
             `size`; LOW and HIGH are .5 and 1 in BLIP's recipe.
-            `flip`: mirrored with probability 1/2. The official recipe mirrors every image; ours leaves those alone
-            whose captions speak of left or right, which mirroring would make false.
+            `flip`: mirrored with probability 1/2. The official recipe mirrors every image; ours skips those whose
+            captions mention left or right, which mirroring would make false.
             `randaugment:N:M`: N operations drawn (with repetition) from BLIP's ten, each applied with probability
             1/2 at magnitude M of 10.
             `rotation:DEGREES`: by an angle drawn from -DEGREES to DEGREES.
@@ -45,14 +45,14 @@ class Augmentation:
             `gaussian_noise:STD[:P]`: normal noise of that standard deviation, in units of 255, on every channel.
             `blur:RADIUS[:P]`: a Gaussian of that standard deviation in pixels.
             `jpeg:QUALITY[:P]`: the artefacts of a JPEG file of that quality, from 1 to 100.
-            These three are of one strength, and are applied with probability P (1 if left out), to the picture as it is
-            at that place of the list: before a crop to the photograph's own pixels, after it to the model's.
-        size: (height, width) in pixels that a crop is resized to, and the result. None leaves resizing to whoever
-            comes after; BLIP's recipe resizes at the crop, so that translations are pixels of the model's input.
-        seed: of the run.
+            These three have a fixed strength, and are applied with probability P (default 1) to the picture as it is
+            at that point of the list: before a crop to the photograph's own pixels, after it to the model's.
+        size: (height, width) in pixels that crops and the result are resized to. None leaves resizing to a later
+            step; BLIP's recipe resizes at the crop, so that translations are in pixels of the model's input.
+        seed: the run's seed.
 
     Raises:
-        ValueError: an unknown operation or wrong numbers, naming it.
+        ValueError: an unknown operation or wrong numbers; the message names it.
     """
 
     def __init__(self, spec: list[str], size: tuple[int, int] | None = None, seed: int = 42):
@@ -64,14 +64,14 @@ class Augmentation:
         """Augment one RGB image of any size, and return an RGB image.
 
         Args:
-            captions: those that are learnt with the image, for `flip`.
+            captions: those that are learned with the image, for `flip`.
         """
         rng = seeded(self.seed, epoch, image_id)
         for name, numbers in self.operations:
             if name == "random_resized_crop":
                 image = random_resized_crop(image, self.size, *numbers, rng)
             elif name == "flip":
-                mirrored = rng.random() < 0.5  # drawn in any case: the choices after it are then the same
+                mirrored = rng.random() < 0.5  # always drawn, so that the choices after it stay the same
                 if mirrored and not any(LEFT_RIGHT.search(caption) for caption in captions):
                     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             elif name == "randaugment":
@@ -90,7 +90,7 @@ class Augmentation:
         return image
 
 
-FORMS = {  # name: (its numbers, how many, whether they are valid, what is)
+FORMS = {  # name: (its numbers, how many, whether they are valid, which are)
     "random_resized_crop": ("LOW:HIGH", 2, lambda low, high: 0 < low <= high <= 1, "0 < LOW <= HIGH <= 1"),
     "flip": ("", 0, lambda: True, ""),
     "randaugment": ("N:M", 2, lambda n, m: n == int(n) and n >= 1 and 0 <= m <= 10, "N >= 1 whole, M from 0 to 10"),
@@ -108,7 +108,7 @@ def corruption(spec: list[str]) -> Augmentation | None:
     own resolution. Called as `corruption(image, 0, image_id)` it does the same to an image at every evaluation.
 
     Raises:
-        ValueError: an operation that is not in NOISE (what changes a picture's content would make its references
+        ValueError: an operation that is not in NOISE (changing a picture's content would make its references
             false), or wrong numbers.
     """
     for text in spec:
@@ -117,7 +117,7 @@ def corruption(spec: list[str]) -> Augmentation | None:
 
 
 def seeded(*values) -> random.Random:
-    """A generator for these values, the same in every process; hash() differs between them."""
+    """A generator seeded by these values, the same in every process; hash() differs between processes."""
     return random.Random(hashlib.sha256(" ".join(map(str, values)).encode()).digest())
 
 
@@ -140,7 +140,7 @@ def parse_operation(text: str, forms: dict = FORMS, flag: str = "augment") -> tu
 
 
 def random_resized_crop(image: Image.Image, size, low: float, high: float, rng: random.Random) -> Image.Image:
-    """A crop of a share low..high of the area and of sides 3:4 to 4:3 (even in their logarithm), resized to `size`.
+    """A crop of a share low..high of the area and of aspect ratio 3:4 to 4:3 (log-uniform), resized to `size`.
 
     As torchvision's RandomResizedCrop: ten tries, then the largest centred crop of a permitted shape.
     """
@@ -227,7 +227,7 @@ def color_jitter(image: Image.Image, brightness, contrast, saturation, rng: rand
 
 
 def add_noise(image: Image.Image, name: str, strength: float, rng: random.Random) -> Image.Image:
-    """One of NOISE; only Gaussian noise draws anything."""
+    """One of NOISE; only Gaussian noise is random."""
     if name == "blur":
         return image.filter(ImageFilter.GaussianBlur(strength))
     if name == "jpeg":

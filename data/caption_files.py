@@ -1,4 +1,4 @@
-"""Reading predictions and references from files, as people have them.
+"""Reads predictions and references from files, in the formats that people have.
 
 Formats, recognized by content: COCO results `[{"image_id": 1, "caption": "..."}]`; COCO annotations (`images` and
 `annotations`) and VizWiz'; Karpathy's JSON (`images` with `sentences`); TextCaps' (`data`); Flickr8k's token.txt and
@@ -6,7 +6,7 @@ captions.txt; JSONL, CSV and Parquet with a column of image ids or image files a
 plain map `{"1": "caption"}` or `{"1": ["caption", "caption"]}`.
 
 Image ids are compared as text: COCO writes numbers, others file names. Predictions find their references by id, file name,
-or base name with or without ending, where that is of one image only.
+or base name with or without extension, where only one image has it.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class CaptionFileError(UserError):
 
 @dataclasses.dataclass
 class Entry:
-    """What a file says of one image: `captions`, or the `error` for which infer.py has none."""
+    """What a file says about one image: `captions`, or the `error` that infer.py wrote instead."""
 
     image_id: str
     captions: list[str]
@@ -57,12 +57,12 @@ class Entry:
 class References:
     captions: dict[str, list[str]]  # by image id, in the file's order
     names: dict[str, str]  # file names of those images that have one
-    columns: dict[str, dict]  # what else the file says of each image, for scores of subsets
+    columns: dict[str, dict]  # what else the file says about each image, for scores of subsets
 
 
 def load_predictions(path: str | os.PathLike, references: References | None = None) -> dict[str, str]:
-    """{image id: caption}, exactly one caption per image; with references, by their image ids. Images without a caption,
-    of which infer.py wrote an error, are an error where the references have them, and else counted."""
+    """{image id: caption}, exactly one caption per image; with references, by their image ids. Images with an
+    error from infer.py instead of a caption are an error if the references have them, else only counted."""
     entries = list(_entries(Path(path)))
     ids = _matched([entry.name or entry.image_id for entry in entries], entries, references)
     predictions: dict[str, str] = {}
@@ -98,7 +98,7 @@ def load_references(path: str | os.PathLike) -> dict[str, list[str]]:
 
 
 def read_references(path: str | os.PathLike, split: str | None = None) -> References:
-    """The references of a file. Of Karpathy's JSON, those of `split`."""
+    """The references in a file; from Karpathy's JSON, those of `split`."""
     found = References({}, {}, {})
     splits = Counter()
     for entry in _entries(Path(path)):
@@ -121,7 +121,7 @@ def read_references(path: str | os.PathLike, split: str | None = None) -> Refere
 
 
 def _matched(names: list[str], entries: list[Entry], references: References | None) -> list[str]:
-    """The image id that the references have for each entry; its own where they have none."""
+    """The image id that the references have for each entry; the entry's own where they have none."""
     if references is None:
         return [entry.image_id for entry in entries]
     tables: list[dict[str, str | None]] = []
@@ -129,7 +129,7 @@ def _matched(names: list[str], entries: list[Entry], references: References | No
         table: dict[str, str | None] = {}
         for image_id in references.captions:
             for name in {short(name) for name in (image_id, references.names.get(image_id)) if name} - {None}:
-                table[name] = None if table.get(name, image_id) != image_id else image_id  # None: of several images
+                table[name] = None if table.get(name, image_id) != image_id else image_id  # None: ambiguous
         tables.append(table)
     found = []
     for entry, name in zip(entries, names, strict=True):
@@ -165,10 +165,10 @@ def _number(name: str) -> str | None:
 
 
 def find_images(image_dir: str | os.PathLike | None, references: dict, names: dict | None = None) -> list[Path]:
-    """The image file of each image id: the file of that name, with any ending, or COCO's, which ends in the number; or of
-    its file name in `names`, {image id: file name}."""
+    """The image file of each image id: the file of that name, with any extension, or COCO's, which ends in the number;
+    or the one named in `names`, {image id: file name}."""
     if image_dir is None:
-        raise CaptionFileError("CLIP-based scores look at the images: pass --image_dir, the folder they lie in.")
+        raise CaptionFileError("CLIP-based scores need the images: pass --image_dir, the folder they are in.")
     files: dict[str, Path] = {}
     for path in sorted(Path(image_dir).iterdir()):
         number = re.search(r"(?:^|_)(\d{12})$", path.stem)
@@ -181,7 +181,7 @@ def find_images(image_dir: str | os.PathLike | None, references: dict, names: di
     if absent := [image_id for image_id, path in found.items() if path is None]:
         raise CaptionFileError(
             f"{image_dir} lacks {len(absent)} of the {len(references)} images (first: {absent[0]!r}). A file must be "
-            "called like its image id, with or without an ending such as .jpg."
+            "named after its image id, with or without an extension such as .jpg."
         )
     return list(found.values())
 
@@ -210,7 +210,7 @@ def _entries(path: Path) -> Iterator[Entry]:
     except json.JSONDecodeError as error:
         if path.suffix.lower() not in (".jsonl", ".ndjson") and "\n{" not in text.strip():
             raise CaptionFileError(
-                f"{path}, line {error.lineno}, column {error.colno}: no JSON ({error.msg})."
+                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})."
             ) from None
         yield from _lines(path, text)
         return
@@ -241,7 +241,7 @@ def _lines(path: Path, text: str) -> Iterator[Entry]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise CaptionFileError(f"{path}, line {number}: no JSON ({error.msg}).") from None
+            raise CaptionFileError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
         yield _entry(entry, f"{path}, line {number}")
 
 
@@ -252,7 +252,7 @@ def _parquet(path: Path) -> Iterator[Entry]:
             for number, row in enumerate(batch.to_pylist()):
                 yield _entry(row, f"{path}, row {number}")
     except pyarrow.ArrowInvalid as error:
-        raise CaptionFileError(f"{path} is not a whole Parquet file: {error}") from None
+        raise CaptionFileError(f"{path} is not a complete Parquet file: {error}") from None
 
 
 def _coco(content: dict, path: Path) -> Iterator[Entry]:
@@ -274,7 +274,7 @@ def _karpathy(images: list, path: Path) -> Iterator[Entry]:
     for index, image in enumerate(images):
         place = f"{path}, images[{index}]"
         if not isinstance(image, dict) or not isinstance(image.get("sentences"), list):
-            raise CaptionFileError(f"{place}: no 'sentences'. Known are COCO's and Karpathy's files.")
+            raise CaptionFileError(f"{place}: no 'sentences'. Known formats are COCO's and Karpathy's.")
         captions = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in image["sentences"]]
         name = image.get("filename") or image.get("file_name")
         image_id = image.get("cocoid", name if name else image.get("imgid"))
@@ -296,7 +296,7 @@ def _scalars(row: dict, more: dict) -> dict:
 
 
 def _entry(entry: object, place: str, cells: bool = False) -> Entry:
-    """`cells`: it is of a table of text, in which a number may be an id and a list may be written out."""
+    """`cells`: it comes from a text table, where a number may be an id and a list may be written out."""
     if not isinstance(entry, dict):
         raise CaptionFileError(
             f'{place}: expected an object like {{"image_id": 1, "caption": "..."}}, found {entry!r:.80}.'
@@ -308,7 +308,7 @@ def _entry(entry: object, place: str, cells: bool = False) -> Entry:
     image_id = next((entry[key] for key in IDS if entry.get(key) is not None), name)
     if isinstance(image_id, bool) or not isinstance(image_id, str | int):
         header = f" Its header: {', '.join(entry)}." if cells else ""
-        raise CaptionFileError(f"{place}: no 'image_id' (or 'image') that is a text or a whole number.{header}")
+        raise CaptionFileError(f"{place}: no 'image_id' (or 'image') that is text or a whole number.{header}")
     image_id = str(image_id)
     for key in CAPTIONS:
         if key in entry and not (cells and entry[key] is None):
@@ -328,7 +328,7 @@ def _has_captions(entry: dict) -> bool:
 
 def _none(entry: dict, place: str):
     raise CaptionFileError(
-        f"{place}: neither 'caption' nor 'captions'; it has {', '.join(map(repr, entry))}. Call what holds them 'caption'."
+        f"{place}: neither 'caption' nor 'captions'; it has {', '.join(map(repr, entry))}. Name theirs 'caption'."
     )
 
 
@@ -339,7 +339,7 @@ def _path(value: object) -> str | None:
 
 
 def _captions(value: object, place: str, written: bool = False) -> list[str]:
-    """`written`: a list that a text holds is its captions; else a text is what it says, as a prediction in JSON is."""
+    """`written`: a list written as text is a list of captions; else text is taken literally, as in a JSON prediction."""
     captions = [value] if isinstance(value, str) and not written else captions_of({"": value}, [""], place)
     for caption in captions:
         if not isinstance(caption, str):

@@ -1,6 +1,6 @@
-"""The output of infer.py: a Parquet file per shard, and at the end what the name of the output says, made of them.
+"""The output of infer.py: a Parquet file per shard, and at the end, made from them, what the output's name says.
 
-In what follows `name` is what --output says (a path or an address) and `form` a key of data.writers.FORMATS.
+Below, `name` is the value of --output (a path or an address) and `form` a key of data.writers.FORMATS.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ OWN = (
     "relative",
     "place",
     "columns",
-)  # a source's columns of these names are renamed
+)  # a source's columns with these names are renamed
 
 
 def shard_folder(name: str, form: str) -> ShardFolder:
@@ -56,7 +56,7 @@ def write_shard(folder: ShardFolder, shard: Shard, rows: list[dict], seconds: fl
     errors = sum("error" in row for row in rows)
     counts = {"source": str(shard), "kind": shard.kind, "label": shard.label, "rows": len(rows), "errors": errors}
     counts |= {"seconds": round(seconds, 3), "finished": time.time(), "settings": settings}
-    if folder.single:  # columns as they are, of whatever types, until the output is made of them
+    if folder.single:  # columns keep their types until the output is made from them
         rows = [
             {name: row[name] for name in ("key", "image", "caption", "error") if name in row}
             | {"columns": json.dumps({k: v for k, v in row.items() if k not in OWN}, ensure_ascii=False, default=str)}
@@ -68,7 +68,7 @@ def write_shard(folder: ShardFolder, shard: Shard, rows: list[dict], seconds: fl
 
 
 class Earlier:
-    """Rows of outputs whose shards are no longer those of the source, since it grew: found again by their key.
+    """Rows of outputs whose shards no longer match the source, since it grew; they are found by their key.
 
     Args:
         stale: names of their files.
@@ -78,7 +78,7 @@ class Earlier:
         self.folder, self.stale, self.places = folder, stale, None
 
     def rows(self, keys: list[str]) -> dict[str, dict]:
-        """{key: row} of those that are there, rows as `write_shard` takes them."""
+        """{key: row} for those that are there, rows as `write_shard` takes them."""
         if self.places is None:
             self.places = {}
             for number, name in enumerate(self.stale):
@@ -108,14 +108,14 @@ def rows_in(folder: ShardFolder, name: str) -> Iterator[dict]:
 
 
 def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSource, paths: list[str]) -> bool:
-    """Make the output of the shards' files, if all are there; whether they are."""
+    """Make the output from the shards' files, if all are there; returns whether they are."""
     done = folder.done(shards)
     if len(done) < len(shards):
         left = len(shards) - len(done)
         logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
         return False
     with _alone(folder) as free:
-        if not free:  # another process sees the same, and is at it
+        if not free:  # another process sees the same, and is doing it
             return True
         names = [done[shard] for shard in shards]
         besides = _leave_out_what_is_replaced(folder, shards, names)
@@ -136,7 +136,7 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
 
 @contextlib.contextmanager
 def _alone(folder: ShardFolder):
-    """Whether this is the only process here that finishes the output."""
+    """Whether this is the only process here that is finishing the output."""
     if folder.remote or fcntl is None:
         yield True
         return
@@ -152,7 +152,7 @@ def _alone(folder: ShardFolder):
 
 
 def _leave_out_what_is_replaced(folder: ShardFolder, shards: list[Shard], names: list[str]) -> list[str]:
-    """Files of earlier shards that hold rows which no file of `names` has, with those rows alone."""
+    """Files of earlier shards that hold rows that no file of `names` has, reduced to those rows."""
     stale = stale_files(folder, shards)
     if not stale:
         return []
@@ -174,13 +174,13 @@ def _leave_out_what_is_replaced(folder: ShardFolder, shards: list[Shard], names:
 
 
 def stale_files(folder: ShardFolder, shards: list[Shard]) -> list[str]:
-    """Files of shards that the source has no longer."""
+    """Files of shards that the source no longer has."""
     planned = {shard.id + shard.digest for shard in shards}
     return [name for key, name in folder.outputs().items() if key not in planned]
 
 
 def _give_one_schema(folder: ShardFolder, names: list[str]) -> None:
-    """Write those files again whose columns or types differ from what holds all: readers take those of the first."""
+    """Rewrite files whose columns or types differ from the common schema: readers take the first file's."""
     found = [
         (name, schema.remove_metadata(), counts)
         for name, (schema, counts) in zip(names, folder.footers(names), strict=True)
@@ -193,7 +193,7 @@ def _give_one_schema(folder: ShardFolder, names: list[str]) -> None:
 
 
 def _bring_together(folder: ShardFolder, form: str, shards, names: list[str], source, paths: list[str]) -> None:
-    """The output of all shards, in their order."""
+    """Make one output of all shards, in their order."""
     output = folder.output
     several = len({piece for piece in source.pieces if piece[0] == "parquet"}) > 1
 
@@ -224,7 +224,7 @@ def _bring_together(folder: ShardFolder, form: str, shards, names: list[str], so
 
 
 def _numbered(rows: Iterator[dict], column: str) -> Iterator[dict]:
-    """Rows with a number behind a name that another file of the source has, too."""
+    """Rows with a number appended to names that another file of the source also has."""
     seen = set()
     for row in rows:
         name, number = row[column], 1

@@ -1,4 +1,4 @@
-"""Images of infer.py's sources through a captioner: rows that tell which caption is whose."""
+"""Runs infer.py's images through a captioner: rows that say which caption belongs to which image."""
 
 import json
 
@@ -9,7 +9,7 @@ from data.images import ImageError
 
 
 class ImageRows(torch.utils.data.IterableDataset):
-    """The rows that `rows()` gives, in batches that loader workers take in turn."""
+    """The rows that `rows()` yields, in batches that DataLoader workers take in turn."""
 
     def __init__(self, rows, batch_size: int):
         self.rows, self.batch_size = rows, batch_size
@@ -18,15 +18,15 @@ class ImageRows(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         for number, row in enumerate(self.rows()):
             if worker is None or number // self.batch_size % worker.num_workers == worker.id:
-                # The id carries the row from a worker's process to what is written of it.
+                # The id carries the row from a worker process to the output.
                 place = row["image"] if isinstance(row["image"], str) else None
                 row_id = json.dumps([row.get("key"), row["name"], row["columns"], row["relative"], place], default=str)
                 yield {"image": row["image"], "image_id": row_id}
 
 
 def caption(captioner, rows: ImageRows, args):
-    """{"key", "image", "relative", "place", the columns, "caption" or "error"} of each image in order; errors only if
-    these are to be skipped."""
+    """{"key", "image", "relative", "place", the columns, "caption" or "error"} for each image in order; errors only if
+    they are to be skipped."""
     stream = captioner.stream(
         rows,
         batch_size=args.per_device_eval_batch_size,
@@ -42,6 +42,6 @@ def caption(captioner, rows: ImageRows, args):
             }
             yield taken | ({"error": str(captions)} if failed else {"caption": captions[0]})
     except ImageError as error:
-        # A loader's worker process hands its error over as a text that holds the whole traceback.
+        # A DataLoader worker passes its error on as text with the whole traceback.
         reason = str(error).strip().splitlines()[-1].removeprefix("data.images.ImageError: ")
-        raise ImageError(f"{reason}. With --skip_bad_images such images are written down with their error") from None
+        raise ImageError(f"{reason}. With --skip_bad_images such images are written with their error") from None

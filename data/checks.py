@@ -1,4 +1,4 @@
-"""What makes data honest before they are used: captions that are captions, images that are there and can be read."""
+"""Checks of data before use: captions are captions, and images are there and can be read."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from data.images import MAX_PIXELS, ImageError, open_image
 from data.rows import DataError, Record
 
 SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"
-# The name of an image and a separator: the begin of a row.
+# The name of an image and a separator: the beginning of a row.
 SWALLOWED = re.compile(
     r"""([^\s,;|"'/\\]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif))(?:#\d+)?["']?\s*[,;|\t#]""", re.IGNORECASE
 )
@@ -39,7 +39,7 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
     for caption in captions:
         if isinstance(caption, str) and caption.strip():
             check_rows(caption, where)
-            caption = caption.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text for Arrow
+            caption = caption.encode("utf-8", "replace").decode()  # Arrow takes no halves of surrogate pairs
             cleaned.append(" ".join(caption.split()))
             continue
         fault = f"is {type(caption).__name__}, not text"
@@ -56,17 +56,17 @@ def check_rows(caption: str, where: str) -> None:
     """DataError if a caption holds rows of the file that it was read from."""
     if "\n" in caption and any(SWALLOWED.search(line) for line in caption.splitlines()[1:]):
         raise DataError(
-            f"{where}: this caption goes over rows of the file: {caption[:80]!r}. A quote opens there and is not closed"
+            f"{where}: this caption spans rows of the file: {caption[:80]!r}. A quote opens there and is not closed"
         )
 
 
 def may_skip(record: Record) -> bool:
-    """A split that scores are reported on is never cut in silence: bad samples of it stay errors."""
+    """A split that scores are reported on is never cut silently: its bad samples stay errors."""
     return record.split in (None, "train")
 
 
 def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dropped: Counter, bad_samples: list):
-    """Records whose image is not there (size None): an error, or dropped. Returns the other records and sizes."""
+    """Drop records whose image is missing (size None), or raise. Returns the other records and sizes."""
     missing = [record for record, size in zip(records, sizes, strict=True) if size is None]
     unskippable = missing if not skip_bad_samples else [record for record in missing if not may_skip(record)]
     if unskippable or (missing and len(missing) == len(records)):
@@ -86,7 +86,7 @@ def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dro
 
 
 def described(record: Record) -> str:
-    """The image of a record in a message: the path of its file, else its name or number in the table."""
+    """The image of a record for messages: the path of its file, else its name or number in the table."""
     return record.image if isinstance(record.image, str) else record.name or f"of row {record.image}"
 
 
@@ -99,9 +99,9 @@ def check_images(
 ) -> tuple[datasets.DatasetDict, list[dict]]:
     """Decode every image once before training, to find the unreadable ones.
 
-    What was found is kept in a small file of the cache, keyed by every image's path, size and time of change (for
-    images inside a table: by the table), so that a second process or run does not decode again. A stream is returned
-    as it came: its images are checked when they are read.
+    The result is cached in a small file, keyed by every image's path, size and modification time (for images inside
+    a table: by the table), so that a second process or run does not decode again. A stream is returned
+    unchanged: its images are checked when they are read.
 
     Returns:
         The dataset without the unreadable images, and these as a list of
@@ -153,7 +153,7 @@ def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pi
     def check(row: int) -> dict | None:
         record = rows[row]
         try:
-            # 1/8 scale reads all of a JPEG's stream and costs a sixth of the time.
+            # 1/8 scale reads all of a JPEG's stream and takes a sixth of the time.
             open_image(record["image"], max_pixels=max_pixels, size=(1, 1))
         except ImageError as error:
             image = record["image"]["path"] or f"row {row}"
@@ -175,8 +175,8 @@ def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pi
 
 
 def check_captions(records: list[Record]) -> None:
-    """DataError for captions that are other things than captions: a list written as text, rows that an unclosed quote
-    swallowed, the file names of other images. Names a line."""
+    """DataError for captions that are something else: a list written as text, rows that an unclosed quote
+    swallowed, the file names of other images. It names the line."""
     names = {os.path.basename(record.name) for record in records if record.name and "." in record.name}
     for record in records:
         for caption in record.captions:

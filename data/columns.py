@@ -1,4 +1,4 @@
-"""Rows with named columns -> records: which column holds the image, which the captions, and what a cell says."""
+"""Rows with named columns -> records: which column holds the image, which the captions, and what a cell holds."""
 
 import ast
 import base64
@@ -61,7 +61,7 @@ BASE64_IMAGE = re.compile(r"(?:data:image/[\w.+-]+;base64,|/9j/|iVBORw0KGgo|R0lG
 
 
 def find_columns(columns: list[str], image_column, caption_column, source: str, image_columns=(), example=None):
-    """The image column and the caption columns, by their usual names in any case of letters.
+    """The image column and the caption columns, by their usual names in any case.
 
     Args:
         image_columns: columns that are known to hold images (their `datasets` type is Image).
@@ -136,7 +136,7 @@ def caption_key(value: dict) -> str | None:
 
 
 def _captions(value, where: str, inside: bool = False) -> list:
-    """inside: the value is an item of a list, whose texts are captions and not parsed again."""
+    """inside: the value is an item of a list, whose strings are captions and not parsed again."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str) and not inside:
@@ -167,7 +167,7 @@ def _answers(turns: list[dict], where: str) -> list:
     return [value]
 
 
-# How a list or an object of texts begins, whatever the quotes, and an array of numpy's.
+# How a list or an object of strings begins, with any quotes, and a numpy array.
 BEGINS = re.compile(r"""[\[{]\s*(?:[\[({]\s*)*["'\u201c\u2018\u201e]|(?:np\.)?array\(""")
 ARRAY = re.compile(r"(?:np\.)?array\((.*?)(?:,\s*dtype=\S+)?\)", re.DOTALL)
 
@@ -176,7 +176,7 @@ def parse_structure(text: str, where: str):
     """The list or object that a text holds, as JSON, as Python writes it or as numpy does; None for plain text.
 
     Raises:
-        DataError: it begins as a list of texts and is none.
+        DataError: it begins like a list of strings but is not one.
     """
     text = text.strip()
     if text[:1] == text[-1:] == '"' and text[1:2] in "[{":  # JSON in JSON
@@ -194,7 +194,7 @@ def parse_structure(text: str, where: str):
     ):
         return value
     if value is None and BEGINS.match(text):
-        raise DataError(f"{where}: the caption begins as a list and cannot be read as one: {text[:80]!r}")
+        raise DataError(f"{where}: the caption begins like a list but cannot be read as one: {text[:80]!r}")
     return None
 
 
@@ -226,7 +226,7 @@ def _python_literal(text: str):
 
 
 def image_in(value, where: str, column: str):
-    """The image of a cell: a path (str), or {"path", "bytes"} of one that is there itself, as bytes or base64."""
+    """The image of a cell: a path (str), or {"path", "bytes"} of one that the cell holds, as bytes or base64."""
     if isinstance(value, str) and value[:1] in "[{":
         value = parse_structure(value, where) or value
     if isinstance(value, (list, tuple)):
@@ -274,7 +274,7 @@ def dict_rows(
         rows: (dict, where) pairs.
         find: from an image's name to the path of its file; see data.finder.
         split: the split of every row, unless it has a `split` of its own.
-        captions: False for whoever reads images alone: rows then need no captions.
+        captions: False for callers that read images only: rows then need no captions.
     """
     image_name = caption_names = None
     for row, where in rows:
@@ -308,7 +308,7 @@ def dict_rows(
 
 
 def columns_of(row: dict, image_column, caption_column, source: str, captions: bool = True):
-    """`find_columns` of a row. With `captions` false only the image column is looked for, and there are no caption columns."""
+    """`find_columns` for a row. Without `captions` only the image column is looked for, and no caption columns."""
     if captions:
         return find_columns(list(row), image_column, caption_column, source, example=row)
     image, _ = find_columns([*row, "captions"], image_column, None, source, example=row)

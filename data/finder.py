@@ -18,21 +18,21 @@ IMAGE_FOLDERS = (
     "flickr30k-images",
     "flickr30k_images",
 )
-MOST_FILES = 3_000_000  # that a folder is searched through for a name that is nowhere else
+MOST_FILES = 3_000_000  # that are searched below a folder for a name that is nowhere else
 
 
 class Finder:
     """find(name) -> the path of the image's file: in the folders given, or anywhere below them if only one file there
-    has the name. Names may have backslashes, another Unicode form or case of letters, or come from another machine.
-    A name that is nowhere gets its path in the first folder, for the message."""
+    has the name. Names may have backslashes, another Unicode form or case, or come from another machine.
+    A name found nowhere gets its path in the first folder, for the message."""
 
     def __init__(self, folders: list, beside: Path | None = None, search: bool = True):
         """
         Args:
             folders: where to look, in this order.
-            beside: the annotation file, with no folder given: images are looked for beside it, and in the usual
+            beside: the annotation file, if no folder is given: images are looked for next to it, and in the usual
                 folders there, those of its split (train2014, val, ...) first.
-            search: look through all that is below, too.
+            search: also search everything below.
         """
         if beside is not None and not folders:
             named = re.findall(r"(?:train|val|test)(?:2014|2015|2017)?", beside.stem)
@@ -69,7 +69,7 @@ class Finder:
             return None
         wanted = _key(name).strip("/").split("/")
         found = self._index().get(wanted[-1], [])
-        for length in range(2, len(wanted) + 1):  # as much of the name as tells the files apart
+        for length in range(2, len(wanted) + 1):  # as much of the name as distinguishes the files
             if len(found) > 1:
                 found = [path for path in found if _key(path).split("/")[-length:] == wanted[-length:]]
         if len(found) != 1:
@@ -78,7 +78,7 @@ class Finder:
         if other != name:
             raise DataError(
                 f"{other} and {name} would both be {found[0]}, the only file of that name. Give the folder that the "
-                "names begin in with --image_dir"
+                "names are relative to with --image_dir"
             )
         return found[0]
 

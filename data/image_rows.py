@@ -1,7 +1,7 @@
-"""What to caption: every source as a stream of images, each once, with the columns that stand with it.
+"""What to caption: every source as a stream of images, each once, with the columns that belong to it.
 
 Images and folders of them, lists, patterns, and whatever data.formats reads, local or at an address; captions are not
-needed. Nothing is decoded here, and of a tar or a Parquet file only a piece is held at a time.
+needed. Nothing is decoded here, and only a piece of a tar or a Parquet file is in memory at a time.
 """
 
 import glob
@@ -33,11 +33,11 @@ LISTS = (".txt", ".lst", ".list")
 
 
 def image_rows(paths: list[str], options: Options) -> Iterator[dict]:
-    """{"name", "image", "columns", "relative"} of each image, in order: `name` is its path, or its place in the source,
-    and no two have the same; `image` is what data.open_image takes (an ImageError where there is none); `columns` are
+    """{"name", "image", "columns", "relative"} for each image, in order: `name` is unique, its path or its place in
+    the source; `image` is what data.open_image takes (an ImageError where there is none); `columns` are
     the source's others; `relative` is its path below the folder or the tar that it was found in.
 
-    What a folder holds that is no image is passed over; `left_out` counts it.
+    Files in a folder that are not images are skipped; `left_out` counts them.
 
     Raises:
         DataError: a path that does not exist, holds no image, or cannot be read.
@@ -47,10 +47,10 @@ def image_rows(paths: list[str], options: Options) -> Iterator[dict]:
 
 
 def unique(rows: Iterator[dict], seen: dict[int, int] | None) -> Iterator[dict]:
-    """The rows without images that were there before; another image of the same name gets a number.
+    """The rows without images that came before; a different image of the same name gets a number.
 
     Args:
-        seen: hashes of names and of contents that were there before, which grows; None where all names differ.
+        seen: hashes of names and of contents that came before, added to here; None where all names differ.
     """
     for row in rows:
         row["name"] = row["name"].encode("utf-8", "backslashreplace").decode()  # file names may be any bytes
@@ -76,8 +76,8 @@ def _row(name: str, image, columns: dict | None = None, relative: str | None = N
 
 
 def pieces(paths: list[str], options: Options) -> Iterator[tuple[str, str]]:
-    """("tar" | "parquet" | "folder" | "rows", place) of what paths name, in order: files that are read by themselves,
-    folders of images, and what else is read as a stream of rows.
+    """("tar" | "parquet" | "folder" | "rows", place) of what paths name, in order: files that are read individually,
+    folders of images, and everything else, read as a stream of rows.
 
     Raises:
         DataError: a path that does not exist, or holds no image.
@@ -102,7 +102,7 @@ def pieces(paths: list[str], options: Options) -> Iterator[tuple[str, str]]:
         else:
             # A name with one / and no ending may be the id of a Hub data set.
             if path != "scenes" and (not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) or os.path.splitext(path)[1]):
-                raise DataError(f"{path}: there is no such file or folder, and no file that fits it as a pattern.")
+                raise DataError(f"{path}: there is no such file or folder, and no file that matches it as a pattern.")
             yield ("rows", path)
 
 
@@ -143,7 +143,7 @@ def _format_pieces(source, place: Path, path: str) -> list[tuple[str, str]]:
 
 
 def rows_of(kind: str, place: str, options: Options, start: int = 0, stop: int | None = None) -> Iterator[dict]:
-    """The rows of a piece; of a Parquet file those of the row groups that begin at rows `start` to `stop`."""
+    """The rows of a piece; for a Parquet file those of the row groups that begin at rows `start` to `stop`."""
     with reaching(place, ImageError):
         if kind == "tar":
             yield from _tar_rows(place, options)
@@ -160,19 +160,19 @@ def rows_of(kind: str, place: str, options: Options, start: int = 0, stop: int |
 
 
 def _images_in(path: str) -> Iterator[str]:
-    """The images in a folder and below, in order, whatever their endings."""
+    """The images in a folder and below, in order, whatever their extensions."""
     return (file for file in _walk(path) if os.path.splitext(file)[1].lower() in ENDINGS or is_image(file))
 
 
 def _walk(path: str) -> Iterator[str]:
-    """The files in a folder and below, in order, but for what macOS adds and the shards of an output."""
+    """The files in a folder and below, in order, except what macOS adds and the shards of an output."""
     for folder, below, names in os.walk(path):
         below[:] = sorted(name for name in below if name != "__MACOSX" and not name.endswith(".shards"))
         yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("._"))
 
 
 def left_out(path: str) -> Counter:
-    """How many files of each ending in a folder of images are none; empty for a folder that is a data set."""
+    """How many files of each extension in a folder of images are not images; empty for a folder that is a data set."""
     if saved.matches(Path(path)):
         return Counter()
     endings = Counter()
@@ -288,7 +288,7 @@ def _parquet_rows(path: str, options: Options, start: int = 0, stop: int | None 
                     number += 1
     except pa.ArrowException as error:
         raise DataError(
-            f"{path}: the Parquet file is broken or cut off, or none ({str(error).strip().splitlines()[0][:200]}). Fetch "
+            f"{path}: the Parquet file is broken or cut off, or is not one ({str(error).strip().splitlines()[0][:200]}). Fetch "
             "it again"
         ) from None
     except OSError as error:
@@ -343,7 +343,7 @@ def _record_row(record: Record, place: Path) -> dict:
 
 
 def _split_rows(split: str, table, path: str, options: Options) -> Iterator[dict]:
-    if table.features is None:  # not said by the source: taken from its first rows
+    if table.features is None:  # not given by the source: taken from its first rows
         table = table._resolve_features()
     column, _ = find_columns([*table.column_names, "captions"], options.image_column, None, path)
     paths = holds_paths(table, column)
@@ -374,7 +374,7 @@ def _remote_rows(path: str, options: Options) -> Iterator[dict]:
 
 
 def source_files(paths: list[str], endings: tuple[str, ...]) -> list[str]:
-    """The files of these endings that paths, folders and patterns name, in their order.
+    """The files with these extensions that paths, folders and patterns name, in their order.
 
     Raises:
         DataError: a path is something else.

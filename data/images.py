@@ -1,4 +1,4 @@
-"""One image value to one correct RGB picture: the only place of the repo that opens images."""
+"""One image value to one correct RGB picture: the only place in the repo that opens images."""
 
 import io
 import logging
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 Image.init()
 if pillow_heif is not None:
     pillow_heif.register_heif_opener()
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at its limit, `max_pixels` makes an error of it
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` makes it an error
 # An explicit list: Pillow would otherwise also open EPS (which runs Ghostscript) and other formats nobody trains on.
 FORMATS = tuple(
     name
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA", "HEIF")
     if name in Image.OPEN
 )
-# TGA files have no first bytes that tell them from others: their name must say what they are.
+# TGA files have no magic bytes: their name must say what they are.
 TOLD_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
 TGA_ENDINGS = (".tga", ".icb", ".vda", ".vst")
 ENDINGS = (
@@ -67,7 +67,7 @@ UNDO_ORIENTATION = {
 
 
 class ImageError(UserError):
-    """An image that cannot be had; the message names the file, the fault and what to do."""
+    """An image that cannot be read; the message names the file, the fault and what to do."""
 
 
 def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None = None) -> Image.Image:
@@ -82,7 +82,7 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
         value: a path, the bytes of a file, a datasets value `{"path": ..., "bytes": ...}` (bytes win), or a PIL image.
         max_pixels: larger images are refused from their header, before any pixel is decoded. Pillow itself refuses
             above 178,956,970, whatever is given here.
-        size: (height, width) in pixels, after orientation, that are enough. Given it, a JPEG is decoded at 1/2, 1/4 or
+        size: (height, width) in pixels, after orientation, that are enough. If given, a JPEG is decoded at 1/2, 1/4 or
             1/8 scale (libjpeg's DCT scaling) where both sides stay at least that long. Off by default, as pixels
             then differ a little: over the 800 test photos, resized (bicubic) to half their size, by 3.3 of 255 on
             average (9.2 in the worst photo) if `size` is that half; resized to a quarter, by 1.6 (5.3) if `size` is
@@ -92,7 +92,7 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
         A new PIL image of mode RGB, without metadata.
 
     Raises:
-        ImageError: missing, empty, truncated, no image, of an unsupported format, or too large.
+        ImageError: missing, empty, truncated, not an image, of an unsupported format, or too large.
     """
     if isinstance(value, dict):
         path, content = value.get("path"), value.get("bytes")
@@ -118,7 +118,7 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
         try:
             with open_remote(source) as file:
                 content = file.read()
-        except Exception as error:  # fsspec's file systems have no common base of errors
+        except Exception as error:  # the errors of fsspec's file systems share no base class
             raise ImageError(f"{name}: cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
         return _open(io.BytesIO(content), len(content), name, max_pixels, size)
     try:
@@ -141,14 +141,14 @@ def is_image(value) -> bool:
         with file, Image.open(file, formats=TOLD_BY_CONTENT):
             return True
     except Image.DecompressionBombError:
-        return True  # too large an image is one; `open_image` says what is wrong with it
+        return True  # an image that is too large is still one; `open_image` says what is wrong
     except Exception:
         if isinstance(value, (bytes, bytearray)):
             return _sound_png(bytes(value)) is not None
         try:
             with open(value, "rb") as file:
                 return file.read(8) == PNG_MARK
-        except OSError:  # a link to nowhere, or not ours to read
+        except OSError:  # a dangling link, or no permission to read
             return False
 
 
@@ -179,7 +179,7 @@ PNG_TEXTS = (b"iTXt", b"zTXt", b"tEXt", b"iCCP")
 
 def _sound_png(content: bytes) -> bytes | None:
     """A PNG without the chunks of text and colour profile that Pillow refuses (more than a megabyte unpacked: workflows
-    of image generators, say). None if it has none, so that something else is wrong with it."""
+    of image generators, say). None if it has none: then something else is wrong with it."""
     if content[:8] != PNG_MARK:
         return None
     kept, position, dropped = [PNG_MARK], 8, 0
@@ -218,7 +218,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int, size) -> Image.Image
             image.draft(None, (size[0], size[1]) if turned else (size[1], size[0]))
         image.load()
         _warn_of_dark(image, name, wide)
-        orientation = _orientation(image)  # after loading: Pillow turns a TIFF itself as it loads
+        orientation = _orientation(image)  # after loading: Pillow rotates a TIFF itself on loading
         image = _to_rgb(image)
         image = image.transpose(UNDO_ORIENTATION[orientation]) if orientation in UNDO_ORIENTATION else image.copy()
         image.info.clear()  # the orientation must not be applied again by whoever opens this picture next
@@ -238,20 +238,20 @@ def _warn_once(message: str) -> None:
 
 
 def _warn_of_dark(image: Image.Image, name: str, wide: bool) -> None:
-    """Of 16 bits a channel Pillow keeps the upper 8: of 12-bit data that leaves 16 values, nearly black."""
+    """Of 16 bits per channel Pillow keeps the upper 8: for 12-bit data that leaves 16 values, nearly black."""
     if wide and image.mode in ("RGB", "RGBA", "RGBX", "LA"):
         brightest = max(high for _, high in (image.getextrema()[:3] if image.mode != "LA" else image.getextrema()[:1]))
         if brightest <= 16:
             _warn_once(
-                f"{name}: 16 bits a channel, and the brightest pixel is {brightest} of 255, so it is seen as nearly black. "
-                "Stretch such files (12-bit data, say) to the whole range before. Said once"
+                f"{name}: 16 bits per channel, and the brightest pixel is {brightest} of 255, so it is seen as nearly black. "
+                "Stretch such files (12-bit data, say) to the full range first. Warned once"
             )
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF data, sound pixels
+    except Exception:  # damaged EXIF data, intact pixels
         return 1
 
 
@@ -276,11 +276,11 @@ def _wide_gray(image: Image.Image) -> Image.Image:
         top = 4095.0 if 255 < high <= 4095 else 65535.0
         if top == 4095:
             _warn_once(
-                "16-bit files whose values end at 4095 are 12-bit data: they are stretched to that range. Said once"
+                "16-bit files whose values end at 4095 are 12-bit data: they are stretched to that range. Warned once"
             )
         elif 0 < high <= 255:
             _warn_once(
-                "a 16-bit file uses 8 bits or fewer, so it is seen as nearly black: is it an 8-bit image? Said once"
+                "a 16-bit file uses 8 bits or fewer, so it is seen as nearly black: is it an 8-bit image? Warned once"
             )
     else:
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)

@@ -1,4 +1,4 @@
-"""How far a run is: one line for all of its shards, in the run itself and, from the files alone, anywhere else."""
+"""Progress of a run: one line for all of its shards, in the run itself and, from the files alone, anywhere else."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ FAILED = "_failed-"
 
 
 class Watch:
-    """What the files of a folder tell; each is opened once."""
+    """What the files of a folder say; each is opened once."""
 
     def __init__(self, folder: ShardFolder):
         self.folder, self.footers = folder, {}
@@ -55,7 +55,7 @@ def _duration(seconds: float) -> str:
 
 
 def status(name: str, unit: str) -> str:
-    """How far the run is that writes to --output `name`, and which shards failed.
+    """Progress of the run that writes to --output `name`, and which shards failed.
 
     Raises:
         UserError: there is no such run.
@@ -79,7 +79,7 @@ def status(name: str, unit: str) -> str:
 
 
 def begin(folder: ShardFolder, shards: list[Shard], size: int, unit: str, share: tuple[int, int], settings: dict):
-    """(shards that are left to this process, Progress) of a run that begins, or resumes; `share` is (number, count) of
+    """(shards that are left for this process, Progress) of a run that begins, or resumes; `share` is (number, count) of
     this process, which takes every count-th shard."""
     folder.begin(settings, shards, size)
     number, count = share
@@ -90,7 +90,7 @@ def begin(folder: ShardFolder, shards: list[Shard], size: int, unit: str, share:
     mine = [shard for shard in shards[number::count] if shard in left]
     there = set(folder.files())
     for mark in map(mark_of, mine):
-        if mark in there:  # of a run before: the shard is tried again
+        if mark in there:  # from an earlier run: the shard is tried again
             folder.remove(mark)
     return mine, progress
 
@@ -101,8 +101,8 @@ def mark_of(shard: Shard) -> str:
 
 
 def failures(folder: ShardFolder, shards: list[Shard]) -> list[str]:
-    """What is wrong with each shard that was given up, if no shard is left to others: who ends last says it, since
-    torchrun stops all processes as soon as one of them ends with an error."""
+    """What is wrong with each shard that was given up, if no shard is left to other processes: the last one reports it,
+    since torchrun stops all processes as soon as one of them ends with an error."""
     there = set(folder.files())
     failed = [mark for mark in map(mark_of, shards) if mark in there]
     if len(folder.done(shards)) + len(failed) < len(shards):
@@ -118,8 +118,8 @@ class Progress:
     """The line of a run, while it works.
 
     Args:
-        others: other processes work on the same shards, so what is done is read from the files.
-        quiet: say nothing: another process does.
+        others: other processes work on the same shards, so progress is read from the files.
+        quiet: print nothing: another process does.
     """
 
     def __init__(self, folder: ShardFolder, shards: list[Shard], unit: str, others: bool = False, quiet: bool = False):

@@ -22,16 +22,16 @@ from data.checks import clean_captions, may_skip
 from data.rows import SPLITS, DataError, Record
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 0.05  # share of images of the validation and of the test split when we draw them
+HELD_OUT = 0.05  # share of images in the validation and in the test split when we draw them
 
 
 def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> list[Record]:
     """Rows of the same file (path) become one record, in order of first appearance; captions are cleaned.
 
-    Rows of a table (an int for an image) stay apart here: `same_content` finds which of them are one image.
+    Rows of a table (an int for an image) stay separate here: `same_content` finds which of them are one image.
     """
     records: dict = {}
-    of_lines, first = 0, ""  # rows whose captions go over several lines
+    of_lines, first = 0, ""  # rows whose captions span several lines
     for row in rows:
         image = row.name or str(row.image)
 
@@ -59,7 +59,7 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
             known.captions += captions
     if of_lines:
         logger.warning(
-            "the captions of %d rows go over several lines, the first at %s; each is read as one caption. If every line is a "
+            "the captions of %d rows span several lines, the first at %s; each is read as one caption. If every line is a "
             'caption, write them as a list: ["...", "..."]',
             of_lines,
             first,
@@ -93,7 +93,7 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
     first = list(range(len(sizes)))
     groups: dict = {}
     for index, size in enumerate(sizes):
-        if size > 0:  # empty files are no images, let alone the same one
+        if size > 0:  # empty files are not images, let alone the same one
             groups.setdefault(size, []).append(index)
 
     def digest(index, parts):
@@ -132,12 +132,12 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
     """Records of equal content become one.
 
     Without splits of its own, a source's images of equal bytes are one image whatever their names: the captions that
-    the first lacks are added to it. With official splits the published images stay as they are, but bytes that are in
-    two splits leave the one nearer to training (train before validation before test).
+    the first lacks are added to it. With official splits the published images stay as they are, but an image that is in
+    two splits is removed from the one nearer to training (train before validation before test).
 
     Args:
-        first: of `same_content`.
-        official: the source brings its own splits.
+        first: from `same_content`.
+        official: the source has its own splits.
     """
     groups: dict = {}
     for index, record in enumerate(records):
@@ -187,12 +187,12 @@ def name_records(records: list[Record]) -> None:
 
 
 def splits_of_source(records: list[Record]) -> tuple[bool, bool]:
-    """(the source brings splits of its own, nothing is to be drawn). A lone train split is what sources without splits
+    """(the source has its own splits, nothing is to be drawn). A lone train split is what sources without splits
     have."""
     present = {record.split for record in records}
     if None in present and len(present) > 1:
         without = next(record for record in records if record.split is None)
-        raise DataError(f"{without.where}: image {without.name} has no split, others have. Give each one, or none")
+        raise DataError(f"{without.where}: image {without.name} has no split, others do. Give one to each, or to none")
     return bool(present - {None, "train"}), bool(present - {None, "train", "test"}) or present == {"test"}
 
 
@@ -202,7 +202,7 @@ def draw_splits(records: list[Record], seed: int, official: bool, complete: bool
     90/5/5 over images sorted by id, seeded; with train and test only, 5 % of the training images become validation.
 
     Args:
-        official, complete: of `splits_of_source`.
+        official, complete: from `splits_of_source`.
     """
     if complete:
         return "splits of the source"
@@ -211,7 +211,7 @@ def draw_splits(records: list[Record], seed: int, official: bool, complete: bool
     if len(pool) < 3:
         raise DataError(
             f"{len(pool)} images are too few to draw train, validation and test splits from. "
-            'Add images, or say the split of each (a "split" column, or files called train, validation, test)'
+            'Add images, or give the split of each (a "split" column, or files called train, validation, test)'
         )
     held_out = max(1, round(HELD_OUT * len(pool)))
     order = list(range(len(pool)))
@@ -232,7 +232,7 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
     """Records -> a DatasetDict of image_id, image (undecoded), captions and the extra columns.
 
     Args:
-        table: the source's own table where the images lie in it: then image bytes are not copied, a split is a
+        table: the source's own table if it holds the images: then image bytes are not copied, a split is a
             selection of its (memory-mapped) rows.
     """
     captions_type = pa.list_(pa.string())
@@ -269,7 +269,7 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
 
 
 def _image_value(path: str) -> dict:
-    """A path; of a file whose name is no UTF-8, which Arrow cannot hold, the bytes."""
+    """A path, or the bytes of a file whose name is not UTF-8, which Arrow cannot hold."""
     try:
         path.encode()
     except UnicodeEncodeError:

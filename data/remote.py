@@ -22,10 +22,10 @@ def file_system(name: str):
     """(fsspec file system, path there).
 
     Raises:
-        DataError: an address of the web, whose files are not fetched, or a file system whose package is missing.
+        DataError: a web address, whose files are not fetched, or a file system whose package is missing.
     """
     if re.match(r"https?://", name, re.IGNORECASE):
-        raise DataError(f"{name[:100]}: files are not fetched from addresses of the web. Download it and give its path")
+        raise DataError(f"{name[:100]}: files are not fetched from web addresses. Download it and give its path")
     try:
         return fsspec.core.url_to_fs(name)
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", an unknown protocol
@@ -33,13 +33,13 @@ def file_system(name: str):
 
 
 def open_remote(name: str, mode: str = "rb"):
-    """The file, opened; errors of the server are a DataError of one line."""
+    """The file, opened; server errors become a DataError of one line."""
     system, path = file_system(name)
     return system.open(path, mode)
 
 
 def list_remote(name: str) -> list[str]:
-    """The addresses of a file, of all files below a folder, or of those that fit a pattern, sorted."""
+    """The addresses of a file, of all files below a folder, or of those that match a pattern, sorted."""
     system, path = file_system(name)
     try:
         with reaching(name, FileNotFoundError):
@@ -52,13 +52,13 @@ def list_remote(name: str) -> list[str]:
     except FileNotFoundError:
         found = []
     if not found:
-        raise DataError(f"{name}: there is no such file or folder, and no file that fits it as a pattern.")
+        raise DataError(f"{name}: there is no such file or folder, and no file that matches it as a pattern.")
     return sorted(system.unstrip_protocol(file) for file in found)
 
 
 def local_copy(name: str, cache_dir=None) -> Path:
     """A copy of a file, a folder or the files of a pattern in the cache: fetched once, and again where its size or its
-    version has changed. A file appears under its name only when whole."""
+    version has changed. A file appears under its name only when complete."""
     system, path = file_system(name)
     pattern = any(sign in name for sign in "*?[")
     root = re.split(r"[^/]*[*?\[]", path)[0].rstrip("/") if pattern else path.rstrip("/")
@@ -100,8 +100,8 @@ def upload(source: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def reaching(name: str, *passing: type[Exception]):
-    """Errors of the server that an address is on are a DataError of one line. Errors of the types `passing`, what is a
-    DataError already, and errors of local paths stay what they are."""
+    """Turn server errors of an address into a DataError of one line. Errors of the types `passing`, DataErrors and
+    errors of local paths stay what they are."""
     try:
         yield
     except (DataError, *passing):

@@ -1,4 +1,4 @@
-"""One row of a source, and what a source is asked for."""
+"""One row of a source, and the options for reading a source."""
 
 import re
 from collections import Counter
@@ -41,7 +41,7 @@ class Record:
 
 
 def split_name(name: str, where: str) -> str:
-    """A source's own word for a split -> train, validation or test."""
+    """A source's own name for a split -> train, validation or test."""
     if str(name).lower() not in SPLIT_NAMES:
         raise DataError(f"{where}: unknown split {name!r}. Known: {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[str(name).lower()]
@@ -49,7 +49,7 @@ def split_name(name: str, where: str) -> str:
 
 @dataclass
 class Options:
-    """What a format's `read` is asked for; `data.load` says what each means."""
+    """Options of a format's `read`; `data.load` says what each means."""
 
     config: str | None = None
     image_dir: str | None = None
@@ -59,13 +59,13 @@ class Options:
     streaming: bool = False
     skip_bad_samples: bool = False
     format: str = "auto"
-    captions: bool = True  # False for whoever reads images alone
+    captions: bool = True  # False for callers that read images only
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line
     bad_samples: list = field(default_factory=list)
 
 
 def split_of_file(path: Path) -> str | None:
-    """captions_val2014.json -> validation; None where the name says no split."""
+    """captions_val2014.json -> validation; None where the name gives no split."""
     words = re.findall(r"[a-z]+", path.stem.lower())
     found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     return found.pop() if len(found) == 1 else None

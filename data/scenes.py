@@ -2,11 +2,11 @@
 
 A scene shows two groups of objects, side by side or one above the other, between a hazy sky and a ground. A group is one
 to three objects of one colour, shape and size: "three small red stars to the left of a large blue ring". Five captions
-say it in different words, each of them all of it: both groups' count, size, colour and shape, and how the groups lie.
+describe it in different words, each completely: both groups' count, size, colour and shape, and how the groups lie.
 
 What is held out: every unordered pair of kinds of object (a kind is a colour and a shape) belongs to one split, whatever
-the seed. A pair in validation or test never occurs in training, though each of its kinds does in other company, so a
-model that scores well there has learnt to compose.
+the seed. A pair in validation or test never occurs in training, though each of its kinds does in other pairs, so a
+model that scores well there has learned to compose.
 
     python -m data.scenes FOLDER [NUMBER]      saves the first scenes of the test split as PNG files
 """
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from common.errors import UserError
 
-SIZE = 96  # pixels a side
+SIZE = 96  # pixels per side
 GRID = 4  # a scene is GRID x GRID slots of SIZE // GRID pixels; a slot holds at most one object
 COLOURS = {
     "red": (214, 40, 40),
@@ -37,7 +37,7 @@ COLOURS = {
     "black": (25, 25, 28),
     "white": (250, 250, 250),
 }
-SKY, GROUND = (165, 190, 225), (175, 180, 130)  # tints at the top and at the bottom, about; light comes from the left
+SKY, GROUND = (165, 190, 225), (175, 180, 130)  # tints at about the top and the bottom; light comes from the left
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
 SIZES = {"small": (13, 15), "large": (20, 23)}  # smallest and largest diameter in pixels
 COUNTS = (1, 2, 3)
@@ -52,11 +52,11 @@ def load(
     Args:
         train, validation, test: number of scenes in each split.
         seed: another seed draws other scenes. Which combinations are held out does not depend on it.
-        shuffled: give each image the captions of another image of its split, as a control: what a model scores after
-            that, it has learnt without looking. `facts` stay those of the image.
+        shuffled: give each image the captions of another image of its split, as a control: what a model still
+            scores, it has learned without looking. `facts` stay those of the image.
 
     Returns:
-        One record an image: `image_id` ("scene-train-00012"), `image` (PNG bytes), `captions` (five, all different) and
+        One record per image: `image_id` ("scene-train-00012"), `image` (PNG bytes), `captions` (five, all different) and
         `facts`, a JSON string `{"objects": [{"count", "size", "colour", "shape"}, ...], "relations": [[0, "above", 1]]}`
         whose relations name objects by their index; `metrics.scene_facts` scores captions against it.
     """
@@ -294,7 +294,7 @@ TEMPLATES = (  # a: a group, b: the other, and how a lies to b; .._be, .._verb a
 
 
 def describe(facts: dict, rng: random.Random, number: int = 5) -> list[str]:
-    """`number` different captions, each of which says all of `facts`."""
+    """`number` different captions, each of which states all of `facts`."""
     captions = []
     while len(captions) < number:
         caption = caption_of(facts, rng)
@@ -305,7 +305,7 @@ def describe(facts: dict, rng: random.Random, number: int = 5) -> list[str]:
 
 def caption_of(facts: dict, rng: random.Random, templates=TEMPLATES) -> str:
     (subject, relation, other), objects = facts["relations"][0], facts["objects"]
-    if rng.random() < 0.5:  # "a star above a ring" and "a ring below a star" are as true
+    if rng.random() < 0.5:  # "a star above a ring" and "a ring below a star" are equally true
         subject, relation, other = other, INVERSE[relation], subject
     a, b = objects[subject], objects[other]
     verb = rng.choice(VERBS)

@@ -1,7 +1,7 @@
-"""Shards: what is worked on at once, and the folder where the output of each appears, whole or not at all.
+"""Shards: the units of work, and the folder where the output of each appears, complete or not at all.
 
 A shard is a tar, some row groups of a Parquet file, or a number of rows of a folder, a list or another source. Its output
-is a file of its own, whose name tells what was in the shard; these files are all that a run resumes from.
+is a file of its own, whose name identifies what was in the shard; a run resumes from these files alone.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ class Shard:
     position: int  # in the order of the source
     kind: str  # "tar", "parquet" or "rows"
     place: str  # path or address; empty for rows
-    label: str  # what its images are named by: the file's name, or its path where several have that name
+    label: str  # what its images are named after: the file's name, or its path where several have that name
     start: int  # first row, counted from the beginning of the file, or of all rows of their kind
-    stop: int | None  # one behind the last row; None for all
-    rows: int | None  # how many, where that is known
+    stop: int | None  # one past the last row; None for all
+    rows: int | None  # how many, if known
     digest: str  # 8 hex digits of what is in it
 
     @property
@@ -83,7 +83,7 @@ def digest_of(*values) -> str:
 
 
 class Cursor:
-    """A stream of rows that is read forwards, piece by piece, and opened again for a piece that lies behind.
+    """A stream of rows that is read forwards, piece by piece, and reopened for a piece further back.
 
     Args:
         open_at: called with a row's number; returns (number of the first row, rows), from that row or one before it.
@@ -124,15 +124,15 @@ class ImageSource:
         self.cursor = Cursor(lambda start: (0, self._stream()))
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"cursor": None}  # a worker's process reads by itself
+        return self.__dict__ | {"cursor": None}  # a worker process opens its own
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self.cursor = Cursor(lambda start: (0, self._stream()))
 
     def shards(self, size: int) -> list[Shard]:
-        """All shards in the order of the source, of `size` rows but for tars, which are one each. Lists and folders are
-        gone through once, tars are not opened."""
+        """All shards in the order of the source, of `size` rows, except tars, which are one each. Lists and folders are
+        scanned once, tars are not opened."""
         files = list(dict.fromkeys(piece for piece in self.pieces if piece not in self.loose))
         with ThreadPoolExecutor(16) as pool:
             ranges = dict(zip(files, pool.map(partial(self._ranges, size), files), strict=True))
@@ -154,7 +154,7 @@ class ImageSource:
         """The rows of a shard: {"key", "name", "image", "columns", "relative"}.
 
         Raises:
-            DataError: the file is broken, or the list or folder has changed since `shards` went through it.
+            DataError: the file is broken, or the list or folder has changed since `shards` scanned it.
         """
         if shard.kind == "rows":
             digest = Digest()
@@ -193,8 +193,8 @@ class ImageSource:
         return {place: place if count[os.path.basename(place)] > 1 else os.path.basename(place) for place in places}
 
     def _ranges(self, size: int, piece: tuple[str, str]) -> list[tuple[int, int | None, int | None, str]]:
-        """(first row, one behind the last, rows, digest) of each shard of a file. A broken one is a shard, whose rows
-        will say what is wrong with it."""
+        """(first row, one past the last, rows, digest) of each shard of a file. A broken file is one shard, whose rows
+        report what is wrong with it."""
         kind, place = piece
         try:
             version = _version(place)
@@ -220,7 +220,7 @@ def _version(place: str) -> list:
 
 
 def _counted(rows: Iterator[dict], size: int) -> Iterator[tuple[int, str]]:
-    """(rows, digest) of each `size` rows."""
+    """(rows, digest) for every `size` rows."""
     while True:
         digest, count = Digest(), 0
         for row in itertools.islice(rows, size):
@@ -232,7 +232,7 @@ def _counted(rows: Iterator[dict], size: int) -> Iterator[tuple[int, str]]:
 
 
 def parquet_ranges(metadata, size: int) -> Iterator[tuple[int, int, int, str]]:
-    """(first row, one behind the last, rows, digest) of as many row groups as make up `size` rows."""
+    """(first row, one past the last, rows, digest) of as many row groups as make up `size` rows."""
     start = rows = 0
     digest = Digest()
     for group, first in group_starts(metadata):
@@ -252,8 +252,8 @@ class ShardFolder:
     """The folder that outputs of shards appear in: a path, or an address.
 
     Args:
-        output: what --output says.
-        single: whether that is a file, to be made of the shards at the end; they then are in OUTPUT.shards.
+        output: the value of --output.
+        single: whether that is a file, made from the shards at the end; they are then in OUTPUT.shards.
     """
 
     def __init__(self, output: str, single: bool):
@@ -267,15 +267,15 @@ class ShardFolder:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["output"], state["single"])
-        self.path = state["path"]  # of the process that began the run, whose folder may be another
+        self.path = state["path"]  # of the process that began the run, which may have run elsewhere
 
     def size(self, default: int, share: tuple[int, int], first: Callable[[int], Iterator]) -> int:
-        """Rows of a shard where that is not said: as the run was begun with, else `default`, or so many that each of the
-        processes has a shard.
+        """Rows per shard where none are given: those the run was started with, else `default`, or fewer so that each of
+        the processes has a shard.
 
         Args:
             share: (number, count) of this process.
-            first: called with a number; returns so many rows of the source, or all.
+            first: called with a number; returns that many rows of the source, or all.
         """
         before = self.read_json(SETTINGS)
         if before is not None:
@@ -285,10 +285,10 @@ class ShardFolder:
         return default if rows >= default * count else max(1, math.ceil(rows / count))
 
     def begin(self, settings: dict, shards: list[Shard], size: int) -> None:
-        """Write down what the run is; `size` is that of its shards.
+        """Record what the run is; `size` is that of its shards.
 
         Raises:
-            UserError: it was begun with other settings.
+            UserError: it was started with other settings.
         """
         before = self.read_json(SETTINGS)
         differ = {k: v for k, v in settings.items() if before and before["settings"].get(k) != v}
@@ -296,7 +296,7 @@ class ShardFolder:
             what = "; ".join(
                 f"{name} was {before['settings'].get(name)!r}, is {value!r}" for name, value in differ.items()
             )
-            raise UserError(f"{self.output} was begun with other settings: {what}. Name another --output.")
+            raise UserError(f"{self.output} was started with other settings: {what}. Name another --output.")
         if not self.remote:
             os.makedirs(self.path, exist_ok=True)
         rows = [shard.rows for shard in shards]
@@ -309,7 +309,7 @@ class ShardFolder:
             return
         if self.remote:
             if self.single and file_system(self.output)[0].exists(file_system(self.output)[1]):
-                raise UserError(f"--output {self.output} is there already, and no run made it here. Name another.")
+                raise UserError(f"--output {self.output} exists already, and was not made by a run here. Name another.")
             return
         output = Path(self.output)
         if not output.absolute().parent.is_dir():
@@ -317,11 +317,11 @@ class ShardFolder:
         older = [*output.parent.glob(f"{output.name}.part-*"), *output.parent.glob(f"{output.name}.settings.json")]
         if older:
             raise UserError(
-                f"--output {output} was begun by an earlier version, which left {older[0].name}: finish it with that "
+                f"--output {output} was started by an earlier version, which left {older[0].name}: finish it with that "
                 "version, or name another --output."
             )
         if output.exists() and (output.is_file() or any(output.iterdir())):
-            raise UserError(f"--output {output} is there already, and no run like this one made it. Name another.")
+            raise UserError(f"--output {output} exists already, and was not made by a run like this one. Name another.")
 
     def files(self) -> list[str]:
         """Names of all files in the folder, sorted."""
@@ -346,7 +346,7 @@ class ShardFolder:
 
     @contextlib.contextmanager
     def whole(self, name: str):
-        """A local path to write to; the file appears under `name` when the block ends well."""
+        """A local path to write to; the file appears under `name` when the block ends without an error."""
         if not self.remote:
             with whole(Path(self.path) / name) as temporary:
                 yield temporary

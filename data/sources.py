@@ -25,7 +25,7 @@ from data.tables import table_rows as rows_of_tables
 logger = logging.getLogger(__name__)
 
 NOT_CHECKED = (
-    "%s (%s, streaming): splits %s; not checked in a stream: rows of one image that are not neighbours, equal images in "
+    "%s (%s, streaming): splits %s; not checked in a stream: rows of one image that are not adjacent, equal images in "
     "two official splits, duplicate ids"
 )
 
@@ -49,28 +49,28 @@ def load(
     bad_samples: list | None = None,
     require_images: bool = True,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load captioned images, one record per image, and say on one log line what was found and dropped.
+    """Load captioned images, one record per image, and log in one line what was found and dropped.
 
     Args:
         dataset_name: a local file or folder, a pattern of tar or Parquet files, the id of a Hub data set, or
             `scenes`; or an address such as s3://bucket/folder, of which a copy is kept in the cache.
         dataset_config_name: configuration of a Hub set. For `scenes`, `shuffled` pairs images with others' captions.
-        data_format: the name of one of data.formats; `auto` tells it from the path.
-        image_dir: folder of the images, where they are not beside the annotations.
-        image_column, caption_column: for columns of unusual names.
+        data_format: the name of one of data.formats; `auto` recognizes it from the path.
+        image_dir: folder of the images, if they are not next to the annotations.
+        image_column, caption_column: for columns with unusual names.
         split_seed: seed of the 90/5/5 split over images, for a source without splits.
         draw_splits_from: draw these splits from the images of this split of the source, such as `test`, or from `all`.
         streaming: return an IterableDatasetDict. Parquet, WebDataset and Hub sets are then read as they are needed;
-            `stream_records` says what cannot be checked so. Other formats are loaded as ever (they are only
+            `stream_records` says what cannot be checked then. Other formats are loaded as usual (they are only
             captions and paths) and keep every check.
-        skip_bad_samples: drop missing images and bad captions instead of raising, but for those of the source's own
+        skip_bad_samples: drop missing images and bad captions instead of raising, except in the source's own
             validation and test splits.
         cache_dir: cache of `datasets`, and of the COCO images that are fetched.
         splits: these splits only. Images of other splits are then neither fetched (COCO-Karpathy) nor compared.
-        max_samples: at most so many records of a split, e.g. {"train": 1000}: the first ones.
-        all_as: of a source without splits, all images are this split, and no split is drawn.
+        max_samples: at most this many records per split, e.g. {"train": 1000}: the first ones.
+        all_as: if the source has no splits, all images are this split, and no split is drawn.
         bad_samples: a list that receives {"image_id", "image", "reason"} for each row skipped.
-        require_images: False for whoever reads captions alone: image files may then be missing, and are not fetched.
+        require_images: False for callers that read captions only: image files may then be missing, and are not fetched.
 
     Returns:
         Those of train, validation and test that exist, with columns `image_id` (str), `image` ({"path", "bytes"},
@@ -165,7 +165,7 @@ def _only_wanted(records: list[Record], splits, max_samples: dict[str, int] | No
 
 
 def _each_image_once(records: list[Record], table, options: Options, official: bool, require_images: bool):
-    """The records without those whose image is missing, and records of equal images united."""
+    """The records without those whose image is missing, and records of equal images merged."""
     if table is None:
         sizes, read = rec.file_sizes(records), rec.read_file
     else:
@@ -222,7 +222,7 @@ def _only_paths(tables: dict, options: Options) -> bool:
 
 
 def only_split(records: list[Record], name: str, source: str) -> list[Record]:
-    """The records of a split, or of all, without a split."""
+    """The records of a split, or of all, with their split removed."""
     wanted = SPLIT_NAMES.get(name.lower(), name)
     chosen = records if wanted == ALL else [record for record in records if record.split in (wanted, None)]
     if not chosen:

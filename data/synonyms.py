@@ -1,11 +1,11 @@
-"""Words that can stand for one another in a caption and leave it true.
+"""Words that can replace one another in a caption and leave it true.
 
-A table, written for captions by hand, and for nouns, adjectives and adverbs that it lacks WordNet, where nltk and its
-corpus are installed (nothing here downloads them). The table goes first, as it knows what WordNet does not: which words
-mean the same in a caption ("a monitor" is a screen, "a screen" need not be a monitor).
+A table, written for captions by hand, plus WordNet for nouns, adjectives and adverbs that it lacks, where nltk and its
+corpus are installed (nothing here downloads them). The table takes precedence, as it knows what WordNet does not: which
+words mean the same in a caption ("a monitor" is a screen, "a screen" need not be a monitor).
 
-A word keeps its part of speech, number and tense. Colours, counts, positions and directions are never replaced, as what
-a caption says of them is what it is scored for.
+A word keeps its part of speech, number and tense. Colours, counts, positions and directions are never replaced, as
+captions are scored on them.
 """
 
 import functools
@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 
 NOUN, VERB = "1", "2"  # in WordNet's sense keys
 
-# A line is a group whose words stand for each other; "a > b c" allows only b or c for a, the narrower or clearer word.
+# A line is a group whose words replace each other; "a > b c" allows only b or c for a, the narrower or clearer word.
 NOUNS = """
     photo photograph snapshot
     picture image
@@ -119,7 +119,7 @@ NOUNS = """
     parade > procession
     background > backdrop
 """
-# Of verbs, the forms in -s, -ing and -ed: "walk" alone is as often a noun.
+# Only the forms of verbs in -s, -ing and -ed: "walk" alone is as often a noun.
 VERBS = """
     grasp clutch grip > hold
     lug haul tote > carry
@@ -181,7 +181,7 @@ VERBS_WITHOUT_OBJECT = """
     clap > applaud
     romp > play
 """
-# Taken as they stand: no other form of them is replaced.
+# Taken literally: no other form of them is replaced.
 OTHERS = """
     big large
     small little
@@ -303,7 +303,7 @@ IRREGULAR = "buy cling draw drink eat fall feed fling fly hang hit hold lay leap
 
 
 def synonyms(word: str, follower: str | None = None) -> tuple[str, ...]:
-    """What can stand for a lower-case word in a caption: words of the same part of speech, number and tense.
+    """What can replace a lower-case word in a caption: words of the same part of speech, number and tense.
 
     Args:
         follower: the next word of its sentence, None at the end. Verbs that may have an object ("walking a dog") are
@@ -323,7 +323,7 @@ def _pairs(lines: str):
 
 
 def plural(noun: str) -> str:
-    """Of a noun; also a verb's form in -s."""
+    """The plural of a noun; also a verb's form in -s."""
     if noun.endswith("man"):
         return noun[:-3] + "men"
     if noun in ("child", "person", "aircraft"):
@@ -379,7 +379,7 @@ WITHOUT_OBJECT = frozenset(
 def wordnet() -> dict[str, tuple[str, ...]]:
     """{word: synonyms} of WordNet's nouns, adjectives and adverbs; {} where nltk or its corpus is missing.
 
-    Two words are synonyms if both are mostly used as the same part of speech, and both first of all in one same sense
+    Two words are synonyms if both are mostly used as the same part of speech, and both mostly in the same sense
     (by WordNet's counts in sense-tagged text). No verbs: "hold" and "keep" share a first sense, and an umbrella that is
     held is not kept.
     """

@@ -29,12 +29,12 @@ def local_files(path: Path, pattern: str = "*.parquet") -> list[Path]:
 
 
 def load_dataset(name: str, options: Options, config=None, data_files=None, source: str | None = None):
-    """`datasets.load_dataset`, whose failures are one line."""
+    """`datasets.load_dataset`, with errors of one line."""
     try:
         return datasets.load_dataset(
             name, config, data_files=data_files, cache_dir=options.cache_dir, streaming=options.streaming
         )
-    except Exception as error:  # datasets, huggingface_hub and their network libraries have no common base
+    except Exception as error:  # datasets, huggingface_hub and their network libraries share no base class of errors
         raise could_not_load(source or name, "parquet" if data_files else "hub", error) from None
 
 
@@ -55,7 +55,7 @@ def could_not_load(name: str, what: str, error: BaseException) -> DataError:
 
 
 def by_split(loaded, options: Options, source: str, draw_splits_from: str | None) -> dict:
-    """One table a split of train, validation and test (restval joins train); with `draw_splits_from` one table, called
+    """One table per split of train, validation and test (restval joins train); with `draw_splits_from` one, called
     train, of that split, which is what sources without splits have."""
     if draw_splits_from is not None:
         drawn = draw_splits_from.lower()
@@ -72,10 +72,10 @@ def by_split(loaded, options: Options, source: str, draw_splits_from: str | None
     for name, table in loaded.items():
         if name.lower() not in SPLIT_NAMES:
             raise DataError(
-                f"{source}: split {name!r} is none of train, validation, test. Splits present: "
+                f"{source}: split {name!r} is not one of train, validation, test. Splits present: "
                 f"{', '.join(loaded)}. Name the one to draw train, validation and test from with --draw_splits_from"
             )
-        if options.streaming and table.features is None:  # not said by the source: taken from its first rows
+        if options.streaming and table.features is None:  # not given by the source: taken from its first rows
             table = table._resolve_features()
         tables.setdefault(SPLIT_NAMES[name.lower()], []).append(table)
     return {split: _joined(parts) for split, parts in tables.items()}
@@ -98,7 +98,7 @@ def columns_of(table, options: Options, source: str):
 
 
 class _Example(dict):
-    """The first row but for images, read only if an error needs it."""
+    """The first row without images, read only if an error needs it."""
 
     def __init__(self, table):
         self.table = table
@@ -218,11 +218,11 @@ def with_splits(records: Iterable[Record], splits: list[str]) -> Iterator[Record
 
 
 def table_of(rows: Iterator[Record], read, key: dict, cache_dir) -> dict:
-    """{"train": table} of rows whose images are there themselves, in base64 say, kept in the cache of `datasets`.
+    """{"train": table} of rows that hold their images, in base64 for example, kept in the cache of `datasets`.
 
     Args:
-        rows: of these the first says what columns there are.
-        read: read(**key) gives the rows, again; `key` is what makes them what they are.
+        rows: the first one says which columns there are.
+        read: read(**key) yields the rows again; `key` determines them.
     """
     extras = list(next(rows).extras)
     texts = dict.fromkeys(["image_id", "split", *extras], datasets.Value("string"))
@@ -257,7 +257,7 @@ def stream_records(tables: dict, options: Options, seed: int, source: str, all_a
 
     A source without splits gets 90/5/5 by a hash of the image's bytes (of its path, where there are none), so that
     equal images are in the same split wherever they lie. What a stream cannot see: rows of one image merge only where
-    they are neighbours, so an image may come as several records (of one split); images that are in two official
+    they are adjacent, so an image may come as several records (of one split); images that are in two official
     splits are not found; nor are duplicate ids, or images that cannot be read (these raise when they are reached).
 
     Returns:
@@ -321,7 +321,7 @@ def stream_split(
             own = row.get("split")
             if own is not None and split_name(own, f"row {number}") != table_split:
                 raise DataError(
-                    f"row {number} says it is of split {own!r}, and lies in {table_split}, which a stream cannot follow. "
+                    f"row {number} says it is of split {own!r}, but is in {table_split}, which a stream cannot follow. "
                     "Leave out --streaming"
                 )
             image = row[image_name]

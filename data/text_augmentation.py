@@ -1,4 +1,4 @@
-"""Caption augmentation from a list of plain words in a recipe, seeded for each image as data/augmentation.py is.
+"""Caption augmentation from a list of plain words in a recipe, seeded per image like data/augmentation.py.
 
 augment_text: ["synonym:0.2", "sentence_shuffle:0.2"]
 """
@@ -28,7 +28,7 @@ ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|no|vs|oz|lb|ft|e\.g|i\.e|[a-z])
 class TextAugmentation:
     """Augments the captions of one sample: `TextAugmentation(spec, seed)(captions, epoch, image_id)`.
 
-    Every random choice comes from (seed, epoch, image_id), so a resumed run learns the very captions of an unbroken
+    Every random choice comes from (seed, epoch, image_id), so a resumed run sees the same captions as an uninterrupted
     one, with any number of workers and processes.
 
     Args:
@@ -36,18 +36,18 @@ class TextAugmentation:
             `synonym:P`: each word that has a synonym (data/synonyms.py) is replaced by one with probability P. Colours,
             counts, positions, names, quoted text, special tokens, and "a" or "an" before the word stay as they are.
             `sentence_shuffle:P`: a caption of several sentences has them in an order drawn with probability P. It is
-            for paragraphs that list what is seen; where a sentence leans on the one before, it loses its footing.
-        seed: of the run.
+            for paragraphs that list what is seen; where a sentence refers to the one before, it may lose its sense.
+        seed: the run's seed.
 
     Raises:
-        ValueError: an unknown operation or wrong numbers, naming it.
+        ValueError: an unknown operation or wrong numbers; the message names it.
     """
 
     def __init__(self, spec: list[str], seed: int = 42):
         self.seed = seed
         self.operations = [parse_operation(text, FORMS, "augment_text") for text in spec]
         if "synonym" in dict(self.operations):
-            # Said, as it is the machine that decides, and another lexicon makes another run.
+            # Logged, since it depends on the machine, and another lexicon makes another run.
             also = (
                 ", and WordNet for other nouns, adjectives and adverbs" if wordnet() else "; nltk has no WordNet here"
             )

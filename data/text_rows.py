@@ -1,5 +1,5 @@
-"""Rows of text files: CSV with any separator, TSV, JSON lines, JSON. Nothing is misread in silence: what a line says is
-read as written, or refused with the file and the line."""
+"""Rows of text files: CSV with any separator, TSV, JSON lines, JSON. Nothing is misread silently: a line is read
+as written, or refused with the file and the line."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ def read_json(file: Path):
     try:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not valid JSON: {error}. One object a line belongs into a .jsonl file") from None
+        raise DataError(f"{file}: not valid JSON: {error}. One object per line belongs in a .jsonl file") from None
     except TextError as error:
         raise DataError(str(error)) from None
 
@@ -42,11 +42,11 @@ def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:
 
 
 def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, str]]:
-    """(row, "name line N") of a table with a header, its separator told from that: comma, semicolon, tab or |.
+    """(row, "name line N") of a table with a header, which determines the separator: comma, semicolon, tab or |.
 
-    A quoted cell may go over several lines. A quote that opens and is not closed, so that it would swallow the rows
-    behind it, is taken as written where the line says by itself what its cells are; else it is an error. With
-    `last_takes_rest` separators too many belong to the last cell (Kaggle's captions.txt).
+    A quoted cell may span several lines. A quote that opens and is not closed, so that it would swallow the rows
+    after it, is taken literally where the line alone shows what its cells are; else it is an error. With
+    `last_takes_rest` extra separators belong to the last cell (Kaggle's captions.txt).
     """
     try:
         with open_text(file, newline="") as text:
@@ -81,7 +81,7 @@ def _header(lines: "_Lines", file: Path) -> tuple[list[str], str]:
             candidates[separator] = [cell.strip() for cell in cells]
     if not candidates:
         raise DataError(f"{file} line 1: the header opens a quote and does not close it")
-    separator = max(candidates, key=lambda separator: len(candidates[separator]))  # the first of equals: the comma
+    separator = max(candidates, key=lambda separator: len(candidates[separator]))  # on a tie the first: the comma
     header = candidates[separator]
     double = next((name for name in header if header.count(name) > 1), None)
     if double is not None and (double or header.count("") > 1):
@@ -130,14 +130,14 @@ def _cells(lines: _Lines, separator: str, width: int, file: Path) -> Iterator[tu
         if cells is None:
             shapes |= _shapes(line.split(separator))
             cells = _over_lines(line, lines, separator, shapes)
-        if cells is None:  # a quote that is none: as written, if the line says by itself what its cells are
+        if cells is None:  # not really a quote: literal, if the line alone shows what its cells are
             cells = line.rstrip("\r\n").split(separator)
             if len(cells) > 2 == width and IMAGE_NAME.search(cells[0]):
                 cells = [cells[0], separator.join(cells[1:])]
             if len(cells) != width:
                 raise DataError(
                     f'{file} line {number}: a quote (") opens here and is not closed, so that it would swallow the '
-                    'rows behind it. Close it, or write a quote inside a quoted cell twice ("")'
+                    'rows after it. Close it, or write a quote inside a quoted cell twice ("")'
                 )
         shapes |= _shapes(cells)
         if len(shapes) > 1000:

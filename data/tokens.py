@@ -1,4 +1,4 @@
-"""What a tokenizer can write of the captions that it is to learn."""
+"""Whether a tokenizer can write the captions that a model is to learn."""
 
 import logging
 import unicodedata
@@ -16,8 +16,8 @@ _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "
 
 
 def check_captions_can_be_written(tokenizer, captions: Iterable[str]) -> None:
-    """Warn in one line if the tokenizer cannot write some words of the captions: they come back as unknown, or other than
-    they were, case apart (BERT's uncased vocabulary strips every accent). UserError if that is more than half of them."""
+    """Warn in one line if the tokenizer cannot write some words of the captions: they come back as unknown, or changed
+    in more than case (BERT's uncased vocabulary strips every accent). UserError if that is more than half of them."""
     words = Counter(word for caption in islice(captions, _LOOKED_AT) for word in _words(caption))
     if not words:
         return
@@ -47,7 +47,7 @@ def _plain(word: str) -> str:
 
 
 def _words(caption: str) -> Iterable[str]:
-    """Words between blanks without the punctuation at their ends; of scripts without blanks, characters."""
+    """Words between spaces without the punctuation at their ends; for scripts without spaces, characters."""
     for piece in caption.split():
         begin, end = 0, len(piece)
         while begin < end and not _is_letter(piece[begin]):

@@ -1,4 +1,4 @@
-"""What training makes of records: a checked subset, in samples of an image and the captions that share its encoding."""
+"""From records to training data: a checked subset, in samples of an image and the captions that share its encoding."""
 
 import datasets
 import numpy as np
@@ -11,15 +11,15 @@ from data.rows import DataError
 
 
 def in_memory(split, name: str) -> datasets.Dataset:
-    """A split that is evaluated, which is gone through more than once, of a stream or not. DataError if a stream has no
+    """A split that is evaluated, which is read more than once, from a stream or not. DataError if a stream has no
     image of it."""
     if not isinstance(split, datasets.IterableDataset):
         return split
     records = list(split)
     if not records:
         raise DataError(
-            f"no image of the stream is of the {name} split: of a source without splits, 5 % are drawn by each image's own "
-            "bytes, which of few images may be none. Leave out --streaming"
+            f"no image of the stream is in the {name} split: without splits in the source, 5 % are drawn by each image's "
+            "bytes, which may be none of only a few images. Leave out --streaming"
         )
     return datasets.Dataset.from_list(records, features=split.features)
 
@@ -35,7 +35,7 @@ def require_training_split(splits, source: str) -> None:
 
 
 def check_training_images(splits, *, skip_bad_samples: bool):
-    """(splits, bad samples): every image is decoded once. Unreadable ones leave the training split when told to; in a
+    """(splits, bad samples): every image is decoded once. Unreadable ones leave the training split on request; in a
     split that is evaluated they are always an error, as a score must be that of the whole split."""
     if not isinstance(splits, datasets.DatasetDict):
         return splits, []
@@ -56,15 +56,15 @@ class EncodedRecords(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, key: int | str):
-        """A record by its number, or a column by its name, as of a datasets.Dataset."""
+        """A record by its number, or a column by its name, as in a datasets.Dataset."""
         return self.records[key] if isinstance(key, str) else {**self.records[key], "features": self.features[key]}
 
 
 class CaptionPairs(torch.utils.data.Dataset):
     """Every caption of every record once per epoch, in samples of up to `captions_per_image` captions of one image.
 
-    A sample is `{"image_id", "first_caption", "image", "captions", "epoch"}`. At 1 caption per image it is the classic
-    list of pairs, with None every sample has all captions of its image. Of EncodedRecords it has "features" in place of
+    A sample is `{"image_id", "first_caption", "image", "captions", "epoch"}`. With 1 caption per image it is the classic
+    list of pairs, with None every sample has all captions of its image. From EncodedRecords it has "features" instead of
     "image".
     """
 

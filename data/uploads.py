@@ -33,7 +33,7 @@ def list_uploads(paths: list[str], limit: int) -> list[tuple[str, str, str | Non
 
 
 def read_uploads(uploads: list[tuple], chunk: int) -> Iterator[list[tuple[str, Image.Image | Exception]]]:
-    """[(name, image, or the error why there is none), ...] of up to `chunk` uploads at a time, fewer of large images."""
+    """[(name, image or error), ...] of up to `chunk` uploads at a time, fewer of large images."""
     found, pixels = [], 0
     for name, path, member in uploads:
         image = read_upload(name, path, member)
@@ -47,7 +47,7 @@ def read_uploads(uploads: list[tuple], chunk: int) -> Iterator[list[tuple[str, I
 
 
 def read_upload(name: str, path: str, member: str | None = None) -> Image.Image | Exception:
-    """The image, or the error why there is none; it names the file as its owner does."""
+    """The image or the error, which names the file as its owner does."""
     try:
         if member is None:
             content = Path(path).read_bytes()

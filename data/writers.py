@@ -1,10 +1,10 @@
-"""Captions out, in the form that a file's name says. A function a format:
+"""Writes captions in the form that the file's name says. One function per format:
 
-    write(rows, target, images)    rows() gives {"image", "caption" or "error", columns ...} of each image in order, as
-                                   often as it is called; target is a local path that does not exist; images() gives what
-                                   data.image_rows does of the same images, for formats that hold or copy them
+    write(rows, target, images)    rows() yields {"image", "caption" or "error", columns ...} for each image in order,
+                                   whenever it is called; target is a local path that does not exist; images() yields
+                                   what data.image_rows does for the same images, for formats that hold or copy them
 
-Rows are gone through in a stream; what is written appears whole or not at all, since the caller renames it.
+Rows are streamed; what is written appears complete or not at all, since the caller renames it.
 """
 
 import csv
@@ -50,7 +50,7 @@ def write_parquet(rows, target: Path, images) -> None:
 
 
 def write_coco(rows, target: Path, images) -> None:
-    """COCO's results, as evaluate.py --predictions and everyone's scorers read them. The id is the source's, else COCO's
+    """COCO's results, as evaluate.py --predictions and other scorers read them. The id is the source's, else COCO's
     number in the file's name, else that name."""
     with open(target, "w", encoding="utf-8", newline="\n") as file:
         for number, row in enumerate(row for row in rows() if "caption" in row):
@@ -61,7 +61,7 @@ def write_coco(rows, target: Path, images) -> None:
 
 def write_metadata(rows, target: Path, images, folder: Path, kind: str) -> None:
     """metadata.jsonl or metadata.csv of `load_dataset("imagefolder")`: `file_name`, relative to `folder`, which holds the
-    images; those that lie inside a source are written there."""
+    images; those that are inside a source are written there."""
     copies = {row["name"]: row for row in _inside(images)} if _any_inside(rows) else {}
     names: dict[str, str] = {}
     for name in copies:
@@ -96,10 +96,10 @@ def write_tar(rows, target: Path, images) -> None:
 
 
 def write_tars(rows, target: Path, images, tars: list[str]) -> None:
-    """The tar files of the source again, each sample with its caption as .txt; one that it had is kept as .source.txt."""
+    """The tar files of the source again, each sample with its caption as .txt; one it had is kept as .source.txt."""
     names = [os.path.basename(tar) for tar in tars]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{twice[0]} is the name of more than one tar of the source: caption each folder by itself")
+        raise DataError(f"{twice[0]} is the name of more than one tar of the source: caption each folder separately")
     target.mkdir()
     captions = rows()
     row = next(captions, None)
@@ -120,7 +120,7 @@ def write_tars(rows, target: Path, images, tars: list[str]) -> None:
 
 
 def text_of(image: str | None, relative: str, folder: Path | None) -> Path:
-    """Where the text of an image goes: x.txt beside x.jpg, or below `folder`."""
+    """Where the text of an image goes: x.txt next to x.jpg, or below `folder`."""
     return (Path(image) if folder is None else folder / inside(relative)).with_suffix(".txt")
 
 
@@ -141,8 +141,8 @@ FORMATS = {
     "parquet": "x.parquet, or a folder for several files",
     "coco": "x.json, COCO's results",
     "metadata": "metadata.jsonl or metadata.csv in the folder of the images",
-    "tar": "x.tar, or with --output_format tar a folder for the source's tars again",
-    "txt": "--output_format txt: a .txt beside each image, or in the folder --output",
+    "tar": "x.tar, or with --output_format tar a folder for copies of the source's tars",
+    "txt": "--output_format txt: a .txt next to each image, or in the folder --output",
 }
 
 
@@ -150,11 +150,11 @@ def form_of(output: str | None, output_format: str | None) -> str:
     """The key of FORMATS that a name and --output_format say.
 
     Raises:
-        DataError: an ending that is none of these.
+        DataError: an extension that is not one of these.
     """
     if output_format is not None:
         if output_format not in FORMATS:
-            raise DataError(f"--output_format {output_format}: is none of {', '.join(FORMATS)}")
+            raise DataError(f"--output_format {output_format}: is not one of {', '.join(FORMATS)}")
         if output is None and output_format != "txt":
             raise DataError(f"--output_format {output_format} needs --output, where to write it")
         return output_format
@@ -174,7 +174,7 @@ def form_of(output: str | None, output_format: str | None) -> str:
     }
     if ending not in known:
         raise DataError(
-            f"--output {output}: the ending {ending} is none of those that say what to write: {'; '.join(FORMATS.values())}"
+            f"--output {output}: the extension {ending} does not say what to write: {'; '.join(FORMATS.values())}"
         )
     return known[ending]
 
@@ -226,7 +226,7 @@ def common_schema(schemas: list[pa.Schema], nulls: bool = False) -> pa.Schema:
 
 
 def table_of(rows: list[dict], schema: pa.Schema) -> pa.Table:
-    """Rows as a table; what a column of text holds besides is written as JSON."""
+    """Rows as a table; other values in a text column are written as JSON."""
 
     def fit(value, kind):
         if value is None or not pa.types.is_string(kind) or isinstance(value, str):
@@ -278,7 +278,7 @@ def _below(image: str, folder: Path) -> str:
 
 
 def inside(name: str) -> str:
-    """The name with nothing in it that leads out of the folder it is put in: names of a source are its maker's."""
+    """The name without anything that leads out of the folder it is put in: a source's names are not to be trusted."""
     parts = re.split(r"[/\\]", name)
     return "/".join(part.replace(":", "_") for part in parts if part.strip(". ")) or "image"
 

@@ -1,10 +1,10 @@
 """CHAIR: which of COCO's 80 object categories a caption names that are not in the image.
 
 Rohrbach et al., "Object Hallucination in Image Captioning" (EMNLP 2018). CHAIRs is the share of captions with such an
-object, CHAIRi the share of the named objects that are such. An image's objects are those of its instances and those that
+object, CHAIRi the share of named objects that are wrong. An image's objects are those of its instances and those that
 its reference captions name. The words of the categories, the word pairs and the singular forms are those of the published
 implementation, its faults included: "bus" becomes "bu", so that one bus in a caption is never seen, and "motor bike" and
-"cheesecake" are no objects. Numbers in papers have them.
+"cheesecake" are not objects. Numbers in papers have these faults.
 """
 
 import functools
@@ -129,7 +129,7 @@ _PAIRS = {
     )
 }
 _ANIMALS = str.split("bird cat dog horse sheep cow elephant bear zebra giraffe animal cub")
-_PAIRS |= {(age, animal): animal for age in ("baby", "adult") for animal in _ANIMALS}  # a baby bird is no person
+_PAIRS |= {(age, animal): animal for age in ("baby", "adult") for animal in _ANIMALS}  # a baby bird is not a person
 _PAIRS |= {("passenger", vehicle): vehicle for vehicle in ("jet", "train")}
 _PAIRS |= {("bow", "tie"): "tie", ("toilet", "seat"): "toilet", ("wine", "glas"): "wine glass"}
 
@@ -159,15 +159,15 @@ def chair_scores(
     bootstrap_samples: int = 0,
     seed: int = 0,
 ) -> tuple[dict, dict[str, dict]]:
-    """({"CHAIRs", "CHAIRi", "object_recall", "intervals"}, {image id: what its caption names and does not}).
+    """({"CHAIRs", "CHAIRi", "object_recall", "intervals"}, {image id: what its caption names and misses}).
 
-    Recall is the share of the images' objects that the captions name. Of an image: "objects", the categories named;
-    "hallucinated", those that are not there; "missed", those that are and are not named; "statistics", the counts that
+    Recall is the share of the images' objects that the captions name. Per image: "objects", the categories named;
+    "hallucinated", those that are not there; "missed", those that are there but not named; "statistics", the counts that
     CHAIRi and recall are shares of, {name: [part, whole]}.
 
     Args:
         predictions: {image id: caption}; references: {image id: captions}.
-        instances: {image id: categories}, of read_instances.
+        instances: {image id: categories}, from read_instances.
     """
     found = {}
     for image, captions in references.items():
@@ -199,8 +199,8 @@ def chair_scores(
 
 
 def read_instances(path: str | os.PathLike) -> dict[str, set[str]]:
-    """{image id: categories in it} of COCO's instances file, with or without boxes. ValueError if it is none, or if its
-    categories are not COCO's."""
+    """{image id: categories in it} of COCO's instances file, with or without boxes. ValueError if it is not one, or if
+    its categories are not COCO's."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         names = {category["id"]: category["name"] for category in content["categories"]}
@@ -319,7 +319,7 @@ _PREPOSITIONS = frozenset(
 
 @functools.lru_cache(100_000)
 def singular(word: str) -> str:
-    """The singular of a lower-case word as pattern.en has it: of "bus" it is "bu", of "ties" it is "ty"."""
+    """The singular of a lower-case word according to pattern.en: "bu" for "bus", "ty" for "ties"."""
     first, *rest = word.split("-")
     if rest and rest[0] in _PREPOSITIONS:
         return f"{singular(first)}-{'-'.join(rest)}"

@@ -10,8 +10,8 @@ With unit features of an image v, a caption c and its references r, and the cosi
 Captions and references begin with "A photo depicts ". Images are resized (bicubic, shorter side) and cropped at the
 centre. Features are computed and normalised in float32: in half precision CLIP-S is visibly off.
 
-PAC-S is what PAC's weights make it, so a `PAC-S` is only given out for a checkpoint in the published layout whose every
-tensor fits, and whose projections, which PAC trains, are not those of the CLIP it began from.
+PAC-S is defined by PAC's weights, so `PAC-S` is only reported for a checkpoint in the published layout whose tensors
+all fit, and whose projections, which PAC trains, are not those of the CLIP it started from.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 
 class ClipScorer:
-    """Scores captions by one CLIP. Features of images and of references are kept, so that each is encoded once.
+    """Scores captions with one CLIP. Features of images and of references are kept, so that each is encoded once.
 
     `metric` is one of NAMES. `source` says what the weights are: the folder or file, and its fingerprint.
     """
@@ -58,10 +58,10 @@ class ClipScorer:
     def load(cls, metric: str, clip_model: str, pac_checkpoint: str | None = None, device="cpu") -> "ClipScorer":
         """From a CLIP folder or Hub id, and for PAC-S and PAC-S++ the published checkpoint of the same shape.
 
-        ValueError if the CLIP is none, or if the checkpoint is not what `metric` claims.
+        ValueError if the CLIP is not one, or if the checkpoint is not what `metric` claims.
         """
         if metric not in NAMES:
-            raise UserError(f"'{metric}' is no CLIP-based score. Known: {', '.join(NAMES)}.")
+            raise UserError(f"'{metric}' is not a CLIP-based score. Known: {', '.join(NAMES)}.")
         model, tokenizer, mean, std = load_clip(clip_model)
         if metric == "clip-s":
             source = {"clip_model": str(clip_model), "sha256": fingerprint(model)}
@@ -82,16 +82,16 @@ class ClipScorer:
         """(scores, reference scores) of each caption, (captions,) each; the second is None without `references`.
 
         Args:
-            image_ids: the images' names, which their features are kept under.
-            images: as data.open_image takes them; not looked at where the features are known.
-            captions: k of each image, together, in the images' order.
+            image_ids: the images' names, under which their features are kept.
+            images: as data.open_image takes them; not opened where the features are known.
+            captions: k per image, grouped, in the images' order.
             references: the reference captions of each image.
             prefix, clip: "" and False give the reward of DiCO's published code: bare captions, negative cosines kept.
             num_workers: processes that read images.
         """
         k = len(captions) // len(image_ids)
         if not captions or len(captions) != k * len(image_ids):
-            raise UserError(f"{len(captions)} captions cannot be shared out evenly over {len(image_ids)} images.")
+            raise UserError(f"{len(captions)} captions cannot be divided evenly among {len(image_ids)} images.")
         pictures = self.image_features(image_ids, images, num_workers)
         texts = self.text_features([prefix + caption for caption in captions])
         cosines = (pictures.repeat_interleave(k, dim=0) * texts).sum(dim=-1)
@@ -116,7 +116,7 @@ class ClipScorer:
 
     @torch.inference_mode()
     def image_features(self, image_ids, images, num_workers: int = 0) -> torch.Tensor:
-        """Unit features on the CPU, (images, d) float32; of new images, computed in batches on the model's device."""
+        """Unit features on the CPU, (images, d) float32; for new images, computed in batches on the model's device."""
         new = {image_id: index for index, image_id in enumerate(image_ids) if image_id not in self._images}
         pictures = _Pictures(images, list(new.values()), self.size, self.mean, self.std)
         done = iter(new)
@@ -151,7 +151,7 @@ class ClipScorer:
 
 
 def load_scorers(metric_args, device="cpu", also=()) -> list[ClipScorer]:
-    """The scorers that the flags of MetricArguments ask for, and those of `also`; ValueError where one cannot be had."""
+    """The scorers that the flags of MetricArguments ask for, and those of `also`; ValueError if one cannot load."""
     names = list(dict.fromkeys([*metric_args.clip_metrics, *also]))
     if names and not metric_args.clip_model:
         raise UserError(f"{' '.join(names)} needs --clip_model: the folder or Hub id of a CLIP to score with.")
@@ -189,7 +189,7 @@ def clip_scores(
 
 
 class _Pictures(Dataset):
-    """The pixels of some of `images`, opened and made ready in the loader's worker."""
+    """The pixels of some of `images`, opened and prepared in the DataLoader worker."""
 
     def __init__(self, images, indices: list[int], size: int, mean, std):
         self.images, self.indices, self.size, self.mean, self.std = images, indices, size, mean, std
@@ -203,7 +203,7 @@ class _Pictures(Dataset):
 
 def preprocess(image: Image.Image, size: int, mean=OPENAI_MEAN, std=OPENAI_STD) -> np.ndarray:
     """(3, size, size) float32 of an RGB image, as the official codes' torchvision makes it: Resize(size, bicubic) of the
-    shorter side, CenterCrop(size), ToTensor, Normalize. transformers' own processor crops odd rests a pixel elsewhere."""
+    shorter side, CenterCrop(size), ToTensor, Normalize. transformers' own processor crops odd margins a pixel off."""
     width, height = image.size
     short, long = min(width, height), int(size * max(width, height) / min(width, height))
     if short != size:
@@ -219,7 +219,7 @@ def preprocess(image: Image.Image, size: int, mean=OPENAI_MEAN, std=OPENAI_STD) 
 
 
 def load_clip(clip_model: str):
-    """(model, tokenizer, mean, std) of a CLIP folder or Hub id; ValueError if it holds no whole CLIP."""
+    """(model, tokenizer, mean, std) of a CLIP folder or Hub id; ValueError if it holds no complete CLIP."""
     try:
         config = AutoConfig.from_pretrained(clip_model, trust_remote_code=False)
         if config.model_type != "clip":
@@ -246,7 +246,7 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-# OpenAI's name -> transformers' name. open_clip's ViT has OpenAI's names. Projections are stored the other way round.
+# OpenAI's name -> transformers' name. open_clip's ViT has OpenAI's names. Projections are stored transposed.
 RENAMED = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -277,19 +277,19 @@ def read_pac_checkpoint(path: str, model: CLIPModel, metric: str) -> dict[str, t
     """The published checkpoint of "pac-s" or "pac-s++" as a state dict of `model`, which is a CLIP of its shape.
 
     The files are torch pickles whose "state_dict" has OpenAI's names (ViT-B/32, all of PAC-S++) or open_clip's, which
-    are the same (ViT-L/14). PAC-S++ has LoRA layers besides. They are added to the weights, scaled by 1 / rank, but for
+    are the same (ViT-L/14). PAC-S++ also has LoRA layers. They are added to the weights, scaled by 1 / rank, except
     those of the MLPs: the published evaluation marks these as merged before it reads the checkpoint, and so adds
     nothing to the weights there (models/custom_loralib/layers.py at 27075a9). Same here, for equal scores.
 
     ValueError if a tensor is missing, unknown or of another shape, if the metric is not that of the file, if its
-    activation cannot be `model`'s, or if the projections are `model`'s own: then it is no PAC checkpoint.
+    activation cannot be `model`'s, or if the projections are `model`'s own: then it is not a PAC checkpoint.
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         state = dict(loaded["state_dict"])
     except FileNotFoundError:
         raise UserError(f"pac_checkpoint: there is no file {path}.") from None
-    except Exception as error:  # not a zip, not a pickle, a pickle of other things than tensors, no such key
+    except Exception as error:  # not a zip, not a pickle, a pickle of something other than tensors, no such key
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"pac_checkpoint: {path} is not one of PAC-S's published files, tensors under 'state_dict' ({reason})."
@@ -360,7 +360,7 @@ def _to_transformers(state: dict) -> dict:
             continue
         tower, block, rest = name.partition("transformer.resblocks.")
         if not block or tower not in ("visual.", ""):
-            raise UserError(f"'{name}' is no parameter of a CLIP with a vision transformer")
+            raise UserError(f"'{name}' is not a parameter of a CLIP with a vision transformer")
         number, _, rest = rest.partition(".")
         layer = f"{'vision_model' if tower else 'text_model'}.encoder.layers.{number}"
         if rest.startswith("attn.in_proj_"):

@@ -61,6 +61,6 @@ def shown(name: str, value: float, signs: bool = False) -> str:
 
 
 def in_order(names) -> list[str]:
-    """These names as the table has them, those that it has not behind."""
+    """These names in the table's order, those not in it last."""
     order = list(SCORES)
     return sorted(names, key=lambda name: order.index(name) if name in SCORES else len(order))

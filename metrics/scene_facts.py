@@ -5,16 +5,16 @@ is read back into facts, and these are compared with the scene's own. The defini
 
 - A scene with n groups of objects and r relations has 4n + r facts: each group's count, size, colour and shape, and each
   relation. (`data.scenes` draws n = 2, r = 1: nine facts. Each of its reference captions says all nine.)
-- The groups that a caption mentions are paired with the scene's, one to one, as many as possible, in the way that makes
-  the most facts true. Order of mention is free.
+- The groups that a caption mentions are paired with the scene's, one to one, as many as possible, so that the most
+  facts are true. Order of mention is free.
 - A count, size, colour or shape is true if the paired group has it. Left out, wrong, or said in two contradicting ways
-  are all the same: a fact of the scene that the caption does not make.
+  are all the same: a fact of the scene that the caption does not state.
 - A relation is true if it holds between the paired groups; "a above b" is the same relation as "b below a".
-- The score is true facts / (facts of the scene + facts invented). Invented are all that is said of a group that has no
+- The score is true facts / (facts of the scene + facts invented). Invented is all that is said of a group without a
   partner, and the relations claimed beyond as many as the scene has.
 
 So a reference scores 1, an empty caption 0, one wrong or missing word of nine 8/9, and one invented red star (count,
-colour, shape) beside nine true facts 9/12. Over a corpus, true facts and facts are summed before dividing.
+colour, shape) next to nine true facts 9/12. Over a corpus, true facts and facts are summed before dividing.
 """
 
 import itertools
@@ -123,10 +123,10 @@ def direct(a: int | str, relation: str, b: int | str) -> tuple:
 
 
 def parse(caption: str) -> dict:
-    """Read a caption into the form of a scene's facts; what is not said is absent, what contradicts itself is None.
+    """Read a caption into the form of a scene's facts; what is not stated is absent, what contradicts itself is None.
 
     A group begins with its count ("two", "a pair of", "a") or, without one, with the adjectives before its noun.
-    Adjectives after the noun ("a star, small and red") belong to it. Words not known are passed over.
+    Adjectives after the noun ("a star, small and red") belong to it. Unknown words are skipped.
     """
     words = list(EVENT.finditer(" ".join(re.findall("[a-z]+", caption.lower()))))
     mentions, relations = [], []  # relations: (relation, whether a place or to a pronoun or to a noun, mentions so far)
@@ -167,7 +167,7 @@ def noun_follows(words: list[re.Match]) -> bool:
 
 
 def resolve(relations: list[tuple[str, str, int]], mentions: int) -> set[tuple[int, str, int]]:
-    """Which mention each relation is said of, and to which."""
+    """Which two mentions each relation is between."""
     claims, places = set(), {}
     places_lead = None  # "on the left a star, on the right a ring", not "a star on the left and a ring on the right"
     for relation, how, before in relations:

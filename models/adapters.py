@@ -1,4 +1,4 @@
-"""LoRA: small trainable matrices beside the frozen weights of a trained model (arXiv 2106.09685), through peft."""
+"""LoRA: small trainable matrices added to the frozen weights of a trained model (arXiv 2106.09685), through peft."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def add_adapter(
     model, *, r: int, alpha: int, dropout: float, targets: str | None = None, modules_to_save=()
 ) -> PeftModel:
-    """The model with a new LoRA adapter, which alone is trainable, with the modules of `modules_to_save`.
+    """The model with a new LoRA adapter; only it and the modules of `modules_to_save` are trainable.
 
     `targets` is a regular expression that the whole name of a linear layer must match (default: the family's). ValueError
     if it matches none, or if a name of `modules_to_save` does not occur.
@@ -54,7 +54,7 @@ def add_adapter(
         modules_to_save=list(modules_to_save) or None,
     )
     model = get_peft_model(model, config)
-    # The adapter is loaded from other folders than this one.
+    # The adapter may be loaded from another working directory.
     model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
     logger.info("%s", "trainable: {:,} of {:,} weights".format(*model.get_nb_trainable_parameters()))
     return model
@@ -69,18 +69,18 @@ def find_adapter(model_name_or_path: str, revision: str = "main") -> dict | None
     else:
         try:
             path = find_adapter_config_file(model_name_or_path, revision=revision)
-        except OSError:  # no such name, or no network: loading the model will say it
+        except OSError:  # no such name, or no network: loading the model will report it
             path = None
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
 
 def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftModel:
-    """`base` with the adapter put on, trainable, and captioned as the adapter's folder says."""
+    """`base` with the adapter, trainable, and with the prompt and generation settings of the adapter's folder."""
     with errors_in_one_line(model_name_or_path):
         model = PeftModel.from_pretrained(base, model_name_or_path, is_trainable=True, revision=revision)
     load_adapter_weights(model, model_name_or_path, revision)
     folder = Path(model_name_or_path)
-    if (folder / "config.json").is_file():  # our own checkpoints have it; others are captioned as their base is
+    if (folder / "config.json").is_file():  # our own checkpoints have it; others caption as their base does
         base.config.caption_prompt = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
             "caption_prompt", ""
         )
@@ -90,8 +90,8 @@ def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftM
 
 
 def load_adapter_weights(model: PeftModel, model_name_or_path: str, revision: str = "main") -> None:
-    """The weights of an adapter of `model`'s kind into it, in place. ValueError if one is missing or has no place: peft
-    itself only warns of it."""
+    """Load the weights of an adapter into `model`, in place. ValueError if one is missing or unexpected: peft itself
+    only warns."""
     with errors_in_one_line(model_name_or_path):
         state = load_peft_weights(model_name_or_path, device="cpu", revision=revision)
         result = set_peft_model_state_dict(model, state)

@@ -1,6 +1,6 @@
 """Fast attention for transformers' BLIP captioner, on the library's own modules and weights.
 
-transformers' BLIP knows eager attention only: it writes the whole (heads, queries, keys) matrix to memory in every
+transformers' BLIP has eager attention only: it writes the whole (heads, queries, keys) matrix to memory in every
 layer, encodes an image once for each of its captions, and beam search copies an image's cross-attention keys and
 values for every beam and reorders the copies at every step. `use_fast_attention(model)` gives the same numbers with
 
@@ -8,13 +8,13 @@ values for every beam and reorders the copies at every step. `use_fast_attention
 - one image encoding, and one set of cross-attention keys and values, for all captions, beams or samples of an image,
 - `pixel_values` that may already be encoded images, so that frozen features can be kept and used again.
 
-It changes the class of modules that exist already and adds no module, parameter, buffer or hook, so state dict, LoRA
-targets, DDP, gradient checkpointing, torch.compile, deepcopy and pickle see the model they know.
+It changes the class of existing modules and adds no module, parameter, buffer or hook, so state dict, LoRA targets,
+DDP, gradient checkpointing, torch.compile, deepcopy and pickle work as before.
 Attention maps are never written out: `output_attentions=True` needs `use_fast_attention(model, False)`.
 
-What is put into the library's classes is right for the releases that it was tested with (requirements.txt). So
-`use_fast_attention` looks at the signatures that it overrides, compares a few tokens of the very model with what the
-library's own classes say of them, and leaves the library's attention in place where anything differs, with a warning.
+The overrides are correct for the releases that they were tested with (requirements.txt). So `use_fast_attention` checks
+the signatures that it overrides, compares the model's logits for a few tokens with those of the library's own classes,
+and keeps the library's attention, with a warning, if anything differs.
 """
 
 import contextlib
@@ -45,17 +45,17 @@ def use_fast_attention(model: BlipForConditionalGeneration, enabled: bool = True
     - grouped captions: `model(pixel_values=(images, 3, height, width), input_ids=(images * captions, length), ...)`,
       where rows `i * captions` to `(i + 1) * captions - 1` are the captions of image `i`. With eager attention the image
       embeddings are repeated instead of shared;
-    - `logits_to_keep`, a boolean (rows, length) tensor: logits come for the positions that are True only, as
+    - `logits_to_keep`, a boolean (rows, length) tensor: logits are returned only for positions that are True, as
       (positions, vocabulary) in row order. Those of padding and prompt are never used, and a row of logits is 40 times
       as wide as BLIP-base's hidden states. `target_positions(labels)` makes it from labels;
     - encoded images, (images, patches + 1, hidden) as the vision encoder returned them, in place of `pixel_values`.
 
     Same weights, same state dict; float32 results equal eager ones to 1e-5, bfloat16 ones to its rounding.
-    Dropout falls on the same probabilities at the same rate, but from other random numbers.
+    Dropout is applied to the same probabilities at the same rate, but with other random numbers.
 
-    Fast attention is checked before it is used: see `why_not_fast` and `difference_from_library`. Where it would not give
-    the library's numbers, the library's attention stays and one warning says why. RuntimeError if even then grouped
-    captions or chosen logits differ: this release of transformers is none that the scripts can be used with.
+    Fast attention is checked before it is used: see `why_not_fast` and `difference_from_library`. If it would not give
+    the library's numbers, the library's attention is kept and one warning says why. RuntimeError if even then grouped
+    captions or chosen logits differ: the scripts cannot be used with this release of transformers.
     """
     release = f"transformers {transformers.__version__}"
     if enabled:
@@ -66,9 +66,9 @@ def use_fast_attention(model: BlipForConditionalGeneration, enabled: bool = True
         if reason is None:
             return model
         logger.warning(
-            "Fast attention is off, since with %s %s. Captions and losses are right, by the library's own attention, but "
-            "captioning and training take several times as long. Releases that fast attention was tested with are in "
-            "requirements.txt.",
+            "Fast attention is off, since with %s %s. Captions and losses are correct, with the library's attention, "
+            "but captioning and training take several times as long. Releases that fast attention was tested with are "
+            "in requirements.txt.",
             release,
             reason,
         )
@@ -93,24 +93,24 @@ def why_not_fast(model) -> str | None:
 
 
 def difference_from_library(model) -> str | None:
-    """Where the BLIPs in `model` say something else than with the library's classes alone; None if nowhere.
+    """Where the BLIPs in `model` differ from the library's classes; None if nowhere.
 
     Three beams of two small random images are decoded with a cache from encoded images, then read again as grouped
     captions; both times the logits must be those of the library, without a cache and with an image per caption. First
-    in a small float32 model of the same classes, then in the very model with the first and the last layer of either half
-    (`_two_layers`): all 24 of BLIP-base take five times as long and are of the same classes. There, in half precision, on
-    a GPU or with quantised weights only large differences can be told from rounding, and weights on the meta device have
-    no numbers at all. Random state, training mode and weights are left as they are.
+    in a small float32 model of the same classes, then in the model itself with only the first and last layer of encoder
+    and decoder (`_two_layers`): all 24 of BLIP-base take five times as long and are of the same classes. There, in half
+    precision, on a GPU or with quantised weights, only large differences can be distinguished from rounding; weights on
+    the meta device have no numbers at all. Random state, training mode and weights are left unchanged.
     """
     for blip in model.modules():
         if not isinstance(blip, BlipForConditionalGeneration):
             continue
         weights = list(blip.parameters())
-        here = not any(weight.is_meta or weight.numel() == 0 for weight in weights)  # DeepSpeed leaves none of a part
+        here = not any(weight.is_meta or weight.numel() == 0 for weight in weights)  # DeepSpeed's shards are empty
         exact = torch.get_float32_matmul_precision() == "highest" and not getattr(blip, "is_quantized", False)
         exact = exact and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
         try:
-            with torch.device("cpu"):  # whatever the default is while a model is loaded
+            with torch.device("cpu"):  # whatever the default device is while a model is loaded
                 reason = _compare(_small(blip), 1e-3, length=8)
                 if reason is None and here:
                     with _two_layers(blip):
@@ -139,7 +139,7 @@ def _compare(blip: BlipForConditionalGeneration, tolerance: float, length: int) 
             )  # fmt: skip
             steps = [logits[rows] for logits, rows in zip(found.logits, found.beam_indices.T, strict=True)]
             captions = {"input_ids": found.sequences, "attention_mask": torch.ones_like(found.sequences)}
-            captions["attention_mask"][::2, -1] = 0  # padding behind some of them
+            captions["attention_mask"][::2, -1] = 0  # padding after some of them
             chosen = captions["attention_mask"].bool()
             grouped = blip(pixel_values=encoded, logits_to_keep=chosen, **captions).logits
             with _library(blip):
@@ -165,7 +165,7 @@ def _compare(blip: BlipForConditionalGeneration, tolerance: float, length: int) 
 
 @contextlib.contextmanager
 def _two_layers(blip: BlipForConditionalGeneration):
-    """`blip` with nothing but the first and the last layer of its encoder and of its decoder, for a while."""
+    """Temporarily reduces `blip` to the first and last layer of its encoder and of its decoder."""
     places = [(blip.vision_model.encoder, "layers"), (blip.text_decoder.bert.encoder, "layer")]
     whole = [getattr(part, name) for part, name in places]
     try:
@@ -192,7 +192,7 @@ def _small(blip: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in small.parameters():
-            if weight.dim() > 1:  # large ones, so that a fault shows; norms and biases as they are
+            if weight.dim() > 1:  # large ones, so that an error shows; norms and biases as they are
                 weight.normal_(std=0.2, generator=generator)
     kinds = {type(module) for module in blip.modules()}
     put_classes({PLAIN[kind]: kind for kind in kinds if kind in PLAIN}, small)
@@ -207,7 +207,7 @@ def put_classes(classes: dict[type, type], model) -> None:
 
 @contextlib.contextmanager
 def _library(model):
-    """The library's own classes in `model`, for a while."""
+    """Temporarily restores the library's own classes in `model`."""
     classes = {module: type(module) for module in model.modules()}
     try:
         put_classes({}, model)
@@ -235,7 +235,7 @@ class FastVisionAttention(BlipAttention):
     """BLIP's vision self-attention without the attention matrix in memory."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if kwargs:  # something that the library may know of
+        if kwargs:  # something that the library may handle
             return super().forward(hidden_states, **kwargs)
         images, tokens, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).view(images, tokens, 3, self.num_heads, self.head_dim)
@@ -282,7 +282,7 @@ class FastTextAttention(BlipTextSelfAttention):
 
         query = self._split_heads(self.query(hidden_states), batch=key.shape[0])
         if mask is not None:
-            # A padding token before the caption has no key at all to look at. With the dtype's lowest number in all its
+            # A padding token before the caption has no key to attend to. With the dtype's lowest number in its whole
             # row, half precision gives NaN and the kernels' backward pass a wrong gradient; exp(-1e4) is 0 as well.
             mask = mask.clamp(min=-1e4).to(query.dtype)
         dropout = self.dropout.p if self.training else 0.0
@@ -294,7 +294,7 @@ class FastTextAttention(BlipTextSelfAttention):
 
 
 def check_nothing_asked(arguments: dict) -> None:
-    """TypeError if a vision encoder is asked for something of images that come to it already encoded."""
+    """TypeError if a vision encoder gets arguments that do not apply to already encoded images."""
     done = ("interpolate_pos_encoding", "return_dict")
     asked = [name for name, value in arguments.items() if name not in done and value not in (None, False)]
     if asked:
@@ -307,7 +307,7 @@ def check_no_maps_asked(asked: bool) -> None:
 
 
 class VisionModel(BlipVisionModel):
-    """BLIP's vision encoder, which hands back images that come already encoded."""
+    """BLIP's vision encoder, which returns already encoded images unchanged."""
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         if pixel_values.dim() == 3 and pixel_values.shape[-1] == self.config.hidden_size:
@@ -346,7 +346,7 @@ class TextDecoder(BlipTextLMHeadModel):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        # transformers 5.18 does not know boolean positions, 5.23 does: the same lines for both.
+        # transformers 5.18 does not take boolean positions, 5.23 does: these lines work for both.
         if labels is not None or kwargs.pop("return_logits", False):
             raise ValueError(
                 "Pass either labels or boolean logits_to_keep: the caller computes the loss of chosen logits."
@@ -377,7 +377,7 @@ class FastTextDecoder(SharedBeams, TextDecoder):
         return image_embeds
 
 
-# What takes the place of the library's classes, and the arguments of their `forward`, of every release looked at.
+# Replacements of the library's classes, and the arguments of their `forward` in every release checked.
 FAST = {
     BlipAttention: FastVisionAttention,
     BlipTextSelfAttention: FastTextAttention,

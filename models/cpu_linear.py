@@ -1,10 +1,10 @@
 """Float32 linear layers through oneDNN on AMD processors with AVX-512, where PyTorch's default, Intel's MKL, runs at half
 speed.
 
-On such an EPYC one thread of MKL gives 60 to 90 GFLOP/s on BLIP's layers and oneDNN, which every PyTorch for x86 has
-inside, 130 to 200 (benchmarks/NOTES.md). BLIP is nearly all linear layers, so captioning and training on such a CPU take
-about 0.6 of the time. The products differ by float32's rounding of another order of summation, no more. Where AVX2 is all
-that a processor has, or a virtual machine shows of it, MKL is the faster one: 70 GFLOP/s, oneDNN 51 to 63.
+On such an EPYC one thread of MKL gives 60 to 90 GFLOP/s on BLIP's layers and oneDNN, which every PyTorch for x86
+includes, 130 to 200 (benchmarks/NOTES.md). BLIP is nearly all linear layers, so captioning and training on such a CPU
+take about 0.6 of the time. The results differ only by float32 rounding, from another order of summation. On processors
+with AVX2 only, or in virtual machines that expose no more, MKL is faster: 70 GFLOP/s, oneDNN 51 to 63.
 """
 
 import functools
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def use_onednn_linear(model: nn.Module, enabled: bool = True) -> nn.Module:
-    """Switches the linear layers of `model` to oneDNN, in place, or back; on processors other than AMD's with
-    AVX-512 does nothing.
+    """Switches the linear layers of `model` to oneDNN, in place, or back; does nothing on processors other than AMD's
+    with AVX-512.
 
     Weights, state dict and modules stay as they are: only the class of plain `nn.Linear` modules changes. A call takes
-    PyTorch's usual way whenever it is not on the CPU, not float32, empty, under autocast, or compiled.
+    PyTorch's usual path whenever it is not on the CPU, not float32, empty, under autocast, or compiled.
     """
     if not enabled or (onednn_is_faster() and _product_is_right()):
         before, after = (nn.Linear, OneDnnLinear) if enabled else (OneDnnLinear, nn.Linear)
@@ -36,7 +36,7 @@ def use_onednn_linear(model: nn.Module, enabled: bool = True) -> nn.Module:
 
 @functools.cache
 def _product_is_right() -> bool:
-    """Whether the operator, which PyTorch keeps to itself, still takes these arguments and gives a product."""
+    """Whether the operator, which is private to PyTorch, still takes these arguments and gives the product."""
     generator = torch.Generator().manual_seed(0)
     left, right, bias = (torch.randn(*shape, generator=generator) for shape in ((4, 3, 8), (5, 8), (5,)))
     try:
@@ -47,8 +47,8 @@ def _product_is_right() -> bool:
         reason = f"fails ({str(error).splitlines()[0]})"
     if reason:
         logger.warning(
-            "oneDNN is not used for linear layers, since with torch %s its operator %s. Captions are right, but take about "
-            "1.5 times as long on AMD processors.",
+            "oneDNN is not used for linear layers, since with torch %s its operator %s. Captions are correct, but take "
+            "about 1.5 times as long on AMD processors.",
             torch.__version__,
             reason,
         )

@@ -34,7 +34,7 @@ from models.families import base_model, family_of, vision_encoder
 from models.vision import take_encoded_images
 
 logger = logging.getLogger(__name__)
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of every BERT vocabulary, and first in our own
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in every BERT vocabulary, and first in our own
 
 
 def load_model(
@@ -47,13 +47,13 @@ def load_model(
     merge: bool = True,
     weights: bool = True,
 ):
-    """A captioner and its processor, from a local folder or the Hub. Without `weights` it has the shape that its config
-    says, on the meta device, and no weight is read.
+    """A captioner and its processor, from a local folder or the Hub. Without `weights` it is built from its config on
+    the meta device, and no weights are read.
 
-    Weights are read as common.weights says, and no code of the repository is run. `dtype` is float32 or bfloat16;
-    `quantization` 4bit or 8bit. Of an adapter the base model is loaded first, by the name that the adapter has for it, and
-    the adapter merged into it, or with `merge` False put on it, trainable. ValueError if there is no model, if its family
-    is not known, or if its weights are not those of the captioner, each of them.
+    Weights are read by common.weights, and no code of the repository is run. `dtype` is float32 or bfloat16;
+    `quantization` 4bit or 8bit. For an adapter, the base model that it names is loaded first, and the adapter merged
+    into it, or with `merge` False added to it, trainable. ValueError if there is no model, if its family is unknown, or
+    if its weights are not exactly those of the captioner.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(
@@ -102,7 +102,7 @@ def load_model(
 
 
 def _load_processor(config, model_name_or_path: str, options: dict):
-    """The processor of a folder or of the Hub; of the two parts that it was saved as, made anew."""
+    """The processor from a folder or the Hub; rebuilt if it was saved as two parts."""
     try:
         if config.model_type != "vision-encoder-decoder":
             return AutoProcessor.from_pretrained(model_name_or_path, **options)
@@ -128,11 +128,11 @@ def without_weights(model_class, config, dtype: str):
 
 
 def load_weights(model, checkpoint: str) -> None:
-    """The weights of a checkpoint of `model` into it, in place: parameters stay those that an optimizer has, in their
+    """Load the weights of a checkpoint into `model`, in place: parameters stay those that an optimizer has, in their
     dtype and on their device, modules keep their classes.
 
-    Through from_pretrained, since save_pretrained writes published names, which for many families are not those of
-    the modules. ValueError if a weight is missing or has no place.
+    Uses from_pretrained, since save_pretrained writes published names, which for many families are not those of the
+    modules. ValueError if a weight is missing or unexpected.
     """
     if isinstance(model, PeftModel):
         load_adapter_weights(model, checkpoint)
@@ -174,10 +174,10 @@ def build_model(
 ):
     """A BLIP with random weights and its processor, from a BlipConfig JSON file.
 
-    The tokenizer has the words of `tokenizer_vocab` (a vocab.txt of BERT's; BLIP's own [DEC] and [ENC] are added), or,
-    without one, those counted in `captions` (an iterable of str). `strip_accents` None strips them with a `tokenizer_vocab`,
-    as BERT does, and else keeps them. Sizes and ids that follow from it are set in the config.
-    Call after the seed is set.
+    The tokenizer has the words of `tokenizer_vocab` (a BERT vocab.txt; BLIP's own [DEC] and [ENC] are added), or,
+    without one, the most frequent ones of `captions` (an iterable of str). `strip_accents` None strips them with a
+    `tokenizer_vocab`, as BERT does, and keeps them otherwise. Sizes and ids that follow from the tokenizer are set in
+    the config. Call after the seed is set.
     """
     settings = read_model_config(config_path)
     tokenizer = _tokenizer(tokenizer_vocab, captions, strip_accents)
@@ -197,8 +197,8 @@ def build_model(
 
 
 def make_trainable(model, adapter_args, freeze_vision: bool):
-    """The model with what is to be trained left trainable and in float32: all of it, or with `use_peft` the adapter that
-    it came with or a new one. `adapter_args` are AdapterArguments."""
+    """The model with the weights to train trainable and in float32: all of them, or with `use_peft` those of its own
+    adapter or of a new one. `adapter_args` are AdapterArguments."""
     if adapter_args.use_peft and not isinstance(model, PeftModel):
         a = adapter_args
         modules = {"targets": a.lora_targets, "modules_to_save": a.modules_to_save}
@@ -217,7 +217,7 @@ def make_trainable(model, adapter_args, freeze_vision: bool):
 
 
 def ready(model, processor, fast_attention: bool = True):
-    """The model with its fast paths, and what old checkpoints and their processors lack filled in, in place."""
+    """Enable the model's fast paths, and fill in what old checkpoints and their processors lack, in place."""
     if model.config.model_type in ("blip-2", "instructblip"):
         _fill_in_image_tokens(model, processor)
     if family_of(model.config).chats and not getattr(processor, "chat_template", None):
@@ -231,7 +231,7 @@ def ready(model, processor, fast_attention: bool = True):
         )
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    # A caption that was cut has no end token: a forced one is none that the model gave a probability.
+    # A truncated caption has no end token: the model gave no probability to a forced one.
     model.generation_config.forced_eos_token_id = None
     use_onednn_linear(take_encoded_images(model), fast_attention)
     if model.config.model_type == "blip":
@@ -240,7 +240,7 @@ def ready(model, processor, fast_attention: bool = True):
 
 
 def _fill_in_image_tokens(model, processor) -> None:
-    """Checkpoints from before transformers 4.46 know neither the placeholder of an image nor how many stand for one."""
+    """Checkpoints from before transformers 4.46 have neither the image placeholder nor the number of them per image."""
     processor.num_query_tokens = model.config.num_query_tokens
     tokenizer = processor.tokenizer
     if getattr(model.config, "image_token_index", None) is None:
@@ -270,7 +270,7 @@ def _spread_vision_weights(model) -> None:
         return
     for name, parameter in model.vision_model.named_parameters():
         if name.endswith("position_embedding"):
-            torch.nn.init.normal_(parameter)  # as strong as the patches: weaker, positions take long to be heard
+            torch.nn.init.normal_(parameter)  # as large as the patches: smaller ones take long to have an effect
         elif parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
@@ -279,7 +279,7 @@ def _tokenizer(vocab_file: str | None, captions, strip_accents: bool | None = No
     if vocab_file is None:
         strip_accents = bool(strip_accents)
         # The most frequent words, and all characters for the rest. Counted here, as the tokenizers library's own
-        # WordPiece trainer gives another vocabulary each time.
+        # WordPiece trainer gives a different vocabulary each time.
         normalizer, splitter = BertNormalizer(lowercase=True, strip_accents=strip_accents), BertPreTokenizer()
         words = Counter(
             word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))

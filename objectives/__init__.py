@@ -16,7 +16,7 @@ __all__ = ["CrossEntropy", "build_objective", "caption_loss", "check_objective",
 
 def check_objective(args, objective_args, metric_args, scratch_args, data_args) -> list[str]:
     """The CLIP-based scores that the objective's rewards need. ValueError, before anything is loaded, if these flags do
-    not go with `args.objective`."""
+    not fit `args.objective`."""
     if args.objective == "cross_entropy":
         return []
     needed = clip_metrics_of(parse_rewards(objective_args.reward))
@@ -39,8 +39,8 @@ def check_objective(args, objective_args, metric_args, scratch_args, data_args) 
 
 
 def build_objective(args, objective_args, captioner, train, scorers=(), caption_language="en"):
-    """The objective that `args.objective` names. `train` are the training records, whose references rewards look at, as
-    `scorers` (ClipScorer) look at their images."""
+    """The objective that `args.objective` names. `train` are the training records: rewards use their references, and
+    `scorers` (ClipScorer) their images."""
     if args.objective == "cross_entropy":
         return CrossEntropy(args.label_smoothing_factor)
     references = dict(zip(train["image_id"], train["captions"], strict=True))

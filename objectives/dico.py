@@ -1,8 +1,8 @@
 """DiCO: Direct CLIP-based Optimization (Moratelli et al., arXiv 2408.14547; github.com/aimagelab/DiCO at 7a2f740).
 
-Of an image's k candidate captions, the one that the evaluator rewards most is the winner. The model learns to prefer it
-to the others, the worse ones most, and is held back by the model that it began as: as in DPO (arXiv 2305.18290), what
-counts is by how much its preference exceeds the starting model's.
+Of an image's k candidate captions, the one with the highest reward is the winner. The model learns to prefer it to the
+others, most of all to the worst, and is held close to the model that it started from: as in DPO (arXiv 2305.18290),
+what counts is by how much its preference exceeds the starting model's.
 """
 
 import torch
@@ -27,21 +27,21 @@ def dico_loss(
     """The mean over images of -log sigmoid(beta m), a scalar.
 
     m is the winner's log-ratio less those of the losers i, weighted by gamma = softmax(tau (r_winner - r_i)), where a
-    log-ratio is log p_policy - log p_reference (section 3.2 of the paper; dico_trainer.py multiplies by tau). The winner
-    is the first of the best.
+    log-ratio is log p_policy - log p_reference (section 3.2 of the paper; dico_trainer.py multiplies by tau). If
+    several are best, the first is the winner.
 
     Args:
         policy_logps, reference_logps: (images, candidates) summed log-probabilities of the candidates' tokens.
         rewards: (images, candidates).
-        counted: (images, candidates), False for candidates that are left out. An image of whose candidates all but one
-            are left out has m = 0: nothing is learnt from it.
+        counted: (images, candidates), False for candidates that are left out. An image with only one candidate left has
+            m = 0: nothing is learnt from it.
     """
     margin, _, _ = preferences(policy_logps - reference_logps, rewards, tau, counted)
     return -logsigmoid(beta * margin).mean()
 
 
 def preferences(log_ratios, rewards, tau, counted=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(margin, winner's log-ratio, weighted log-ratio of the losers) of each image: three (images,) tensors."""
+    """(margin, winner's log-ratio, weighted log-ratio of the losers) per image: three (images,) tensors."""
     counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
     rewards = rewards.masked_fill(~counted, -torch.inf)
     best, winner = rewards.max(dim=1, keepdim=True)
@@ -56,16 +56,16 @@ def preferences(log_ratios, rewards, tau, counted=None) -> tuple[torch.Tensor, t
 class Dico:
     """The objective of DiCO: `(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`.
 
-    The candidates are the k beams of one beam search, or k samples, of the model as it is. Those that read the same are
-    one candidate, the first of them: two beams may cut a word into tokens in two ways, two samples may be alike.
+    The candidates are the k beams of one beam search, or k samples, of the current model. Those with the same text
+    count as one candidate, the first: two beams may tokenize a word differently, two samples may be equal.
 
-    The reference is the model as it was when this object was made. Only weights that are trained are kept a second time
-    and put in for its pass: with a new adapter it is the network without one, and no second copy of the network is ever
-    made. If the vision encoder is not trained, an image is encoded once for decoding, policy and reference; else the
-    reference encodes it too. Dropout is off: it would be most of the difference between two passes.
+    The reference is the model as it was when this object was made. Only trained weights are copied, and swapped in for
+    its pass: with a new adapter it is the network without one, and the whole network is never copied. If the vision
+    encoder is not trained, an image is encoded once for decoding, policy and reference; else the reference encodes it
+    again. Dropout is off: it would be most of the difference between two passes.
 
     Logged: `reward` (mean over candidates), `reward_best`, and `reward_NAME` of its parts; `chosen`, `rejected` and
-    `margin` (beta times the log-ratios of `preferences`); `kl` (nats a caption: the divergence of the next-token
+    `margin` (beta times the log-ratios of `preferences`); `kl` (nats per caption: the divergence of the next-token
     distribution from the reference's, summed over a candidate's tokens); `distinct` (share of the candidates that count);
     and objectives.policy.facts.
     """
@@ -79,7 +79,7 @@ class Dico:
         self.start = [parameter.detach().clone() for parameter in self.trained]
 
     def items(self, batch: dict) -> int:
-        """What the loss is a mean over, in place of target tokens: images."""
+        """The number of items that the loss is a mean over: images, instead of target tokens."""
         return len(batch["image_ids"])
 
     def __call__(self, model, batch: dict, num_items_in_batch=None) -> dict:
@@ -93,7 +93,7 @@ class Dico:
 
         passed = self.captioner.training_batch(encoded, candidates.tokens)
         row = (passed["labels"] != IGNORE).nonzero()[:, 0]
-        # If its encoder was trained since, the reference encodes the images too.
+        # If the encoder is trained, the reference encodes the images again.
         of_reference = passed
         if has_gradients(encoded):
             of_reference = self.captioner.training_batch(batch, candidates.tokens)
@@ -139,7 +139,7 @@ class Dico:
 
     def _exchange_weights(self) -> None:
         for i, parameter in enumerate(self.trained):
-            if isinstance(parameter, DTensor):  # FSDP keeps the address of a share
+            if isinstance(parameter, DTensor):  # FSDP keeps the address of a shard
                 own, other = parameter.to_local(), self.start[i].to_local()
                 kept = own.clone()
                 own.copy_(other), other.copy_(kept)

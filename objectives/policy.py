@@ -1,6 +1,6 @@
-"""The captioner as a policy: captions drawn from it, to be rewarded, and the network whose log-probabilities they have.
+"""The captioner as a policy: captions drawn from it, to be rewarded, and the network for their log-probabilities.
 
-What objectives share that learn from the model's own captions.
+Shared by the objectives that learn from the model's own captions.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from common.processes import fork_rng, processes
 from common.sharding import gathered
 from metrics import ends_badly, repeated_bigrams, tokenize
 
-# Settings of generate that decode one caption after the other, and that draw from the model's own distribution (the
-# library's top_k is 50 where nothing is said).
+# Settings of generate for greedy decoding, and for sampling from the model's own distribution (the library's default
+# top_k is 50).
 GREEDY = {"num_beams": 1, "do_sample": False, "length_penalty": 1.0, "early_stopping": False}
 SAMPLING = GREEDY | {
     "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
@@ -38,7 +38,7 @@ class Candidates:
 
 
 class LastIsGreedy(LogitsProcessor):
-    """Of every `k` rows that are sampled together, the last takes the most likely token each time: the greedy caption,
+    """Of every `k` rows that are sampled together, the last always takes the most likely token: the greedy caption,
     decoded with the samples instead of after them."""
 
     def __init__(self, k: int):
@@ -53,10 +53,10 @@ class LastIsGreedy(LogitsProcessor):
 
 def draw(captioner, batch: dict, **settings) -> Candidates:
     """`num_return_sequences` captions of each image of `batch` (model inputs that end in a prompt, images encoded or
-    not), decoded as evaluation decodes but for `settings`, without dropout or gradients."""
+    not), decoded as in evaluation except for `settings`, without dropout or gradients."""
     model = captioner.model
     was_training = model.training
-    # Processes start with the same random state: without their number, all would draw by the same chance.
+    # Processes start with the same random state: without their number, all would draw the same samples.
     seed = int(torch.randint(2**31, ())) + processes().process_index
     with fork_rng(model.device), gathered(model):
         torch.manual_seed(seed)
@@ -71,8 +71,8 @@ def draw(captioner, batch: dict, **settings) -> Candidates:
 
 
 def facts(candidates: Candidates) -> dict[str, torch.Tensor]:
-    """What there is to log of any captions drawn: mean length in tokens, the end not counted; shares that end in a word
-    such as "a" or "with", and that were cut at the greatest length; share of repeated pairs of words."""
+    """Values to log for drawn captions: mean length in tokens, without the end token; shares that end in a word such as
+    "a" or "with", and that were cut at the maximum length; share of repeated pairs of words."""
     ended = [end for group in candidates.ended for end in group]
     words = tokenize(text for group in candidates.texts for text in group)
     values = {
@@ -85,7 +85,7 @@ def facts(candidates: Candidates) -> dict[str, torch.Tensor]:
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Every dropout rate of the network to 0, in place; its config, and so its checkpoints, keep theirs.
+    """Set every dropout rate of the network to 0, in place; its config, and so its checkpoints, keep theirs.
 
     Not `model.eval()`: gradient checkpointing works in training mode only.
     """

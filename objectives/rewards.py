@@ -5,9 +5,9 @@ A reward is a function
     reward(image_ids, candidates, references, ended) -> (images, candidates) float tensor
 
 of the ids of a batch's images (list of str), the candidate captions of each image and its reference captions (lists of
-lists of str), and whether each candidate ended by itself (lists of lists of bool) or was cut at the greatest length.
+lists of str), and whether each candidate ended by itself (lists of lists of bool) or was cut at the maximum length.
 N-gram rewards count that end as a word: without it, "a man with a" is as good a beginning as any other, and
-self-critical training learns to break off.
+self-critical training learns to stop too early.
 """
 
 import torch
@@ -53,7 +53,7 @@ class BleuReward:
 
 
 class ClipReward:
-    """CLIP-S, PAC-S or PAC-S++ as DiCO's published code rewards with it (utils.py at 7a2f740): the bare caption, without
+    """CLIP-S, PAC-S or PAC-S++ as the reward of DiCO's published code (utils.py at 7a2f740): the bare caption, without
     "A photo depicts ", and cosines below zero kept. `with_references`: the harmonic mean with the nearest reference's.
 
     `images` are {image id: anything data.open_image takes}; each is opened once.
@@ -70,7 +70,7 @@ class ClipReward:
         return torch.from_numpy(with_references if self.with_references else scores).view(len(image_ids), -1)
 
 
-# Made from {image id: tokenized references} of the training split, and the captions' language.
+# Built from {image id: tokenized references} of the training split, and the captions' language.
 NGRAM_REWARDS = {"cider": CiderReward, "bleu": BleuReward}
 CLIP_REWARDS = {f"{reference}{metric}": metric for reference in ("", "ref-") for metric in NAMES}
 
@@ -78,10 +78,10 @@ CLIP_REWARDS = {f"{reference}{metric}": metric for reference in ("", "ref-") for
 class Rewards:
     """The weighted sum of rewards, `weights` being {name: weight} (see `parse_rewards`).
 
-    `references` are {image id: captions} of all images that will be asked about. They are tokenized once, here, by the
-    tokenizer that evaluation uses, so a reward is the score that an evaluation would give (end-of-sequence aside).
-    CLIP-based rewards are those of `scorers`, and look at `images`, {image id: image}. `language`: of the captions, a
-    code that --caption_language takes.
+    `references` are {image id: captions} of all images to be scored. They are tokenized once, here, by the tokenizer
+    that evaluation uses, so a reward is the score that an evaluation would give (end-of-sequence aside). CLIP-based
+    rewards use `scorers` and `images`, {image id: image}. `language`: of the captions, a code that --caption_language
+    takes.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Rewards:
 
 
 class RecordImages:
-    """`images[image_id]` of records, read when it is asked for."""
+    """`images[image_id]` of records, read on access."""
 
     def __init__(self, records):
         self.records, self.row = records, {image_id: row for row, image_id in enumerate(records["image_id"])}
@@ -122,18 +122,18 @@ class RecordImages:
 
 
 def _tokens(captions, language: str) -> list[list[str]]:
-    """Tokens of all captions of all images. One by one: of several, a caption's last period depends on the next one."""
+    """Tokens of all captions of all images. One by one: else a caption's last period depends on the next caption."""
     return [tokens_of([text], language)[0] for group in captions for text in group]
 
 
 def parse_rewards(text: str) -> dict[str, float]:
-    """{name: weight} of "cider:1.0 clip-s:0.5"; a name without a weight has 1. ValueError if it is not of that form."""
+    """{name: weight} of "cider:1.0 clip-s:0.5"; the default weight is 1. ValueError if it is not of that form."""
     known = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS])
     weights = {}
     for word in text.replace(",", " ").split():
         name, _, weight = word.partition(":")
         if name not in NGRAM_REWARDS and name not in CLIP_REWARDS:
-            raise UserError(f"reward: '{name}' is no reward. Known: {known}.")
+            raise UserError(f"reward: '{name}' is not a reward. Known: {known}.")
         if name in weights:
             raise UserError(f"reward: {name} is named twice in '{text}'.")
         try:
@@ -146,5 +146,5 @@ def parse_rewards(text: str) -> dict[str, float]:
 
 
 def clip_metrics_of(weights: dict[str, float]) -> list[str]:
-    """The CLIP-based scores that rewards need a scorer of."""
+    """The CLIP-based scores that the rewards need a scorer for."""
     return [CLIP_REWARDS[name] for name in weights if name in CLIP_REWARDS]

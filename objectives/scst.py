@@ -1,18 +1,18 @@
 """Self-critical sequence training (Rennie et al., arXiv 1612.00563): REINFORCE on sampled captions with a baseline.
 
-The reward of each sampled caption, less a baseline that does not depend on it, weighs the gradient of the caption's
+The reward of each sampled caption, minus a baseline that does not depend on it, weights the gradient of the caption's
 log-probability. The baseline is the mean reward of the image's other samples (Luo, "A Better Variant of Self-Critical
 Sequence Training", arXiv 2003.09971, equation 3) or that of the greedy caption, as first published.
 
-What the gradient is of. The policy is the distribution that captions are drawn from, exactly:
-- Dropout is off (`switch_off_dropout`), when sampling as in the pass with gradients. With it the two would be different
-  networks, and the gradient that of neither. It is also the network that is evaluated.
+What the gradient is of. The policy is exactly the distribution that captions are drawn from:
+- Dropout is off (`switch_off_dropout`), both in sampling and in the pass with gradients. With it the two would be
+  different networks, and the gradient that of neither. The network without it is also the one that is evaluated.
 - Temperature and top-p change that distribution, so the log-probabilities are those of the changed one: the same
-  warpers work on the logits of both passes. At 1 and 1, the defaults, it is the model's own. With top-p below 1 the
-  gradient is exact but for the words that enter or leave the nucleus.
-- A caption's log-probability is the sum over its tokens, the end token included. A mean over them would weigh short
+  warpers are applied to the logits of both passes. At 1 and 1, the defaults, it is the model's own. With top-p below 1
+  the gradient is exact except for words that enter or leave the nucleus.
+- A caption's log-probability is the sum over its tokens, the end token included. A mean over them would weight short
   captions more than the expected reward does.
-- Under autocast both passes round to bfloat16, in another order; the gradient is right to that rounding.
+- Under autocast both passes round to bfloat16, in a different order; the gradient is correct up to that rounding.
 """
 
 import torch
@@ -32,10 +32,10 @@ from objectives.policy import SAMPLING, LastIsGreedy, draw, facts, switch_off_dr
 class SelfCritical:
     """The objective of SCST: `(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`.
 
-    The batch is CaptionCollator's with `prompts_only`, of all captions of each image. The images are encoded once, with
-    gradients where the encoder is trained; sampling, the greedy baseline and the pass with gradients all use that
-    encoding. That is exact: the encoding is one function of the weights, whoever looks at it. Families that cannot take
-    encoded images (models/vision.py) run the encoder for each.
+    The batch is CaptionCollator's with `prompts_only`, and all captions of each image. The images are encoded once,
+    with gradients if the encoder is trained; sampling, the greedy baseline and the pass with gradients all use that
+    encoding. That is exact: the encoding depends on the weights only. Families that cannot take encoded images
+    (models/vision.py) run the encoder each time.
 
     With `ce_weight` w the loss of an image is w x cross-entropy of its references + (1 - w) x the SCST loss. Both are
     summed over a caption's tokens and averaged over captions; the whole is divided by the references' mean number of
@@ -44,8 +44,8 @@ class SelfCritical:
     gradient accumulation and in several processes.
 
     Logged: `reward` (mean of the samples) and `reward_NAME` of its parts, `reward_baseline`, `advantage` (mean of its
-    absolute value), `sample_length` (tokens, the end not counted), `bad_endings` and `unended` (shares of the samples
-    that end in a word such as "a" or "with", and that were cut at the greatest length), `entropy` (nats a token).
+    absolute value), `sample_length` (tokens, without the end), `bad_endings` and `unended` (shares of the samples
+    that end in a word such as "a" or "with", and that were cut at the maximum length), `entropy` (nats per token).
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class SelfCritical:
         return {"loss": loss, **logged}
 
     def log_probs(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each target under the distribution that was drawn from, and that one's entropy, in nats:
-        two (tokens,), of logits (tokens, vocabulary)."""
+        """Log-probability of each target under the distribution that was drawn from, and the entropy of that, in nats:
+        two (tokens,) tensors, from logits (tokens, vocabulary)."""
         warped = logits
         for warper in self.warpers:
             warped = warper(None, warped)
         if self.warpers:
-            # A drawn token was in the nucleus, also where the two passes round to different sides of its edge.
+            # A drawn token was in the nucleus, even if the two passes round to different sides of its edge.
             own = logits.gather(1, targets[:, None]) / self.sampling["temperature"]
             warped = warped.scatter(1, targets[:, None], own)
         log_probs = warped.log_softmax(dim=-1)

@@ -20,7 +20,7 @@ from models.families import base_model
 
 
 def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarray]:
-    """The words of `caption` and, for each, how its attention lies over the image.
+    """The words of `caption` and, for each, how its attention is distributed over the image.
 
     Args:
         captioner: models.Captioner of a BLIP.
@@ -30,25 +30,25 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     Returns:
         (words, maps). The words are those between white space that the tokenizer knows pieces of. Maps are float32
         (words, rows, columns) over the vision encoder's patches, row 0 at the image's top: the mean over the heads of
-        the second half of the decoder's layers (the first half hardly tells one object from another), at the position
+        the second half of the decoder's layers (the first half hardly distinguishes objects), at the position
         that predicts the word, averaged over its word pieces, of which punctuation counts only where there is nothing
-        else. Each sums to 1; the class token, which stands for no place, is left out.
+        else. Each sums to 1; the class token, which has no position, is left out.
 
     Raises:
-        ValueError: the model is no BLIP, or the caption has no word.
+        ValueError: the model is not a BLIP, or the caption has no word.
     """
     tokenizer = captioner.processor.tokenizer
     if captioner.keep_prompt:
         caption = caption.removeprefix(captioner.collator.words)
     words = caption.split()
     text = " ".join(words)
-    # Behind a prompt a caption's first word may be other tokens than alone: it is tokenised where it stands.
+    # After a prompt a caption's first word may be other tokens than alone: it is tokenized in its place.
     before = f"{captioner.collator.words} " if captioner.collator.words else ""
     encoded = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [(begin - len(before), end - len(before)) for begin, end in encoded["offset_mapping"]]
     pieces = [(token, span) for token, span in zip(encoded["input_ids"], spans, strict=True) if span[0] >= 0]
     if not pieces:
-        raise UserError("An empty caption has no word to show the attention of.")
+        raise UserError("An empty caption has no words to show attention for.")
     batch = captioner.collator([{"image": image, "image_id": ""}])
     batch = captioner.training_batch(batch, [[token for token, _ in pieces]])
     attention = cross_attention(captioner.model, batch)
@@ -75,7 +75,7 @@ def maps_of_worst(captioner, rows: list[dict], images, number: int) -> dict[str,
     worst = sorted(range(len(rows)), key=lambda index: rows[index]["scores"]["CIDEr"])[:number]
     found = {}
     for index in worst:
-        with contextlib.suppress(ValueError):  # of an empty caption
+        with contextlib.suppress(ValueError):  # an empty caption
             found[rows[index]["image_id"]] = attention_maps(captioner, images[index], rows[index]["caption"])
     return found
 
@@ -88,12 +88,12 @@ def cross_attention(model, batch: dict) -> torch.Tensor:
     stays on."""
     model = base_model(model)
     if model.config.model_type != "blip":
-        raise UserError(f"Attention maps are made of BLIP's cross-attention, and this is a {model.config.model_type}.")
+        raise UserError(f"Attention maps show BLIP's cross-attention, and this is a {model.config.model_type}.")
     maps, hooks, thread = [], [], threading.get_ident()
 
     def keep(attention, args, kwargs, _):
         if threading.get_ident() != thread:
-            return  # somebody else's pass through the same model
+            return  # another pass through the same model
         given = inspect.signature(attention.forward).bind(*args, **kwargs).arguments
         states, image = given["hidden_states"], given["encoder_hidden_states"]
         split = (attention.num_attention_heads, attention.attention_head_size)

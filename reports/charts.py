@@ -9,7 +9,7 @@ WIDTH, HEIGHT = 100, 40
 
 
 def charts(runs: dict[str, dict]) -> list[dict]:
-    """Histograms over the images: of CIDEr, length and CLIP-based scores; of several runs, of how far CIDEr is above or
+    """Histograms over the images: of CIDEr, length and CLIP-based scores; for several runs, how far CIDEr is above or
     below the first run's."""
     first, *others = runs.values()
     scores = [row["scores"] for row in first["rows"]]
@@ -36,7 +36,7 @@ def histogram(values: list[float], title: str, whole: bool = False, x_name: str 
     """What the template draws: {"title", "text", "x_name", "y_name", "bars": [{"x", "y", "width", "height", "text"}],
     "x_ticks": [{"x", "text"}], "y_ticks": [{"y", "text"}], "zero": x or None, "most": count of the highest bar}.
 
-    `whole` numbers have a bar each while there are few of them.
+    `whole` numbers have one bar each if there are few of them.
     """
     low, high = min(values), max(values)
     width = nice_step((high - low) / 20) if high > low else 1
@@ -141,7 +141,7 @@ def y_scale(most: int) -> tuple[int, int]:
 
 
 def labels(values: list[float], step: float) -> list[str]:
-    """Ticks `step` apart as text, with as many decimals as tell neighbours apart."""
+    """Ticks `step` apart as text, with as many decimals as distinguish neighbours."""
     if step < 0.0005:
         return [f"{value:.{max(0, _exponent(value) - _exponent(step))}e}" if value else "0" for value in values]
     decimals = max(0, -_exponent(step))

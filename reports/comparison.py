@@ -25,7 +25,7 @@ NOTE = (
 def read_run(folder: str) -> dict:
     """{"folder", "scores": coco_metrics.json, "rows": per_image.jsonl} of a folder that evaluate.py or train.py wrote.
 
-    ValueError if it is none.
+    ValueError if it is not one.
     """
     found = {}
     for name in ("coco_metrics.json", "per_image.jsonl"):
@@ -35,9 +35,9 @@ def read_run(folder: str) -> dict:
             lines = [text] if name.endswith(".json") else text.strip("\n").split("\n")
             found[name] = [json.loads(line) for line in lines]
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"compare: {folder} holds no {name}. Let evaluate.py score these captions first.") from None
+            raise UserError(f"compare: {folder} holds no {name}. Score its captions with evaluate.py.") from None
         except ValueError as error:
-            raise UserError(f"compare: {path} is damaged ({error}). Let evaluate.py write it again.") from None
+            raise UserError(f"compare: {path} is damaged ({error}). Write it again with evaluate.py.") from None
     return {"folder": str(folder), "scores": found["coco_metrics.json"][0], "rows": found["per_image.jsonl"]}
 
 
@@ -71,7 +71,7 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
         differing = [image for image in expected if rows[image]["references"] != expected[image]]
         if differing:
             raise UserError(
-                f"compare: {run['folder']} and {first['folder']} have other references for {len(differing)} images: "
+                f"compare: {run['folder']} and {first['folder']} have different references for {len(differing)} images: "
                 f"{', '.join(map(repr, differing[:5]))}. Score both against the same ones."
             )
         run["rows"] = [rows[image] for image in expected]
@@ -96,7 +96,7 @@ def paired_bootstrap(
     of the same images in the same order. `metric` is the only one to test; by default all are.
 
     `samples` times, as many images as there are are drawn with replacement, and both runs are scored on them as a corpus.
-    The interval has 95 % of the differences of these resamples. p is two-sided: the share of resamples whose difference
+    The interval holds 95 % of the differences of these resamples. p is two-sided: the share of resamples whose difference
     lies at least as far from the mean of all resamples as the difference itself lies from 0, that is how often chance
     alone would show such a difference (Efron and Tibshirani, "An Introduction to the Bootstrap", section 16.4; Riezler
     and Maxwell, "On some pitfalls in automatic evaluation and significance testing for MT", 2005). sacreBLEU's
@@ -125,7 +125,7 @@ def compare(runs: dict[str, dict], samples: int, seed: int) -> dict:
     """What comparison.json holds: the scores of all runs, and how far each is above or below the first, and whether
     that is real: p, by Holm's method corrected for the number of runs that are compared with the first, below 0.05."""
     if samples < 100:
-        raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; 1000 do.")
+        raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; use 1000.")
     baseline, *others = runs
     differences = {name: paired_bootstrap(runs[baseline]["rows"], runs[name]["rows"], samples, seed) for name in others}
     _correct(differences)
@@ -175,10 +175,10 @@ def read_groups(named: list[str]) -> dict[str, list[dict]] | None:
 
 
 def compare_groups(groups: dict[str, list[dict]], samples: int, seed: int) -> dict:
-    """What comparison.json holds of groups of runs: mean and standard deviation (n - 1) of each score over a group's runs,
-    and how far each group's mean is above or below the first group's."""
+    """What comparison.json holds for groups of runs: mean and standard deviation (n - 1) of each score over a group's
+    runs, and how far each group's mean is above or below the first group's."""
     if samples < 100:
-        raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; 1000 do.")
+        raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; use 1000.")
     tables = {name: [statistics(run["rows"]) for run in runs] for name, runs in groups.items()}
     shared = set.intersection(*(set(table) for of_group in tables.values() for table in of_group))
     # SPICE is scored on a sample: the runs are compared on the images that all have.
@@ -260,7 +260,7 @@ def _correct(differences: dict[str, dict]) -> None:
 
 
 def summary(comparison: dict) -> str:
-    """The differences in lines for people."""
+    """The differences as readable lines."""
     lines = []
     for name, found in comparison["differences"].items():
         lines.append(f"  {name} against {comparison['baseline']}, {comparison['images']} images:")

@@ -1,4 +1,4 @@
-"""The model card: README.md of a model folder, made of the files that the run left there. Nothing is typed by hand."""
+"""The model card: README.md of a model folder, made from the files that the run left there, nothing by hand."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) 
     state, model = trainer.state, base_model(trainer.model)
     config = model.config
     model_facts = {
-        "class": type(model).__name__.removeprefix("FSDP"),  # what torch calls a class whose weights are shared
+        "class": type(model).__name__.removeprefix("FSDP"),  # what torch prepends to a class whose weights are sharded
         "adapter": model is not trainer.model,
         "license": family_of(config).license,
         "chat": family_of(config).prompt is None,
@@ -45,7 +45,7 @@ def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) 
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """(run.json, the scores of its test and validation split) of a folder, as far as they are there."""
+    """(run.json, the scores of its test and validation split) of a folder, if they are there."""
     scores = (_read(folder / "coco_metrics.json"), _read(folder / "validation/coco_metrics.json"))
     return _read(folder / "run.json"), [found for found in scores if found]
 
@@ -91,11 +91,11 @@ def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | Non
 
 
 def merge_sections(text: str, generated: dict[str, str]) -> str:
-    """The card's body: `generated` ({heading: text}), each closed by a comment with a hash of it, but with what a person
-    added or changed in `text`, the card so far. A section whose hash is not that of its text is a person's."""
+    """The card's body: `generated` ({heading: text}), each ending in a comment with its hash, but with what a person
+    added or changed in `text`, the existing card. A section whose hash does not match its text is a person's."""
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     parts, merged, own = re.split(r"(?m)^(?=#{1,2} )", text), [], "<!-- generated" not in text
-    if own and ("## Captions it gives" in text or "## Examples" in text):  # by a version that marked nothing
+    if own and ("## Captions it gives" in text or "## Examples" in text):  # by a version without these comments
         parts = []
     left = dict(generated)
     for part in filter(str.strip, parts):
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict:
 
 
 def _shown(dataset_name: str) -> str:
-    """A Hub id as it is; of a local path the last part, as the rest is nobody else's business."""
+    """A Hub id as it is; of a local path the last part, as the rest is private."""
     return Path(dataset_name).name if Path(dataset_name).exists() else dataset_name
 
 
@@ -163,7 +163,7 @@ def _eval_results(reported: list[dict]) -> list[EvalResult]:
 def _summary(run: dict, base: str | None) -> str:
     flags, model, sizes = run.get("flags", {}), run.get("model", {}), run.get("data", {})
     if not flags:
-        return "An image captioner: it gives an English caption to an image."
+        return "An image captioner: it writes an English caption for an image."
     start = f"fine-tuned from `{base}`" if base else "trained"
     if flags.get("model_config"):
         start = "trained from random weights"
@@ -252,7 +252,7 @@ def _examples(run: dict) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as a cell of a Markdown table, none of it markup."""
+    """Text as a cell of a Markdown table, with all markup escaped."""
     return re.sub(r"([\\`*_\[\]<>|~])", r"\\\1", " ".join(text.split()))
 
 

@@ -44,7 +44,7 @@ def write_scores(folder: Path, scores: dict, rows: list[dict], **source) -> dict
 
 
 def warn_of_missing_scores(metric_args) -> None:
-    """Says before hours of captioning which scores will be missing, and why."""
+    """Warns before hours of captioning which scores will be missing, and why."""
     asked = {"meteor": metric_args.meteor, "spice": metric_args.spice, "language": metric_args.caption_language}
     try:
         reasons = preflight(**asked, cache=metrics_cache())
@@ -66,7 +66,7 @@ def flat(scores: dict, prefix: str) -> dict:
 
 def score_records(predictions: dict[str, str], records, metric_args, seed: int, **options):
     """`score_captions` for the captions of a split's records. Drawn scenes are checked for truth as well; VizWiz's
-    photographs with legible text, and those without, are scored apart under `subsets`."""
+    photographs with legible text, and those without, are scored separately under `subsets`."""
     references = dict(zip(records["image_id"], records["captions"], strict=True))
     images = records["image"] if "image" in records.column_names else ()
     metrics, rows = score_captions(predictions, references, metric_args, seed, images=images, **options)
@@ -83,14 +83,14 @@ def score_records(predictions: dict[str, str], records, metric_args, seed: int, 
                 name = {True: column, False: f"no_{column}"}[value] if isinstance(value, bool) else str(value)
                 groups.setdefault(name, []).append(row)
         if len(groups) > MOST_SUBSETS:
-            raise UserError(f"subset_column: {column} has {len(groups)} values; {MOST_SUBSETS} can be scored apart.")
+            raise UserError(f"subset_column: {column} has {len(groups)} values; at most {MOST_SUBSETS} can be scored.")
         metrics.setdefault("subsets", {})
         metrics["subsets"] |= {name: _subset_scores(group, metric_args, seed) for name, group in groups.items()}
     return metrics, rows
 
 
 def subset_columns(there, metric_args) -> list[str]:
-    """Those of the columns by whose values images are scored apart. UserError if the one that was named is not there."""
+    """The columns by whose values images are scored separately. UserError if the one that was named is missing."""
     named = metric_args.subset_column
     if named and named not in there:
         raise UserError(f"subset_column: there is no column {named!r}. Columns: {', '.join(sorted(there)) or 'none'}.")
@@ -98,7 +98,7 @@ def subset_columns(there, metric_args) -> list[str]:
 
 
 def _subset_scores(rows: list[dict], metric_args, seed: int) -> dict:
-    """The scores of some of the images by themselves, CIDEr's document frequencies included. SPICE and the CLIP-based
+    """The scores of each subset of images on its own, CIDEr's document frequencies included. SPICE and the CLIP-based
     scores are means over images: they are not computed again."""
     part, part_rows = score_captions(
         {row["image_id"]: row["caption"] for row in rows},
@@ -167,7 +167,7 @@ def score_captions(
 
 
 def summary(metrics: dict) -> str:
-    """The scores in lines for people: each with its interval, or with the reason why it is missing."""
+    """The scores as readable lines: each with its interval, or with the reason why it is missing."""
     lines = []
     names = [name for name in SCORES if name in metrics and name != "scene_facts"]
     width = max(map(len, names))
@@ -214,7 +214,7 @@ def bars(fail_under: str | None) -> dict[str, float]:
 
 
 def below_bars(fail_under: str | None, scores: dict) -> list[str]:
-    """What of the scores misses its bar, and by how much, a line each. UserError for a name that is no score here."""
+    """What of the scores misses its bar, and by how much, a line each. UserError for a name that is not a score here."""
     missed = []
     for name, bar in bars(fail_under).items():
         value = scores.get(name)

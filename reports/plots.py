@@ -8,7 +8,7 @@ from metrics.names import SCORES, score_named
 
 # Of Okabe and Ito: distinct for colour-blind readers, and darkened until they can be read on white.
 COLOURS = ("#0072b2", "#c8500a", "#00795a", "#a4487f")
-DASHES = ("-", "--", ":", "-.")  # for readers without any colour
+DASHES = ("-", "--", ":", "-.")  # for readers who see no colour
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.labelcolor": "#575c65", "axes.edgecolor": "#a9adb5", "xtick.color": "#575c65",
@@ -17,7 +17,7 @@ STYLE = {
 
 
 def training_panels(state) -> list[dict]:
-    """What can be drawn of the run with this TrainerState, as far as it was logged: loss, learning rate, reward and
+    """What can be drawn of the run with this TrainerState, if it was logged: loss, learning rate, reward and
     validation scores, `[{"title", "best_step", "lines": [{"label", "points": [(step, value), ...]}]}]`. `best_step` is
     that of the checkpoint that was kept; None where none was chosen by its score."""
     wanted = {
@@ -37,7 +37,7 @@ def training_panels(state) -> list[dict]:
 
 
 def plot_curves(panels: list[dict], folder: Path) -> None:
-    """training_curves.svg and .png of `training_panels`: all over one range of steps."""
+    """training_curves.svg and .png of `training_panels`: all over the same range of steps."""
     if not panels:
         return
     pyplot = _pyplot()

@@ -36,7 +36,7 @@ runs.forEach((run, number) => sorts.push([several ? `length of ${run}` : "length
 sorts.push(["image id", (row, number) => number]); // the rows come in the order of their ids
 sorts.forEach(([title], number) => $("sort").append(element("option", { value: number }, title)));
 
-// Orders are kept: the rows by a key, lowest first, then those that have no such score.
+// Orders are cached: the rows by a key, lowest first, then those without such a score.
 const orders = new Map();
 function order(sort) {
   if (!orders.has(sort)) {
@@ -78,7 +78,7 @@ function haystack(row) {
 
 // ---------------------------------------------------------------------------------------------------- one image, in full
 
-// What is said of an image. On a card the first scores have to do.
+// What is said about an image. A card shows only the first scores.
 function text(row, most) {
   const box = element("div", { class: "text" });
   runs.forEach((run, number) => {
@@ -203,7 +203,7 @@ function card(place) {
   return node;
 }
 
-// Columns and the height of a row of cards, which is the same for all: asked of a card on the page.
+// Columns and the height of a row of cards, which is the same for all: measured on a card of the page.
 function measure() {
   const columns = getComputedStyle($("gallery")).gridTemplateColumns.split(" ").length;
   const first = $("gallery").firstElementChild;
@@ -228,7 +228,7 @@ function draw() {
       cards.delete(place);
     }
   }
-  let before = null; // the card that comes after the one to be added
+  let before = null; // the card after the one to be added
   for (let place = Math.min(last * columns, shown.length) - 1; place >= first * columns; place--) {
     if (!cards.has(place)) {
       cards.set(place, card(place));

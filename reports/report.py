@@ -1,8 +1,8 @@
 """report.html: scores, distributions and every caption with its picture and references, in one file.
 
-The page asks nothing of any server (its content security policy forbids it) and runs no script but its own: pictures are
-data URIs, captions reach the page as JSON and become text nodes. Template, style and script are report.html.jinja,
-report.css and report.js beside this file.
+The page requests nothing from any server (its content security policy forbids it) and runs no script but its own:
+pictures are data URIs, captions reach the page as JSON and become text nodes. Template, style and script are report.html.jinja,
+report.css and report.js next to this file.
 """
 
 import base64
@@ -46,9 +46,9 @@ def write_report(
 
     Args:
         scores, rows: what coco_metrics.json and per_image.jsonl hold, of reports.outputs.
-        images: an image value (data.open_image) for each row, if there are any. Pictures are made small here.
+        images: an image value (data.open_image) for each row, if there are any. Thumbnails are made here.
         curves: reports.plots.training_panels of the run that trained the model.
-        looks: called without arguments, {image id: (words, (words, rows, columns) attention maps)} of some images.
+        looks: called without arguments, returns {image id: (words, (words, rows, columns) attention maps)} of some.
         sweep: what sweep.json holds, of reports.sweep; its heat map is sweep.svg in the folder.
 
     Whatever goes wrong is logged and not raised: the scores are written, and no report is worth losing what follows.
@@ -136,7 +136,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
 
 
 def thumbnails(image_ids: list[str], images, scores: list[float]) -> dict[str, str]:
-    """{image id: small WebP in base64} of the images that can be opened; of very many, those of the lowest scores."""
+    """{image id: small WebP in base64} of the images that can be opened; of very many, those with the lowest scores."""
     if images is None:
         return {}
     limit = SIZES[-1][0]
@@ -225,7 +225,7 @@ def faults(rows: list[dict]) -> list[dict[str, str]]:
 
 
 def _explanations() -> dict[str, str]:
-    """{label of a score: what docs/scores.md says of it}, without the formulas; nothing where that file is not there."""
+    """{label of a score: what docs/scores.md says of it}, without the formulas; empty if that file is missing."""
     path = Path(__file__).parent.parent / "docs/scores.md"
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL) if path.is_file() else ""
     sections = re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
@@ -255,7 +255,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _script_json(value) -> str:
-    """JSON that may stand inside <script>: nothing in it can end the element."""
+    """JSON that is safe inside <script>: nothing in it can end the element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -1,4 +1,4 @@
-"""From the captions of a split to its scores and report: the one way of train.py and evaluate.py."""
+"""From the captions of a split to its scores and report: shared by train.py and evaluate.py."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def score_split(
     **options,
 ) -> ScoredSplit:
     """Write predictions.json, coco_metrics.json, per_image.jsonl and report.html of a split to `folder`, in this order:
-    no scorer that fails can lose captions, and no report that fails can lose scores.
+    a scorer that fails cannot lose captions, and a report that fails cannot lose scores.
 
     Args:
         predictions: `{image_id: caption}` of every record.

@@ -17,21 +17,21 @@ from reports.comparison import paired_bootstrap
 from reports.outputs import metrics_cache, score_records
 
 NOTE = (
-    "p tells how often chance alone would show so large a difference from the best setting (paired bootstrap over the "
+    "p says how often chance alone would show so large a difference from the best setting (paired bootstrap over the "
     "images, not corrected for the number of settings): where it is large, the cheaper setting is as good a choice. The "
-    "best setting was chosen on these very captions, so its own score is flattering: report another split's."
+    "best setting was chosen on these very captions, so its own score is optimistic: report another split's."
 )
 SHOWN = tuple(name for name in SCORES if name != "scene_facts")
 
 
 def sweep_settings(sweep: str) -> list[dict]:
-    """Every combination of "num_beams=1,3,5 length_penalty=0.6,1.0", a dict each, the last key's values varying first.
+    """Every combination of "num_beams=1,3,5 length_penalty=0.6,1.0", one dict each, the last key varying fastest.
 
-    ValueError for a key that is no generation setting, and for a value of another type than its flag's.
+    ValueError for a key that is not a generation setting, and for a value of another type than its flag's.
     """
     parser = HfArgumentParser((GenerationArguments,), allow_abbrev=False)
     known = flags_of(parser)
-    for name in ("help", "prompt", "keep_prompt", "remove_illegal_characters"):  # they are no settings of a search
+    for name in ("help", "prompt", "keep_prompt", "remove_illegal_characters"):  # not settings of a search
         del known[name]
     values = {}
     for part in sweep.split():
@@ -55,7 +55,7 @@ def sweep_settings(sweep: str) -> list[dict]:
 
 
 def check_sweep(args, metric_args, model: str) -> None:
-    """ValueError, before anything is captioned, if the sweep of these EvaluateArguments cannot end well."""
+    """ValueError, before anything is captioned, if the sweep of these EvaluateArguments cannot work."""
     if args.predictions:
         raise UserError("--sweep captions with several settings, and with --predictions nothing is captioned.")
     clip = [prefix + NAMES[name] for name in metric_args.clip_metrics if name in NAMES for prefix in ("", "Ref")]
@@ -69,23 +69,23 @@ def check_sweep(args, metric_args, model: str) -> None:
     ):
         raise UserError(f"--sweep_metric {args.sweep_metric}: {reason}")
     if args.save_best_sweep and not Path(model, "config.json").is_file():
-        raise UserError(f"--save_best_sweep writes into the model's folder, and {model} is none.")
+        raise UserError(f"--save_best_sweep writes into the model's folder, and {model} is not a folder.")
 
 
 def _java_scores(metric: str, metric_args) -> dict:
-    """METEOR and SPICE take Java minutes: they are computed where they name the best setting."""
+    """METEOR and SPICE take minutes in Java: they are computed only where they choose the best setting."""
     return {"meteor": metric == "METEOR", "spice": metric in ("SPICE", "SPIDEr") and (metric_args.spice or "auto")}
 
 
 def score_sweep(
     settings: list[dict], captions: list[dict], records, metric: str, metric_args, seed: int, **how
 ) -> dict:
-    """What sweep.json holds: {"metric", "best": place of the best setting, "settings": [{"settings", "rank", "scores",
+    """What sweep.json holds: {"metric", "best": index of the best setting, "settings": [{"settings", "rank", "scores",
     "interval", "mean_length", "p"}], "note"}.
 
     Args:
         settings: of each run; captions: its `{image_id: caption}`. Equal captions are scored once.
-        metric: names the best. METEOR and SPICE are computed if they are asked for here, and else not.
+        metric: chooses the best. METEOR and SPICE are computed only if they are asked for here.
         how: for reports.outputs.score_records.
     """
     asked = dataclasses.replace(metric_args, **_java_scores(metric, metric_args))
@@ -121,7 +121,7 @@ def score_sweep(
 
 
 def summary(sweep: dict) -> str:
-    """The table in lines for people, the best first."""
+    """The table as readable lines, the best first."""
     metric, rows = sweep["metric"], sorted(sweep["settings"], key=lambda row: row["rank"])
     lines = []
     for row in rows:

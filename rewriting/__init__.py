@@ -1,1 +1,1 @@
-"""The parts of rewrite.py: rows in and out, prompts, LLM backends, checks of what the LLM wrote."""
+"""The parts of rewrite.py: rows in and out, prompts, LLM backends, checks of the LLM's output."""

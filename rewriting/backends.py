@@ -1,8 +1,8 @@
-"""LLMs: an OpenAI-compatible server, or a model in these processes.
+"""LLM backends: an OpenAI-compatible server, or a local model run by these processes.
 
-Both have `run(jobs, judge)`, which yields (job, outcome) as rows are finished, in whatever order. `judge(job, text,
-finished)` says what is wrong with a text, or None; such a row is asked again with another seed, up to `max_attempts`
-times. Whatever was finished is yielded before an error is raised.
+Both have `run(jobs, judge)`, which yields (job, outcome) in the order in which rows finish. `judge(job, text, finished)`
+returns the reason to reject a text, or None; a rejected row is retried with another seed, up to `max_attempts` attempts.
+All finished rows are yielded before an error is raised.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ WINDOW = 32  # batches of rows that are sorted by length together
 class Job:
     """A row to rewrite."""
 
-    row: int  # place in the input
+    row: int  # position in the input
     digest: str  # of its captions
     inputs: list[str]  # its captions
     prompt: str
@@ -42,7 +42,7 @@ class Job:
 @dataclass(slots=True)
 class Outcome:
     text: str  # the last text written
-    reason: str | None  # why it was rejected, of rewriting.checks.REASONS
+    reason: str | None  # why it was rejected: one of rewriting.checks.REASONS
     attempts: int = 1
     tokens_in: int = 0  # of all attempts
     tokens_out: int = 0
@@ -66,7 +66,7 @@ def load_tokenizer(name: str):
 
 
 class Pace:
-    """Lets so many units a minute through, evenly."""
+    """Rate limiter: lets `per_minute` units through per minute, evenly spaced."""
 
     def __init__(self, per_minute: float | None):
         self.interval, self.next, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
@@ -85,12 +85,12 @@ class Stopped(Exception):
 
 
 class OpenAIBackend:
-    """Chat completions, `concurrency` rows at a time, each in a thread of its own.
+    """Chat completions, `concurrency` rows at a time, each in its own thread.
 
-    What passes by itself (no connection, no answer in time, 408, 409, 429, 5xx, an answer without choices) is tried
-    again, `max_retries` times, after the time that the server names, else after twice as long each time, up to a minute
-    and with jitter. What does not pass (a wrong key, no such model, no credit) ends the run with a ValueError. A prompt
-    that the server refuses (400, 413, 422) is that row's fault, unless no other prompt is answered either.
+    Transient errors (no connection, a timeout, 408, 409, 429, 5xx, an answer without choices) are retried `max_retries`
+    times, after the delay that the server asks for, else with exponential backoff up to a minute, with jitter. Permanent
+    errors (a wrong key, no such model, no credit) end the run with a ValueError. A prompt that the server refuses (400,
+    413, 422) counts as that row's fault, unless no other prompt is answered either.
     """
 
     def __init__(self, model: str, args):
@@ -103,7 +103,7 @@ class OpenAIBackend:
             raise UserError("Set OPENAI_API_KEY in the environment, or name another server with --base_url.")
         self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=args.timeout, max_retries=0)
         self.tokens = Tokens(load_tokenizer(args.tokenizer) if args.tokenizer else None)
-        # OpenAI's newer models know the one name, most other servers the other.
+        # OpenAI's newer models take max_completion_tokens, most other servers max_tokens.
         limit = "max_tokens" if base_url and "api.openai.com" not in base_url else "max_completion_tokens"
         self.request = {"model": model, limit: args.max_new_tokens}
         try:
@@ -133,7 +133,7 @@ class OpenAIBackend:
                     break
                 try:
                     done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                except KeyboardInterrupt as interrupt:  # what is under way is paid for: wait for it
+                except KeyboardInterrupt as interrupt:  # requests in flight are already paid for: wait for them
                     error, done = interrupt, []
                     self.stop.set()
                 for future in done:
@@ -191,7 +191,7 @@ class OpenAIBackend:
                 if getattr(answer, "choices", None):
                     self.answered.set()
                     return answer
-                trouble = "answered without a text"
+                trouble = "answered without text"
             except self.openai.APITimeoutError:
                 trouble = f"did not answer in {self.args.timeout:g} s"
             except self.openai.APIConnectionError as error:
@@ -209,16 +209,16 @@ class OpenAIBackend:
                 if code == 429 and wait:
                     self.not_before = max(self.not_before, time.monotonic() + wait)
             except ValueError as error:
-                trouble = f"sent what is not JSON ({type(error).__name__})"
+                trouble = f"sent invalid JSON ({type(error).__name__})"
             self.note(trouble)
             self.stop.wait(min(60, 0.5 * 2**trial) * random.uniform(0.5, 1) if wait is None else wait)
         raise UserError(
-            f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. What was finished is kept; "
+            f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. Finished rows are kept; "
             "the same command resumes from there."
         )
 
     def note(self, trouble: str) -> None:
-        """Count a trouble, and log those that came together on one line, every five seconds at most."""
+        """Count an error, and log the recent ones on one line, at most every five seconds."""
         with self.lock:
             self.troubles[trouble] += 1
             self.fresh[trouble] += 1
@@ -232,7 +232,7 @@ class OpenAIBackend:
 ADVICE = {
     401: "Is OPENAI_API_KEY right?",
     403: "Is the key allowed to use this model?",
-    404: "Is the model's name right, and --base_url (it mostly ends in /v1)?",
+    404: "Is the model's name right, and --base_url (it usually ends in /v1)?",
     429: "The account has no credit left.",
 }
 
@@ -252,15 +252,15 @@ def retry_after(headers) -> float | None:
     return None
 
 
-# ---------------------------------------------------------------- a model in these processes
+# ---------------------------------------------------------------- a local model
 
 
 class HFBackend:
-    """A causal or an encoder-decoder language model of transformers, on this process's own device.
+    """A causal or encoder-decoder language model of transformers, on this process's device.
 
-    Rows are sorted by length, WINDOW batches at a time, and padded to the longest of their batch: on the left, but for
-    an encoder. The first attempt is a beam search; further ones sample, with another seed each. A batch that does not
-    fit into the GPU's memory is halved.
+    Rows are sorted by length, WINDOW batches at a time, and padded to the longest in their batch: on the left, except for
+    encoder-decoders. The first attempt uses beam search; later ones sample, each with another seed. A batch that does not
+    fit into GPU memory is split in half.
     """
 
     def __init__(self, model: str, args, device=None):
@@ -280,14 +280,14 @@ class HFBackend:
         config = transformers.AutoConfig.from_pretrained(model)
         seq2seq = config.is_encoder_decoder
         kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-        # A model of images and text has more than its language model reads.
+        # A vision-language checkpoint has weights that its language model does not use.
         self.model = read_weights(
             kind, model, unread=r"(.*\.)?(vision|visual|multi_modal|mm_)\w*\..*", **options
         ).eval()
         if not args.quantization:
             self.model.to(self.device)
         tokenizer = load_tokenizer(model)
-        if tokenizer.pad_token_id is None:  # what fills a row is masked, so any token will do
+        if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         tokenizer.padding_side = "right" if seq2seq else "left"
         chat = args.chat if args.chat is not None else tokenizer.chat_template is not None
@@ -298,8 +298,8 @@ class HFBackend:
         limit = getattr(config, "max_position_embeddings", None)
         if limit and not seq2seq and args.max_prompt_tokens + args.max_new_tokens > limit:
             raise UserError(
-                f"{model} holds {limit} tokens; --max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
-                f"{args.max_new_tokens} are more."
+                f"{model} has a context of {limit} tokens; --max_prompt_tokens {args.max_prompt_tokens} plus --max_new_tokens "
+                f"{args.max_new_tokens} exceed it."
             )
 
     def settings(self) -> dict:
@@ -312,7 +312,7 @@ class HFBackend:
         while window := list(itertools.islice(jobs, WINDOW * self.args.per_device_batch_size)):
             outcomes: dict = {}
             for attempt in range(self.args.max_attempts):
-                window.sort(key=lambda job: -len(job.ids))  # the longest first: what does not fit is seen at once
+                window.sort(key=lambda job: -len(job.ids))  # longest first: running out of memory shows at once
                 rejected = []
                 for start in range(0, len(window), self.args.per_device_batch_size):
                     batch = window[start : start + self.args.per_device_batch_size]
@@ -330,7 +330,7 @@ class HFBackend:
 
     @torch.inference_mode()
     def generate(self, batch: list[Job], attempt: int) -> list[tuple[str, bool, int]]:
-        """(text, it ended by itself, its tokens) of each prompt."""
+        """(text, whether it ended with an end token, its number of tokens) for each prompt."""
         inputs = self.tokens.tokenizer.pad({"input_ids": [job.ids for job in batch]}, return_tensors="pt").to(
             self.device
         )
@@ -350,7 +350,7 @@ class HFBackend:
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            tokens = how = None  # and out of the handler, which holds on to the memory
+            tokens = how = None  # retried outside the handler, which keeps the memory in use
         if tokens is None:
             torch.cuda.empty_cache()
             half = len(batch) // 2

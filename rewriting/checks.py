@@ -1,4 +1,4 @@
-"""What is wrong with a text that an LLM wrote: the reason in a word, or None."""
+"""Checks of texts that an LLM wrote: a one-word reason to reject a text, or None."""
 
 import re
 from difflib import SequenceMatcher
@@ -8,15 +8,15 @@ from rewriting.prompts import Prompt
 
 REASONS = {
     "empty": "nothing was written",
-    "cut_off": "the text stops without an end, or begins in the middle",
-    "illegal": "characters that no text has",
-    "refusal": "the LLM declines, or speaks of itself",
+    "cut_off": "the text breaks off, or begins mid-sentence",
+    "illegal": "characters that do not belong in text",
+    "refusal": "the LLM refuses, or talks about itself",
     "chatter": "an introduction before the text, or lists and markup",
     "prompt_leak": "wording of the prompt, or talk about its sentences",
-    "language": "another language or script than wanted",
+    "language": "not the wanted language or script",
     "repetition": "a word, phrase or sentence over and over",
-    "copy": "an input as it was, or all of them one after the other",
-    "server_refused": "the server took this prompt for bad, or its answer was filtered",
+    "copy": "a copy of one input, or all of them one after the other",
+    "server_refused": "the server rejected the prompt, or its answer was filtered",
     "no_input": "a caption to rewrite is empty; the LLM was not asked",
 }
 REFUSAL = re.compile(
@@ -45,7 +45,7 @@ COMMON = ENGLISH | set(words("them given provides provided please may contain si
 
 
 def tidy(text: str) -> str:
-    """The answer in one line, without a reasoning model's thoughts and without quotes around the whole."""
+    """The answer on one line, without a reasoning model's thinking and without quotes around the whole text."""
     text = " ".join(THINKING.sub(" ", text).split())
     for left, right in ('""', "“”", "''"):
         inner = text[1:-1]
@@ -57,9 +57,9 @@ def tidy(text: str) -> str:
 class Checker:
     """Finds what is wrong with the texts of one prompt.
 
-    `prompt_leak` is told from the prompt itself, so that it works for a user's own: a compound ("real-world"), three
+    `prompt_leak` is derived from the prompt itself, so it also works for a user's own: a compound ("real-world"), three
     words in a row of which two carry meaning, a label before a field ("Sentence 1"), or the prompt's name for its
-    inputs (sentence, caption, description), in a text and in none of its inputs.
+    inputs (sentence, caption, description), if the text has it and none of its inputs does.
 
     Args:
         language: "en" or "any".
@@ -81,11 +81,11 @@ class Checker:
         self.names = {"sentence", "caption", "description"} & {word.removesuffix("s") for word in tokens}
 
     def fault(self, text: str, inputs: list[str], finished: bool = True) -> str | None:
-        """The first reason of REASONS against a tidy text, or None.
+        """The first of REASONS that applies to a tidied text, or None.
 
         Args:
-            inputs: the captions that it was made of.
-            finished: False where the LLM was stopped by the limit of new tokens.
+            inputs: the captions that it was made from.
+            finished: False if the LLM stopped at the limit of new tokens.
         """
         if not words(text):
             return "empty"
@@ -108,7 +108,7 @@ class Checker:
         return None
 
     def leaked(self, text: str, inputs: list[str]) -> str | None:
-        """The wording of the prompt in a text, that none of its inputs has."""
+        """Wording of the prompt that the text has and none of its inputs does."""
         lower, tokens = text.lower(), words(text)
         given = " ".join(inputs).lower()
         for compound in self.compounds:
@@ -128,8 +128,8 @@ class Checker:
         return None
 
     def foreign(self, text: str, inputs: list[str]) -> bool:
-        """Letters of a script that no input has; with language en more letters of other scripts than Latin ones, or eight
-        words or more without one of English's small words."""
+        """Whether a text has letters of a script that no input has; with language en, also more letters of other scripts
+        than Latin ones, or eight or more words without a single English function word."""
         found = scripts(text)
         if not text.isascii():
             given = scripts(" ".join(inputs))
@@ -142,8 +142,8 @@ class Checker:
 
 
 def copied(text: str, inputs: list[str]) -> bool:
-    """The text is one of several inputs, nine words of ten the same in order, and the others say more; or it is all of
-    them, one after the other, with no word between."""
+    """Whether the text is one of several inputs (nine in ten words the same, in order) although the others say more, or
+    all of them, one after the other, with no word between."""
     if len(inputs) < 2:
         return False
     written, given = words(text), [words(caption) for caption in inputs]

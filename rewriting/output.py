@@ -1,4 +1,4 @@
-"""What is made of all shards of rewritten captions: the file that --output names, the report, and what is said of it."""
+"""What is made from all shards of rewritten captions: the output file, the report and the final log lines."""
 
 import itertools
 import json
@@ -20,19 +20,19 @@ logger = logging.getLogger("rewrite")
 
 
 def finish(source: Source, folder: ShardFolder, shards: list, args, llm_args) -> None:
-    """The report, and where the output is one file that file, once all shards are there. The answers stay: a run of the
-    same command with more rows, or another --on_reject, asks for none of them again."""
+    """Write the report, and the output if it is a single file, once all shards are done. The answers are kept: the same
+    command with more rows or another --on_reject does not ask for them again."""
     done = folder.done(shards)
     if len(done) < len(shards):
         left = len(shards) - len(done)
         logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
         return
     names = [done[shard] for shard in shards]
-    for name in set(folder.outputs().values()) - set(names):  # of fewer rows, or another --on_reject
+    for name in set(folder.outputs().values()) - set(names):  # left by fewer rows, or another --on_reject
         folder.remove(name)
     counts = [counts for _, counts in folder.footers(names)]
     if [each["rows"] for each in counts] != [shard.rows for shard in shards]:
-        raise UserError(f"{folder.name}: a file does not have the rows of its shard. Delete it, and start again.")
+        raise UserError(f"{folder.name}: a file does not have the rows of its shard. Delete it and start again.")
     if folder.single:
         bring_together(folder, names)
     report = res.Report()
@@ -68,7 +68,7 @@ def say(folder: ShardFolder, summary: dict) -> None:
     logger.info("%s: %d rows verified, each once; %s", folder.output, summary["rows"], in_words(summary["status"]))
     for reason, number in summary["rejected"].items():
         logger.info("  rejected: %d %s (%s)", number, reason, REASONS[reason])
-    logger.info("  %d tokens of prompts, %d written%s", *summary["tokens"].values(),
+    logger.info("  %d prompt tokens, %d written%s", *summary["tokens"].values(),
                 "" if summary["cost"] is None else f", cost {summary['cost']:.2f}")  # fmt: skip
     if summary["most_frequent_text"] > 0.05 * summary["vocabulary_and_frequency_of_first_rows"] > 5:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Beam search of a language model that reads each prompt once, where `generate` reads it once a beam."""
+"""Beam search that reads each prompt once, where `generate` reads it once per beam."""
 
 import torch
 from transformers import Cache
@@ -8,8 +8,8 @@ from transformers.cache_utils import DynamicLayer
 class PromptLayer(DynamicLayer):
     """Keys and values of one layer: (rows * beams, heads, tokens, size), with room for all tokens to come.
 
-    The beams of a row share its prompt, so reordering them moves only what came behind it; and a new token is written
-    into its place, where the library copies everything before it.
+    The beams of a row share its prompt, so reordering them moves only the tokens after it; and a new token is written
+    in place, where the library copies everything before it.
     """
 
     def __init__(self, layer: DynamicLayer, beams: int, room: int):
@@ -41,12 +41,12 @@ class PromptLayer(DynamicLayer):
 
 
 def prompt_cache(model, inputs: dict, beams: int, room: int) -> Cache | None:
-    """What `model.generate(**inputs, num_beams=beams, past_key_values=...)` takes to pass over all of the prompts but
-    their last token. None for models whose cache is of another kind (encoder-decoders, sliding windows, states).
+    """The `past_key_values` with which `model.generate(**inputs, num_beams=beams)` reads only the last token of each
+    prompt. None for models with another kind of cache (encoder-decoders, sliding windows, states).
 
     Args:
         inputs: input_ids and attention_mask, (rows, tokens), padded on the left.
-        room: new tokens at most.
+        room: maximum number of new tokens.
     """
     if model.config.is_encoder_decoder or inputs["input_ids"].shape[1] < 2:
         return None

@@ -35,22 +35,22 @@ def load_prompt(task: str, path: str | None = None) -> Prompt:
     try:
         fields = [(name, spec or conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
     except ValueError as error:
-        raise UserError(f"{file}: {error}. A brace that is no field is written twice: {{{{ or }}}}.") from None
+        raise UserError(f"{file}: {error}. Write a brace that is not a field twice: {{{{ or }}}}.") from None
     names = [name for name, _ in fields if name is not None]
     wrong = [name for name, extra in fields if name is not None and (name not in wanted or extra)]
     missing = [name for name in wanted if name not in names]
     if wrong or missing:
         expected = " ".join(f"{{{name}}}" for name in wanted)
-        what = f"{{{wrong[0]}}} is no field" if wrong else f"the field {{{missing[0]}}} is missing"
-        raise UserError(f"{file}: {what}. A prompt of '{task}' has {expected}, and no other braces.")
+        what = f"{{{wrong[0]}}} is not a field" if wrong else f"the field {{{missing[0]}}} is missing"
+        raise UserError(f"{file}: {what}. A prompt for '{task}' has {expected}, and no other braces.")
     return Prompt(template, hashlib.sha256(template.encode()).hexdigest()[:12])
 
 
 class Tokens:
-    """Counts and cuts text in an LLM's tokens, or without its tokenizer in pieces that are mostly no longer than one.
+    """Counts and cuts text in an LLM's tokens or, without its tokenizer, in pieces that are rarely longer than a token.
 
     Args:
-        tokenizer: of transformers, or None.
+        tokenizer: a transformers tokenizer, or None.
         chat: wrap prompts in the tokenizer's chat template.
     """
 
@@ -60,7 +60,7 @@ class Tokens:
         self.tokenizer, self.chat = tokenizer, chat
 
     def encode(self, prompt: str) -> list:
-        """Tokens of a whole prompt, with all that the model gets: start token, chat template."""
+        """Tokens of a whole prompt as the model gets it, with start token and chat template."""
         if self.tokenizer is None:
             return self.PIECE.findall(prompt)
         if not self.chat:
@@ -94,8 +94,8 @@ def fill(prompt: Prompt, inputs: dict) -> str:
 def fit(prompt: Prompt, inputs: dict, tokens: Tokens, limit: int) -> tuple[str, list]:
     """(prompt, its tokens) of one row in at most `limit` tokens.
 
-    What is too long is cut by tokens and never emptied: the raw caption first, and the synthetic one only when the raw
-    one is down to one token; of several captions always the longest.
+    Captions that are too long are cut by tokens, never to nothing: the raw one first, the synthetic one only when the
+    raw one is down to one token; of several captions always the longest.
 
     Raises:
         ValueError: the prompt without captions leaves no room.

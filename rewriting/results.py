@@ -1,4 +1,4 @@
-"""Answers to rows: kept as they come in, found again by row, and brought together with the input."""
+"""Answers for rows: saved as they come in, looked up by row, and merged with the input."""
 
 import contextlib
 import itertools
@@ -27,29 +27,29 @@ SAMPLED = 100_000  # rows that vocabulary and repeated texts are counted in
 
 
 def digest(inputs: dict) -> str:
-    """16 hex digits of a row's captions: ties a result to what it was made of."""
+    """16 hex digits that tie a result to the captions it was made from."""
     return xxhash.xxh3_64_hexdigest(json.dumps(inputs, ensure_ascii=False).encode())
 
 
 def captions(inputs: dict) -> list[str]:
-    """A row's captions in a list; of `fuse` raw before synthetic. Empty where one is missing."""
+    """A row's captions as a list; for `fuse`, raw before synthetic. Empty if one is missing."""
     found = inputs.get("captions", [inputs.get("raw"), inputs.get("synthetic")])
     return found if all(found) else []
 
 
 def result_row(job: Job, outcome: Outcome) -> dict:
-    """What is kept of a row."""
+    """What is saved for a row."""
     tokens = [outcome.tokens_in, outcome.tokens_out]
     return {"row": job.row, "input": job.digest, "text": outcome.text, "reason": outcome.reason,
             "attempts": outcome.attempts, "tokens": tokens}  # fmt: skip
 
 
 class Answers:
-    """The answers to a shard's rows, a line each, as soon as they are there: the journal that a killed run resumes from,
-    and what is kept for a run of more rows or another --on_reject.
+    """The answers for a shard's rows, one per line, written as soon as they arrive: the journal that a killed run resumes
+    from, and that a run with more rows or another --on_reject reuses.
 
-    They are in the folder _answers of the outputs. For an address that is a place in the cache, from which the file is
-    put there once the shard is done; so what another machine does not know is one shard per worker.
+    They are in the output's _answers folder. For a remote output the journal is in the local cache and is uploaded once
+    the shard is done, so another machine lacks the answers of at most one shard per worker.
     """
 
     def __init__(self, folder: ShardFolder, shard: Shard):
@@ -75,7 +75,7 @@ class Answers:
         self.rows[row["row"]] = row
 
     def has(self, row: int, value: str) -> bool:
-        """Whether the row has an answer. ValueError if that was to other captions than it has now."""
+        """Whether the row has an answer. ValueError if that was for other captions than it has now."""
         known = self.rows.get(row)
         if known and known["input"] != value:
             raise UserError(
@@ -85,7 +85,7 @@ class Answers:
         return known is not None
 
     def keep(self) -> None:
-        """Put them where other machines find them."""
+        """Upload them to where other machines find them."""
         if self.folder.remote:
             with self.folder.whole(self.name) as temporary:
                 temporary.parent.mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ class Answers:
 
 
 def plan(source: Source, size: int, limit: int | None, *settings) -> list[Shard]:
-    """The source's rows, `size` together, the first `limit` of them. Parquet files are not read, all others once.
+    """Shards of `size` rows each, of the source's first `limit` rows. Parquet files are not read, all others once.
 
     Args:
         settings: what the output depends on besides rows and answers.
@@ -135,7 +135,7 @@ def _counted(part, source: Source, size: int) -> Iterator[tuple[int, int, str]]:
 
 
 class Rows:
-    """The rows of a source's shards: each part is read forwards, once for what is asked and once for what is written."""
+    """The rows of a source's shards: each part is read in order, once for the prompts and once for the output."""
 
     def __init__(self, source: Source):
         self.source, self.parts, self.cursors = source, {part.label: part for part in source.parts}, {}
@@ -160,14 +160,14 @@ def rows_left(rows: Iterator[tuple[int, dict]], source: Source, answers: Answers
 
 
 def jobs(left, prompt: Prompt, tokens: Tokens, limit: int) -> Iterator[Job]:
-    """A job for each of `left`, its prompt in at most `limit` tokens."""
+    """A job for each of `left`, with its prompt in at most `limit` tokens."""
     for number, inputs, value in left:
         text, ids = fit(prompt, inputs, tokens, limit)
         yield Job(number, value, captions(inputs), text, ids)
 
 
 def fallback(task: str, inputs: dict, on_reject: str) -> tuple[str | None, str]:
-    """(caption, status) of a row whose text was rejected; status null where there is nothing to keep."""
+    """(caption, status) for a row whose text was rejected; status null if there is nothing to keep."""
     if on_reject == "drop":
         return None, "dropped"
     kept = None
@@ -180,7 +180,7 @@ def fallback(task: str, inputs: dict, on_reject: str) -> tuple[str | None, str]:
 
 
 class Report:
-    """What came out: counts, tokens, lengths, samples. Memory does not grow with the rows, and those of shards add up."""
+    """Counts, tokens, lengths and samples of the output. Its size does not grow with the rows; shards' reports can be merged."""
 
     COUNTERS = ("statuses", "reasons", "lengths", "attempts")
 
@@ -206,7 +206,7 @@ class Report:
             self.lengths[str(min(len(words(caption)), 500))] += 1
 
     def merge(self, other: dict) -> None:
-        """Add `vars` of the report of other rows."""
+        """Add the `vars` of another report."""
         for name in self.COUNTERS:
             getattr(self, name).update(other[name])
         self.tokens = [a + b for a, b in zip(self.tokens, other["tokens"], strict=True)]
@@ -242,7 +242,7 @@ class Report:
 
 
 def vocabulary(rows: Iterator[dict], source: Source, column: str) -> dict:
-    """Different words, and the most frequent text, of the first SAMPLED rows of an output that were rewritten."""
+    """Distinct words, and count of the most frequent text, of the rewritten rows among an output's first SAMPLED."""
     found: dict[str, set] = {"inputs": set(), "rewritten": set()}
     texts: Counter = Counter()
     number = 0
@@ -261,10 +261,10 @@ def vocabulary(rows: Iterator[dict], source: Source, column: str) -> dict:
 
 
 def merged(rows, source: Source, answers: Answers, task: str, args, provenance: dict, report: Report) -> Iterator[dict]:
-    """The output's rows: each of `rows`, (number, row), with its caption and how it came about, in order.
+    """The output's rows, in order: each of `rows`, (number, row), with its caption and how it was made.
 
     Raises:
-        UserError: a row has no answer, or one to other captions.
+        UserError: a row has no answer, or one for other captions.
     """
     for number, row in rows:
         inputs = source.inputs(row)
@@ -272,7 +272,7 @@ def merged(rows, source: Source, answers: Answers, task: str, args, provenance: 
         result = {"text": None, "reason": "no_input", "attempts": 0, "tokens": [0, 0]}
         if given:
             if not answers.has(number, digest(inputs)):
-                raise UserError(f"{answers.shard.label}: row {number} has no answer. Start the same command again.")
+                raise UserError(f"{answers.shard.label}: row {number} has no answer. Run the same command again.")
             result = answers.rows[number]
         caption, status = result["text"], "rewritten"
         if result["reason"]:
@@ -291,7 +291,7 @@ def merged(rows, source: Source, answers: Answers, task: str, args, provenance: 
 
 
 def estimate(source: Source, prompt: Prompt, tokens: Tokens, args, llm, sample: int = 2000) -> str:
-    """What a run would take, in words for people: rows, tokens, cost, and the first prompt."""
+    """What a run would take, as text: rows, tokens, cost, and the first prompt."""
     rows, empty, prompts, written, first = 0, 0, 0, 0, None
     for row in itertools.islice(source.read(source.columns), args.max_samples):
         inputs = source.inputs(row)
@@ -308,12 +308,12 @@ def estimate(source: Source, prompt: Prompt, tokens: Tokens, args, llm, sample: 
     lines = [
         f"{rows} rows, {empty} of them without captions to rewrite",
         f"prompts: {prompts * scale:,.0f} tokens, {how}",
-        f"written: about {written * scale:,.0f} tokens, at most {asked * llm.max_new_tokens:,} (of first attempts)",
+        f"written: about {written * scale:,.0f} tokens, at most {asked * llm.max_new_tokens:,} (first attempts only)",
     ]
     if llm.price_in is not None and llm.price_out is not None:
         low = (prompts * llm.price_in + written * llm.price_out) * scale / 1e6
         high = (prompts * scale * llm.price_in + asked * llm.max_new_tokens * llm.price_out) / 1e6 * llm.max_attempts
         lines.append(f"cost: about {low:,.2f}, at most {high:,.2f} if each row took {llm.max_attempts} attempts")
     else:
-        lines.append("cost: give --price_in and --price_out, the prices of a million tokens")
+        lines.append("cost: give --price_in and --price_out, the prices per million tokens")
     return "\n".join(lines) + f"\nthe first prompt:\n{'-' * 40}\n{first}\n{'-' * 40}"

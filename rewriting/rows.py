@@ -33,19 +33,19 @@ class Part:
     """A file, or a split, of a source."""
 
     label: str
-    # read_from(columns, start) -> (number of the first row, rows) from row `start` or one before it, again and again in
-    # the same order; a format that can reads these columns only
+    # read_from(columns, start) -> (number of the first row, rows), from row `start` or an earlier one on, in the same order
+    # on every call; formats that support it read these columns only
     read_from: Callable[..., tuple[int, Iterator[dict]]]
     parquet: Path | None = None
 
 
 @dataclass
 class Source:
-    """Rows that can be read again and again, in the same order."""
+    """Rows that can be read repeatedly, in the same order."""
 
     name: str
     parts: list[Part]
-    features: datasets.Features | None  # types of the columns, where the source says them
+    features: datasets.Features | None  # types of the columns, if the source declares them
     inputs: Callable[[dict], dict]  # row -> {"captions": [...]} or {"raw": ..., "synthetic": ...}, stripped
     columns: list[str] | None  # those that `inputs` needs
 
@@ -57,10 +57,10 @@ def open_source(task: str, name: str, args) -> Source:
     """INPUT as rows. `args` are RewriteArguments.
 
     `fuse` reads tables (JSON, JSONL, CSV, Parquet, a Hub set, ...) row by row. `paragraph` needs all captions of an
-    image together, so it reads as train.py does (data.load), but for tables without images: there a row is an image.
+    image together, so it reads as train.py does (data.load), except for tables without images, where each row is an image.
 
     Raises:
-        DataError: no such source, or no column of captions; it lists those that are there.
+        DataError: no such source, or no caption column; the message lists the columns present.
     """
     source_format = find_format(name, args.data_format)[0].NAME
     tabular = source_format in ("annotations", "parquet", "hub", "saved", "webdataset")
@@ -91,7 +91,7 @@ def open_table(name: str, source_format: str, args):
     if source_format == "parquet" or (source_format == "annotations" and path.exists()):
         files = table_files(path)
         if args.split:
-            raise DataError(f"{name}: --split is for data sets with splits; of a table, all rows are rewritten")
+            raise DataError(f"{name}: --split is for data sets with splits; all rows of a table are rewritten")
         labels = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
         if all(file.suffix == ".parquet" for file in files):
             features = undecoded(datasets.Features.from_arrow_schema(pq.read_schema(files[0])))
@@ -124,7 +124,7 @@ def load_tables(name: str, source_format: str, args) -> dict:
 
 
 def open_records(name: str, source_format: str, args):
-    """(parts, features) of what train.py trains on: one record an image, with all its captions, and its split."""
+    """(parts, features) of what train.py trains on: one record per image, with all its captions and its split."""
     splits = data.load(
         name,
         dataset_config_name=args.dataset_config_name,
@@ -145,7 +145,7 @@ def record_rows(table, split: str, columns: list[str] | None, start: int) -> tup
     def rows():
         for row in table_rows(table, split, columns, start)[1]:
             if isinstance(row.get("image"), dict) and os.path.exists(row["image"]["path"] or ""):
-                row["image"]["path"] = os.path.abspath(row["image"]["path"])  # OUTPUT may lie elsewhere
+                row["image"]["path"] = os.path.abspath(row["image"]["path"])  # OUTPUT may be in another folder
             yield row
 
     return start, rows()
@@ -159,7 +159,7 @@ def undecoded(features: datasets.Features) -> datasets.Features:
 
 
 def table_files(path: Path) -> list[Path]:
-    """A file, or the files of one kind in a folder, in the order of their names."""
+    """A file, or the files of one kind in a folder, sorted by name."""
     if path.is_file():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and _is_data(file.relative_to(path)))
@@ -170,7 +170,7 @@ def table_files(path: Path) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    """Whether a file of a folder is none of what programs keep there for themselves, such as _settings.json."""
+    """Whether a file in a folder is data, not a program's own file such as _settings.json."""
     return not any(part.startswith((".", "_")) for part in file.parts)
 
 
@@ -207,7 +207,7 @@ def text_rows(file: Path) -> Iterator[dict]:
 
 
 def is_coco(path: Path) -> bool:
-    """COCO's annotation JSON, whose captions and images stand apart."""
+    """COCO's annotation JSON, with captions and images in separate lists."""
     files = [file for file, _ in files_of(path)] if path.exists() else []
     return bool(files) and files[0].suffix == ".json" and first_character(files[0]) == "{"
 
@@ -228,7 +228,7 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
                 return
             try:
                 entry, end = decoder.raw_decode(text)
-                if end == len(text):  # 12 may go on as 123
+                if end == len(text):  # 12 may continue as 123
                     raise json.JSONDecodeError("the list has no end", text, end)
             except json.JSONDecodeError as error:
                 more = content.read(chunk)
@@ -283,7 +283,7 @@ def with_inputs(task: str, name: str, parts, features, first: dict | None, args,
 
 
 def clean(caption) -> str:
-    """White space collapsed, so that no caption breaks a prompt's lines; "" for what is no text."""
+    """A caption with white space collapsed, so that it cannot break a prompt's lines; "" if it is not text."""
     if not isinstance(caption, str):
         return ""
     return " ".join(caption.encode("utf-8", "replace").decode().split())
@@ -305,7 +305,7 @@ def find_column(columns: list[str], given: str | None, usual: Iterable[str], opt
 
 
 def read_synthetic(path: str) -> dict[str, str]:
-    """Captions of infer.py or evaluate.py, by image: its id, its path as written and its absolute path."""
+    """Captions written by infer.py or evaluate.py, by image: its id, its path as written and its absolute path."""
     captions = load_predictions(path)
     return captions | {os.path.abspath(name): caption for name, caption in captions.items()}
 
@@ -315,7 +315,7 @@ def read_synthetic(path: str) -> dict[str, str]:
 LINES = pa.schema({"line": pa.string()})
 RESULT = {
     "status": "string",  # rewritten, kept_synthetic, kept_raw, null
-    "reason": "string",  # of rewriting.checks.REASONS, where the LLM's text was rejected
+    "reason": "string",  # one of rewriting.checks.REASONS, if the LLM's text was rejected
     "warnings": "list",  # names and numbers that no input has
     "rejected": "string",  # the last text that was rejected
     "attempts": "int64",
@@ -330,7 +330,7 @@ def tables(rows: Iterator[dict], features: datasets.Features | None, column: str
 
     Args:
         features: types of the input's columns.
-        column: name of the caption's column; the result's other facts are in `rewrite`.
+        column: name of the caption column; everything else about the result is in `rewrite`.
     """
     schema = None if features is None else output_features(features, column).arrow_schema
     empty = True
@@ -342,16 +342,16 @@ def tables(rows: Iterator[dict], features: datasets.Features | None, column: str
             continue
         try:
             for name in {name for row in group for name in row} - set(schema.names):
-                raise DataError(f"column {name} is not in the first 1,000 rows: Parquet has no place. Write JSONL")
+                raise DataError(f"column {name} is not in the first 1,000 rows, nor in the Parquet schema. Write JSONL")
             yield pa.Table.from_pylist(group, schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
-    if empty:  # of a shard whose rows were all dropped, too, there is a file
+    if empty:  # a shard whose rows were all dropped has a file, too
         yield (LINES if schema is None else schema).empty_table()
 
 
 def told_from(rows: list[dict]) -> datasets.Features:
-    """Types of the input's columns as some of its rows show them; a column without values is text."""
+    """Column types inferred from some of the input's rows; a column without values is text."""
     names = dict.fromkeys(name for row in rows for name in row)
     table = pa.table({name: [row.get(name) for row in rows] for name in names})
     types = datasets.Features.from_arrow_schema(table.schema)
@@ -367,14 +367,14 @@ def output_features(features: datasets.Features, column: str) -> datasets.Featur
 
 
 def plain_row(row: dict) -> dict:
-    """A row as JSON can hold it: the path of an image in place of its struct."""
+    """A row as JSON can hold it: an image's path in place of its struct."""
     row = dict(row)
     for name, value in row.items():
         image = isinstance(value, dict) and set(value) == {"bytes", "path"}
         if isinstance(value, bytes) or image:
             if not image or value["bytes"] is not None:
                 raise DataError(
-                    f"column {name} holds images or other bytes, which JSONL cannot. Name an --output that does not "
+                    f"column {name} holds images or other bytes, which JSONL cannot hold. Give an --output that does not "
                     "end in .jsonl: it becomes a folder of Parquet files"
                 )
             row[name] = value["path"]

@@ -30,7 +30,7 @@ except ImportError:  # --help and mistakes are answered without it; open_session
 
 
 def account_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--role", required=True, help="ARN of the role that SageMaker works as (README, Permissions).")
+    parser.add_argument("--role", required=True, help="ARN of the role that SageMaker assumes (README, Permissions).")
     parser.add_argument("--bucket", required=True, help="S3 bucket for code, checkpoints and models.")
     parser.add_argument("--prefix", default="image-captioning", help="Folder in the bucket for all of it.")
     parser.add_argument("--region", help="AWS region. Default: the configured one.")
@@ -81,9 +81,9 @@ def open_session(args) -> Session:
 
 
 def print_request(model, params, **_):
-    """Botocore's hook before a call, whose answer takes the place of the service's."""
+    """Botocore's hook before a call; its answer replaces the service's."""
     body = params["body"]
-    with contextlib.suppress(ValueError, TypeError):  # CloudWatch's is no JSON
+    with contextlib.suppress(ValueError, TypeError):  # CloudWatch's is not JSON
         body = json.dumps(json.loads(body), indent=2)
     print(f"{model.name} {body}", flush=True)
     if model.name == "CreateTrainingJob":
@@ -92,7 +92,7 @@ def print_request(model, params, **_):
 
 
 def answer_nothing(request, event_name, **_) -> AWSResponse:
-    """Botocore's hook in front of the network, for what the SDK itself asks of other services."""
+    """Botocore's hook before sending, for the SDK's own requests to other services."""
     return AWSResponse(request.url, 200 if event_name.startswith("before-send.s3") else 403, {}, Body(b"<Empty/>"))
 
 
@@ -105,7 +105,7 @@ class Body:
 
 
 def run(main) -> None:
-    """Ends a user's mistake, and what AWS refuses, with one message and exit code 2."""
+    """Turns a user's mistake, or a refusal by AWS, into one message and exit code 2."""
     try:
         main()
     except (ValueError, OSError, Boto3Error, BotoCoreError, ClientError) as error:

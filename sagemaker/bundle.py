@@ -1,4 +1,4 @@
-"""What travels to SageMaker: the code of a training job, and a model with the code that serves it."""
+"""What is sent to SageMaker: the code of a training job, and a model with the code that serves it."""
 
 import re
 import shutil
@@ -20,15 +20,15 @@ SERVING = ("captioner.py", "collator.py", "common/*.py", "data/*.py", "data/form
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*processor*.json",
          "token*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
          "chat_template.*", "README.md", "coco_metrics.json", "training_curves.svg")  # fmt: skip
-# Installed over what the image has, in the exact versions that the tests run with (constraints.txt).
+# Installed on top of what the image has, in the exact versions that the tests run with (constraints.txt).
 TESTED = ("accelerate", "datasets", "peft", "transformers")
-# The images have numpy 1, as their toolkits want it, and newer releases of pyarrow refuse to be imported beside that
-# without saying so to pip.
+# The images have numpy 1, as their toolkits require it; newer releases of pyarrow cannot be imported with it, but do
+# not tell pip so.
 FOR_THE_IMAGE = "pyarrow<26\n"
 
 
 def requirements(path: str) -> str:
-    """A requirements file of this repo as it travels: with exact versions where they are not the image's to choose."""
+    """A requirements file of this repo as it is sent: with exact versions where the image must not choose them."""
     text = (ROOT / path).read_text(encoding="utf-8")
     named = {re.split(r"[^\w-]", line, maxsplit=1)[0] for line in text.splitlines()}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -62,7 +62,7 @@ def write_serving_code(code: Path) -> None:
 
 
 def write_model(model: Path, target: Path) -> None:
-    """What deploys of a model folder, and the code, in the folder `target`. Of .bin weights safetensors are made."""
+    """Writes what is deployed of a model folder, and the code, to `target`. .bin weights become safetensors."""
     if (
         (model / "config.json").is_file()
         and any(model.glob("pytorch_model*.bin"))
@@ -87,7 +87,7 @@ def write_model(model: Path, target: Path) -> None:
 
 
 def pack_model(model: Path, archive: Path) -> None:
-    """model.tar.gz as the inference toolkit wants it: the weights at its root, and code/."""
+    """model.tar.gz as the inference toolkit expects it: the weights at its root, and code/."""
     with tempfile.TemporaryDirectory() as folder, tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         write_model(model, Path(folder))
         for path in sorted(Path(folder).iterdir()):

@@ -1,11 +1,11 @@
-"""Put a trained captioner behind a SageMaker endpoint, or caption a folder of S3 with it.
+"""Put a trained captioner behind a SageMaker endpoint, or caption an S3 folder with it.
 
 python sagemaker/deploy.py --role ARN --bucket NAME --model runs/blip-flickr8k          (or --model_data s3://...tar.gz)
 python sagemaker/deploy.py --role ARN --bucket NAME --model DIR --mode serverless | async | batch --input s3://images/
 python sagemaker/deploy.py --role ARN --bucket NAME --delete NAME
 
-Needs `pip install -r sagemaker/requirements.txt`; SDK v3 and v2 make the same requests. A model.tar.gz of launch.py's
-jobs holds the code that serves it; a local folder is packed and uploaded.
+Needs `pip install -r sagemaker/requirements.txt`; SDK v3 and v2 make the same requests. A model.tar.gz from a
+launch.py job contains the code that serves it; a local folder is packed and uploaded.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import aws
 import bundle
 from aws import image_uris
 
-# AWS' Hugging Face image with transformers 5. SDK v2 knows its predecessor only, in the same place.
+# AWS' Hugging Face image with transformers 5. SDK v2 only knows its predecessor, in the same place.
 IMAGE, KNOWN_IMAGE = "transformers5.5.3", "4.51.3"
 
 
@@ -33,7 +33,7 @@ def main():
     client.create_model(**model_request(args, image))
     if args.mode == "batch":
         client.create_transform_job(**transform_request(args))
-        print(f"transform job {args.name}: captions in {args.output}, a file of the image's name and .out each")
+        print(f"transform job {args.name}: captions in {args.output}, one file per image, named after it with .out")
         if not (args.no_wait or args.dry_run):
             client.get_waiter("transform_job_completed_or_stopped").wait(TransformJobName=args.name)
         return
@@ -59,16 +59,16 @@ def read_flags() -> argparse.Namespace:
     add("--name", default=time.strftime("caption-%Y%m%d-%H%M%S"), help="Name of model, endpoint and job.")
     add("--instance_type", help="Machine. Default: ml.g5.xlarge; serverless has CPUs only.")
     add("--instance_count", type=int, default=1, help="Machines.")
-    add("--workers", type=int, default=1, help="Processes a machine, each with a model of its own.")
+    add("--workers", type=int, default=1, help="Processes per machine, each with its own copy of the model.")
     add("--environment", nargs="+", default=[], type=aws.pair, metavar="KEY=VALUE",
         help="Limits of inference.py, such as CAPTION_MAX_IMAGES=4.")  # fmt: skip
     add("--memory", type=int, default=6144, help="serverless: MB of memory.")
-    add("--max_concurrency", type=int, default=5, help="serverless: requests at once; async: of a machine.")
+    add("--max_concurrency", type=int, default=5, help="serverless: concurrent requests; async: per machine.")
     add("--input", help="batch: S3 folder of images, or of .jsonl files.")
     add("--output", help="async, batch: S3 folder of the answers. Default: in the bucket.")
     add("--min_capacity", type=int, default=1, help="Autoscaling: fewest machines; 0 only with async.")
     add("--max_capacity", type=int, help="Autoscaling: most machines. Default: no autoscaling.")
-    add("--target", type=float, help="Autoscaling: requests a minute and machine, default 60; async: waiting ones, 5.")
+    add("--target", type=float, help="Autoscaling: requests per minute and machine, default 60; async: waiting, 5.")
     add("--no_wait", action="store_true", help="Return before the endpoint or job is done.")
     add("--delete", metavar="NAME", help="Delete the endpoint, its configuration and its model, and stop paying.")
     args = parser.parse_args()
@@ -82,7 +82,7 @@ def read_flags() -> argparse.Namespace:
     if args.max_capacity and not (args.mode != "async") <= args.min_capacity <= args.max_capacity:
         raise ValueError("--min_capacity must be from 1 (async: 0) to --max_capacity.")
     if args.mode == "serverless" and args.instance_type:
-        raise ValueError("--mode serverless has no --instance_type, but --memory and --max_concurrency.")
+        raise ValueError("--mode serverless takes --memory and --max_concurrency, not --instance_type.")
     args.instance_type = args.instance_type or ("ml.m5.xlarge" if args.mode == "serverless" else "ml.g5.xlarge")
     args.output = args.output or f"s3://{args.bucket}/{args.prefix}/{args.name}/answers"
     return args
@@ -172,8 +172,8 @@ def transform_request(args) -> dict:
 
 
 def scale(aws_session, args) -> None:
-    """Target tracking: by requests a minute, or of an asynchronous endpoint by the requests that wait. One without
-    machines has no such number: an alarm starts the first."""
+    """Target tracking: by requests per minute, or for an asynchronous endpoint by waiting requests. Without machines
+    there is no such metric: an alarm starts the first one."""
     client = aws_session.client("application-autoscaling")
     endpoint = [{"Name": "EndpointName", "Value": args.name}]
     target = {
@@ -229,7 +229,7 @@ def scale(aws_session, args) -> None:
 
 
 def delete(aws_session, name: str) -> None:
-    """The endpoint first: it is what costs. What is not there, or not any more, is passed over."""
+    """The endpoint first: it is what costs money. What does not exist, or not any more, is skipped."""
     client = aws_session.client("sagemaker")
     for kind, remove in (
         ("endpoint", lambda: client.delete_endpoint(EndpointName=name)),

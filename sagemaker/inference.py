@@ -2,14 +2,14 @@
 
     image/*, application/x-image, application/octet-stream    the bytes of one image
     application/json         {"inputs": BASE64 or [BASE64, ...], "parameters": {"num_beams": 3, "prompt": "a photo of"}}
-    application/jsonlines    such an object a line (batch transform)
+    application/jsonlines    one such object per line (batch transform)
 
 The answer to JSON and to an image is {"captions": [...]}, one per image, in order; with the parameter "return_scores"
-also "scores", the mean log-probability of a caption's tokens. Of JSON lines each line is answered by a line, one that is
-wrong by {"error": ...}. What a client gets wrong is one sentence with status 400: the toolkit makes that of every
-exception. What the server gets wrong is a 500.
+also "scores", the mean log-probability of a caption's tokens. JSON lines are answered line by line, an invalid one by
+{"error": ...}. A client's mistake is one sentence with status 400, which the toolkit makes of any exception; the
+server's is a 500.
 
-LIMITS bound what one request may cost; environment variables of these names change them. A URL is fetched only from
+LIMITS bound what one request may cost; environment variables of the same names change them. A URL is fetched only from
 hosts named in CAPTION_ALLOWED_HOSTS (comma-separated): without redirects, and never from a private address.
 """
 
@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # code/, where the folders it imports lie beside it
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # code/, where the folders it imports are next to it
 
 import torch
 
@@ -43,7 +43,7 @@ LIMITS = {
         "CAPTION_MAX_BYTES": 20_000_000,  # of an image file
         "CAPTION_MAX_PIXELS": 100_000_000,  # of all images of a request: 3 bytes each, decoded
         "CAPTION_MAX_BEAMS": 10,
-        "CAPTION_MAX_TOKENS": 100,  # new ones, of a caption
+        "CAPTION_MAX_TOKENS": 100,  # new ones, per caption
         "CAPTION_MAX_PROMPT": 200,  # characters
         "CAPTION_MAX_WORK": 6000,  # images x beams x tokens, so that no request outlives the server's time limit
     }.items()
@@ -63,8 +63,8 @@ FETCH_SECONDS = 5
 
 
 class BadRequest(ValueError):
-    """What the client must change, in one sentence: of plain characters, as a lone surrogate would break the server's
-    own encoding of it."""
+    """What the client must change, in one sentence: in ASCII, as a lone surrogate would break the server's own encoding
+    of it."""
 
     def __init__(self, message: str):
         super().__init__(message[:300].encode("unicode_escape").decode("ascii"))
@@ -77,12 +77,12 @@ def model_fn(model_dir: str) -> Captioner:
 
 
 def lengthen_answers(service) -> None:
-    """Has multi-model-server's worker send no answer of less than 512 bytes to the server.
+    """Makes multi-model-server's worker send no answer of less than 512 bytes to the server.
 
     The server (1.1.11: ModelResponseDecoder.decode and CodecUtils.readMap) reads an answer's status and headers without
-    asking whether they have come, and if they have not, answers 500 and restarts the worker. Its first read is of 1,024
-    bytes and has them all, but after two short answers in a row Netty reads fewer (AdaptiveRecvByteBufAllocator). What
-    is added here the server throws away: it forwards the message of a failure only, and the body of a success only.
+    checking whether they have arrived, and if they have not, answers 500 and restarts the worker. Its first read is of
+    1,024 bytes and has them all, but after two short answers in a row Netty reads fewer (AdaptiveRecvByteBufAllocator).
+    The server discards what is added here: it forwards only the message of a failure, and only the body of a success.
     """
     create = service.create_predict_response
 
@@ -97,8 +97,8 @@ def lengthen_answers(service) -> None:
 
 
 def input_fn(body, content_type: str | None) -> list[dict]:
-    """The jobs of a request: [{"images": [PIL], "settings": {...}, "return_scores": bool, "line": bool}, ...]. A bad
-    line of JSON lines is {"error": ..., "line": True}."""
+    """The jobs of a request: [{"images": [PIL], "settings": {...}, "return_scores": bool, "line": bool}, ...]. An
+    invalid line of JSON lines is {"error": ..., "line": True}."""
     kind = (content_type or "").split(";")[0].strip().lower()
     if not body:
         raise BadRequest("The request has no body.")
@@ -107,7 +107,7 @@ def input_fn(body, content_type: str | None) -> list[dict]:
         return [{"images": [image], "settings": {}, "return_scores": False, "line": False}]
     if kind not in JSON + LINES:
         raise BadRequest(
-            f"The content type '{kind[:60]}' is none of image/*, {', '.join((*IMAGES, JSON[0], LINES[0]))}."
+            f"The content type '{kind[:60]}' is not one of image/*, {', '.join((*IMAGES, JSON[0], LINES[0]))}."
         )
     text = as_text(body)
     if kind in JSON:
@@ -129,7 +129,7 @@ def input_fn(body, content_type: str | None) -> list[dict]:
 
 
 def predict_fn(jobs: list[dict], captioner: Captioner, context=None) -> list[dict]:
-    """An answer a job. Jobs that share their settings are captioned as one batch."""
+    """One answer per job. Jobs that share their settings are captioned as one batch."""
     check_work(jobs, captioner.settings)
     answers: list[dict] = [{"error": job.get("error")} for job in jobs]
     groups: dict[str, list[int]] = {}
@@ -167,7 +167,7 @@ def predict_fn(jobs: list[dict], captioner: Captioner, context=None) -> list[dic
 
 def output_fn(answer, accept: str) -> str:
     kinds = [kind.split(";")[0].strip().lower() for kind in (accept or "*/*").split(",")]
-    # The toolkit makes the answer's content type of it, whatever else it says.
+    # The toolkit uses it as the answer's content type, whatever else it says.
     if not set(kinds) & {*JSON, *LINES, "*/*", "application/*"} or not accept.isascii() or len(accept) > 200:
         raise BadRequest(f"'{accept[:60]}' cannot be answered with: accept {JSON[0]} or {LINES[0]}.")
     if isinstance(answer, list):
@@ -177,7 +177,7 @@ def output_fn(answer, accept: str) -> str:
 
 @torch.inference_mode()
 def caption(captioner: Captioner, images: list, settings: dict, return_scores: bool):
-    """(captions, scores or None) of PIL images. BadRequest if the settings do not suit each other or the model."""
+    """(captions, scores or None) of PIL images. BadRequest if the settings do not fit each other or the model."""
     if settings:
         captioner = captioner.with_settings(**settings)
     batch = captioner.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
@@ -226,7 +226,7 @@ def parse_job(text: str, max_pixels: int) -> dict:
     except ValueError as error:
         raise BadRequest(f"The body is not JSON ({str(error)[:80]}).") from None
     if not isinstance(request, dict) or "inputs" not in request:
-        raise BadRequest('The JSON must be an object with "inputs", the image as base64 or a list of such.')
+        raise BadRequest('The JSON must be an object with "inputs", the image as base64 or a list of these.')
     if unknown := [name for name in request if name not in ("inputs", "parameters")]:
         raise BadRequest(f'\'{unknown[0][:60]}\' is not known: a request has "inputs" and "parameters".')
     inputs = request["inputs"] if isinstance(request["inputs"], list) else [request["inputs"]]
@@ -252,7 +252,7 @@ def check_parameters(parameters) -> dict:
             if not isinstance(value, str) or len(value) > LIMITS["CAPTION_MAX_PROMPT"]:
                 raise BadRequest(f"prompt must be text of at most {LIMITS['CAPTION_MAX_PROMPT']} characters.")
             if any("\ud800" <= character <= "\udfff" for character in value):
-                raise BadRequest("prompt is no valid Unicode text.")
+                raise BadRequest("prompt is not valid Unicode text.")
         elif name == "return_scores":
             if not isinstance(value, bool):
                 raise BadRequest("return_scores must be true or false.")
@@ -263,7 +263,7 @@ def check_parameters(parameters) -> dict:
                 raise BadRequest(f"{name} must be {'a whole' if kind is int else 'a'} number from {low} to {high}.")
         else:
             known = ", ".join((*PARAMETERS, "prompt", "return_scores"))
-            raise BadRequest(f"'{name[:60]}' is no parameter; there are {known}.")
+            raise BadRequest(f"'{name[:60]}' is not a parameter; known are {known}.")
         checked[name] = value
     return checked
 
@@ -307,7 +307,7 @@ def fetch(url: str, index: int) -> bytes:
         raise refused
     deadline = time.monotonic() + FETCH_SECONDS
     try:
-        # Connected to the address that was checked: asked again, the name might have another.
+        # Connect to the address that was checked: if looked up again, the name might have another.
         connection = http.client.HTTPConnection(host, timeout=FETCH_SECONDS)
         connection.sock = socket.create_connection((public_address(host), 80 if parts.scheme == "http" else 443), 2)
         if parts.scheme == "https":
@@ -316,8 +316,8 @@ def fetch(url: str, index: int) -> bytes:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", path, headers={"Host": host, "Connection": "close"})
         answer = connection.getresponse()
-        if answer.status != 200:  # redirects among them
-            raise BadRequest(f"Image {index}: the host answers with status {answer.status}, and only 200 is taken.")
+        if answer.status != 200:  # including redirects
+            raise BadRequest(f"Image {index}: the host answers with status {answer.status}, and only 200 is accepted.")
         content = bytearray()
         while chunk := answer.read1(65536):
             content += chunk

@@ -1,9 +1,9 @@
-"""Train on SageMaker: a training job of train.py, with its flags.
+"""Train on SageMaker: a training job that runs train.py, with its flags.
 
 python sagemaker/launch.py --role ARN --bucket NAME [--recipe recipes/blip/flickr8k.yaml] [--num_train_epochs 2 ...]
 
-Needs `pip install -r sagemaker/requirements.txt` on the machine that launches, nothing else of this repo's. The same
-job is made by SDK v3 (ModelTrainer) and, where that is what is installed, by v2 (PyTorch estimator).
+Needs `pip install -r sagemaker/requirements.txt` on the machine that launches, nothing else of this repo. The same job
+is made by SDK v3 (ModelTrainer) or, if that is installed instead, by v2 (PyTorch estimator).
 """
 
 import argparse
@@ -63,21 +63,21 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     add("--volume_size", type=int, default=100, help="GB of disk for data and checkpoints.")
     add("--max_run", type=int, default=24 * 3600, help="Seconds of training after which the job is stopped.")
     add("--spot", action=argparse.BooleanOptionalAction, default=True, help="Spot machines: cheaper, interruptible.")
-    add("--max_wait", type=int, help="Seconds in all, with the waiting for spot machines. Default: twice max_run.")
+    add("--max_wait", type=int, help="Seconds in all, including the wait for spot machines. Default: twice max_run.")
     add("--environment", nargs="+", default=[], type=aws.pair, metavar="KEY=VALUE",
-        help="Environment variables of the job. Whoever may describe the job can read them.")  # fmt: skip
-    add("--encrypt_traffic", action="store_true", help="Encrypt what several machines send each other.")
+        help="Environment variables of the job. Anyone who may describe the job can read them.")  # fmt: skip
+    add("--encrypt_traffic", action="store_true", help="Encrypt traffic between machines.")
     add("--no_wait", action="store_true", help="Return once the job is submitted. Default: wait, and show its log.")
     args, train_flags = parser.parse_known_args()
     aws.check_account(args)
     args.max_wait = args.max_wait or 2 * args.max_run
     if args.max_wait < args.max_run:
-        raise ValueError(f"--max_wait {args.max_wait} counts the training in: it must be at least --max_run.")
+        raise ValueError(f"--max_wait {args.max_wait} includes the training: it must be at least --max_run.")
     return args, train_flags
 
 
 def check_train_flags(recipe: str | None, words: list[str]) -> None:
-    """A misspelt flag is an error here, before a machine is paid for, where transformers is there to check it."""
+    """A misspelt flag is an error here, before a machine is paid for, if transformers is installed to check it."""
     if recipe and not Path(recipe).is_file():
         raise ValueError(f"--recipe {recipe}: there is no such file.")
     sys.path.insert(0, str(ROOT))
@@ -91,8 +91,8 @@ def check_train_flags(recipe: str | None, words: list[str]) -> None:
 
 
 def job_of_flags(args, words: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """(hyperparameters, channels): train.py's flags, but for those that name data. All values are strings, a flag of
-    several words is a JSON list."""
+    """(hyperparameters, channels): train.py's flags, except for those that name data. All values are strings; a
+    flag with several values is a JSON list."""
     flags: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):

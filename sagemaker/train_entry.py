@@ -1,13 +1,13 @@
 """What a SageMaker training job runs on each of its machines: hyperparameters and channels become a train.py command.
 
-All that it reads is the platform's own contract, files under /opt/ml, so it runs the same whether the training toolkit
-starts it (SDK v2) or the SDK v3's script. It starts torchrun where there are several GPUs or machines, hands SIGTERM
-on to the training processes, has the finished model exported to /opt/ml/model, and writes down why it failed.
+It reads only the platform's own contract, files under /opt/ml, so it runs the same whether the toolkit (SDK v2) or the
+script of SDK v3 starts it. It starts torchrun if there are several GPUs or machines, forwards SIGTERM to the training
+processes, exports the finished model to /opt/ml/model, and records why a job failed.
 
     /opt/ml/input/config/    hyperparameters.json, resourceconfig.json
     /opt/ml/input/data/      data | train, validation, test | images | model    (channels, see flags_of_channels)
-    /opt/ml/checkpoints/     the run's folder, kept in S3: a job that starts again resumes from there. The first machine
-                             writes it, the others add the state of their random numbers; S3 unites them
+    /opt/ml/checkpoints/     the run's folder, kept in S3: a restarted job resumes from there. The first machine writes
+                             it, the others add the state of their random numbers; S3 merges them
     /opt/ml/model/           the exported model and code/ that serves it, and nothing else
     /opt/ml/output/          failure: the reason, its first 1,024 characters shown as FailureReason; data/: captions
 """
@@ -32,7 +32,7 @@ BASE = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
 PID_FILE = Path(os.environ.get("TMPDIR", "/tmp"), "train_entry.pid")
 SPLITS = ("train", "validation", "test")
 TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar")
-# The lines of train.py's log that hold them: the Trainer's own, and the summary of the test split, printed last.
+# The lines of train.py's log that contain them: the Trainer's own, and the summary of the test split, printed last.
 NUMBER = r"'?([-+0-9.e]+)"
 METRICS = {
     "train:loss": f"'loss': {NUMBER}",
@@ -43,8 +43,8 @@ METRICS = {
     "final:sacrebleu": r"  sacrebleu +([0-9.]+)",
     "final:CIDEr": r"  CIDEr +([0-9.]+)",
 }
-# The container entry point of launch.py's jobs. Both SDKs would have a bash as process 1, which keeps SIGTERM to itself
-# (aws/sagemaker-training-toolkit#125); this one hands it on. A string of an entry point may have 256 characters.
+# The container entry point of launch.py's jobs. Both SDKs would have bash as process 1, which does not forward SIGTERM
+# (aws/sagemaker-training-toolkit#125); this one does. A string of an entry point may have at most 256 characters.
 HEAR_SIGTERM = (
     "trap 'kill -TERM $(cat /tmp/train_entry.pid)' TERM; bash {start} & "
     "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done; exit $code"
@@ -78,8 +78,8 @@ def main() -> int:
 def read_hyperparameters(path: Path) -> tuple[dict, list[str]]:
     """(train.py's flags, [recipe] or []) from the file of hyperparameters, whose values are all strings.
 
-    SDK v2 JSON-quotes every value, v3 quotes none; a flag of several words is a JSON list in both. What is neither
-    stays as it is: train.py reads "True", "5e-5" and the like itself. An empty, "null" or "None" value is no value.
+    SDK v2 JSON-quotes every value, v3 quotes none; a flag with several values is a JSON list in both. Anything else
+    stays as it is: train.py reads "True", "5e-5" and the like itself. An empty, "null" or "None" value counts as unset.
     """
     flags = {}
     for name, text in json.loads(path.read_text(encoding="utf-8")).items() if path.is_file() else ():
@@ -88,7 +88,7 @@ def read_hyperparameters(path: Path) -> tuple[dict, list[str]]:
             value = json.loads(value) if value[:1] == '"' else value
             value = json.loads(value) if value[:1] == "[" else value
         except ValueError:
-            raise ValueError(f"hyperparameter {name}: {text} begins like JSON, but is none.") from None
+            raise ValueError(f"hyperparameter {name}: {text} begins like JSON, but is not JSON.") from None
         if not name.startswith("sagemaker_") and value not in ("", "null", "None"):
             flags[name.replace("-", "_")] = value
     recipe = flags.pop("recipe", None)
@@ -104,15 +104,15 @@ def as_words(value) -> list[str]:
 def flags_of_channels(folder: Path) -> dict[str, str]:
     """The flags that the job's channels stand for. `folder` holds data/CHANNEL.
 
-    data: a dataset in any local format. train, validation, test: a folder a split, seen as one dataset. images: its
-    images, where they lie elsewhere. model: a model folder, or the model.tar.gz of an earlier job, to start from.
+    data: a dataset in any local format. train, validation, test: one folder per split, read as one dataset. images: its
+    images, if they are elsewhere. model: a model folder, or the model.tar.gz of an earlier job, to start from.
     """
     channels = {path.name: path for path in sorted((folder / "data").glob("*")) if path.is_dir()}
     splits = [name for name in SPLITS if name in channels]
     flags = {}
     if "data" in channels and splits:
         raise ValueError(f"The channels data and {', '.join(splits)} exclude each other: give one or the others.")
-    if "data" in channels or splits == ["train"]:  # a lone one brings its own splits, or they are drawn
+    if "data" in channels or splits == ["train"]:  # a single one has its own splits, or they are drawn
         flags["dataset_name"] = str(only_table(channels.get("data") or channels["train"]))
     elif splits:
         if "train" not in splits:
@@ -126,14 +126,14 @@ def flags_of_channels(folder: Path) -> dict[str, str]:
 
 
 def only_table(channel: Path) -> Path:
-    """The file of captions that alone lies in the folder (an image column names its images), else the folder."""
+    """The only file of captions in the folder (its image column names the images), else the folder."""
     files = [path for path in channel.iterdir() if path.suffix in TABLES and path.stem != "metadata"]
     return files[0] if len(files) == 1 else channel
 
 
 def unite(folder: Path, channels: dict[str, Path]) -> Path:
-    """One folder with links to the splits' folders, as data/sources.py expects it: train/, val/, test/ and, of captions
-    in a file, train.jsonl beside train/."""
+    """One folder with links to the splits' folders, as data/sources.py expects it: train/, val/, test/ and, for
+    captions in a file, train.jsonl next to train/."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for split, channel in channels.items():
@@ -177,7 +177,7 @@ class Machines:
 
 
 class Child:
-    """train.py or its torchrun. Its stderr is passed through, and its end remembered."""
+    """train.py or its torchrun. Its stderr is passed through, and its last lines kept."""
 
     def __init__(self, command: list[str], environment: dict):
         print("train_entry.py:", *command[1:], flush=True)
@@ -197,7 +197,7 @@ class Child:
 
     def stop(self) -> None:
         """SIGTERM to the training processes themselves: torchrun would kill them after 30 of the 120 seconds."""
-        if self.process.poll() is not None:  # trained already: what is left takes less than the two minutes
+        if self.process.poll() is not None:  # trained already: the rest takes less than two minutes
             return
         self.stopped = True
         import psutil  # the machine that launches, which reads METRICS here, may lack it
@@ -214,7 +214,7 @@ class Child:
     def reason(self, code: int) -> str:
         """Its own last message (a user's mistake), or the last error of a traceback."""
         if code in (-9, 137):
-            return "train.py was killed (SIGKILL), most likely for want of memory: lower per_device_train_batch_size."
+            return "train.py was killed (SIGKILL), most likely out of memory: lower per_device_train_batch_size."
         messages = [line for line in self.last if line.startswith("train.py: ")]
         errors = [line for line in self.last if line.split(":")[0].rsplit(".")[-1].endswith(("Error", "Exception"))]
         errors = [line for line in errors if "ChildFailedError" not in line]
@@ -222,8 +222,8 @@ class Child:
 
 
 def leave_model(run: Path, model: Path, output: Path) -> None:
-    """Export the run's final model, with its card and scores, and put beside it the code that serves it."""
-    with tempfile.TemporaryDirectory() as folder:  # export.py copies more of the run than deploys
+    """Export the run's final model, with its card and scores, and add the code that serves it."""
+    with tempfile.TemporaryDirectory() as folder:  # export.py copies more of the run than is deployed
         subprocess.run([sys.executable, "export.py", run, "--output_dir", folder], cwd=ROOT, check=True)
         write_model(Path(folder), model)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The Trainer's arguments: the flags of arguments.TrainFlags, filled up by what this machine and transformers can do."""
+"""The Trainer's arguments: the flags of arguments.TrainFlags, with defaults for this machine and transformers."""
 
 import sys
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
         TrainFlags.__post_init__(self)
         if self.metric_for_best_model is None:
             self.metric_for_best_model = BEST[self.objective]
-        self.use_cpu = self.use_cpu or not on_accelerator()  # else torchrun on CPUs runs lone processes
+        self.use_cpu = self.use_cpu or not on_accelerator()  # else torchrun on CPUs runs unconnected processes
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and self.fp16 is None:
             self.bf16 = cuda and torch.cuda.is_bf16_supported()
@@ -31,7 +31,7 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
             self.dataloader_num_workers = default_workers() if cuda else 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
         if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()  # a log file wants lines, not a bar
+            self.disable_tqdm = not sys.stderr.isatty()  # a log file gets lines, not a bar
         # The collator reads columns that no model's forward has.
         self.remove_unused_columns = False
         self.label_names = ["labels"]
@@ -39,7 +39,7 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
             self.load_best_model_at_end, self.metric_for_best_model = False, None
         if self.gradient_checkpointing:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
-        if hasattr(self, "activation_checkpointing"):  # the name of it from transformers 5.20 on
+        if hasattr(self, "activation_checkpointing"):  # its name from transformers 5.20 on
             if self.activation_checkpointing is None:
                 self.activation_checkpointing = bool(self.gradient_checkpointing)
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
@@ -50,15 +50,15 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
         for name in self.report_to:
             if name not in (*trackers, "all", "none"):
                 raise UserError(
-                    f"report_to: {name} is not installed, or no tracker. Here: {', '.join(trackers) or 'none'}."
+                    f"report_to: {name} is not installed, or not a tracker. Here: {', '.join(trackers) or 'none'}."
                 )
         if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}  # of a stream: each process reads its own share
+            self.accelerator_config = {"dispatch_batches": False}  # for a stream: each process reads its own share
         if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False  # all are constants; sent before a forward pass, autograd sees a change
+            self.ddp_broadcast_buffers = False  # all are constants; autograd takes a broadcast for a change
         if self.ddp_find_unused_parameters is None:
-            # The library's default with checkpointing, False, ends DDP at the second step of families that have weights
-            # they never read, such as the last norm of LLaVA's encoder.
+            # With the library's default with checkpointing, False, DDP fails at the second step of families that never
+            # read some weights, such as the last norm of LLaVA's encoder.
             self.ddp_find_unused_parameters = True
         if self.metric_for_best_model and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
@@ -67,7 +67,7 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
 
     def samples_drawn(self, epoch_length: int) -> float:
-        """Samples that training goes through in all, of a dataset of so many."""
+        """Samples that training sees in all, from a dataset of `epoch_length`."""
         a_step = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
         return self.max_steps * a_step if self.max_steps > 0 else self.num_train_epochs * epoch_length
 

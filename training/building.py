@@ -1,4 +1,4 @@
-"""What a run of train.py is built of, by its flags: the model, the collator, the datasets; and the plan of its memory."""
+"""Builds the parts of a train.py run from its flags: the model, the collator, the datasets; and plans its memory."""
 
 import data
 from captioner import Captioner
@@ -33,8 +33,8 @@ def open_model(model_args, scratch_args, adapter_args, captions, weights: bool =
 
 
 def load_captioner(model_args, scratch_args, adapter_args, generation_args, train_records, args) -> Captioner:
-    """A pretrained captioner or one of random weights; what is to be trained is left trainable, and the model shared
-    between processes if they were launched so."""
+    """A pretrained captioner or one with random weights; only the weights to train are trainable, and the model is
+    sharded across processes if they were launched that way."""
     captions = lambda: (text for row in train_records for text in row["captions"])  # noqa: E731
     model, processor = open_model(model_args, scratch_args, adapter_args, captions())
     check_captions_can_be_written(processor.tokenizer, captions())
@@ -54,7 +54,7 @@ def build_collator(captioner, augmentations: dict, data_args, args) -> CaptionCo
         max_txt_len=data_args.max_txt_len,
         prompt=captioner.prompt,
         fast_jpeg=captioner.fast_jpeg,
-        prompts_only=args.objective != "cross_entropy",  # the other objectives learn from captions of the model's own
+        prompts_only=args.objective != "cross_entropy",  # the other objectives learn from the model's own captions
         **augmentations,
     )
 
@@ -73,8 +73,8 @@ def build_datasets(splits, captioner, collator, scratch_args, data_args, args) -
 
 
 def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args) -> None:
-    """Print what memory the run will need of each process; reads the model's config and processor, and no weights."""
-    words = [f"word{number}" for number in range(8000)]  # of a vocabulary that is counted, the most
+    """Print how much memory each process will need; reads the model's config and processor, and no weights."""
+    words = [f"word{number}" for number in range(8000)]  # the largest vocabulary that is built from captions
     model, processor = open_model(model_args, scratch_args, adapter_args, words, weights=False)
     model = make_trainable(model, adapter_args, scratch_args.freeze_vision)
     captioner = Captioner(model, processor, fast_jpeg=model_args.fast_jpeg)

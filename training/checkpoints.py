@@ -1,4 +1,4 @@
-"""The output folder of a training run: whose it is, and where to resume."""
+"""The output folder of a training run: which run it holds, and where to resume."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from common.provenance import environment
 
 logger = logging.getLogger(__name__)
 
-# Flags that may differ between two starts of one run: they do not change what is learnt.
+# Flags that may differ when a run is resumed: they do not change what is learnt.
 FREE = {
     "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm", "skip_memory_metrics",
     "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "save_total_limit",
@@ -25,14 +25,14 @@ FREE = {
 
 
 def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | None) -> str | None:
-    """The checkpoint to resume from, or None to start anew.
+    """The checkpoint to resume from, or None to start from scratch.
 
-    ValueError if `folder` holds a run with other flags, or if a named checkpoint is not a whole one. A checkpoint that
-    a kill left unfinished is passed over.
+    ValueError if `folder` holds a run with other flags, or if a named checkpoint is not complete. A checkpoint that a
+    kill left unfinished is skipped.
     """
     if resume_from_checkpoint:
         if not _is_whole(Path(resume_from_checkpoint)):
-            raise UserError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint of train.py.")
+            raise UserError(f"resume_from_checkpoint: {resume_from_checkpoint} is not a whole checkpoint of train.py.")
         return resume_from_checkpoint
     flags = _binding(flags)
     if (folder / "run.json").is_file():
@@ -46,8 +46,8 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
             )
     elif stray := sorted(folder.glob("checkpoint-*")):
         raise UserError(
-            f"output_dir {folder} holds {stray[0].name}, but no run.json that says what run it is of. "
-            f"Name another --output_dir, or pass --resume_from_checkpoint {stray[0]} to resume from it all the same."
+            f"output_dir {folder} holds {stray[0].name}, but no run.json that says which run it belongs to. "
+            f"Name another --output_dir, or pass --resume_from_checkpoint {stray[0]} to resume from it anyway."
         )
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     whole = [path for path in checkpoints if _is_whole(path)]
@@ -60,8 +60,8 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
 
 
 def record_run(folder: Path, flags: dict, **facts) -> dict:
-    """Write run.json, and return what it holds: the flags that make the run what it is, where it was started, and at its
-    end the `facts` of reports.model_card.run_facts. Removes unfinished checkpoints."""
+    """Write run.json, and return what it holds: the flags that define the run, its environment, and at its end
+    the `facts` of reports.model_card.run_facts. Removes unfinished checkpoints."""
     run = {"flags": _binding(flags), "license": flags["license"], **environment(), **facts}
     write_json(folder / "run.json", run)
     for path in folder.glob("checkpoint-*"):
@@ -71,7 +71,7 @@ def record_run(folder: Path, flags: dict, **facts) -> dict:
 
 
 def _binding(flags: dict) -> dict:
-    """The flags that a second start must share, as JSON would give them back."""
+    """The flags that must be the same to resume, as read back from JSON."""
     return json.loads(json.dumps({k: v for k, v in flags.items() if k not in FREE}, default=str))
 
 

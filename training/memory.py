@@ -1,7 +1,7 @@
-"""What a training run will need of each process's memory, from the model's config alone: no weight is read.
+"""How much memory a training run will need per process, from the model's config alone: no weights are read.
 
-One training step is gone through with tensors that have a shape and no content (torch's FakeTensor), and what would be
-alive is counted, so that attention, checkpointing and the logits of any family count as what they are.
+One training step is run with tensors that have a shape and no content (torch's FakeTensor), and what would be alive is
+counted, so that attention, checkpointing and the logits of any family are included as they are.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from models.families import base_model
 from objectives import caption_loss
 from training.sharding import replace_tensors, units
 
-# Bytes that an optimizer keeps for each trained weight, by the start of its name.
+# Bytes that an optimizer keeps per trained weight, by the start of its name.
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adamw": 8, "adafactor": 0, "sgd": 0}
-FOUR_BIT = 0.52  # bytes of a weight in NF4 with its constants quantised too (arXiv 2305.14314: 4.127 bits)
-PICTURE = (640, 480)  # of a photograph, where a family makes more tokens of a larger picture
+FOUR_BIT = 0.52  # bytes per weight in NF4 with its constants quantised too (arXiv 2305.14314: 4.127 bits)
+PICTURE = (640, 480)  # of a photograph, for families that make more tokens from larger images
 
 
 @dataclass
 class Plan:
-    """Bytes per process, but for the two counts of weights. `gathered` is what is whole for a while of weights that are
-    shared: in a training step, and in an evaluation."""
+    """Bytes per process, except for the two counts of weights. `gathered` is what is temporarily gathered of sharded
+    weights: in a training step, and in an evaluation."""
 
     parameters: int
     trained: int
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def evaluation(self) -> float:
-        """Without what captioning itself needs, which is little beside that of training."""
+        """Without what captioning itself needs, which is little compared with training."""
         return self.weights + self.optimizer + self.gathered_in_evaluation
 
     def lines(self, card: float | None, processes: int) -> list[str]:
@@ -64,7 +64,7 @@ class Plan:
         if card:
             most = max(self.training, self.evaluation)
             fits = "fits" if most < 0.9 * card else "does not fit"
-            lines.append(f"  {'this device has':20}{card / 2**30:8.2f}: it {fits}, with a tenth left to the libraries")
+            lines.append(f"  {'this device has':20}{card / 2**30:8.2f}: it {fits}, with a tenth left for the libraries")
         return lines
 
 
@@ -77,7 +77,7 @@ class Alive(TorchDispatchMode):
         self.seen = weakref.WeakSet(one.untyped_storage() for one in (*model.parameters(), *model.buffers()))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.index.Tensor:  # a mask's number of places is known where the mask is a real one
+        if func is torch.ops.aten.index.Tensor:  # the number of places in a mask is known if the mask is a real one
             places = [
                 one.nonzero(as_tuple=True) if one is not None and one.dtype == torch.bool else (one,) for one in args[1]
             ]
@@ -102,7 +102,7 @@ class Alive(TorchDispatchMode):
 
 
 def plan(model, collator, args, rows_per_image: int, max_txt_len: int, quantization: str | None) -> Plan:
-    """The plan of a run of `model`, which has no weights (models.loading.load_model) but knows which are trained.
+    """The plan of a run of `model`, which has no weights (models.loading.load_model) but marks those to train.
 
     rows_per_image: captions that share the encoding of an image in a step. max_txt_len: their length in tokens."""
     how, processes = strategy(), args.world_size
@@ -124,7 +124,7 @@ def plan(model, collator, args, rows_per_image: int, max_txt_len: int, quantizat
         gathered = size * (2 * max(groups) + root) + 4 * max(groups)
         evaluation = size * sum(one.numel() for one in parameters)
     elif processes > 1 and not how:
-        gathered = of_gradients  # what DDP sums them up in
+        gathered = of_gradients  # DDP's buckets
     counts = {"parameters": sum(map(torch.numel, parameters)), "trained": sum(map(torch.numel, trained))}
     caption = {"captions": ["a photo " * max_txt_len] * rows_per_image}
     activations = activation_bytes(model, collator, caption, args, share[1], how == "FSDP")
@@ -159,8 +159,8 @@ def optimizer_bytes(name: str) -> float:
 def activation_bytes(model, collator, caption: dict, args, share: float, in_compute: bool) -> float:
     """The peak, in a training step, of all that is neither weights nor optimizer state: activations and gradients.
 
-    caption: of a record. share: of the gradients, how much this process keeps. in_compute: whether weights come in the
-    precision that they are computed in, and so are not cast once more."""
+    caption: of a record. share: the fraction of the gradients that this process keeps. in_compute: whether weights are
+    already in the precision that they are computed in, and so are not cast again."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = args.autocast_dtype if in_compute else None
 
@@ -176,7 +176,7 @@ def activation_bytes(model, collator, caption: dict, args, share: float, in_comp
 
     def keep(parameter):
         alive.kept -= parameter.grad.nbytes
-        if args.gradient_accumulation_steps == 1:  # else there are those of the batch before
+        if args.gradient_accumulation_steps == 1:  # else those of the previous batch are there
             alive.kept += 4 * parameter.numel() * share
 
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""FSDP2: the weights, gradients and optimizer states of one model shared between processes."""
+"""FSDP2: the weights, gradients and optimizer states of one model, sharded across processes."""
 
 import logging
 import os
@@ -23,45 +23,45 @@ logger = logging.getLogger(__name__)
 
 
 def check_sharding(args, model_args, scratch_args) -> None:
-    """UserError, before anything is loaded, if the run does not go with what accelerate launch was asked for."""
+    """UserError, before anything is loaded, if the run's flags do not fit what accelerate launch was asked for."""
     how = strategy()
     if not how:
         return
     version, kept = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     inside = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
     refused = {
-        f"quantization {model_args.quantization}: quantised weights are not shared between processes. Use "
+        f"quantization {model_args.quantization}: quantised weights are not sharded. Use "
         "recipes/accelerate/ddp.yaml, where each process has them all": model_args.quantization,
-        f"feature_cache {scratch_args.feature_cache}: kept features need the whole encoder in each process. Leave it "
+        f"feature_cache {scratch_args.feature_cache}: cached features need the whole encoder in each process. Leave it "
         "out": scratch_args.feature_cache not in ("auto", "off"),
-        "auto_find_batch_size starts again with the model as it was, and it is shared by then. Set "
+        "auto_find_batch_size restarts with the original model, which is sharded by then. Set "
         "per_device_train_batch_size by what --dry_run says": args.auto_find_batch_size,
-        "save_only_model keeps nothing to resume from, and shared checkpoints are only for that. Leave it "
+        "save_only_model keeps nothing to resume from, and sharded checkpoints are only for that. Leave it "
         "out": args.save_only_model,
-        f"objective {args.objective}: captions are drawn in training, which was not tested with it. Use "
+        f"objective {args.objective}: it draws captions in training, which was not tested with ZeRO. Use "
         "recipes/accelerate/fsdp2.yaml": how.startswith("ZeRO") and args.objective != "cross_entropy",
         f"torch_compile was not tested with {how}. Leave it out": args.torch_compile,
-        f"fsdp_version {version}: FSDP2 alone is supported. Set fsdp_version: 2": how == "FSDP" and version != "2",
-        f"fsdp_state_dict_type {kept}: checkpoints are written in shares. Set SHARDED_STATE_DICT": how == "FSDP"
+        f"fsdp_version {version}: only FSDP2 is supported. Set fsdp_version: 2": how == "FSDP" and version != "2",
+        f"fsdp_state_dict_type {kept}: checkpoints are sharded. Set SHARDED_STATE_DICT": how == "FSDP"
         and kept != "SHARDED_STATE_DICT",
-        "fsdp_activation_checkpointing: train.py has it from --gradient_checkpointing. Leave it out of the "
+        "fsdp_activation_checkpointing: in train.py it is --gradient_checkpointing. Leave it out of the "
         "config file": how == "FSDP" and inside,
-        f"{how} shares a model between processes, and there is one. Pass --num_processes 2 or more": args.world_size
+        f"{how} shards a model across processes, and there is only one. Pass --num_processes 2 or more": args.world_size
         == 1,
     }
     for why, applies in refused.items():
         if applies:
-            processes().wait_for_everyone()  # none leaves while another still joins: that one would end in a traceback
+            processes().wait_for_everyone()  # if one leaves while another still joins, that one ends in a traceback
             raise UserError(f"With {how}, {why}.")
 
 
 def shard(model, args):
-    """`model` with its weights shared between the processes, in place, if the launch asks for FSDP; on GPUs and on CPUs.
+    """`model` with its weights sharded across the processes, in place, if the launch asks for FSDP; on GPUs and CPUs.
 
-    The weights are those of the first process: the others may have theirs on the meta device. Each is left with its share
-    on its own device. accelerate's own way (accelerate.utils.fsdp2_prepare_model) is not used: it takes no weights that
-    more than two modules share (T5), and finds a parameter of the optimizer again by the address of its data, which empty
-    shares and weights on the meta device do not have.
+    The weights are those of the first process: the others may have theirs on the meta device. Each ends with its shard
+    on its own device. accelerate's own way (accelerate.utils.fsdp2_prepare_model) is not used: it does not support
+    weights that more than two modules share (T5), and matches the optimizer's parameters by the address of their data,
+    which empty shards and weights on the meta device do not have.
 
     Args:
         args: TrainArguments, for the precision and the process group, which they have joined.
@@ -78,7 +78,7 @@ def shard(model, args):
     for unit in units(model):
         fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, **options)
     fully_shard(model, **options)
-    for module in model.modules():  # the library looks by its class for what it can record, and torch makes new classes
+    for module in model.modules():  # the library looks up what to record by class, and torch makes new classes
         if isinstance(module, PreTrainedModel):
             _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
     model.to_empty(device="cpu" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else device)
@@ -96,13 +96,13 @@ def shard(model, args):
     logger.info(
         "FSDP: %d processes share the model; this one holds %s of %s weights", args.world_size, f"{here:,}", f"{of:,}"
     )
-    # Parts of the model are run by themselves, and torch takes the first that runs for the whole.
+    # Parts of the model are run by themselves, and torch takes the first one that runs as the root.
     model._get_fsdp_state()._lazy_init()
     return model
 
 
 def replace_tensors(model, make) -> None:
-    """Puts `make(tensor)` in the place of every weight and buffer; what modules share, they share afterwards too."""
+    """Replaces every weight and buffer by `make(tensor)`; what modules share, they still share afterwards."""
     made = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -116,10 +116,10 @@ def replace_tensors(model, make) -> None:
 
 
 def adopt(accelerator) -> bool:
-    """Has `accelerator` take a model that `shard` has cut up for one of its own; says whether it is one.
+    """Makes `accelerator` treat a model that `shard` has sharded as one of its own; returns whether there is one.
 
-    On CPUs accelerate leaves FSDP out without a word (accelerate.state.AcceleratorState), but nothing in what it does for
-    it needs a GPU."""
+    On CPUs accelerate silently leaves FSDP out (accelerate.state.AcceleratorState), but nothing that it does for FSDP
+    needs a GPU."""
     if strategy() != "FSDP":
         return False
     state = accelerator.state
@@ -134,8 +134,8 @@ def adopt(accelerator) -> bool:
 
 
 def fill_in_states(optimizer) -> None:
-    """Gives zeros to weights that never had a gradient, such as an encoder's last norm that a family passes over: torch
-    writes no state for them, but wants one from a checkpoint."""
+    """Gives zero states to weights that never had a gradient, such as an encoder's last norm that a family skips: torch
+    writes no state for them, but expects one in a checkpoint."""
     own = [one for group in optimizer.param_groups for one in group["params"]]
     example, state = next(((one, optimizer.state[one]) for one in own if optimizer.state.get(one)), (None, {}))
     for parameter in own:
@@ -147,8 +147,8 @@ def fill_in_states(optimizer) -> None:
 
 
 def whole_state(model) -> dict:
-    """On the first process the state dict that the model would have if it were not sharded, or of an adapter what is
-    trained; {} on the others. All processes call it."""
+    """On the first process the state dict that the model would have if it were not sharded, or for an adapter the
+    trained part; {} on the others. All processes call it."""
     adapter = isinstance(model, PeftModel)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
     state, names = get_model_state_dict(model, options=options), {}
@@ -160,9 +160,9 @@ def whole_state(model) -> dict:
 
 
 def units(model) -> list[torch.nn.Module]:
-    """The modules whose weights are gathered when they run and dropped then: the layers, and what is run by itself, from
-    outside of the model's own forward (the vision encoder, and what is between it and the language model). What
-    is in none of them is gathered once per step: weights that modules share, such as those of the words' embeddings."""
+    """The modules whose weights are gathered when they run and released then: the layers, and modules that are run
+    by themselves, outside the model's own forward (the vision encoder, and what is between it and the language model).
+    All other weights are gathered once per step: those that modules share, such as word embeddings."""
     base = base_model(model)
     words = base.get_input_embeddings()
     found = [vision_encoder(base)]

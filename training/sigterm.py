@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of training: spot machines and batch systems send it some time before they kill."""
+"""SIGTERM in the middle of training: spot machines and batch systems send it some time before they kill a job."""
 
 import contextlib
 import logging
@@ -13,16 +13,16 @@ EVALUATION_DUE = "evaluation_due"  # a file in a checkpoint that was saved befor
 
 
 class EvaluationStopped(BaseException):
-    """Raised by the signal handler in the middle of an evaluation. No `except Exception` on the way may take it."""
+    """Raised by the signal handler in the middle of an evaluation. No `except Exception` on the way may catch it."""
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM the step in progress is ended, a checkpoint saved, and the run left as by Ctrl-C: the same command
+    """On SIGTERM the step in progress is finished, a checkpoint saved, and the run ended as by Ctrl-C: the same command
     resumes from there, to the same weights.
 
-    Several processes stop after the same step. An evaluation that would come first is left to the next start, which
-    finds EVALUATION_DUE in the checkpoint. One in progress is broken off too, but only of a lone process: several
-    cannot leave a collective operation together, and end it first.
+    Several processes stop after the same step. An evaluation that is due first is left to the next start, which finds
+    EVALUATION_DUE in the checkpoint. One in progress is interrupted too, but only of a single process: several cannot
+    leave a collective operation together, and finish it first.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class StopOnSigterm(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.before = signal.signal(signal.SIGTERM, self._ask)
-        if args.world_size > 1:  # on the host: asking through the GPU would have every step wait for it
+        if args.world_size > 1:  # on the host: asking through the GPU would make every step wait for it
             self.group = torch.distributed.new_group(backend="gloo")
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -49,9 +49,9 @@ class StopOnSigterm(TrainerCallback):
             return
         logger.warning("SIGTERM: saved checkpoint-%d", state.global_step)
         if self.group is not None:
-            torch.distributed.barrier(self.group)  # the one that writes has written
+            torch.distributed.barrier(self.group)  # until the checkpoint is written
             torch.distributed.destroy_process_group()
-        raise KeyboardInterrupt  # arguments.run says what that means
+        raise KeyboardInterrupt  # common.cli.run reports it
 
     @contextlib.contextmanager
     def breaking_off(self):
@@ -78,7 +78,7 @@ class StopOnSigterm(TrainerCallback):
             self.stop(args, state, control, evaluation_due=control.should_evaluate)
 
     def stop(self, args, state, control, *, evaluation_due: bool) -> None:
-        """Has the Trainer save, and nothing else; on_save then ends the run."""
+        """Makes the Trainer save, and nothing else; on_save then ends the run."""
         self.stopping, control.should_evaluate, control.should_save = True, False, True
         if evaluation_due and args.should_save:
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")

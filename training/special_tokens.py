@@ -11,8 +11,8 @@ NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 class KeepSpecialTokens(TrainerCallback):
     """Undoes what the Trainer does before training: it puts the tokenizer's special tokens into the model's configs
-    (transformers.trainer_utils.align_special_tokens). A captioner ends its captions where its own config says: BLIP-2 OPT
-    at a line end, which its tokenizer does not name, and a checkpoint with another end token could not be resumed."""
+    (transformers.trainer_utils.align_special_tokens). A captioner ends its captions with its own config's end token:
+    for BLIP-2 OPT a newline, which its tokenizer does not name. A checkpoint with another one could not be resumed."""
 
     def __init__(self, model):
         model = base_model(model)

@@ -1,4 +1,4 @@
-"""Validation pictures with the captions that the model gives them, for the trackers that show pictures."""
+"""Validation images with the model's captions, for the trackers that show images."""
 
 import textwrap
 
@@ -8,8 +8,8 @@ from data import open_image
 
 
 def log_samples(callbacks: list, records, predictions: dict[str, str], step: int) -> None:
-    """One sheet of `records`, each picture with its caption from `predictions` {image_id: caption}, to TensorBoard and
-    Weights & Biases, as far as they are among the trainer's `callbacks`: there a slider goes through the steps."""
+    """One sheet of `records`, each image with its caption from `predictions` {image_id: caption}, to TensorBoard and
+    Weights & Biases, if they are among the trainer's `callbacks`: there a slider moves through the steps."""
     boards = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
     wandbs = [callback._wandb for callback in callbacks if isinstance(callback, WandbCallback)]
     boards, wandbs = list(filter(None, boards)), list(filter(None, wandbs))
@@ -23,7 +23,7 @@ def log_samples(callbacks: list, records, predictions: dict[str, str], step: int
 
 
 def draw_sheet(records, predictions: dict[str, str]):
-    """A matplotlib figure of four pictures a row, with captions above them and the first reference below."""
+    """A matplotlib figure of four images per row, with captions above them and the first reference below."""
     from matplotlib.figure import Figure
 
     rows = -(-len(records) // 4)

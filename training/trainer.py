@@ -1,4 +1,4 @@
-"""The one trainer: transformers' Seq2SeqTrainer, with an objective for a loss and captions for an evaluation."""
+"""The one trainer: transformers' Seq2SeqTrainer, with an objective as its loss and captioning as its evaluation."""
 
 import logging
 import time
@@ -40,7 +40,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     `captioner` and scores them against all their references (`eval_sacrebleu`, `eval_CIDEr`, and of `scorers`, which look
     at the images, `eval_CLIP-S`, `eval_RefCLIP-S` and the like); `eval_loss` is the unsmoothed cross-entropy of their
     pairs of image and caption, not augmented. In several processes each captions its share, and all get the same scores.
-    The captions of the first 8 records go to the trackers as pictures.
+    The captions of the first 8 records are logged to the trackers as images.
     """
 
     def __init__(self, *, objective, captioner, validation=None, scorers=(), caption_language="en", **kwargs):
@@ -55,11 +55,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         if self.args.gradient_checkpointing and not base_model(self.model).supports_gradient_checkpointing:
             name = type(base_model(self.model)).__name__
-            raise UserError(f"gradient_checkpointing: the library's {name} has none. Leave it out.")
+            raise UserError(f"gradient_checkpointing: the library's {name} does not support it. Leave it out.")
         self.label_smoother = None  # the objective's own
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
-        self.args.logging_nan_inf_filter = False  # it would hide such a loss from the log; here it stops the run
+        self.args.logging_nan_inf_filter = False  # it would hide NaN from the log; here NaN stops the run
         self._sigterm, self._late = StopOnSigterm(), False
         self.add_callback(self._sigterm)
         self.add_callback(KeepSpecialTokens(self.model))
@@ -70,7 +70,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        # The library has generate gather what is shared, and drop it then. Captions are generated with all of it there.
+        # The library makes generate gather sharded weights and release them. Here they are gathered beforehand.
         vars(self.model).pop("generate", None)
         if strategy() == "ZeRO-3":
             self.model.zero3_offload = lambda: self.deepspeed.optimizer.parameter_offload
@@ -100,14 +100,14 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, CaptionPairs):
-            # The library's own looks for the lengths of token ids, which the collator makes later.
+            # The library's own needs the lengths of token ids, which the collator makes later.
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return LengthGroupedSampler(batch, lengths=dataset.lengths())
         return super()._get_train_sampler(train_dataset)
 
     def _load_best_model(self):
-        # Of several machines only the first one's disk has checkpoints (transformers 5 writes them in process 0 alone,
-        # whatever save_on_each_node says). train() gives its weights to the others.
+        # With several machines, only the first one's disk has checkpoints (transformers 5 writes them in process 0
+        # only, whatever save_on_each_node says). train() broadcasts its weights to the others.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         elif not self._replicated() or self.args.process_index == self.args.local_process_index:
@@ -116,14 +116,14 @@ class CaptionTrainer(Seq2SeqTrainer):
             load_weights(self.model, best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # The library's own matches the names in the file with those of the modules, which differ in most chat families.
+        # The library's own matches names in the file with those of the modules, which differ in most chat families.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model, resume_from_checkpoint)
 
     def _replicated(self) -> bool:
-        """Whether several processes have the whole model each."""
+        """Whether there are several processes, each with the whole model."""
         return self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -139,7 +139,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 "sound, lower learning_rate or max_grad_norm, or train in bf16 or float32 instead of fp16."
             )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the gradients; the sum is wanted
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients; the sum is wanted
         return (loss, result) if return_outputs else loss
 
     def get_batch_samples(self, *args, **kwargs):
@@ -147,7 +147,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - start
         if items is not None:
-            # The Trainer passes over each row's first label, which is a target where a decoder has no prompt (T5).
+            # The Trainer skips each row's first label, which is a target if a decoder has no prompt (T5).
             count = getattr(self.objective, "items", lambda batch: int(batch["labels"].ne(-100).sum()))
             items = torch.tensor(sum(map(count, batches)), device=self.args.device)
             if self.args.average_tokens_across_devices:
@@ -176,7 +176,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         start = time.perf_counter()
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         try:
-            # Chance in training (dropout, samples) is the same whether an evaluation comes in between or not.
+            # Random numbers in training (dropout, samples) are the same with or without an evaluation in between.
             with fork_rng(self.args.device), self._sigterm.breaking_off():
                 metrics, predictions = self._evaluate_now(pairs)
         except EvaluationStopped:
@@ -240,33 +240,33 @@ class CaptionTrainer(Seq2SeqTrainer):
         elif not _internal_call:
             self._save(output_dir, whole_state(self.model))
         else:
-            # The library writes a checkpoint's shares later. Before that each process looks whether the folder of the best
-            # one is there: one that looked too early would wait for ever for the others, who load it.
+            # The library writes a checkpoint's shards later. Before that each process checks whether the folder of the
+            # best one exists: one that checked too early would wait forever for the others, which load it.
             Path(output_dir).mkdir(parents=True, exist_ok=True)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        # Next, the first process writes what makes the checkpoint a whole one (training.checkpoints).
+        # Next, the first process writes what marks the checkpoint as complete (training.checkpoints).
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        if isinstance(self.model, PeftModel):  # how it captions; an adapter's own files do not say
+        if isinstance(self.model, PeftModel):  # its prompt and generation settings, which an adapter's own files lack
             base = base_model(self.model)
             base.config.save_pretrained(output_dir or self.args.output_dir)
             base.generation_config.save_pretrained(output_dir or self.args.output_dir)
-        # A pickle of all flags, the Hub token among them, that nothing reads: run.json says what the run was.
+        # A pickle of all flags, including the Hub token, that nothing reads: run.json records the run.
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def push_to_hub(self, *args, **kwargs):
-        """Uploads what common.publish lists of the output folder, and nothing else of the run."""
+        """Uploads only those files of the output folder that common.publish lists."""
         if self.is_world_process_zero():
             self._upload(Path(self.args.output_dir))
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        # The library's own uploads the whole output folder, the trackers' photographs among it.
+        # The library's own uploads the whole output folder, including the trackers' images.
         if self.is_world_process_zero() and self.args.hub_strategy != "end":
             self._upload(Path(checkpoint_folder))
 
@@ -276,13 +276,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         upload(folder, args.hub_model_id or Path(args.output_dir).resolve().name, **options)
 
     def create_model_card(self, *args, **kwargs):
-        """Nothing: train.py writes the card (reports/model_card.py), and an upload must not put the Trainer's in its place."""
+        """Does nothing: train.py writes the card (reports/model_card.py), which the Trainer's must not overwrite."""
 
     @torch.no_grad()
     def _pairs_loss(self, pairs) -> float:
         """Mean unsmoothed cross-entropy over all target tokens of `pairs`."""
         total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens; on the CPU, as MPS has no float64
-        # Not the Trainer's loader: it repeats samples until all processes have as many.
+        # Not the Trainer's loader: it repeats samples until all processes have equally many.
         share = torch.utils.data.Subset(pairs, range(self.args.process_index, len(pairs), self.args.world_size))
         loader = data_loader(
             share,
@@ -300,7 +300,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         return (total[0] / total[1]).item()
 
 
-# The Trainer's own names for what is overridden above: under another name it would go its own way without a word.
+# The Trainer's methods that are overridden above: if one were renamed, its override would silently not be called.
 _OVERRIDDEN = (
     "_get_train_sampler", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
     "create_model_card", "get_batch_samples",

@@ -1,10 +1,10 @@
-"""Whether a shape's word looks at that shape: the quickstart model's attention maps on drawn scenes, whose objects lie
-where the drawing put them.
+"""Whether a word for a shape attends to that shape: the quickstart model's attention maps on drawn scenes, whose object
+positions are known.
 
     python -m benchmarks.quality.attention runs/quickstart        (a model that `make quickstart` trained)
 
-Of a word for a shape, the share of its map that falls on the shape's patches, over the share of the image that these
-patches are: 1 is chance. The control is the same word's share on the other group of objects.
+For a word that names a shape: the share of its map that falls on the shape's patches, divided by these patches' share of
+the image; 1 is chance. The control is the same word's share on the other group of objects.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ SCENES, SEED = 500, 1  # the layers were chosen on scenes of seed 0
 
 
 def draw_scenes() -> tuple[list, list]:
-    """Records of the test split, and the slots (row, column) of each one's groups of objects."""
+    """Records of the test split, and the slots (row, column) of each record's groups of objects."""
     slots, place = [], scenes.place
 
     def place_and_note(facts, rng):
@@ -59,7 +59,7 @@ def main():
     for row, groups in zip(*draw_scenes(), strict=True):
         shapes = [group["shape"] for group in json.loads(row["facts"])["objects"]]
         if shapes[0] == shapes[1]:
-            continue  # a word does not tell which of the two it means
+            continue  # a word does not say which of the two it means
         words, maps = attention_maps(captioner, row["image"], row["captions"][0])
         batch = captioner.collator([row])
         tokens = captioner.collator.target_ids(row["captions"][0])[:-1]

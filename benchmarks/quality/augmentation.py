@@ -1,8 +1,8 @@
-"""A contact sheet of augmented pictures: what each operation makes of them, and whole recipes, twice each.
+"""A contact sheet of augmented images: the effect of each operation and of whole recipes, twice each.
 
-python -m benchmarks.quality.augmentation                                    docs/augmentation.png, of three drawn scenes
+python -m benchmarks.quality.augmentation                                    docs/augmentation.png, from three drawn scenes
 python -m benchmarks.quality.augmentation PHOTO ... --output sheet.png
-python -m benchmarks.quality.augmentation PHOTO --augment "rotation:30 jpeg:5" "flip"       a column each
+python -m benchmarks.quality.augmentation PHOTO --augment "rotation:30 jpeg:5" "flip"       one column each
 """
 
 import argparse
@@ -32,8 +32,8 @@ COLUMNS = (
 
 
 def sheet(images: list[Image.Image], columns: list[str]) -> Image.Image:
-    """Two rows a picture, the draws of two epochs, as a model of TILE x TILE pixels would see them; the first column is
-    the picture itself."""
+    """Two rows per image, for two epochs, as a model with TILE x TILE pixel input would see them; the first column is
+    the original image."""
     step, top = TILE + GAP, LINE * max(len(spec.split()) for spec in columns) + 2 * GAP
     result = Image.new("RGB", (step * (len(columns) + 1) + GAP, top + 2 * step * len(images)), "white")
     draw = ImageDraw.Draw(result)
@@ -49,9 +49,9 @@ def sheet(images: list[Image.Image], columns: list[str]) -> Image.Image:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", nargs="*", help="image files; none: three of the quickstart's scenes")
+    parser.add_argument("photos", nargs="*", help="image files; default: three of the quickstart's scenes")
     parser.add_argument(
-        "--augment", nargs="+", default=COLUMNS, help="a column each: operations as train.py takes them"
+        "--augment", nargs="+", default=COLUMNS, help="one column each: operations as in train.py's --augment"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "augmentation.png")
     arguments = parser.parse_args()

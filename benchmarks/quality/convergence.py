@@ -1,9 +1,9 @@
-"""One caption an image in a batch against five: validation loss and CIDEr at equal numbers of pairs seen.
+"""One caption per image in a batch compared with five: validation loss and CIDEr at equal numbers of pairs seen.
 
     python -m benchmarks.quality.convergence --data FOLDER      (the folder that CAPTION_TEST_DATA names)
 
-train.py runs on recipes/photos/model.json with and without `captions_per_image: 5`. A step has as many pairs in both
-(batch 80 of 1, batch 16 of 5), and so have the epochs, the schedule and the evaluations: what differs is that 80 pairs
+Trains recipes/photos/model.json with and without `captions_per_image: 5`. A step has the same number of pairs in both
+(batch 80 of 1, batch 16 of 5), and epochs, schedule and evaluations are the same: the only difference is that 80 pairs
 show 80 images or 16. No augmentation, so that both see the same pixels. The curves go to docs/convergence.png.
 """
 
@@ -20,11 +20,11 @@ from benchmarks.harness import RESULTS, ROOT
 from common.files import write_json
 from common.provenance import environment
 
-PAIRS = 80  # in a step
+PAIRS = 80  # per step
 
 
 def train(folder: Path, data: Path, captions_per_image: int, seed: int, arguments) -> dict:
-    """The log of one run, at each evaluation: pairs seen, validation loss, CIDEr; and the seconds it took."""
+    """The log of one run: epoch, validation loss and CIDEr at each evaluation; steps and seconds in all."""
     output = folder / f"{captions_per_image}-{seed}"
     flags = {
         "model_config": ROOT / "recipes/photos/model.json",
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/convergence.png")
     arguments = parser.parse_args()
     if not arguments.data:
-        parser.error("name the folder of test data: --data, or CAPTION_TEST_DATA")
+        parser.error("give the folder of test data: --data, or CAPTION_TEST_DATA")
     runs = {"1": [], "5": []}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in arguments.seeds:
@@ -111,11 +111,11 @@ def main() -> None:
                 run = train(Path(temporary), Path(arguments.data), int(captions), seed, arguments)
                 runs[captions].append(run)
                 print(
-                    f"seed {seed}, {captions} captions an image: {run['steps']} steps, {run['seconds']:.0f} s, "
+                    f"seed {seed}, {captions} captions per image: {run['steps']} steps, {run['seconds']:.0f} s, "
                     f"validation loss {run['eval_loss'][-1]:.4f}, CIDEr {run['eval_CIDEr'][-1]:.4f}",
                     flush=True,
                 )
-    # With one caption an image every step but an epoch's last has PAIRS of them.
+    # With one caption per image, every step except an epoch's last has PAIRS pairs.
     pairs_an_epoch = round(runs["1"][0]["steps"] / arguments.epochs * PAIRS)
     plot(runs, pairs_an_epoch, arguments.plot)
     write_json(

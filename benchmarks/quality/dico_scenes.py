@@ -1,16 +1,16 @@
-"""DiCO beside cross-entropy and SCST on the quickstart scenes: what each buys in CLIP-S, and what it pays.
+"""DiCO compared with cross-entropy and SCST on the quickstart scenes: what each gains in CLIP-S, and at what cost.
 
     python -m benchmarks.quality.train_scene_clip runs/scene_clip
     python -m benchmarks.quality.dico_scenes
 
-Of each seed one captioner is trained with cross-entropy (train.py, recipes/quickstart/scenes.yaml, --xe_steps). From it
-four go on for the same number of steps, of the same images, optimiser and learning rate: cross-entropy, SCST on CIDEr,
-SCST on CLIP-S, DiCO on CLIP-S. The reward's CLIP is runs/scene_clip/reward; the other one there, which no training has
-seen, judges. Validation is scored along the way, the test scenes at the end. benchmarks/results/dico_scenes.json has all
-of it, docs/dico_tradeoff.png the way each method takes through CIDEr and CLIP-S.
+For each seed one captioner is trained with cross-entropy (train.py, recipes/quickstart/scenes.yaml, --xe_steps). From it
+four runs continue for the same number of steps with the same images, optimizer and learning rate: cross-entropy, SCST on
+CIDEr, SCST on CLIP-S, DiCO on CLIP-S. The reward CLIP is runs/scene_clip/reward; the other one there, not used in any
+training, is the judge. Validation is scored along the way, the test scenes at the end. All results are in
+benchmarks/results/dico_scenes.json; docs/dico_tradeoff.png plots each method's path through CIDEr and CLIP-S.
 
-Finished runs are kept in --folder and read again by a call with the same settings and CLIPs: it goes on where a killed one
-stopped, and calls with other --seeds may share the work, a last one with all of them putting it together.
+Finished runs are kept in --folder and reused by a call with the same settings and CLIPs: it resumes where a killed one
+stopped, and calls with different --seeds can share the work; a final one with all seeds combines them.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def objective_of(method: str, captioner, rewards: dict, sampled: bool):
 
 
 def before(start: Path, splits, rewards, scorers) -> dict:
-    """The test scores of a starting model, and what its beams would teach."""
+    """The test scores of a starting model, and what DiCO would learn from its beams."""
     model, processor = load_model(str(start))
     captioner = Captioner(model.eval(), processor)
     scores = evaluate(captioner, model, splits["test"], scorers)
@@ -132,7 +132,7 @@ def train(method, start: Path, seed, splits, rewards, scorers, arguments) -> dic
 
 
 def evaluate(captioner, first, records, scorers: dict) -> dict:
-    """Scores of the captions of `records`, and the divergence of the captioner from the model it began as."""
+    """Scores of the captions of `records`, and the divergence of the captioner from its starting model."""
     predictions = captioner.caption_split(records, batch_size=50)
     references = dict(zip(records["image_id"], records["captions"], strict=True))
     found, _ = score(predictions, references, meteor=False, spice=False, bootstrap_samples=0)
@@ -149,7 +149,7 @@ def evaluate(captioner, first, records, scorers: dict) -> dict:
 
 @torch.no_grad()
 def divergence(captioner, first, records) -> float:
-    """Nats a caption: KL of the next-token distribution from the starting model's, summed over sampled captions."""
+    """Nats per caption: KL of the next-token distribution from the starting model's, summed over sampled captions."""
     rows = [records[i] | {"captions": ["a"], "epoch": 0} for i in range(min(len(records), 200))]
     batch = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=True)(rows)
     torch_state = torch.random.get_rng_state()
@@ -166,9 +166,9 @@ def divergence(captioner, first, records) -> float:
 
 
 def what_beams_teach(captioner, records, reward) -> dict:
-    """What DiCO would learn from at first: of each image's beams those that the reward likes best and least (tau leaves
-    the others next to no weight). Shares of the images where the first states more, as many and fewer true facts,
-    relations apart, which these CLIPs cannot see."""
+    """What DiCO would learn from at first: for each image, the beams that the reward likes best and least (tau leaves the
+    others almost no weight). Shares of the images where the best states more, as many and fewer true facts, not counting
+    relations, which these CLIPs cannot see."""
     captioner = captioner.with_settings(num_beams=5, num_return_sequences=5)
     ahead = []
     for rows in records.iter(batch_size=50):
@@ -186,7 +186,7 @@ def what_beams_teach(captioner, records, reward) -> dict:
 
 
 def of_references(records, scorers: dict) -> dict:
-    """What of SHOWN the reference captions of `records` have, all of them taken as captions."""
+    """The scores in SHOWN that apply to the reference captions of `records`, each taken as a caption."""
     captions = [text for group in records["captions"] for text in group]
     words = tokenize(captions)
     result = {
@@ -205,7 +205,7 @@ def true_facts(caption: str, facts: str) -> int:
 
 
 def table(runs: dict) -> dict:
-    """Of each method's test scores the mean, standard deviation and range over seeds; of what they differ by from those of
+    """Mean, standard deviation and range over seeds of each method's test scores; for their differences from
     "cross-entropy" with the same seed, mean and standard deviation ("change", "change_sd") and mean size ("distance")."""
     rows = {}
     for method in (START, *METHODS):
@@ -246,7 +246,7 @@ def plot(runs: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(
-        "From the cross-entropy model (star) to the end (square): mean over seeds, and faintly each", fontsize=10
+        "From the cross-entropy model (star) to the end (square): mean over seeds; single seeds are faint", fontsize=10
     )
     figure.savefig(path, dpi=130)
 
@@ -260,14 +260,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--eval_steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=3e-5)
-    parser.add_argument("--schedule", default="constant", help="of the learning rate: constant, linear, cosine")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a step")
+    parser.add_argument("--schedule", default="constant", help="learning rate schedule: constant, linear, cosine")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per step")
     parser.add_argument("--sampled", action="store_true", help="DiCO's candidates are samples instead of beams")
     parser.add_argument("--output", type=Path, default=RESULTS / "dico_scenes.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/dico_tradeoff.png")
     arguments = parser.parse_args()
     if len(set(arguments.seeds)) < 2:
-        parser.error("--seeds: name at least two, as the spread over them is what differences are held against.")
+        parser.error("--seeds: give at least two, as differences are compared with the spread over seeds.")
 
     splits = data.load("scenes")
     references = dict(zip(splits["train"]["image_id"], splits["train"]["captions"], strict=True))

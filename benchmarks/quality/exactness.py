@@ -1,9 +1,9 @@
-"""evaluate.py's scores beside pycocoevalcap's, on COCO's Karpathy test split.
+"""evaluate.py's scores compared with pycocoevalcap's, on COCO's Karpathy test split.
 
     CAPTION_TEST_DATA=... python -m benchmarks.quality.exactness
 
-Twice: the published system's captions that lie beside the data (which are one caption for all 5,000 images), and each
-image's first reference scored against the others, whose captions are as varied as people's.
+Twice: for the published system's captions that come with the data (one caption for all 5,000 images), and for each
+image's first reference scored against the others, which are as varied as human captions.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""The same photographs in every kind of source, out in every form: are the captions equal, and do others read them?
+"""The same photographs from every kind of source to every output format: are the captions equal and readable by others?
 
     CAPTION_TEST_DATA=... python -m benchmarks.quality.formats [--photos 800]
 
-The 800 Flickr8k photographs as a folder, tars, Parquet files, a folder of save_to_disk and a list in a CSV file go
-through infer.py, each to each form of output. pandas, tarfile and `load_dataset("imagefolder")` read these back, and
-evaluate.py scores those that it reads. The captions are those of a small untrained model: what they say does not matter.
+infer.py captions the 800 Flickr8k photographs as a folder, tars, Parquet files, a save_to_disk folder and a list in a CSV
+file, each to every output format. pandas, tarfile and `load_dataset("imagefolder")` read these back, and evaluate.py
+scores those that it supports. The captions come from a small untrained model: what they say does not matter.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main():
 
 
 def build(folder: Path, data: Path) -> Path:
-    """A small untrained BLIP whose captions depend on the picture, in the references' usual words."""
+    """A small untrained BLIP whose captions depend on the picture, in the references' most frequent words."""
     folder.mkdir()
     (folder / "small.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     text = (data / "flickr8k/Flickr8k.token.txt").read_text(encoding="utf-8").lower()
@@ -117,14 +117,14 @@ def write_sources(folder: Path, photos: list[Path], data: Path) -> tuple[list[Pa
 
 
 def caption(model: Path, source: Path, place: Path, references: Path) -> tuple[dict[str, str], dict]:
-    """({file name: caption} as others read them back, {"scores": ...} where evaluate.py reads the form)."""
+    """({file name: caption} as others read them back, {"scores": ...} if evaluate.py reads the format)."""
     place.parent.mkdir(parents=True, exist_ok=True)
     output = ["--output", place]
     if place.name == "txt":
         output += ["--output_format", "txt"]
     elif place.name.startswith(
         "metadata"
-    ):  # in the folder of the images, which holds copies where they lie in a source
+    ):  # in the images' folder, which has copies of images that are inside a source
         folder = source if source.name == "photos" else source.parent if source.name == "list.csv" else place.parent
         place = folder / place.name
         output = ["--output", place]
@@ -143,7 +143,7 @@ def caption(model: Path, source: Path, place: Path, references: Path) -> tuple[d
 
 
 def run(script: str, *words) -> None:
-    """The script's main, in this process, with these words as its command line."""
+    """Run the script's main in this process, with these words as its command line."""
     sys.argv = [f"{script}.py", *map(str, words)]
     importlib.import_module(script).main()
 

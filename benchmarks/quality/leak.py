@@ -24,7 +24,7 @@ KEPT = ("sacrebleu", "Bleu_1", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 
 
 def reference_as_prompt(model, processor, records, **settings) -> dict[str, str]:
-    """Captions of the published evaluation's shape: generate() is given the whole tokenized caption."""
+    """Captions as in the published evaluation: generate() gets the whole tokenized reference caption."""
     captions = {}
     for record in records:
         batch = ImageCollator(processor, model.config)([record])
@@ -55,7 +55,7 @@ def main():
     references = dict(zip(records["image_id"], records["captions"], strict=True))
 
     honest = Captioner(model, processor).caption_split(records)
-    # The untrained model never ends a caption, so how much it babbles after the reference hangs on the limit.
+    # The untrained model never ends a caption, so the length of its babble after the reference depends on the limit.
     leaked = reference_as_prompt(model, processor, records, max_new_tokens=30)
     leaked_short = reference_as_prompt(model, processor, records, max_new_tokens=1)
 

@@ -1,10 +1,10 @@
-"""A sheet of the small photo model's captions with what they get wrong: PNG with the photographs, Markdown without them.
+"""A sheet of the small photo model's captions and their errors: PNG with the photographs, Markdown without them.
 
     python -m benchmarks.quality.photos runs/photos --photos /path/to/flickr8k/Flicker8k_Dataset --output /tmp/sheet.png
 
-`runs/photos` is what train.py left of recipes/photos/small.yaml. The captions are taken evenly over CIDEr, from the worst to
-the best. What counts as wrong: a word of content that no reference has, and a colour or a count that all of them
-contradict. The photographs may not be distributed, so the PNG stays where it is made.
+`runs/photos` is the output of recipes/photos/small.yaml. The captions are spaced evenly by CIDEr rank, from worst to best.
+What counts as wrong: a content word that no reference has, and a colour or a count that all of them contradict.
+The photographs may not be redistributed, so the PNG is not part of the repo.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from data import open_image
 from metrics.coco_caption.text_checks import contradictions, words
 from reports.plots import COLOURS
 
-# Words that say nothing of what is in a photograph.
+# Words that say nothing about a photograph's content.
 EMPTY = frozenset(
     [
         "a",
@@ -50,7 +50,7 @@ EMPTY = frozenset(
 
 
 def wrong(caption: str, references: list[str]) -> list[str]:
-    """What `caption` says that no reference says, each once, in its order."""
+    """What `caption` says and no reference does, each once, in order."""
     said = {word for reference in references for word in words(reference)}
     found = [word for word in words(caption) if word not in said and word not in EMPTY]
     found += [word for kind, _ in contradictions(caption, references).values() for word in kind]
@@ -69,7 +69,7 @@ def main():
     counts = Counter(row["caption"] for row in rows)
     bad = sum(bool(wrong(row["caption"], row["references"])) for row in rows)
     print(
-        f"{len(counts)} different captions for {len(rows)} images. Of {bad} images they say a word that no reference has.\n"
+        f"{len(counts)} different captions for {len(rows)} images. For {bad} images they have a word that no reference has.\n"
     )
     for caption, images in counts.most_common(5):
         print(f"- {images} times: {caption}")
@@ -86,7 +86,7 @@ def main():
     for axis, row in zip(figure.subplots(-(-number // 4), 4, squeeze=False).flat, chosen, strict=False):
         name = row["image_id"] if Path(row["image_id"]).suffix else row["image_id"] + ".jpg"
         picture = open_image(args.photos / name)
-        room = min(1, 1.1 * picture.width / picture.height)  # of a tall one the sheet has less
+        room = min(1, 1.1 * picture.width / picture.height)  # a tall image is narrower on the sheet
         axis.imshow(picture)
         said = ", ".join(wrong(row["caption"], row["references"]))
         axis.set_title(textwrap.fill(row["caption"], round(30 * room)), fontsize=11, loc="left")

@@ -1,7 +1,7 @@
 """docs/overview.png: a drawn scene, its caption, where the model looks for each word, and the scores of its run.
-It is the first scene of the test split with a caption that is true in all that it says and leaves nothing out.
+The scene is the first of the test split whose caption is entirely true and complete.
 
-python -m benchmarks.quality.picture runs/quickstart        (a folder that train.py left)
+python -m benchmarks.quality.picture runs/quickstart        (an output folder of train.py)
 """
 
 import argparse
@@ -18,7 +18,7 @@ from metrics.scene_facts import scene_facts
 from reports.attention_maps import attention_maps, overlay
 
 NAMES = ("Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "sacrebleu")
-COLUMNS, PIXELS = 8, 288  # maps a row, and how large a picture is drawn
+COLUMNS, PIXELS = 8, 288  # maps per row, and the size of the image
 
 
 def main():

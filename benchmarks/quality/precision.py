@@ -1,10 +1,10 @@
-"""What lower precision does to captions: how many stay the same, and CIDEr, on the images of a data set.
+"""The effect of lower precision on captions: how many stay the same, and CIDEr, on the images of a data set.
 
     python -m benchmarks.quality.precision runs/photos --dataset_name /data/flickr8k --split test
 
 The model captions each image with float32, with bfloat16 weights (--bf16 of infer.py, demo.py and the endpoint) and with
-int8 linear layers (torch's dynamic quantisation, which no script uses: benchmarks/NOTES.md). CIDEr is that of --dataset_name's
-own references, its difference from float32's has the interval of a paired bootstrap over the images.
+int8 linear layers (torch's dynamic quantisation, which no script uses: benchmarks/NOTES.md). CIDEr uses the data set's own
+references; its difference from float32's has an interval from a paired bootstrap over the images.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--num_beams", type=int, default=3)
     parser.add_argument("--max_new_tokens", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--about", help="a line on the model and the images, for the result file")
+    parser.add_argument("--about", help="a line about the model and the images, for the result file")
     parser.add_argument("--output", type=Path, default=RESULTS / "precision.json")
     arguments = parser.parse_args()
     records = data.load(arguments.dataset_name, splits=(arguments.split,))[arguments.split]

@@ -1,16 +1,16 @@
-"""The three stages of progressive training with small models, over several seeds: what each stage gives.
+"""The three stages of progressive training with small models, over several seeds: what each stage gains.
 
-    python -m benchmarks.quality.progressive scenes                                # the quickstart's scenes; nothing is needed
+    python -m benchmarks.quality.progressive scenes                                # the quickstart's scenes; needs nothing else
     CAPTION_TEST_DATA=... python -m benchmarks.quality.progressive photos          # Flickr8k photographs of the test data
 
 1 cross-entropy   recipes/quickstart/scenes.yaml, recipes/photos/small.yaml
-1 continued       a control, on the scenes: as many more steps of cross-entropy as stage 2 has, without augmentation
+1 continued       a control, on the scenes: as many extra steps of cross-entropy as stage 2 has, without augmentation
 2 augmented       recipes/progressive/*_2_augment.yaml, from 1
 3 scst            recipes/progressive/*_3_scst.yaml, from 2
 
-Of the photos' stages only the last is run with each seed, as the first takes most of the time. Each run is one of
-train.py in a folder of its own under --runs; one that has finished there is not run again. A model is the best of its run
-by validation CIDEr. The result has every seed's scores, and means and standard deviations over seeds.
+For the photos, only the last stage is run with every seed, as the first takes most of the time. Each run calls train.py with
+its own folder under --runs; finished runs are not repeated. Each run keeps its best model by validation CIDEr. The
+result has every seed's scores, and means and standard deviations over seeds.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def stages(what: str) -> dict[str, tuple[str | None, list]]:
 
 
 def scores_of(folder: Path) -> dict:
-    """Validation and test scores of a finished run, what training logged at its end, and its time."""
+    """Validation and test scores of a finished run, its training log and its time."""
     found = {}
     for split, path in (("validation", folder / "validation"), ("test", folder)):
         scores = json.loads((path / "coco_metrics.json").read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def scores_of(folder: Path) -> dict:
 
 
 def summarize(seeds: dict[str, dict]) -> dict:
-    """Mean and standard deviation over seeds of each score at each stage, and of each stage's gain over its first."""
+    """Mean and standard deviation over seeds of each score at each stage, and of each stage's gain over the first."""
     table = {}
     for stage in next(iter(seeds.values())):
         for split in ("validation", "test"):

@@ -1,9 +1,9 @@
-"""Runs the recipes that need no GPU, and records what they gave.
+"""Run the recipes that need no GPU, and record their results.
 
     CAPTION_TEST_DATA=... python -m benchmarks.quality.recipes [quickstart] [shuffled] [photos]
 
 quickstart   `make quickstart`, timed after the install
-shuffled     the same recipe, each image with another image's captions: what is scored without looking
+shuffled     the same recipe, each image with another image's captions: what a model scores without looking
 photos       recipes/photos/small.yaml on the Flickr8k photographs of the test data, then evaluate.py and infer.py
 """
 
@@ -24,7 +24,7 @@ SCORES = ("Bleu_1", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "sacrebleu", "scene_
 
 
 def run(*command) -> float:
-    """Seconds that a command took; its output goes to the terminal."""
+    """Run a command; return its seconds. Its output goes to the terminal."""
     print("$", *command, flush=True)
     start = time.perf_counter()
     subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
@@ -32,7 +32,7 @@ def run(*command) -> float:
 
 
 def record(name: str, folder: Path, **more) -> None:
-    """benchmarks/results/NAME.json: scores on the test split, the curve of the validation split, and `more`."""
+    """benchmarks/results/NAME.json: test scores, the validation curve, and `more`."""
     scores = json.loads((folder / "coco_metrics.json").read_text(encoding="utf-8"))
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     keys = ("step", "eval_loss", "eval_sacrebleu", "eval_CIDEr")
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark", help="folder for the trained models")
     arguments = parser.parse_args()
     for name in arguments.what:
-        shutil.rmtree(arguments.runs / name, ignore_errors=True)  # a run that is there would be gone on with
+        shutil.rmtree(arguments.runs / name, ignore_errors=True)  # an existing run would be resumed
         choices[name](arguments.runs.resolve() / name)
 
 

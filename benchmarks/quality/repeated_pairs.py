@@ -1,9 +1,9 @@
-"""Which pairs of words the captions of a run repeat: whether repetition is a fault, or the wording of sound captions.
+"""Which word pairs a run's captions repeat: whether repetition is a fault, or the wording of sound captions.
 
     python -m benchmarks.quality.repeated_pairs runs/dico_scenes/xe-1 runs/dico-scenes
 
-Counts, over each folder's predictions.json, the pairs of neighbouring words that stood in their caption before, and
-writes the commonest to benchmarks/results/repeated_pairs.json.
+Counts, in each folder's predictions.json, the pairs of neighbouring words that already occurred in their caption, and
+writes the most common to benchmarks/results/repeated_pairs.json.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Two small CLIPs of the quickstart's scenes, so that CLIP-S has a meaning there: one to reward, one to judge.
+"""Train two small CLIPs on the quickstart's scenes, so that CLIP-S means something there: a reward and a judge.
 
     python -m benchmarks.quality.train_scene_clip runs/scene_clip [--steps 1000]
 
-Leaves runs/scene_clip/reward and runs/scene_clip/judge, folders that `--clip_model` takes, and
-benchmarks/results/scene_clip.json: what they tell apart on the test scenes, whose pairs of kinds no CLIP has seen, and
-which of several true wordings they like best. The two share nothing but their shape: each has its own random weights, its
-own drawn scenes, its own order of them. Neither has seen the scenes that the captioners of recipes/ are trained on.
+Writes runs/scene_clip/reward and runs/scene_clip/judge, folders for `--clip_model`, and
+benchmarks/results/scene_clip.json: what they distinguish on the test scenes, whose pairs of kinds no CLIP has seen, and
+which of several true wordings they prefer. The two share only their architecture: each has its own random weights, its own
+drawn scenes and its own order of them. Neither has seen the scenes that the captioners of recipes/ are trained on.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from common.provenance import environment
 from data import open_image, scenes
 from metrics.clip_scores import PREFIX, ClipScorer, preprocess
 
-SEEDS = {"reward": 1, "judge": 2}  # 0 is that of the captioners' scenes
+SEEDS = {"reward": 1, "judge": 2}  # 0 is the seed of the captioners' scenes
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_act": "gelu", "attention_dropout": 0.0}
 OUTPUT = RESULTS / "scene_clip.json"
 
@@ -54,7 +54,7 @@ def main():
 
 
 def train(folder: Path, seed: int, args) -> None:
-    """Trains one CLIP contrastively (Radford et al., arXiv 2103.00020, figure 3) and saves it."""
+    """Train one CLIP contrastively (Radford et al., arXiv 2103.00020, figure 3) and save it."""
     records = scenes.load(train=args.scenes, validation=0, test=0, seed=seed)["train"]
     captions = records["captions"][:]
     pixels = np.stack([preprocess(open_image(image), scenes.SIZE) for image in records["image"]])
@@ -63,7 +63,7 @@ def train(folder: Path, seed: int, args) -> None:
     rng = np.random.default_rng(seed)
     model = CLIPModel(
         CLIPConfig(
-            # A patch is a slot of the scenes' grid.
+            # One patch is one slot of the scenes' grid.
             vision_config={
                 **LAYERS, "hidden_size": 256, "intermediate_size": 1024, "image_size": scenes.SIZE,
                 "patch_size": scenes.SIZE // scenes.GRID,
@@ -83,7 +83,7 @@ def train(folder: Path, seed: int, args) -> None:
         if len(order) < args.batch_size:
             order = rng.permutation(len(captions))
         rows, order = order[: args.batch_size], order[args.batch_size :]
-        # With the prefix of the score, and without it as in DiCO's reward.
+        # With the score's prefix, and without it as in DiCO's reward.
         texts = [rng.choice(["", PREFIX]) + rng.choice(captions[row]) for row in rows]
         tokens = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
         image = model.visual_projection(model.vision_model(torch.from_numpy(pixels[rows])).pooler_output)
@@ -109,9 +109,9 @@ def word_tokenizer(texts) -> BertTokenizer:
 
 
 def examine(folder: Path, test) -> dict:
-    """Retrieval among the test scenes, a caption that two scenes share counting for both; and for each kind of fact the
-    share of scenes whose true caption scores higher than the same words with that fact wrong. `wordings`: the mean CLIP-S of
-    the true caption in each of the scenes' sentence patterns, all of which say the same."""
+    """Retrieval among the test scenes (a caption that two scenes share counts for both), and for each kind of fact the share
+    of scenes whose true caption scores higher than the same caption with that fact wrong. `wordings`: the mean CLIP-S of the
+    true caption in each of the scenes' sentence patterns, all of which say the same."""
     scorer = ClipScorer.load("clip-s", str(folder))
     groups, facts = test["captions"][:], [json.loads(text) for text in test["facts"]]
     images = scorer.image_features(test["image_id"], test["image"])
@@ -140,7 +140,7 @@ def examine(folder: Path, test) -> dict:
 
 
 def change(scene: dict, kind: str, rng: random.Random) -> None:
-    """Makes one fact of a scene wrong, in place."""
+    """Make one fact of a scene wrong, in place."""
     values = {
         "count": scenes.COUNTS, "size": list(scenes.SIZES), "colour": list(scenes.COLOURS), "shape": scenes.SHAPES,
     }  # fmt: skip

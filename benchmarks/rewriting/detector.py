@@ -2,8 +2,8 @@
 
     CAPTION_TEST_DATA=... python -m benchmarks.rewriting.detector
 
-Counts what is flagged, by reason, and compares with texts read by hand (detector_annotations.json: flagged ones and
-passed ones, drawn at random): precision, share of faults among the passed, and what follows for recall.
+Counts flagged texts by reason, and compares with texts read by hand (detector_annotations.json: flagged and passed
+ones, drawn at random): precision, share of faults among the passed, and the estimated recall.
 """
 
 import json
@@ -21,7 +21,7 @@ from rewriting.prompts import load_prompt
 
 
 def wilson(hits: int, count: int) -> list[float]:
-    """95 % interval of a share."""
+    """95 % confidence interval of a share."""
     z, share = 1.96, hits / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
@@ -41,7 +41,7 @@ def main() -> None:
         warned += bool(unsupported_facts(text, inputs))
     flagged = sum(reason is not None for reason in reasons.values())
     moved = [n for n in notes["flagged"] if not reasons[int(n)]] + [n for n in notes["passed"] if reasons[int(n)]]
-    assert not moved, f"the checks changed since these rows were read: {moved}. Draw and read again"
+    assert not moved, f"the checks changed since these rows were read: {moved}. Draw and read them again"
 
     right = sum(note["at_fault"] for note in notes["flagged"].values())
     missed = sum(note["at_fault"] for note in notes["passed"].values())

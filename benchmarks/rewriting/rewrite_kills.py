@@ -1,10 +1,10 @@
-"""Two processes of rewrite.py, killed at random: is a row that was answered asked again? By the server's own count.
+"""Two processes of rewrite.py, killed at random: are answered rows sent again? Counted by the server.
 
     python -m benchmarks.rewriting.rewrite_kills [--rows 600] [--kills 10]
 
-Each process is killed by itself with SIGKILL and started again, as a cluster would. A row counts as answered when its
-answer is in the journal at the moment of a kill. What the server had sent, and the process had not written down yet when
-it died, is counted apart: at most --concurrency rows a kill. Writes benchmarks/results/rewrite_kills.json.
+The processes are killed individually with SIGKILL and restarted, as on a cluster. A row counts as answered when its answer
+is in the journal at the moment of a kill. Answers that the server had sent but the process had not yet written when it died
+are counted separately: at most --concurrency rows per kill. Writes benchmarks/results/rewrite_kills.json.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Both published pipelines end to end on drawn scenes with small local models, up to a trained captioner (must show 4).
+"""Both published pipelines end to end on drawn scenes with small local models, up to a trained captioner.
 
     python -m benchmarks.rewriting.rewrite_pipelines [paragraph] [fuse]
 
 paragraph   a small LLM turns the five captions of a scene into a paragraph (rewrite.py paragraph), a captioner is trained
-            on the paragraphs (train.py), and scored: n-gram scores, lengths, repetition, and whether it is true
-fuse        infer.py of that captioner makes synthetic captions, a second LLM fuses them with alt texts that name things
-            no picture shows (rewrite.py fuse, the published prompt), a captioner is trained on the fused captions
+            on the paragraphs (train.py) and scored: n-gram scores, lengths, repetition, and true facts
+fuse        infer.py makes synthetic captions with that captioner, a second LLM fuses them with alt texts that name things
+            no image shows (rewrite.py fuse, the published prompt), and a captioner is trained on the fused captions
 
-The LLMs are trained for minutes on texts made by rule, and know nothing but these scenes. They stand in for models of
-billions of parameters: what is shown is that every stage fits the next, not that the texts are good.
+The LLMs are trained for minutes on rule-generated texts and know nothing but these scenes. They stand in for models with
+billions of parameters: this shows that every stage works with the next, not that the texts are good.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 import data
-from benchmarks import small_llm
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.rewriting import small_llm
 from common.files import write_json
 from common.provenance import environment
 from metrics.scene_facts import score_scene_facts
@@ -41,7 +41,7 @@ def run(*words) -> float:
 
 
 def paragraph_of(facts: dict) -> str:
-    """Two sentences that say all facts of a scene; what the LLM is taught to make of its captions."""
+    """Two sentences that state all facts of a scene: what the LLM is trained to write from its captions."""
     groups = facts["objects"]
     nouns = [f"{COUNTS[g['count']]} {g['size']} {g['colour']} {g['shape']}{'s' * (g['count'] > 1)}" for g in groups]
     first = f"The picture shows {' and '.join(nouns)}."
@@ -55,7 +55,7 @@ def paragraph_of(facts: dict) -> str:
 
 
 def captioner(dataset: Path, folder: Path, steps: int, *more) -> dict:
-    """train.py with the quickstart's model for a few steps; the scores of its test split."""
+    """Run train.py with the quickstart's model for a few steps; return its test scores."""
     seconds = run(
         "train.py", "recipes/quickstart/scenes.yaml", "--dataset_name", dataset, "--caption_column", "caption",
         "--output_dir", folder, "--max_steps", steps, "--eval_steps", steps, "--save_steps", steps, "--max_txt_len", 48,
@@ -101,7 +101,7 @@ def paragraph(folder: Path) -> dict:
 
 
 def fuse(folder: Path, trained: Path, count: int = 1000) -> dict:
-    """Alt texts name a brand and an article that no picture tells; the picture's facts come from the captioner."""
+    """Alt texts name a brand and an article that no image shows; the image's facts come from the captioner."""
     rng, prompt = random.Random(0), load_prompt("fuse")
     rows, pairs = [], []
     (folder / "photos").mkdir()

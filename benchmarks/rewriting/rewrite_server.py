@@ -1,10 +1,10 @@
-"""rewrite.py against `transformers serve`, with everything going wrong that can (must show 1).
+"""rewrite.py against `transformers serve`, with everything going wrong that can.
 
     CAPTION_TEST_DATA=... python -m benchmarks.rewriting.rewrite_server --serve_python PYTHON [--llm FOLDER] [--rows 2000]
 
-PYTHON is one whose environment has transformers[serving]. Between the client and the server stands a proxy that answers
-429 and 500, and lets requests hang. The client is killed three times (SIGKILL), the server once, in the middle. Then:
-every row once, in order, and no row that was finished was asked for again.
+PYTHON is an interpreter with transformers[serving] installed. A proxy between client and server answers 429 and 500, and
+lets requests hang. The client is killed three times (SIGKILL), the server once, midway. Afterwards every row must be there
+once, in order, and no finished row may have been sent again.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from benchmarks import small_llm
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.rewriting import small_llm
 from common.files import write_json
 from common.provenance import environment
 from rewriting.prompts import fill, load_prompt
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes chat requests on to the server, but for those that it spoils."""
+    """Forwards chat requests to the server, except for those that it spoils."""
 
     daemon_threads, request_queue_size = True, 128
 
@@ -176,7 +176,7 @@ def main() -> None:
     assert ours == rows, "rows are missing, doubled or out of order"
     report = json.loads((output.with_name(f"{output.name}.shards") / "_report.json").read_text(encoding="utf-8"))
     log = (folder / "client.log").read_text(encoding="utf-8")
-    # Rows whose captions are the same as another's share a prompt: they are asked for rightly.
+    # Rows with the same captions as another share a prompt: it is correct to send it again.
     shared = len(rows) - len({fill(prompt, captions(row)) for row in rows})
     result = {
         "rows": len(found),
@@ -205,7 +205,7 @@ def captions(row: dict) -> dict:
 
 
 def train_fuse_llm(rows: list[dict], folder: Path, steps: int = 240) -> dict:
-    """A small LLM that has seen the official fused captions, asked by the published prompt."""
+    """A small LLM trained on the official fused captions with the published prompt."""
     prompt = load_prompt("fuse")
     pairs = [(fill(prompt, captions(row)), row["capsfuion_official"]) for row in rows]
     return small_llm.train(pairs, folder, steps=steps, batch_size=16)

@@ -1,9 +1,9 @@
-"""The hf: backend beside a loop of the published script's shape, and 2,000 rows under torchrun, killed once (must show 2).
+"""The hf: backend compared with a loop like the published script's, and 2,000 rows under torchrun, killed once.
 
     CAPTION_TEST_DATA=... python -m benchmarks.rewriting.rewrite_throughput [--llm FOLDER] [--timed_rows 400]
 
-The published shape: every prompt padded to 256 tokens, batches of 4 in the file's order. Both use the same model, 3
-beams, at most 80 new tokens, 2 processes; loading is not timed. Then the whole file through rewrite.py, with a kill.
+The published loop: every prompt padded to 256 tokens, batches of 4 in file order. Both use the same model, 3 beams, at
+most 80 new tokens and 2 processes; loading is not timed. Then rewrite.py processes the whole file, killed once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BEAMS, NEW_TOKENS, PADDED = 3, 80, 256
 
 
 def worker(how: str, llm: Path, rows: list[dict], out: Path) -> None:
-    """One of two processes: caption every second row by the published loop, or by our backend; write texts and seconds."""
+    """One of two processes: rewrite every second row with the published loop or our backend; write texts and seconds."""
     import torch
 
     from benchmarks.rewriting.rewrite_server import captions

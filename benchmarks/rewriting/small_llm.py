@@ -1,6 +1,6 @@
-"""A small language model trained on (prompt, text) pairs in minutes on a CPU: what the rewriting benchmarks ask.
+"""A small language model trained on (prompt, text) pairs in minutes on a CPU, for the rewriting benchmarks.
 
-It learns the form of its task, and does not write good text: the published systems use models of 7 billion parameters.
+It learns the form of its task but does not write good text: the published systems use models of 7 billion parameters.
 """
 
 import random
@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# One user's message, as it is: lets a chat server take plain prompts.
+# The user's message, unchanged: lets a chat server take plain prompts.
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -42,7 +42,7 @@ def train(pairs: list[tuple[str, str]], folder: Path, *, steps: int, batch_size:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        if step % 20 == 0:  # rows of like length together
+        if step % 20 == 0:  # rows of similar length together
             pool = sorted(rng.choices(encoded, k=20 * batch_size), key=lambda pair: len(pair[0]) + len(pair[1]))
             batches = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
             rng.shuffle(batches)

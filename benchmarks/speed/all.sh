@@ -1,10 +1,10 @@
 #!/bin/sh
-# Every row of the speed table, measured anew: half an hour on 2 quiet CPU cores.
+# Measure every row of the speed table again: half an hour on 2 idle CPU cores.
 #
 #     CAPTION_TEST_DATA=/path/to/data sh benchmarks/speed/all.sh [python]
 #
-# The results go to a folder of their own, benchmarks/results/runs/DATE-INSTRUCTIONS, and docs/speed.md's table is made of
-# all such folders. A benchmark that fails is named at the end, and the others run all the same.
+# The results go to their own folder, benchmarks/results/runs/DATE-INSTRUCTIONS, and docs/speed.md's table is made from
+# all such folders. Benchmarks that fail are listed at the end; the others still run.
 python=${1:-python}
 day=$(date -u +%F)-$($python -c "import torch; print(torch.backends.cpu.get_cpu_capability())")
 out=benchmarks/results/runs/$day
@@ -24,7 +24,7 @@ measure scores --repeats 3 --output "$out/scores.json"
 measure captioning --batch_sizes 1 --also all --repeats 2 --plot "" --output "$out/peers.json"
 measure family_scst_step --output "$out/family_scst_step.json"
 measure roofline --results "$out" --output "$out/roofline.json"
-# At the end: results say whether the code had uncommitted changes.
+# Moved last: results record whether the code had uncommitted changes.
 [ ! -f "$out/captioning.png" ] || mv "$out/captioning.png" docs/captioning.png
 measure table --write docs/speed.md
 rm -f "$out/errors.log"

@@ -1,14 +1,14 @@
-"""Captions per second: beam search of transformers' BLIP and ours, same weights, images and token ids.
+"""Captions per second: beam search with transformers' BLIP and ours, same weights, images and token ids.
 
     python -m benchmarks.speed.captioning                                        # CPU, batches of 8, 1, 2 and 4
     python -m benchmarks.speed.captioning --device cuda --dtype bfloat16 --batch_sizes 1 8 32 128
     python -m benchmarks.speed.captioning --batch_sizes 1 --also all --repeats 3 --plot "" --output benchmarks/results/peers.json
 
 BLIP-base at 384 px with random weights, which never end a caption, so each has --max_new_tokens tokens. All take turns in
-one process; the result has every time, medians, spread and the machine, and docs/captioning.png is drawn of it. `--also`
-adds what a user might take instead: transformers' model compiled or in bfloat16, ours in bfloat16, and ours with int8 linear
-layers (torch's dynamic quantisation); `all` leaves bfloat16 out where the processor emulates it. How many of their tokens
-are those of float32 is a result, not a condition.
+one process; the result has every time, medians, spread and the machine, and docs/captioning.png plots it. `--also`
+adds alternatives: transformers' model compiled or in bfloat16, ours in bfloat16, and ours with int8 linear layers (torch's
+dynamic quantisation); `all` leaves bfloat16 out if the processor emulates it. The share of their tokens that equal
+float32's is a result, not a condition.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from models.decoding import generate
 
 
 def compiled(peer, ours):
-    """transformers' model as its users compile it: lengths that change are not compiled anew."""
+    """transformers' model as its users compile it, without recompiling for each length."""
     model = copy.deepcopy(peer, {id(weight): weight for weight in peer.parameters()})
     model.vision_model.compile()
     model.text_decoder.compile(dynamic=True)
@@ -35,9 +35,9 @@ def compiled(peer, ours):
 
 
 def int8(peer, ours):
-    """Ours with weights in int8 and activations rounded to int8 as they come, by torch's own dynamic quantisation."""
+    """Ours with int8 weights and activations rounded to int8 on the fly, by torch's own dynamic quantisation."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is deprecated
+        warnings.simplefilter("ignore")  # the deprecation warning
         model = use_onednn_linear(copy.deepcopy(ours), False)
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
@@ -55,8 +55,8 @@ def share_of_same(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def measure(turns: dict, batch_size: int, arguments) -> dict:
-    """Rates of all sides, and the least share of token ids that a side other than the peer has in common with it. A side
-    of --also that fails is written down with its error."""
+    """Rates of all sides, and for each side the lowest share of token ids equal to the peer's. A side
+    of --also that fails is recorded with its error."""
     seconds, same, failed = {name: [] for name in turns}, {name: [] for name in turns}, {}
     for turn in range(arguments.repeats + 1):
         captions = {}
@@ -71,7 +71,7 @@ def measure(turns: dict, batch_size: int, arguments) -> dict:
                 continue
             seconds[name] += [elapsed] * (turn > 0)
             same[name].append(share_of_same(captions[name], captions["peer"]))
-        # In half precision near-ties fall either way, so there the share is a result and no condition.
+        # In half precision near-ties fall either way, so there the share is a result, not a condition.
         if arguments.dtype == "float32" and same["ours"][-1] < 1:
             raise SystemExit(f"Batch {batch_size}: ours and transformers' token ids differ. No result.")
     numbers = summary({name: times for name, times in seconds.items() if name not in failed}, batch_size) | failed
@@ -85,7 +85,7 @@ def measure(turns: dict, batch_size: int, arguments) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 1, 2, 4], help="images a batch")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 1, 2, 4], help="images per batch")
     parser.add_argument("--num_beams", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each side, after one warm-up turn")
@@ -96,10 +96,10 @@ def main() -> None:
     parser.add_argument("--also", nargs="+", default=[], choices=["all", *ALSO], metavar="SIDE", help=", ".join(ALSO))
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to test the benchmark itself")
     parser.add_argument("--output", type=Path, default=RESULTS / "captioning.json")
-    parser.add_argument("--plot", default=str(ROOT / "docs" / "captioning.png"), help="empty: none")
+    parser.add_argument("--plot", default=str(ROOT / "docs" / "captioning.png"), help="empty: no plot")
     arguments = parser.parse_args()
     if "all" in arguments.also:
-        emulated = not (arguments.tiny or has_bfloat16(torch.device(arguments.device)))  # minutes a caption, and no use
+        emulated = not (arguments.tiny or has_bfloat16(torch.device(arguments.device)))  # minutes per caption
         arguments.also = [name for name in ALSO if not (emulated and "bfloat16" in name)]
     torch.set_num_threads(arguments.threads)
 
@@ -144,7 +144,7 @@ def plot(batches: dict, path: Path) -> None:
         rates = [batches[str(size)][side] for size in sizes]
         axis.fill_between(sizes, [r["min"] for r in rates], [r["max"] for r in rates], alpha=0.3)
         axis.plot(sizes, [r["median"] for r in rates], marker="o", label=name)
-    axis.set(xlabel="images a batch", ylabel="captions a second", xticks=sizes)
+    axis.set(xlabel="images per batch", ylabel="captions per second", xticks=sizes)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
@@ -153,5 +153,5 @@ def plot(batches: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each number as it comes
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each number at once
     main()

@@ -1,17 +1,17 @@
-"""Images per second and peak memory of a DiCO step: the published code's shape beside ours.
+"""Images per second and peak memory of a DiCO step: an implementation like the published code compared with ours.
 
-    python -m benchmarks.speed.dico_step                                         # CPU, 2 images of 5 candidates a step
+    python -m benchmarks.speed.dico_step                                         # CPU, 2 images with 5 candidates per step
 
-Both sides take BLIP-base at 384 px with random weights, its vision encoder frozen as published, and the same images,
+Both sides use BLIP-base at 384 px with random weights, its vision encoder frozen as published, and the same images,
 rewards and AdamW; their losses and gradients must agree.
 
-    peer    two models, each with its own vision encoder that encodes the images; beam search by transformers' eager
-            attention with gradients on, every beam with its copy of the image; one copy of the image a candidate
-    ours    objectives.dico.Dico: one model and the trained weights' start; one encoding of an image for decoding, policy
+    peer    two models, each with its own vision encoder that encodes the images; beam search with transformers'
+            eager attention and gradients on, a copy of the image for every beam and every candidate
+    ours    objectives.dico.Dico: one model and its initial trained weights; one image encoding for decoding, policy
             and reference; fast attention, decoding without gradients
 
-Rewards are fixed numbers, so that no CLIP's time is counted. The two take turns in one process. Peak memory is taken in
-a process of its own for each.
+Rewards are fixed numbers, so that CLIP's time is not counted. The two take turns in one process. Peak memory is
+measured in a separate process for each.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from objectives.dico import Dico, dico_loss
 
 
 class Sides:
-    """A step of each side, on shared weights: lr 0 costs what a step costs and keeps every turn comparable."""
+    """A step of each side, on shared weights: with lr 0 a step costs the same and every turn stays comparable."""
 
     def __init__(self, arguments, only: str | None = None):
         self.arguments = arguments
@@ -131,7 +131,7 @@ def main() -> None:
 
     sides = Sides(arguments)
     difference = largest_gradient_difference(sides)
-    if difference > 1e-2:  # beams are much alike, so most of the winner's and the losers' gradients cancel
+    if difference > 1e-2:  # beams are similar, so most of the winner's and the losers' gradients cancel
         raise SystemExit(f"Gradients differ by {difference:.1e} of their size. No result.")
     seconds, losses = {"peer": [], "ours": []}, {}
     for _ in range(arguments.repeats):
@@ -165,5 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each number as it comes
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each number at once
     main()

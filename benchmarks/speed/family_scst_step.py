@@ -1,15 +1,15 @@
 """Seconds of a step of self-critical training of a chat family: images encoded once, compared with once per caption.
 
-    python -m benchmarks.speed.family_scst_step                      # CPU, LLaVA's shape made small
+    python -m benchmarks.speed.family_scst_step                      # CPU, a small LLaVA
     python -m benchmarks.speed.family_scst_step --device cuda --images 8 --hidden 1024 --layers 12
 
 Random weights of LlavaForConditionalGeneration (CLIP's vision encoder at 224 px, Llama's decoder), five samples per image.
 Sampling and the pass with gradients use
 
-    once     objectives/scst.py: the captioner's one encoding of each image, with gradients, for both
-    again    the same objective on the pixels themselves: encoded for sampling, and for every caption of the pass
+    once     objectives/scst.py: one encoding of each image, with gradients, for both
+    again    the same objective on the pixels: encoded for sampling, and again for every caption of the pass
 
-The two take turns on the same weights, and must come to the same loss.
+The two take turns on the same weights and must reach the same loss.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TEMPLATE = (
 
 
 def make_model(hidden: int, layers: int):
-    """A LLaVA of this width and depth in both halves, and its processor with made-up words."""
+    """A LLaVA of this width and depth in encoder and decoder, and its processor with made-up words."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 3} | {f"word{i}": i for i in range(4, WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -65,7 +65,7 @@ def make_model(hidden: int, layers: int):
 
 
 class EncodesAgain(Captioner):
-    """Hands on the pixels: they are encoded for sampling, and repeated for every caption of the pass with gradients."""
+    """Passes the pixels on: they are encoded for sampling, and again for every caption of the pass with gradients."""
 
     def encode(self, batch: dict) -> dict:
         inputs = self._on_device(batch)
@@ -83,7 +83,7 @@ def main(arguments) -> dict:
     model = model.to(arguments.device).train()
     lengths = {"max_new_tokens": arguments.max_new_tokens, "min_new_tokens": arguments.max_new_tokens, "num_beams": 1}
     ids = [str(i) for i in range(arguments.images)]
-    words = np.random.default_rng(1)  # as random as the captions, so that some share words and rewards differ
+    words = np.random.default_rng(1)  # as random as the captions, so that some words match and rewards differ
     spell = lambda: " ".join(f"word{i}" for i in words.integers(4, WORDS, arguments.max_new_tokens))  # noqa: E731
     references = {image_id: [spell() for _ in range(5)] for image_id in ids}
     rewards = Rewards({"cider": 1.0}, references)
@@ -108,7 +108,7 @@ def main(arguments) -> dict:
 
     losses = {name: step(name) for name in sides}  # also the warm-up
     if abs(losses["once"] - losses["again"]) > 1e-3 * max(1.0, abs(losses["again"])):
-        raise SystemExit(f"The two came to different losses: {losses}")
+        raise SystemExit(f"The two losses differ: {losses}")
     seconds, processor = {name: [] for name in sides}, {name: [] for name in sides}
     for turn in range(arguments.turns):
         for name in sides if turn % 2 == 0 else reversed(sides):
@@ -116,13 +116,13 @@ def main(arguments) -> dict:
             seconds[name].append(timed(lambda name=name: step(name), arguments.device)[0])
             processor[name].append(time.process_time() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"encoded once {medians['once']:.3f} s, encoded again {medians['again']:.3f} s a step: ", end="")
+    print(f"encoded once {medians['once']:.3f} s, encoded again {medians['again']:.3f} s per step: ", end="")
     print(f"{medians['again'] / medians['once']:.2f} times faster; losses {losses['once']:.6f} {losses['again']:.6f}")
     return {
         "what": "seconds of an SCST step of a LLaVA with random weights, images encoded once and once per caption",
         "settings": vars(arguments) | {"output": str(arguments.output)},
         "seconds": seconds,
-        "processor_seconds": processor,  # on a machine that others use too, the fairer ones
+        "processor_seconds": processor,  # the fairer ones on a shared machine
         "median": medians,
         "losses": losses,
     }

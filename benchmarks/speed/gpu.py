@@ -1,14 +1,14 @@
-"""Everything that a GPU is for, in one command of less than 8 minutes, without a network:
+"""All GPU benchmarks in one command of less than 8 minutes, without a network:
 
-    python -m benchmarks.speed.gpu                      # one CUDA card; writes benchmarks/results/gpu.json
+    python -m benchmarks.speed.gpu                      # one CUDA GPU; writes benchmarks/results/gpu.json
 
 Captioning, training, training with a frozen encoder, SCST, and SCST of a chat family: each compared with the plain way of
-doing it in transformers, same weights and same work, with the GPU memory of either side and the share that the time is of
-the limit that roofline.py counts from the measured rates of the card. Needs torch, transformers, accelerate, peft,
-datasets and pillow, as a PyTorch image with Hugging Face's libraries has them, and this repo.
+doing it in transformers, same weights and same work, with each side's GPU memory and its share of the limit that
+roofline.py computes from the GPU's measured rates. Needs torch, transformers, accelerate, peft, datasets and pillow, as
+in a PyTorch image with Hugging Face's libraries, and this repo.
 
-A measure that fails or that there is no time left for is written down as such, and does not take the others with it: the
-file is written after each. `--device cpu --tiny` is the test of the command itself.
+A measure that fails or does not fit into the time is recorded as such and does not stop the others: the file is written
+after each. `--device cpu --tiny` tests the command itself.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.decoding import generate
 
-MINUTES = 7  # after which no further measure is begun
+MINUTES = 7  # after which no further measure is started
 
 
 def turns(sides: dict, arguments, items: int) -> dict:
-    """Rates and memory of the functions in `sides`, which take turns after one warm-up turn each."""
+    """Rates and memory of the functions in `sides`, which alternate after one warm-up each."""
     memory = {name: device_memory(arguments.device, function) for name, function in sides.items()}
     if arguments.device != "cuda":
         for function in sides.values():
@@ -67,7 +67,7 @@ def captioning(batch: int, arguments) -> dict:
 
 
 def training(frozen: bool, arguments) -> dict:
-    """Pairs per second of a step: one caption per row and eager attention, and captions that share their image."""
+    """Pairs per second of a step: one caption per row with eager attention, compared with captions that share their image."""
     images, captions = (2, 2) if arguments.tiny else (8, 5)
     settings = {"images": images, "captions_per_image": captions, "pad_to": 0, "gradient_checkpointing": False}
     sides = training_step.Sides(
@@ -83,7 +83,7 @@ def training(frozen: bool, arguments) -> dict:
 
 
 def scst(name: str, arguments) -> dict:
-    """Steps per second of the published loop's shape and of objectives/scst.py."""
+    """Steps per second of a loop like the published one and of objectives/scst.py."""
     samples, baseline, frozen = scst_step.SETTINGS[name]
     images = 2 if arguments.tiny else 8
     settings = SimpleNamespace(**vars(arguments), images=images, max_new_tokens=arguments.tokens)
@@ -116,7 +116,7 @@ MEASURES = {
 
 
 def with_share(found: dict, machine: dict, dtype: str) -> dict:
-    """`found` with the share of the machine's limit that each side's median time is."""
+    """`found` with each side's share of the machine's limit."""
     if (phases := found.pop("phases", None)) is None:
         return found
     least = roofline.limit(phases, machine["operations_per_second"][dtype], machine["bytes_per_second"])
@@ -130,7 +130,7 @@ def run(name: str, arguments, machine: dict) -> dict:
     started = time.perf_counter()
     try:
         found = with_share(MEASURES[name](arguments), machine, arguments.dtype)
-    except Exception as error:  # the others are measured all the same
+    except Exception as error:  # the others are still measured
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"}
     ratio = found.get("ratio") or found["median"]["again"] / found["median"]["once"]
@@ -143,15 +143,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=int, default=20, help="of each caption")
+    parser.add_argument("--tokens", type=int, default=20, help="tokens per caption")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each side")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to test the command itself")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA GPU here")
-    datasets.config.HF_DATASETS_CACHE = tempfile.mkdtemp()  # of the document frequencies
+        parser.error("torch finds no CUDA GPU")
+    datasets.config.HF_DATASETS_CACHE = tempfile.mkdtemp()  # for the document frequencies
     began = time.monotonic()
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
     size = 256 if arguments.tiny else None
@@ -168,5 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each number as it comes
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each number at once
     main()

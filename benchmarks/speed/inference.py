@@ -1,10 +1,10 @@
-"""infer.py end to end on 2,000 JPEG files, and a loop of transformers' processor and `generate` at the same batch.
+"""infer.py end to end on 2,000 JPEG files, compared with a loop of transformers' processor and `generate`, same batch size.
 
     python -m benchmarks.speed.inference --data FOLDER        (the folder that CAPTION_TEST_DATA names)
 
-Both are processes of their own, from start to the last caption in a file, on the same model folder, files, batch and
-settings; they take turns. The files are the Flickr8k photos at the 500 pixels that the published set has, mirrored and
-cropped until they are enough. The captions of every turn must be the same, else there is no result.
+Each runs as its own process, timed from start until the last caption is written, on the same model folder, files, batch
+size and settings; they take turns. The files are the Flickr8k photos at their published 500 pixels, mirrored and cropped
+until there are enough. The captions of every turn must be the same, otherwise there is no result.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CONFIG = {
 
 
 def write_images(photos: Path, folder: Path, count: int) -> None:
-    """Each time round all photos the crop is narrower, and every other time mirrored."""
+    """On each pass over the photos the crop is narrower, and every other pass is mirrored."""
     paths = sorted(photos.glob("*.jpg"))
     for number in range(count):
         turn, index = divmod(number, len(paths))
@@ -51,7 +51,7 @@ def write_images(photos: Path, folder: Path, count: int) -> None:
 
 
 def save_model(folder: Path, captions: list[str]) -> None:
-    """A small captioner with random weights, wide enough apart that float32's rounding decides no caption."""
+    """A small captioner with random weights, spread enough that float32 rounding does not decide a caption."""
     config = folder / "shape.json"
     config.write_text(json.dumps(CONFIG), encoding="utf-8")
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def peer(model_folder: str, images: str, output: str, batch_size: int, num_beams
 
 def turn(side: str, folder: Path, arguments) -> tuple[float, list[dict]]:
     """Seconds from start to end of one side's process, and its rows."""
-    output = Path(tempfile.mkdtemp(dir=folder)) / f"{side}.jsonl"  # of its own: infer.py resumes what it finds
+    output = Path(tempfile.mkdtemp(dir=folder)) / f"{side}.jsonl"  # a fresh folder: infer.py resumes an existing output
     settings = [arguments.batch_size, arguments.num_beams, arguments.max_new_tokens]
     if side == "ours":
         names = ("--per_device_eval_batch_size", "--num_beams", "--max_new_tokens")
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "inference.json")
     arguments = parser.parse_args()
     if not arguments.data:
-        parser.error("name the folder of test data: --data, or CAPTION_TEST_DATA")
+        parser.error("give the folder of test data: --data, or CAPTION_TEST_DATA")
 
     seconds = {"peer": [], "ours": []}
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,7 +124,7 @@ def main() -> None:
                 elapsed, rows[side] = turn(side, folder, arguments)
                 values.append(elapsed)
             differ = sum(a != b for a, b in zip(rows["peer"], rows["ours"], strict=True))
-            if differ > arguments.images / 500:  # beams that are equal but for float rounding may change places
+            if differ > arguments.images / 500:  # beams that tie up to float rounding may swap places
                 raise SystemExit(f"{differ} of {arguments.images} captions differ. No result.")
             print(f"turn {repeat + 1}: peer {seconds['peer'][-1]:.1f} s, ours {seconds['ours'][-1]:.1f} s", flush=True)
     distinct = len({row["caption"] for row in rows["ours"]})

@@ -1,9 +1,9 @@
-"""What train.py --dry_run estimates for models of published sizes: docs/large-models.md's table. No weight is read.
+"""What train.py --dry_run estimates for models of published sizes: docs/large-models.md's table. No weights are read.
 
-    python -m benchmarks.speed.large_model_plans          # in an environment with torchvision, which Qwen's processor needs
+    python -m benchmarks.speed.large_model_plans          # needs torchvision, for Qwen's processor
 
-The configs are those of tests/fixtures/configs (BLIP-2 OPT 6.7B: that of 2.7B with OPT 6.7B's sizes); the tokenizers the
-tests' own small ones, which changes nothing but the ids of the image's placeholders.
+The configs are those of tests/fixtures/configs (BLIP-2 OPT 6.7B: that of 2.7B with OPT 6.7B's sizes); the tokenizers are
+the tests' small ones, which only changes the ids of the image placeholders.
 """
 
 import os
@@ -29,7 +29,7 @@ OPT_6_7B = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
-# Processes, how, what is trained, precision of what is not, images per process and step.
+# Processes, how they share the model, what is trained, dtype of loaded weights, images per process and step.
 CASES = [
     (1, None, "LoRA, 4-bit", "bfloat16", 4),
     (2, "FSDP", "LoRA", "bfloat16", 4),

@@ -1,10 +1,10 @@
-"""Memory of each process, as train.py --dry_run estimates it and as it is measured, on two CPU processes.
+"""Memory of each process, as estimated by train.py --dry_run and as measured, with up to two CPU processes.
 
     python -m benchmarks.speed.large_models
 
-Models of the real classes with random weights, 40 to 65 million of them, are trained for two steps: by one process, by two
-with a copy each (DDP), and by two that share one (FSDP2). Measured is the most that the process had in training, less what
-it had before the model was loaded (VmHWM of /proc, set back before training). Loading is measured on its own.
+Models of the real classes with 40 to 65 million random weights are trained for two steps: by one process, by two with a
+copy each (DDP), and by two that share one (FSDP2). Measured is the process's peak memory in training, minus its memory
+before the model was loaded (VmHWM of /proc, reset before training). Loading is measured separately.
 """
 
 import json
@@ -24,7 +24,7 @@ FLAGS = {
     "bootstrap_samples": 0, "report": "false", "report_to": "none", "lora_dropout": 0, "logging_steps": 1,
     "max_test_samples": 2, "max_eval_samples": 2,
 }  # fmt: skip
-# (model, what is trained): processes, accelerate's config file, flags.
+# (model, what is trained): processes, accelerate config file, flags.
 CASES = {
     ("LLaVA", "full, 1 process"): (1, None, {}),
     ("LLaVA", "full, FSDP2, 2 processes"): (2, "fsdp2", {}),
@@ -38,7 +38,7 @@ WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 4, "
 
 
 def save_models(folder: Path) -> list[Path]:
-    """A BLIP-2 with OPT and a LLaVA."""
+    """Save a BLIP-2 with OPT and a LLaVA; return their folders."""
     import families
     import torch
     from transformers import OPTConfig
@@ -69,7 +69,7 @@ def blip2(families, words, text):
 
 
 def measure(model: Path, dataset: Path, output: Path, processes: int, config: str | None, flags: dict) -> dict:
-    """GiB: what is estimated, and what each process had in loading and in training."""
+    """GiB: the estimate, and each process's memory in loading and in training."""
     words = {**FLAGS, **flags, "model_name_or_path": model, "dataset_name": dataset, "output_dir": output}
     words = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
     launch = [sys.executable]

@@ -1,4 +1,4 @@
-"""One process of benchmarks.speed.large_models: train.py, with its memory written down."""
+"""One process of benchmarks.speed.large_models: train.py, recording its memory."""
 
 import json
 import os
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 def memory(name: str) -> float:
-    """Bytes: VmRSS, now, or VmHWM, the most since it was set back."""
+    """Bytes: VmRSS, the current memory, or VmHWM, the peak since the last reset."""
     line = next(
         line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(name)
     )

@@ -1,10 +1,10 @@
-"""Peak memory of fine-tuning BLIP-base at 384 px, at the settings that the README names: what fits which GPU.
+"""Peak memory of fine-tuning BLIP-base at 384 px, with the README's settings: what fits on which GPU.
 
-    python -m benchmarks.speed.memory                    # CPU, float32: about what a GPU needs in float32, beside its context
+    python -m benchmarks.speed.memory                    # CPU, float32: about a GPU's need in float32, without its context
     python -m benchmarks.speed.memory --device cuda
 
-Each setting runs two steps of benchmarks/speed/training_step.py in a process of its own, with captions padded to 40 tokens,
-the longest that `max_txt_len` lets through. "peer" is transformers' eager model with one caption a row.
+Each setting runs two steps of benchmarks/speed/training_step.py in its own process, with captions padded to 40 tokens,
+the longest that `max_txt_len` allows. "peer" is transformers' eager model with one caption per row.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How soon report.html opens with 5,000 and with 40,000 images, in Chromium; and the screenshots in docs/.
+"""How fast report.html opens with 5,000 and 40,000 images in Chromium; and the screenshots in docs/.
 
     CAPTION_TEST_DATA=... python -m benchmarks.speed.report
     python -m benchmarks.speed.report --screenshots RUN COMPARISON        folders with a report.html each
 
 The rows are the 5,000 images of COCO's Karpathy test split in the test data: the first human caption of each, scored
-against the others; for 40,000 each is there eight times. The test data has none of their pictures, so the Flickr8k
-photographs stand in, each several times: what counts is their size.
+against the others; for 40,000, each is repeated eight times. The test data does not have their images, so Flickr8k
+photographs are used instead, each several times: only their size matters.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--screenshots", nargs=2, type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--copies", type=int, nargs="+", default=[1, 8], help="of each of the 5,000 images")
+    parser.add_argument("--copies", type=int, nargs="+", default=[1, 8], help="copies of each of the 5,000 images")
     parser.add_argument("--output", type=Path, default=RESULTS / "report.json")
     args = parser.parse_args()
     if args.screenshots:
@@ -74,7 +74,7 @@ def measure(scores: dict, rows: list[dict], images: list, repeats: int) -> dict:
 
 
 def open_report(path: Path) -> dict[str, float]:
-    """Milliseconds of one opening in a fresh browser, and of what a reader does then."""
+    """Milliseconds to open it in a fresh browser, and for a reader's usual actions."""
     driver = browser.start()
     try:
         driver.get(path.as_uri())
@@ -127,7 +127,7 @@ def screenshot(folder: Path, section: str, width: int, height: int, target: Path
         browser.screen(driver, width, height)
         driver.get((folder / "report.html").resolve().as_uri())
         driver.execute_script(f"document.getElementById('{section}').scrollIntoView()")
-        time.sleep(1)  # pictures in sight are decoded
+        time.sleep(1)  # until visible images are decoded
         with tempfile.NamedTemporaryFile(suffix=".png") as file:
             driver.save_screenshot(file.name)
             Image.open(file.name).convert("RGB").quantize(256).save(target, optimize=True)

@@ -1,12 +1,12 @@
-"""The limit of this machine, and the share of it that each path reaches.
+"""The limit of this machine, and each path's share of it.
 
     python -m benchmarks.speed.roofline
 
-Measures the rate of matrix products in float32 and bfloat16 and the bandwidth of memory, counts what a caption and a
-training step cannot do without (floating-point operations of BLIP-base, counted by torch on the meta device; bytes of
-weights that each decoding step and the optimizer have to read), and divides that limit by the times in benchmarks/results
-that were measured on a processor of the same name. A time limit is the sum over phases of the longer of the two: operations
-over rate, bytes over bandwidth. What a side computes more than once counts against it.
+Measures the matrix-product rate in float32 and bfloat16 and the memory bandwidth, counts the minimal work of a caption and
+a training step (floating-point operations of BLIP-base, counted by torch on the meta device; bytes of weights that each
+decoding step and the optimizer must read), and divides the resulting time limit by the times in benchmarks/results that
+were measured on the same processor model. A time limit is the sum over phases of the longer of the two: operations over
+rate, bytes over bandwidth. Repeated computation counts against a side.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from common.provenance import environment
 from models.blip_attention import FAST, put_classes
 
 FLOAT = 4  # bytes
-ADAMW = 7  # numbers that a step of AdamW reads and writes for each weight: weight and both moments twice, gradient once
-MEAN_LENGTH = 14  # tokens of training_step's captions, both ends included
+ADAMW = 7  # numbers that AdamW reads and writes per weight and step: weight and both moments twice, gradient once
+MEAN_LENGTH = 14  # tokens of training_step's captions, including start and end
 
 
 def machine(device: str, dtypes=("float32", "bfloat16"), size: int | None = None, seconds: float = 2.0) -> dict:
-    """{"operations_per_second": {dtype: best}, "bytes_per_second": best} of `device`, each tried for some `seconds`."""
+    """{"operations_per_second": {dtype: best}, "bytes_per_second": best} of `device`, each tried for about `seconds`."""
     rates, asked = {}, size
     for dtype in dtypes:
         emulated = dtype == "bfloat16" and not has_bfloat16(
@@ -59,7 +59,7 @@ def _shortest(function, device: str, seconds: float) -> float:
 
 
 class Needs:
-    """Operations and bytes that BLIP cannot do without."""
+    """The minimal operations and bytes of BLIP."""
 
     def __init__(self, tiny: bool = False):
         with torch.device("meta"):
@@ -70,7 +70,7 @@ class Needs:
 
     @torch.no_grad()
     def operations(self, images: int, rows: int, length: int) -> tuple[int, int]:
-        """(encoding, decoding) forward operations of `rows` captions of `length` tokens of `images` images."""
+        """(encoding, decoding) forward operations of `rows` captions of `length` tokens for `images` images."""
         pixels, ids = torch.empty(images, 3, 384, 384), torch.zeros(rows, length, dtype=torch.long)
         with sdpa_kernel(SDPBackend.MATH):
             with FlopCounterMode(display=False) as encoding:
@@ -80,12 +80,12 @@ class Needs:
         return encoding.get_total_flops(), decoding.get_total_flops()
 
     def captioning(self, images: int, beams: int, tokens: int, item: int = FLOAT) -> list[tuple[int, int]]:
-        """(operations, bytes) of each phase: the weights of the decoder are read again for each token."""
+        """(operations, bytes) of each phase: the decoder's weights are read again for each token."""
         encoding, decoding = self.operations(images, images * beams, tokens)
         return [(encoding, (self.weights - self.decoder) * item), (decoding, tokens * self.decoder * item)]
 
     def training(self, images: int, captions: int, frozen: bool, item: int = FLOAT) -> list[tuple[int, int]]:
-        """A forward and a backward pass, which is twice it, and AdamW's step on what is trained."""
+        """A forward pass, a backward pass (twice the cost), and AdamW's step on the trained weights."""
         encoding, decoding = self.operations(images, images * captions, MEAN_LENGTH)
         trained = self.decoder if frozen else self.weights
         return [(3 * (decoding + (0 if frozen else encoding)), trained * item), (0, ADAMW * trained * FLOAT)]
@@ -93,7 +93,7 @@ class Needs:
     def scst(
         self, images: int, samples: int, greedy: int, tokens: int, frozen: bool, item=FLOAT
     ) -> list[tuple[int, int]]:
-        """Encoding once, decoding samples and baseline, and the passes forward and backward over the samples."""
+        """Encoding once, decoding samples and baseline, and a forward and backward pass over the samples."""
         encoding, drawing = self.operations(images, images * (samples + greedy), tokens)
         _, scoring = self.operations(images, images * samples, tokens)
         trained = self.decoder if frozen else self.weights
@@ -102,12 +102,12 @@ class Needs:
 
 
 def limit(phases: list[tuple[int, int]], rate: float, bandwidth: float) -> float:
-    """Seconds that no implementation can do better than."""
+    """Seconds that no implementation can beat."""
     return sum(max(operations / rate, size / bandwidth) for operations, size in phases)
 
 
 def measured(folder: Path) -> dict[str, tuple]:
-    """{measure: (hardware, phases, {side: seconds})} of the results that a limit is counted for."""
+    """{measure: (hardware, phases, {side: seconds})} of the results that have a limit."""
     needs, found = Needs(), {}
 
     def read(name):
@@ -143,8 +143,8 @@ def measured(folder: Path) -> dict[str, tuple]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results to compare with the limit")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each rate")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results to compare with the limit")
+    parser.add_argument("--seconds", type=float, default=2.0, help="to measure each rate")
     parser.add_argument("--output", type=Path, default=RESULTS / "roofline.json")
     arguments = parser.parse_args()
     here = machine("cpu", seconds=arguments.seconds)
@@ -166,5 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each number as it comes
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each number at once
     main()

@@ -1,12 +1,12 @@
-"""What infer.py and rewrite.py cost over the number of images and rows: CPU, memory, time.
+"""Cost of infer.py and rewrite.py by the number of images and rows: CPU, memory, time.
 
     python -m benchmarks.speed.scale [--images 1000 10000 100000] [--rows 1000 ... 1000000] [--baseline COMMIT]
 
-Images are 32 x 32 JPEGs in tars of 1,000, captioned by a BLIP of 2 layers: what is around the model is nearly all of the
-cost. Three ways: infer.py of the commit before shards (--baseline), --engine local and --engine ray with one worker.
-Rows are fused with a backend that answers at once. Each run is a process of its own; CPU seconds are those of all of its
-processes, Ray's daemons too, and memory is that of all of them at their highest. A cost per image is the difference of
-two sizes, so that the start is left out. Writes benchmarks/results/scale.json and docs/scale.png.
+Images are 32 x 32 JPEGs in tars of 1,000, captioned by a BLIP of 2 layers, so that nearly all of the cost is overhead
+around the model. Three ways: infer.py of the commit before shards (--baseline), --engine local, and --engine ray with one
+worker. Rows are fused with a backend that answers instantly. Each run is a separate process; CPU seconds and peak memory
+cover all processes that it starts, including Ray's daemons. The cost per image is the difference between two sizes, so
+that startup is left out. Writes benchmarks/results/scale.json and docs/scale.png.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PER_TAR = 1000
 
 
 class Instant:
-    """Answers every prompt at once, with a text that passes."""
+    """Answers every prompt instantly, with a text that passes the checks."""
 
     def __init__(self):
         from rewriting.prompts import Tokens
@@ -66,7 +66,7 @@ def worker(source: str, output: str) -> None:
 
 
 def watch(command: list, folder: Path, interval: float = 0.25, **environ) -> dict:
-    """CPU seconds, highest memory and wall time of a command and of all that it starts."""
+    """CPU seconds, peak memory and wall-clock time of a command and all processes that it starts."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0", **environ}
     began = time.perf_counter()
     with open(folder / "log", "w", encoding="utf-8") as log:
@@ -102,7 +102,7 @@ def watch(command: list, folder: Path, interval: float = 0.25, **environ) -> dic
 
 
 def write_tars(folder: Path, images: int) -> None:
-    """As many tars of PER_TAR small pictures as are not there yet."""
+    """Write the tars of PER_TAR small images that do not exist yet."""
     contents = []
     for number in range(50):
         pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
@@ -180,9 +180,9 @@ def plot(result: dict) -> None:
         axes[0].loglog(numbers, [1000 * run["cpu_seconds"] / run[unit] for run in runs], marker="o", label=name)
         axes[1].semilogx(numbers, [run["peak_mib"] for run in runs], marker="o", label=name)
         axes[2].loglog(numbers, [run["seconds"] for run in runs], marker="o", label=name)
-    axes[0].set(xlabel="images or rows", ylabel="CPU ms per image or row, start included")
-    axes[1].set(xlabel="images or rows", ylabel="highest memory, all processes (MiB)", ylim=(0, None))
-    axes[2].set(xlabel="images or rows", ylabel="seconds (a shared machine)")
+    axes[0].set(xlabel="images or rows", ylabel="CPU ms per image or row, startup included")
+    axes[1].set(xlabel="images or rows", ylabel="peak memory, all processes (MiB)", ylim=(0, None))
+    axes[2].set(xlabel="images or rows", ylabel="seconds (on a shared machine)")
     axes[0].legend(fontsize=8)
     figure.savefig(ROOT / "docs/scale.png", dpi=110)
 
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="*", default=[1000, 10_000, 100_000])
     parser.add_argument("--rows", type=int, nargs="*", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--engines", nargs="*", default=["before", "local", "ray"])
-    parser.add_argument("--largest", type=int, default=10_000, help="most images of the engines that are not local")
+    parser.add_argument("--largest", type=int, default=10_000, help="most images for engines other than local")
     parser.add_argument("--baseline", default=BASELINE)
     parser.add_argument("--output", type=Path, default=RESULTS / "scale.json")
     parser.add_argument("--worker", nargs=2, help="used by the script itself")
@@ -201,7 +201,7 @@ def main() -> None:
         return worker(*arguments.worker)
     before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     images: dict[str, list] = {how: [] for how in arguments.engines} if arguments.images else before.get("images", {})
-    rows: list[dict] = [] if arguments.rows else before.get("rows", [])  # what is not measured again stays
+    rows: list[dict] = [] if arguments.rows else before.get("rows", [])  # earlier results stay unless measured again
 
     def keep() -> None:
         per_image = {how: marginal(runs, "images") for how, runs in images.items() if len(runs) > 1}

@@ -1,11 +1,11 @@
-"""What more images and more processes cost.
+"""The cost of more images and more processes.
 
     python -m benchmarks.speed.scaling
 
-1. infer.py and evaluate.py on 1,000, 10,000 and 100,000 small images with a tiny model: wall time, and the peak memory of
-   the largest process, which must not grow with the images. Plotted to docs/scaling.png.
-2. train.py in two processes (torchrun) beside one with the doubled batch, one thread a process: the same loss curve, and
-   how much of two processes' speed is there.
+1. infer.py and evaluate.py on 1,000, 10,000 and 100,000 small images with a tiny model: wall-clock time, and the peak
+   memory of the largest process, which must not grow with the images. Plotted to docs/scaling.png.
+2. train.py in two processes (torchrun) compared with one with the doubled batch, one thread per process: the same loss
+   curve, and the parallel efficiency.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def save_model(folder: Path) -> Path:
 
 
 def write_images(folder: Path, count: int, splits=("test",), captions: int = 1) -> Path:
-    """A JSONL set of 32-pixel JPEGs, no two alike."""
+    """A JSONL data set of 32-pixel JPEGs, all different."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     with open(folder / "data.jsonl", "w", encoding="utf-8") as lines:
@@ -63,7 +63,7 @@ def write_images(folder: Path, count: int, splits=("test",), captions: int = 1) 
 
 
 def measured(command: list, **environment_variables) -> dict:
-    """Seconds of a command, and the largest resident memory that one of its processes reached (MiB)."""
+    """Seconds of a command, and the peak resident memory of its largest process (MiB)."""
     command = [sys.executable, *map(str, command)]
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment_variables}
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def cost_of_images(folder: Path, counts: list[int]) -> dict:
 
 
 def cost_of_processes(folder: Path, images: int, repeats: int) -> dict:
-    """train.py on 112-pixel pictures in one process (batch 32) and in two (batch 16 each), in turns."""
+    """train.py on 112-pixel images in one process (batch 32) and in two (batch 16 each), in turns."""
     data = write_images(folder / "training", images, ("train",) * 8 + ("validation", "test"), captions=5) / "data.jsonl"
     runs = {"one": [], "two": []}
     for repeat in range(repeats):
@@ -163,7 +163,7 @@ def cost_of_processes(folder: Path, images: int, repeats: int) -> dict:
         raise SystemExit(f"The losses of one and two processes differ by {difference:.1e} of their size. No result.")
     efficiency = float(np.median(one) / np.median(two) / 2)
     print(
-        f"two processes: {efficiency:.2f} of twice one's speed; largest relative difference of a loss {difference:.1e}"
+        f"two processes: {efficiency:.2f} of twice one's speed; largest relative difference of losses {difference:.1e}"
     )
     return {
         "one_process_s": one,
@@ -203,8 +203,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/scaling.png")
     arguments = parser.parse_args()
     if arguments.training_images % 40:
-        # accelerate fills the last batches of an epoch up with samples of its beginning, in two processes more of them.
-        parser.error("--training_images must be a multiple of 40, so that the last batch of 32 is a whole one")
+        # accelerate fills up an epoch's last batches with samples from its beginning, more of them with two processes.
+        parser.error("--training_images must be a multiple of 40, so that the last batch of 32 is full")
     with tempfile.TemporaryDirectory() as temporary:
         results = cost_of_images(Path(temporary), arguments.images)
         processes = cost_of_processes(Path(temporary), arguments.training_images, arguments.repeats)

@@ -1,13 +1,13 @@
-"""Scores and rewards side by side with pycocoevalcap.
+"""Speed of scores and rewards compared with pycocoevalcap.
 
     CAPTION_TEST_DATA=... python -m benchmarks.speed.scores [--repeats 5] [--output benchmarks/results/scores.json]
 
-(a) COCO Karpathy test, 5,000 images: BLEU-1..4, ROUGE-L, CIDEr and METEOR, tokenizing included. The predictions are each
-    image's first reference, the references the others, so that the captions are as varied as people's.
-(b) The CIDEr-D reward of 5 candidates for each of 64 images with 5 references, document frequencies of those 64 images.
-    pycocoevalcap takes one candidate an image, so it is called five times.
+(a) COCO Karpathy test, 5,000 images: BLEU-1..4, ROUGE-L, CIDEr and METEOR, tokenization included. The predictions are each
+    image's first reference, the references are the others, so that the captions are as varied as human ones.
+(b) The CIDEr-D reward of 5 candidates for each of 64 images with 5 references, document frequencies from those 64
+    images. pycocoevalcap takes one candidate per image, so it is called five times.
 
-The two sides take turns, in fresh state; equal results are checked in every repeat. Run it alone on the machine.
+The two sides take turns, in fresh state; every repeat checks that results are equal. Run nothing else on the machine.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main() -> None:
     if not data:
         parser.error("set CAPTION_TEST_DATA to the folder of test data")
     if find_java() is None:
-        parser.error("no Java: pycocoevalcap's side needs it")
+        parser.error("no Java found: pycocoevalcap needs it")
     os.environ["PATH"] = f"{Path(find_java()).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["JAVA_TOOL_OPTIONS"] = "-Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8"  # for both sides
 
@@ -111,7 +111,7 @@ def main() -> None:
     images = list(everything)[: 64 * 2]
     reward_references = [tokenize(everything[image][:5]) for image in images[:64]]
     others = [tokenize(everything[image][:5]) for image in images[64:]]
-    # Candidates between right and wrong: the first half of one of the image's captions, the second of another's.
+    # Partly right candidates: the first half of one of the image's captions, the second half of another image's.
     candidates = [
         [own[k][: len(own[k]) // 2] + other[k][len(other[k]) // 2 :] for k in range(5)]
         for own, other in zip(reward_references, others, strict=True)

@@ -1,19 +1,19 @@
-"""Seconds of a step of self-critical training: the published loop's shape beside ours, same samples and same loss.
+"""Seconds of a step of self-critical training: a loop like the published one compared with ours, same samples, same loss.
 
-    python -m benchmarks.speed.scst_step                                 # CPU, 2 images a step
+    python -m benchmarks.speed.scst_step                                 # CPU, 2 images per step
     python -m benchmarks.speed.scst_step --device cuda --images 16
 
 Both sides train BLIP-base at 384 px with random weights (which never end a caption: each has --max_new_tokens tokens) on
-the same images, with the same rewards (CIDEr-D, five references an image) and AdamW:
+the same images, with the same rewards (CIDEr-D, five references per image) and AdamW:
 
-    peer    a greedy generate for the baseline, a sampling generate, and a forward pass over the sampled captions, one a
+    peer    a greedy generate for the baseline, a sampling generate, and a forward pass over the sampled captions, one per
             row; transformers' eager attention; the image encoder runs in each of the three
     ours    objectives/scst.py: one encoding for all three; fast attention; the samples of an image share its keys and
             values; logits for target tokens only; on AMD processors oneDNN's matrix products
 
 Three settings: one sample with the greedy baseline, as published; the same with a frozen vision encoder (the published
-loop trains LoRA on the text side alone), whose images ours encodes once for all epochs; and five samples that are each
-other's baseline, for which the peer needs no greedy caption. The two take turns in one process and must come to the same
+loop only trains LoRA on the text side), where ours encodes images once for all epochs; and five samples that are each
+other's baseline, for which the peer needs no greedy caption. The two take turns in one process and must reach the same
 loss.
 """
 
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 def make_processor(size: int) -> BlipProcessor:
-    """A tokenizer of as many words as BLIP's, all made up: what they spell does not matter here."""
+    """A processor with as many made-up words as BLIP's vocabulary: what they spell does not matter here."""
     special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 30522: "[DEC]", 30523: "[ENC]"}
     tokenizer = BertTokenizer(vocab={special.get(i, f"word{i}"): i for i in range(size)})
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
@@ -63,13 +63,13 @@ def make_references() -> dict[str, list[str]]:
 
 
 class Sides:
-    """A step of each side, on shared weights: lr 0 costs what a step costs and keeps every turn comparable."""
+    """A step of each side, on shared weights: with lr 0 a step costs the same and every turn stays comparable."""
 
     def __init__(self, arguments, samples: int, baseline: str, frozen: bool, references: dict[str, list[str]]):
         self.samples, self.baseline = samples, baseline
         self.peer = blip_base(arguments.tiny).to(arguments.device).train()
         self.autocast = torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.dtype == "bfloat16")
-        with torch.no_grad():  # the references' words are likely, or every reward would be 0
+        with torch.no_grad():  # make the references' words likely, or every reward would be 0
             self.peer.text_decoder.cls.predictions.decoder.bias[WORDS] += 12
         ours = copy.deepcopy(self.peer, {id(weight): weight for weight in self.peer.parameters()})
         ours = use_onednn_linear(use_fast_attention(ours), True)
@@ -113,7 +113,7 @@ class Sides:
         pixel_values, image_ids, end = self.batch["pixel_values"], self.batch["image_ids"], self.captioner.collator.end
         self.peer.eval()
         with torch.no_grad():
-            # What it samples costs as much as what our side drew, which is gone on with, so that the losses can be compared.
+            # Its samples cost as much as ours; the rest uses ours, so that the losses can be compared.
             self.peer.generate(
                 pixel_values=pixel_values, do_sample=True, num_return_sequences=self.samples, **self.options
             )
@@ -148,7 +148,7 @@ class Sides:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2, help="images a step")
+    parser.add_argument("--images", type=int, default=2, help="images per step")
     parser.add_argument("--max_new_tokens", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each side, after one warm-up turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "scst_step.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    datasets.config.HF_DATASETS_CACHE = tempfile.mkdtemp()  # of the document frequencies
+    datasets.config.HF_DATASETS_CACHE = tempfile.mkdtemp()  # for the document frequencies
 
     references = make_references()
     result = {"measure": "steps per second", "settings": {k: v for k, v in vars(arguments).items() if k != "output"}}
@@ -175,12 +175,12 @@ def main() -> None:
         tolerance = 1e-4 if arguments.dtype == "float32" else 0.05
         if not losses["ours"] or abs(losses["ours"] - losses["peer"]) > tolerance * max(abs(losses["peer"]), 1e-3):
             raise SystemExit(f"{name}: the losses differ: {losses}. No result.")
-        # On a machine that others use too, the processor's time is the fairer one of the two.
+        # On a shared machine, CPU time is the fairer of the two.
         result[name] = {"wall": summary(seconds, 1), "processor": summary(processor, 1)}
         result[name] |= {"seconds": seconds, "processor_seconds": processor, "losses": losses}
         medians = [statistics.median(processor[side]) for side in ("peer", "ours")]
         print(
-            f"{name}: peer {medians[0]:.2f} and ours {medians[1]:.2f} processor seconds a step, "
+            f"{name}: peer {medians[0]:.2f} and ours {medians[1]:.2f} CPU seconds per step, "
             f"{medians[0] / medians[1]:.2f} times; losses {losses['peer']:.6f} and {losses['ours']:.6f}"
         )
         del sides
@@ -188,5 +188,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each number as it comes
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each number at once
     main()

@@ -1,10 +1,10 @@
-"""A model archive behind the real inference toolkit and model server: latency, throughput, and what hostile clients do.
+"""A model archive behind the real inference toolkit and model server: latency, throughput, and hostile clients.
 
     python -m benchmarks.speed.serving [--malformed 10000]        (needs make sagemaker-envs; writes results/serving.json)
 
-The model is the quickstart's, with random weights: what is measured is the server and its handlers around a small
-model. First 500 valid requests from 8 clients, then malformed ones with valid ones in between, whose answers are compared
-with Captioner's own.
+The model is the quickstart's, with random weights: this measures the server and its handlers around a small model. First
+500 valid requests from 8 clients, then malformed ones with valid ones in between, whose answers are compared with
+Captioner's own.
 """
 
 import argparse
@@ -43,13 +43,13 @@ from common.files import write_json
 from common.provenance import environment
 from models.loading import build_model
 
-# The image has an unreleased 2.7.0 of the toolkit, that of PyPI (2.6.0) wants a name that transformers 5 has no more.
+# The image has an unreleased toolkit 2.7.0; PyPI's (2.6.0) needs a name that transformers 5 no longer has.
 SHIM = "import transformers.file_utils as utils; utils.is_tf_available = lambda: False"
 START = "from sagemaker_huggingface_inference_toolkit import serving; serving.main()"  # as the image's entry point
 
 
 def free_port() -> int:
-    """Below 32,768: the model server takes no other."""
+    """Below 32,768: the model server accepts no other."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as sock, contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ def free_port() -> int:
 
 
 class Server:
-    """The image's server on a free port of loopback, with `archive` unpacked as its model folder."""
+    """The image's server on a free loopback port, with `archive` unpacked as its model folder."""
 
     def __init__(self, python: str, archive: Path, folder: Path, **variables):
         self.port = free_port()
@@ -73,13 +73,13 @@ class Server:
         (folder / "shim").mkdir()
         (folder / "shim/sitecustomize.py").write_text(SHIM, encoding="utf-8")
         settings["PYTHONPATH"] = str(folder / "shim")
-        self.log = open(folder / "server.log", "w+", encoding="utf-8")  # noqa: SIM115 - as long as the server
+        self.log = open(folder / "server.log", "w+", encoding="utf-8")  # noqa: SIM115 - open as long as the server
         self.process = subprocess.Popen(
             [python, "-c", START], cwd=folder, env=settings, stdout=self.log, stderr=self.log, start_new_session=True
         )
 
     def wait(self, seconds: float = 180) -> None:
-        """Until the worker has loaded its model: /ping answers before that."""
+        """Wait until the worker has loaded its model: /ping answers before that."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
@@ -99,7 +99,7 @@ class Server:
             connection.close()
 
     def worker(self) -> psutil.Process | None:
-        """The Python process with the model: the child of the one that the model server starts."""
+        """The Python process with the model: a child of the process that the model server starts."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 if all("model_service_worker" in " ".join(p.cmdline()) for p in (process, process.parent())):
@@ -131,7 +131,7 @@ def as_base64(content: bytes) -> str:
 
 
 def valid_requests(photos: list[bytes]) -> list[tuple[bytes, dict, list[int], str]]:
-    """(body, headers, photos in it, kind) of every content type that is served."""
+    """(body, headers, photos in it, kind) for every supported content type."""
     json_type, lines_type = {"Content-Type": "application/json"}, {"Content-Type": "application/jsonlines"}
     several = {"inputs": [as_base64(photo) for photo in photos[:3]]}
     lines = "\n".join(json.dumps({"inputs": as_base64(photo)}) for photo in photos[:2]).encode()
@@ -159,7 +159,7 @@ def captions_of(answer: bytes) -> list[str]:
 
 
 def png(width: int, height: int, rows: int | None = None) -> bytes:
-    """A PNG of that size, of which `rows` rows (default: none) of zeros are there, compressed a thousandfold."""
+    """A PNG of that size with only `rows` rows of zeros (default: none), compressed a thousandfold."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -221,7 +221,7 @@ def malformed_requests(photos: list[bytes], seed: int, trap: int):
         content = bytearray(chance.choice(photos))
         for _ in range(chance.randint(1, 40)):
             content[chance.randrange(len(content))] = chance.randrange(256)
-        return bytes(content), {"Content-Type": chance.choice(IMAGE_TYPES)}, False  # a decoder may make do with it
+        return bytes(content), {"Content-Type": chance.choice(IMAGE_TYPES)}, False  # a decoder may still read it
 
     def deep():
         opening, closing = chance.choice((("[", "]"), ('{"inputs":', "}"), ('{"inputs":[', "]}")))
@@ -248,7 +248,7 @@ def malformed_requests(photos: list[bytes], seed: int, trap: int):
         return photos[0], {"Content-Type": chance.choice(IMAGE_TYPES), "Accept": accept}, True
 
     def odd_headers():
-        """Printable and Latin-1 characters, of every length; an Accept of them may be a sound one."""
+        """Printable and Latin-1 characters of any length; the Accept header may happen to be valid."""
         letters = [chr(code) for code in (*range(32, 127), *range(160, 256))]
         text = "".join(chance.choices(letters, k=int(10 ** chance.uniform(0, 2.8)))).strip()
         if chance.random() < 0.5:
@@ -261,7 +261,7 @@ def malformed_requests(photos: list[bytes], seed: int, trap: int):
         return b"x", {"Content-Type": kind.format(text)}, True
 
     def form():
-        """What a browser would send: the model server itself takes such bodies apart."""
+        """Form data as from a browser: the model server parses such bodies itself."""
         content = chance.choice((photos[0], b"", chance.randbytes(99)))
         part = chance.choice(
             (b'form-data; name="body"', b'form-data; name="image"; filename="a.jpg"', b"form-data", b"", b"x")
@@ -303,7 +303,7 @@ def malformed_requests(photos: list[bytes], seed: int, trap: int):
 
 
 def measure(server: Server, requests: list, clients: int, count: int, check) -> dict:
-    """Latency and throughput of `count` requests drawn from `requests` by so many clients; every answer is checked."""
+    """Latency and throughput of `count` requests from `requests`, sent by this many clients; every answer is checked."""
 
     def one(index):
         body, headers, members, _kind = requests[index % len(requests)]
@@ -330,8 +330,8 @@ def measure(server: Server, requests: list, clients: int, count: int, check) -> 
 
 
 def attack(server: Server, photos: list[bytes], count: int, clients: int, check, seed: int = 0) -> dict:
-    """Send `count` malformed requests, and after every 500 the valid ones, which are checked; statuses, memory in MiB,
-    wrong answers. A form that is none gets 500 from the model server itself, before any handler: those are counted."""
+    """Send `count` malformed requests, and after every 500 the valid ones, which are checked; return statuses, memory in
+    MiB and wrong answers. The model server itself answers an invalid form with 500, before any handler: these are counted."""
     with socket.socket() as trap:
         trap.bind(("127.0.0.1", 0))
         trap.listen()
@@ -404,7 +404,7 @@ def main():
             server.wait()
             check = checker(expected)
             requests = valid_requests(photos)
-            measure(server, requests, 1, 20, check)  # warm
+            measure(server, requests, 1, 20, check)  # warm-up
             result = {"parameters": sum(p.numel() for p in model.parameters())}
             for kind in dict.fromkeys(request[3] for request in requests):
                 some = [request for request in requests if request[3] == kind]
@@ -419,7 +419,7 @@ def main():
 
 
 def make_sensitive(model) -> None:
-    """Random weights hardly look at the image. Make much of it, so that an answer that belongs to another is seen."""
+    """Random weights hardly look at the image. Amplify it, so that mixed-up answers are noticed."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "crossattention" in name and name.endswith(("value.weight", "dense.weight")):
@@ -427,7 +427,7 @@ def make_sensitive(model) -> None:
 
 
 def distinct_photos(captioner, count: int = 8) -> list[bytes]:
-    """JPEG files of smooth noise, of several sizes, that `captioner` says different things about: at least three."""
+    """JPEG files of smooth noise, of several sizes, with at least three different captions by `captioner`."""
     distinct: dict[str, bytes] = {}
     others: list[bytes] = []
     for seed in range(60):
@@ -440,7 +440,7 @@ def distinct_photos(captioner, count: int = 8) -> list[bytes]:
         distinct.setdefault(caption, file.getvalue())
         if len(distinct) == count:
             break
-    assert len(distinct) >= 3, "the model says the same about every image"
+    assert len(distinct) >= 3, "the model says the same for every image"
     return [*distinct.values(), *others][:count]
 
 

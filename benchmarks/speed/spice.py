@@ -1,13 +1,12 @@
-"""What SPICE costs on COCO's Karpathy test split: 5,000 images, first run and second run.
+"""Cost of SPICE on COCO's Karpathy test split: 5,000 images, first run and second run.
 
     CAPTION_TEST_DATA=... CORENLP_DIR=... python -m benchmarks.speed.spice [--output benchmarks/results/spice.json]
 
-A model that writes like people: its captions are the first reference of each image, its references the others. (The
+A model that writes like people: its captions are the first reference of each image, its references are the others. (The
 system's captions in the test data are one sentence, 5,000 times.) The first run parses every distinct caption. The
-second finds the references' tuples kept and parses the captions alone, as a second model's would be: the same captions,
-forgotten first, so that the score must be the same. Then nothing is left to parse: the same again. Every value that the
-program itself gave is compared. Times are of the clock and of the CPU: the second counts where other work shares the
-machine.
+second finds the references' tuples cached and only parses the captions, as for a second model: the same captions, removed
+from the cache first, so that the score must be the same. A third run has nothing to parse. All values are compared with
+those of the original program. Both wall-clock and CPU times are reported: on a shared machine the latter count.
 """
 
 import argparse
@@ -60,7 +59,7 @@ def forget(captions: set[str], cache) -> None:
 
 
 def unlike(program: dict, images: list[str], found: list[dict]) -> str:
-    """How many of the images that the program itself scored have another value here."""
+    """How many of the images scored by the original program have a different value here."""
     ours = dict(zip(images, found, strict=True))
     rows = [row for row in program["per_image"] if str(row["image_id"]) in ours]
     pairs = [(row, ours[str(row["image_id"])]) for row in rows]

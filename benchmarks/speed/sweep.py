@@ -1,10 +1,10 @@
-"""A sweep of 9 generation settings beside one evaluation, and beside nine.
+"""A sweep of 9 generation settings compared with one evaluation, and with nine.
 
     CAPTION_TEST_DATA=... python -m benchmarks.speed.sweep [--model FOLDER --images 200]
 
 Without --model: BLIP-base at 384 px with random weights, which never end a caption, so each has 20 tokens. An evaluation
-captions the photographs with 5 beams and scores them; the sweep does so with 1, 3 and 5 beams by three length penalties.
-Both in one process, in turns; loading the model is left out of both.
+captions the photographs with 5 beams and scores them; the sweep does so with 1, 3 and 5 beams times three length penalties.
+Both run in one process, in turns; loading the model is not timed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def blip_base(vocab: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a trained captioner's folder; default: BLIP-base's shape")
+    parser.add_argument("--model", help="a trained captioner's folder; default: BLIP-base with random weights")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)

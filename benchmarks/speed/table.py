@@ -1,7 +1,7 @@
-"""docs/speed.md's table, of all runs of the speed benchmarks: of several days and processors the lowest counts.
+"""docs/speed.md's table, from all runs of the speed benchmarks: the lowest over days and processors counts.
 
-    python -m benchmarks.speed.table                            # prints it
-    python -m benchmarks.speed.table --write docs/speed.md      # puts it between the two marks there
+    python -m benchmarks.speed.table                            # print it
+    python -m benchmarks.speed.table --write docs/speed.md      # put it between the two markers there
 
 Runs are the folders that benchmarks/speed/all.sh makes in benchmarks/results/runs. The share of the limit is roofline.py's.
 """
@@ -63,7 +63,7 @@ def read(path: Path):
 
 
 def numbers(folder: Path, name: str, keys: list[str], how) -> tuple | None:
-    """(peer's median, ours, times) of a run; None if it has no such measure."""
+    """(peer's median, ours, ratio) of a run; None if it does not have this measure."""
     found = read(folder / f"{name}.json")
     try:
         for key in keys:
@@ -105,7 +105,7 @@ def table(results: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="a page that has the two marks, to put the table between them")
+    parser.add_argument("--write", type=Path, help="page with the two markers to put the table between")
     arguments = parser.parse_args()
     found = table(RESULTS)
     if arguments.write:

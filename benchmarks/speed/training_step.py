@@ -1,16 +1,16 @@
-"""Fine-tuning pairs per second and peak memory of a step: a plain Trainer script's batch beside ours.
+"""Fine-tuning pairs per second and peak memory of a step: a plain Trainer script's batch compared with ours.
 
-    python -m benchmarks.speed.training_step                                     # CPU, 2 images of 5 captions a step
+    python -m benchmarks.speed.training_step                                     # CPU, 2 images with 5 captions per step
     python -m benchmarks.speed.training_step --device cuda --dtype bfloat16 --images 16
 
 Both sides train BLIP-base at 384 px on the same (image, caption) pairs, with the same weights, loss and AdamW:
 
-    peer    one caption a row, so an image is encoded once a caption; transformers' eager attention; loss from labels
+    peer    one caption per row, so an image is encoded once per caption; transformers' eager attention; loss from labels
     ours    the captions of an image share its encoding; fast attention; logits for target tokens only; on AMD
             processors oneDNN's matrix products (--without_onednn: PyTorch's)
 
 With the vision encoder frozen, the peer has `requires_grad=False` there, and ours reads the features that an earlier
-epoch kept. The two take turns in one process. Peak memory is taken in a process of its own for each.
+epoch cached. The two take turns in one process. Peak memory is measured in a separate process for each.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from objectives.cross_entropy import caption_loss
 
 
 def make_batch(images: int, captions: int, pad_to: int, device: str) -> dict[str, torch.Tensor]:
-    """Random images and captions of 10 to 18 tokens with both ends, as COCO's mostly are, padded to the longest."""
+    """Random images and captions of 10 to 18 tokens including start and end, like most of COCO's, padded to the longest."""
     torch.manual_seed(1)
     rows = images * captions
     lengths = torch.randint(10, 19, (rows,))
@@ -51,7 +51,7 @@ def make_batch(images: int, captions: int, pad_to: int, device: str) -> dict[str
 
 
 class Sides:
-    """A step of each side, on shared weights: lr 0 costs what a step costs and keeps every turn comparable."""
+    """A step of each side, on shared weights: with lr 0 a step costs the same and every turn stays comparable."""
 
     def __init__(self, arguments, frozen_vision: bool, only: str | None = None):
         self.arguments = arguments
@@ -104,7 +104,7 @@ def largest_gradient_difference(sides: Sides) -> float:
 
 
 def peak_memory(arguments, side: str, frozen_vision: bool) -> dict:
-    """MiB of a process that does two steps of one side (Adam's moments exist from the first on)."""
+    """Peak MiB of a process that runs two steps of one side (Adam's moments exist after the first)."""
     command = [sys.executable, "-m", __spec__.name, "--memory_of", side, *sys.argv[1:]] + ["--frozen"] * frozen_vision
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -116,7 +116,7 @@ def report_memory(arguments) -> None:
     sides = Sides(arguments, arguments.frozen, only=arguments.memory_of)
     for _ in range(2):
         sides.step(arguments.memory_of)
-    # Weights, gradients and Adam's moments are needed whatever the batch; the rest is what a batch costs.
+    # Weights, gradients and Adam's moments are needed for any batch; the rest is the cost of a batch.
     states = sum(p.numel() for p in sides.peer.parameters()) * 4
     states += 3 * sum(p.numel() for p in sides.peer.parameters() if p.requires_grad) * 4
     print(json.dumps({"peak_mib": peak_mib(arguments.device), "weights_gradients_moments_mib": states / 2**20}))
@@ -124,7 +124,7 @@ def report_memory(arguments) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2, help="images a step; pairs are images x captions")
+    parser.add_argument("--images", type=int, default=2, help="images per step; pairs are images x captions")
     parser.add_argument("--captions_per_image", type=int, default=5)
     parser.add_argument(
         "--pad_to", type=int, default=0, help="shortest length of a row, both sides (0: longest caption)"
@@ -180,5 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each number as it comes
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each number at once
     main()

@@ -1,10 +1,10 @@
-"""Every format of captioned images, a module each, with
+"""Every format of captioned images, one module each, with
 
     NAME, ABOUT                what --data_format calls it, and what it is in a few words
     matches(path) -> bool      whether a file, a folder or a name is of this format, from the names and first bytes there
-    read(path, options)        an iterator of Record, a row each, in the source's order and in bounded memory; or, where
+    read(path, options)        an iterator of Record, one per row, in the source's order, in bounded memory; or, where
                                the images lie inside the source, {split: table of `datasets`}
-    YIELDS_TO                  optional: names of formats that are meant where both match
+    YIELDS_TO                  optional: names of formats that take precedence where both match
 
 To add one, write its module and name it in FORMATS.
 """
@@ -26,7 +26,7 @@ def detect(name: str):
     """
     path = Path(name).expanduser()
     found = [module for module in FORMATS if module.matches(path)]
-    if name.startswith((".", "~")):  # the id of a Hub data set is no path
+    if name.startswith((".", "~")):  # the id of a Hub data set is not a path
         found = [module for module in found if module is not hub]
     names = {module.NAME for module in found}
     if saved in found:

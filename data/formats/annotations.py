@@ -1,9 +1,9 @@
-"""Annotation files of every common kind, told by their content, one file or one a split.
+"""Annotation files of every common kind, recognized by content, one file or one per split.
 
 COCO, VizWiz and nocaps: {"images": [...], "annotations": [...]}, with or without file names (BLIP's *_gt.json).
-TextCaps: {"data": [...]}. LLaVA: conversations. A map of names to captions. Else a list of objects, one object a line,
-or a table (CSV, TSV), with an image (a path, or the image itself in base64), captions, and maybe `image_id`, `split` and
-further columns.
+TextCaps: {"data": [...]}. LLaVA: conversations. A map of names to captions. Else a list of objects, one per line, or a
+table (CSV, TSV), with an image (a path, or the image itself in base64), captions, and optionally `image_id`, `split`
+and other columns.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from data.rows import SPLIT_NAMES, DataError, Options, Record, split_of_file
 from data.text_rows import csv_rows, jsonl_rows, read_json
 
 NAME = "annotations"
-ABOUT = "JSON, JSONL, CSV, COCO or VizWiz annotations, one file or one a split"
+ABOUT = "JSON, JSONL, CSV, COCO or VizWiz annotations, one file or one per split"
 YIELDS_TO = ("flickr8k", "karpathy", "imagefolder")
 
 KINDS = ("json", "jsonl", "ndjson", "csv", "tsv")
@@ -28,7 +28,7 @@ def matches(path: Path) -> bool:
 
 
 def files_of(path: Path) -> list[tuple[Path, str | None]]:
-    """A file, or one file a split in a folder or its `annotations` folder: train.jsonl, captions_val2014.json,
+    """A file, or one file per split in a folder or its `annotations` folder: train.jsonl, captions_val2014.json,
     processed_val.json, ...; or the only table of a folder. Returns (file, split or None)."""
     if path.is_file():
         return [(path, split_of_file(path))]
@@ -37,7 +37,7 @@ def files_of(path: Path) -> list[tuple[Path, str | None]]:
         files = [file for kind in KINDS for file in sorted(folder.glob(f"*.{kind}")) if not file.name.startswith(".")]
         for file in files:
             found.setdefault(file.suffix, []).append(file)
-        # COCO ships captions_ beside instances_; VizWiz' processed_ files are made from the official ones.
+        # COCO ships captions_ next to instances_; VizWiz' processed_ files are made from the official ones.
         for prefix in ("processed_", "captions_", ""):
             named = [(file, split_of_file(file)) for file in files if file.name.startswith(prefix)]
             chosen = [(file, split) for file, split in named if split]
@@ -121,7 +121,7 @@ def coco_rows(content: dict, file: Path, split: str | None, find: Finder, option
         where = f"{file.name} image {image_id}"
         place = find(name) if name else find.by_id(image_id)
         if place is None:
-            place = find(f"{image_id}.jpg")  # for the message, or for whoever reads captions alone
+            place = find(f"{image_id}.jpg")  # for the message, or for callers that read captions only
         yield Record(
             where,
             place,
@@ -141,5 +141,5 @@ def is_rejected(annotation: dict) -> bool:
 
 
 def as_id(value) -> str:
-    """An id as text: 6, 6.0 and "6" are one."""
+    """An id as text: 6, 6.0 and "6" are the same."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

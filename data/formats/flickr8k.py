@@ -1,5 +1,5 @@
 """Flickr8k as first published (`Flickr8k.token.txt`: name#number TAB caption) or as on Kaggle (`captions.txt`: CSV with
-the header image,caption). `Flickr_8k.{train,dev,test}Images.txt` beside it, where they are, say the splits."""
+the header image,caption). `Flickr_8k.{train,dev,test}Images.txt` next to it, if present, define the splits."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from data.rows import DataError, Options, Record
 from data.text_rows import csv_rows
 
 NAME = "flickr8k"
-ABOUT = "Flickr8k.token.txt or captions.txt beside a folder of images"
+ABOUT = "Flickr8k.token.txt or captions.txt next to a folder of images"
 
 
 def matches(path: Path) -> bool:
@@ -58,13 +58,13 @@ def read(path: Path, options: Options) -> Iterator[Record]:
             continue
         image = find(name)
         if name.endswith(".jpg.1") and not os.path.exists(image):
-            options.dropped[f"caption rows of {name}, a slip of the published file"] += 1
+            options.dropped[f"caption rows of {name}, a mistake in the published file"] += 1
             continue
         yield Record(where, image, [caption], name=name, split=split_of.get(name))
 
 
 def rows_of(file: Path) -> Iterator[tuple[str, str, str]]:
-    """(name, caption, where) of each line."""
+    """(name, caption, where) for each line."""
     if file.suffix == ".txt" and not file.name.endswith("token.txt"):
         for row, where in csv_rows(file, last_takes_rest=True):
             if list(row) != ["image", "caption"]:

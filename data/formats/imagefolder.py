@@ -1,4 +1,4 @@
-"""The `imagefolder` layout of `datasets`: metadata.jsonl or metadata.csv with file_name and a caption column, beside the
+"""The `imagefolder` layout of `datasets`: metadata.jsonl or metadata.csv with file_name and a caption column, next to the
 images, or one in each of train, validation and test."""
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""COCO in Karpathy's splits (`dataset_coco.json`, also of Flickr8k and Flickr30k), and the Hub set of its columns.
+"""COCO in Karpathy's splits (`dataset_coco.json`, also of Flickr8k and Flickr30k), and the Hub set with its columns.
 
-restval joins train: 113,287 images. The id is COCO's, so that results compare with everyone's. Missing images of COCO
+restval joins train: 113,287 images. The id is COCO's, so that results are comparable. Missing images of COCO
 are fetched, from the data set's own host only.
 """
 
@@ -24,7 +24,7 @@ from data.text_rows import read_json
 logger = logging.getLogger(__name__)
 
 NAME = "karpathy"
-ABOUT = "dataset_coco.json and its kin"
+ABOUT = "dataset_coco.json and similar files"
 
 COCO_HOST = "http://images.cocodataset.org"  # the data set's own, and the only one that images are fetched from
 COCO_FOLDER = re.compile(r"(train|val|test)(2014|2015|2017)")
@@ -93,10 +93,10 @@ def locate_images(records: list[Record], image_dir, path: Path, cache: Path, fet
 def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
     """Fetch COCO images ("val2014/COCO_val2014_000000000042.jpg") into a folder, from the data set's own host only.
 
-    Concurrent; a file appears under its name only when whole, so a broken-off run continues where it stopped.
+    Concurrent; a file appears under its name only when complete, so an interrupted run continues where it stopped.
 
     Raises:
-        DataError: naming the first image that could not be had. What was fetched stays.
+        DataError: names the first image that could not be fetched. What was fetched is kept.
     """
     session = requests.Session()
     session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=connections))
@@ -111,16 +111,16 @@ def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
                 if answer.status_code == 200:
                     content = answer.content
                     if not content.startswith(b"\xff\xd8"):
-                        raise DataError(f"{COCO_HOST}/{name}: what came is no JPEG file")
+                        raise DataError(f"{COCO_HOST}/{name}: the response is not a JPEG file")
                     if len(content) != int(answer.headers.get("Content-Length", len(content))):
-                        raise requests.ConnectionError("the answer broke off")
+                        raise requests.ConnectionError("the response was cut off")
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with whole(target) as part:
                         part.write_bytes(content)
                     return
                 if answer.status_code < 500:
-                    raise DataError(f"{COCO_HOST}/{name}: the server answers {answer.status_code}")
-                fault = f"the server answers {answer.status_code}"
+                    raise DataError(f"{COCO_HOST}/{name}: the server returned {answer.status_code}")
+                fault = f"the server returned {answer.status_code}"
             except requests.RequestException as error:
                 fault = type(error).__name__
             time.sleep(0.2 * 4**attempt if attempt < 3 else 0)

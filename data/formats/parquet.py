@@ -1,4 +1,4 @@
-"""Parquet files: one, several by a pattern, or a folder of the shape of a Hub data set."""
+"""Parquet files: one, several by a pattern, or a folder laid out like a Hub data set."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from data.rows import Options, split_of_file
 from data.tables import load_dataset, local_files
 
 NAME = "parquet"
-ABOUT = "Parquet files, or a folder of the shape of a Hub data set"
+ABOUT = "Parquet files, or a folder laid out like a Hub data set"
 
 
 def matches(path: Path) -> bool:
@@ -15,7 +15,7 @@ def matches(path: Path) -> bool:
     if not path.is_dir():
         return False
     files = list(path.rglob("*.parquet"))
-    # img2dataset writes 00000.parquet, a table about its samples, beside 00000.tar, which holds them.
+    # img2dataset writes 00000.parquet, a table about its samples, next to 00000.tar, which holds them.
     return bool(files) and not all(file.with_suffix(".tar").exists() for file in files)
 
 

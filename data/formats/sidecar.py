@@ -1,5 +1,5 @@
-"""A folder of images, each with a text file of the same name (x.jpg and x.txt, or x.caption): the habit of everyone who
-trains image generators. A text file is one caption. Folders called train, validation and test are splits."""
+"""A folder of images, each with a text file of the same name (x.jpg and x.txt, or x.caption), as is usual
+for training image generators. A text file is one caption. Folders called train, validation and test are splits."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from data.images import ENDINGS, is_image
 from data.rows import SPLIT_NAMES, DataError, Options, Record
 
 NAME = "sidecar"
-ABOUT = "a folder of images, each with a text file of the same name beside it"
+ABOUT = "a folder of images, each with a text file of the same name next to it"
 YIELDS_TO = ("flickr8k", "karpathy", "imagefolder", "annotations", "webdataset", "parquet", "saved")
 TEXTS = (".txt", ".caption")
 
@@ -20,7 +20,7 @@ def matches(path: Path) -> bool:
 
 
 def pairs(path: Path) -> Iterator[tuple[Path, Path]]:
-    """(image, text) of every image that has a text beside it."""
+    """(image, text) of every image that has a text next to it."""
     for folder, below, names in os.walk(path):
         below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
         texts = {os.path.splitext(name)[0]: name for name in reversed(names) if name.endswith(TEXTS)}

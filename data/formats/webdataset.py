@@ -1,4 +1,4 @@
-"""WebDataset: tar files in which files of the same name but the ending are a sample: an image of any kind, and its
+"""WebDataset: tar files in which files of the same name, extensions aside, form a sample: an image of any kind, and its
 caption in a .txt, .caption or .json file."""
 
 import json
@@ -44,7 +44,7 @@ def read(path: Path, options: Options) -> dict:
     )
     tables = {}
     for split, tars in files.items():
-        # Size and time of change are part of the arguments, so that a changed file is not taken from the cache.
+        # Size and modification time are part of the arguments, so that a changed file is not taken from the cache.
         shards = [(str(tar), os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
         skip = options.skip_bad_samples and split == "train"
         if options.streaming:
@@ -65,7 +65,7 @@ def read(path: Path, options: Options) -> dict:
             cache_dir=options.cache_dir,
             gen_kwargs={"shards": shards, "skip_bad_samples": skip},
         )
-    options.dropped += {}  # leaves out what was counted as none
+    options.dropped += {}  # drops zero counts
     return tables
 
 
@@ -84,12 +84,12 @@ def samples(tar: str, captions: bool = True, opened=None) -> Iterator[dict]:
     """The samples of a tar file in order, read as a stream.
 
     Args:
-        captions: whether a sample without one is at fault.
-        opened: the tar file as an open binary file, where it is not a local one.
+        captions: whether a sample without one is faulty.
+        opened: the tar file as an open binary file, if it is not local.
 
     Returns:
         {"key", "where", "image" ({"path", "bytes"} or None), "captions", "json" (text or None), "fault" (None or what is
-        missing), "members" ([(name, bytes)])} of each.
+        missing), "members" ([(name, bytes)])} for each.
     """
     name = os.path.basename(tar)
     key, members = None, []
@@ -106,10 +106,10 @@ def samples(tar: str, captions: bool = True, opened=None) -> Iterator[dict]:
 
 
 def members_of(tar: str, opened=None) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file in a tar, but for what macOS adds.
+    """(name, content) of each file in a tar, except what macOS adds.
 
     Raises:
-        DataError: the tar is broken or cut off; it names the last sound file.
+        DataError: the tar is broken or cut off; it names the last intact file.
     """
     last = None
     try:

@@ -33,7 +33,7 @@ def bleu_statistics(hypotheses: list[list[str]], references: list[list[list[str]
             continue
         grams = int(gram.max()) + 1
         hypothesis = owner < images
-        # For each image and n-gram, the most that one reference has of it.
+        # For each image and n-gram, its highest count in any one reference.
         key = image_of_reference[owner[~hypothesis] - images] * grams + gram[~hypothesis]
         order = np.argsort(key, kind="stable")
         allowed_key, first = np.unique(key[order], return_index=True)

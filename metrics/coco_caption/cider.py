@@ -1,7 +1,7 @@
 """CIDEr-D: the CIDEr of the COCO evaluation code, and the reward of self-critical training.
 
 Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation" (CVPR 2015), section 5. What the COCO code calls
-CIDEr is CIDEr-D with sigma 6, here too. Two habits of that code are kept, for equal values: the "length" in its
+CIDEr is CIDEr-D with sigma 6, here too. Two quirks of that code are kept, for equal values: the "length" in its
 Gaussian penalty is the number of bigrams, and an n-gram that no reference has gets document frequency 1.
 """
 
@@ -30,7 +30,7 @@ class CiderD:
     >>> reward.score(hypotheses, references)  # 5 candidates of 64 images: (320,)   # doctest: +SKIP
 
     With `end_of_sequence`, every caption ends in one more word, in hypotheses, references and frequencies. Without it,
-    self-critical training learns to break off ("a man with a"): nothing rewards a finished sentence.
+    self-critical training learns to stop early ("a man with a"): nothing rewards a finished sentence.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class CiderD:
     def cached(
         cls, references: Sequence[Sequence[list[str]]], folder: str | os.PathLike, end_of_sequence: bool = False
     ) -> "CiderD":
-        """Like `from_references`, kept in `folder` under a name made of the references' content.
+        """Like `from_references`, kept in `folder` under a name derived from the references' content.
 
-        Safe with several processes: the file appears whole or not at all. A damaged file is made again.
+        Safe with several processes: the file appears complete or not at all. A damaged file is rebuilt.
         """
         digest = hashlib.sha256(f"{_FORMAT} {end_of_sequence}".encode())
         for image in references:
@@ -122,7 +122,7 @@ class CiderD:
                 frequencies = [arrays[f"frequencies{order}"] for order in range(1, _ORDERS + 1)]
         except FileNotFoundError:
             raise
-        except Exception as error:  # a cut file raises whatever zip, zlib or numpy raise
+        except Exception as error:  # a truncated file raises whatever zip, zlib or numpy raise
             raise ValueError(f"{path} does not hold CIDEr document frequencies ({error}); delete it.") from error
         return cls(vocabulary.split("\n") if vocabulary else [], keys, frequencies, images, bool(end_of_sequence))
 
@@ -135,14 +135,14 @@ class CiderD:
         """CIDEr-D of each hypothesis, 10 at most: (hypotheses,).
 
         Args:
-            hypotheses: tokens of each caption; k candidates an image stand together, in the images' order.
+            hypotheses: tokens of each caption; k candidates per image, grouped, in the images' order.
             references: tokens of each image's reference captions, (images); len(hypotheses) is k * images.
-            ended: with `end_of_sequence`, whether each hypothesis has that token: one that was cut at the greatest
-                length has not. Default: all have.
+            ended: with `end_of_sequence`, whether each hypothesis has that token: one that was cut at the maximum
+                length does not. Default: all do.
         """
         images = len(references)
         if not images or len(hypotheses) % images:
-            raise ValueError(f"{len(hypotheses)} hypotheses cannot be shared out evenly over {images} images.")
+            raise ValueError(f"{len(hypotheses)} hypotheses cannot be divided evenly among {images} images.")
         counts = np.array([len(captions) for captions in references])
         if not counts.all():
             raise ValueError(f"image {int(np.argmin(counts))} of the batch has no reference captions.")

@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 5000
 _BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
-# Scores of a corpus that are no mean over its images: counts of the images are added up, and scored together.
+# Scores of a corpus that are not a mean over its images: counts of the images are summed, and scored together.
 SUMMED = ("Bleu", "sacrebleu", "METEOR")
-# Of these too: they are a share, of the first column in the second.
+# These too: they are a share, the first column divided by the second.
 SHARES = ("scene_facts", "CHAIRi", "object_recall")
 SPICE_SAMPLES = 1500  # images, where their references were never parsed
 
-# A caption that ends in one of these was broken off: what rewards without an end-of-sequence token teach a model.
+# A caption that ends in one of these was cut off: what rewards without an end-of-sequence token teach a model.
 _DETERMINERS = "a an the this that these those my your his her its our their"
 _PREPOSITIONS = (
     "about above across after against along among around as at before behind below beneath beside between beyond by down "
@@ -51,7 +51,7 @@ def ends_badly(tokens: list[str]) -> bool:
 
 
 def repeated_bigrams(tokens: list[str]) -> float:
-    """The share of a caption's pairs of neighbouring tokens that stood in it before: "a dog and a dog" has 1 of 4."""
+    """The share of a caption's pairs of neighbouring tokens that occurred before: "a dog and a dog" has 1 of 4."""
     pairs = list(itertools.pairwise(tokens))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
@@ -61,13 +61,13 @@ class InvalidCaptions(ValueError):
 
 
 class MismatchedImages(InvalidCaptions):
-    """Predictions and references are not about the same images."""
+    """Predictions and references are not for the same images."""
 
 
 def preflight(
     meteor: bool = True, spice: bool | str = "auto", *, cache: str | os.PathLike | None = None, language: str = "en"
 ) -> dict[str, str]:
-    """What will not be available, and why: {"SPICE": reason}. Empty when all that is asked for can be had.
+    """What will not be available, and why: {"SPICE": reason}. Empty if everything that was asked for is available.
 
     Cheap, so that a script can say it before hours of generation and not after.
     """
@@ -105,9 +105,9 @@ def score(
         predictions: {image id: caption}. Empty captions are allowed and score low.
         references: {image id: captions}, at least one each, any number each. Images are scored in this order.
         meteor: False leaves it out.
-        spice: "auto" computes it where all that it needs is there; True also downloads Stanford CoreNLP into `cache`;
-            False leaves it out. A score that cannot be had is None with the reason.
-        spice_samples: SPICE is slow at first: it takes a seeded sample of so many images; 0 takes all. None takes all
+        spice: "auto" computes it if all that it needs is installed; True also downloads Stanford CoreNLP into `cache`;
+            False leaves it out. A score that cannot be computed is None with the reason.
+        spice_samples: SPICE is slow at first: it takes a seeded sample of that many images; 0 takes all. None takes all
             where the references' tuples are in `cache`, else SPICE_SAMPLES.
         spice_heap: Java heap of SPICE, as `java -Xmx` takes it.
         cache: folder in which SPICE keeps what it parses, and METEOR its unpacked table. None: SPICE keeps nothing, METEOR
@@ -121,7 +121,7 @@ def score(
 
     Returns:
         (metrics, per_image). `metrics`: Bleu_1..4, METEOR, ROUGE_L, CIDEr, SPICE as the COCO code prints them, SPIDEr,
-        the mean of CIDEr and SPICE (all three of Java None where not had), "SPICE_categories", "sacrebleu" (0 to 100)
+        the mean of CIDEr and SPICE (Java's three are None if unavailable), "SPICE_categories", "sacrebleu" (0 to 100)
         with "sacrebleu_signature", "unavailable" {metric: reason}, "counts", "intervals" {metric: [low, high]} and
         "corpus" facts. `per_image`: {image id: {metric: value}}, under "statistics" the counts of SUMMED, {name: numbers},
         and under "spice_tuples" those "matched", "wrong" and "missed".
@@ -197,13 +197,13 @@ def score(
 
 
 def _tokenized(predictions, references, language: str) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """(tokens of each image's caption, of each of its references), with a warning where whole captions are one word."""
+    """(tokens of each image's caption, of each of its references), with a warning if whole captions are one word."""
     flat = iter(tokens_of((caption for captions in references.values() for caption in captions), language))
     reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
     tokens = tokens_of((predictions[image] for image in references), language)
     if language == "en" and (found := unsegmented([*itertools.chain(*reference_tokens)])):
         logger.warning(
-            "Whole captions are taken for one word (%s): the scores mean nothing. Name their language: "
+            "Whole captions are treated as one word (%s): the scores mean nothing. Name their language: "
             "--caption_language %s.",
             found[1],
             found[0],
@@ -212,7 +212,7 @@ def _tokenized(predictions, references, language: str) -> tuple[list[list[str]],
 
 
 def _spice_sample(reference_tokens: list, wanted: int | None, cache, seed: int) -> np.ndarray:
-    """Indices of the images that SPICE is computed of: `spice_samples` of `score`."""
+    """Indices of the images that SPICE is computed on: `spice_samples` of `score`."""
     if wanted is None:
         wanted = 0 if are_cached(itertools.chain(*reference_tokens), cache) else SPICE_SAMPLES
     if not wanted or len(reference_tokens) <= wanted:
@@ -254,7 +254,7 @@ def _category_scores(found: list[dict]) -> dict[str, float | None]:
     return scores
 
 
-@functools.cache  # said once, not at every evaluation of a training run
+@functools.cache  # logged once, not at every evaluation of a training run
 def _warn_of_few_images(images: int) -> None:
     logger.warning(
         "Only %d image(s) to score. CIDEr weighs words by how many of the scored images mention them, so it means "
@@ -284,22 +284,22 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
         )
     for image, captions in references.items():
         if isinstance(captions, str):
-            raise InvalidCaptions(f"The references of image {image!r} are one text; a list of captions is needed.")
+            raise InvalidCaptions(f"The references of image {image!r} are a single text; a list of captions is needed.")
         if not captions:
             raise InvalidCaptions(f"Image {image!r} has no reference captions.")
         for caption in (predictions[image], *captions):
             if not isinstance(caption, str):
-                raise InvalidCaptions(f"A caption of image {image!r} is no text: {caption!r:.80}")
+                raise InvalidCaptions(f"A caption of image {image!r} is not text: {caption!r:.80}")
 
 
 def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.ndarray:
-    """What `statistics` gives per image, of some images at a time: its tables are far larger than its rows."""
+    """`statistics` per image, computed for some images at a time: its tables are far larger than its rows."""
     blocks = range(0, len(hypotheses), _BLOCK)
     return np.concatenate([statistics(hypotheses[i : i + _BLOCK], references[i : i + _BLOCK]) for i in blocks])
 
 
 def _result(job: Future | None, name: str, unavailable: dict[str, str]):
-    """What a Java job gave; None and a reason where it failed."""
+    """What a Java job returned; None and a reason if it failed."""
     if job is None:
         unavailable.setdefault(name, "not asked for")
         return None
@@ -312,7 +312,7 @@ def _result(job: Future | None, name: str, unavailable: dict[str, str]):
 
 
 def _sacrebleu(**settings) -> "BLEU":
-    from sacrebleu.metrics import BLEU  # imported where it is used: captioning and rewards need none of it
+    from sacrebleu.metrics import BLEU  # imported where it is used: captioning and rewards do not need it
 
     return BLEU(**settings)
 
@@ -333,7 +333,7 @@ def _sacrebleu_statistics(
 
 
 def _sacrebleu_signature(sacrebleu: "BLEU", references: Mapping[str, Sequence[str]]) -> str:
-    """sacreBLEU's own description of the settings. It asks for a scoring first, to see how many references there are."""
+    """sacreBLEU's own description of the settings. It needs one scoring first, to see how many references there are."""
     fewest, most = min(references.values(), key=len), max(references.values(), key=len)
     streams = [[fewest[n] if n < len(fewest) else None, most[n]] for n in range(len(most))]
     sacrebleu.corpus_score(["", ""], streams)
@@ -352,14 +352,14 @@ def _sacrebleu_score(statistics: np.ndarray) -> float:
 def resampled_scores(statistics: dict[str, np.ndarray], samples: int, seed: int) -> dict[str, np.ndarray]:
     """Corpus scores of `samples` resamples of the images, {metric: (samples,)}, for intervals and paired tests.
 
-    Every resample draws as many images as there are, with replacement, and scores them as a corpus: counts are added up
+    Every resample draws as many images as there are, with replacement, and scores them as a corpus: counts are summed
     for BLEU, METEOR and sacreBLEU, the others are means. CIDEr's document frequencies stay those of the whole set. Equal
     numbers of images and seeds draw equal resamples.
 
     Args:
         statistics: one row per image: counts that are summed, (images, columns), and values whose mean is the score,
             (images,).
-            NaN stands for an image that has no such value; resamples are then drawn of those that have one.
+            NaN marks an image that has no such value; resamples are then drawn from those that have one.
     """
     images = len(next(iter(statistics.values())))
     table, columns = [], {}

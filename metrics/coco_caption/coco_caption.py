@@ -1,6 +1,6 @@
 """The COCO captioning scores as a module of the `evaluate` library: `evaluate.load("path/to/metrics/coco_caption")`.
 
-`evaluate` copies this file, and the files beside it that it imports by name, into a cache and runs them from there; so
+`evaluate` copies this file, and the files next to it that it imports by name, into a cache and runs them from there; so
 every scorer is imported here, whether used here or not.
 """
 
@@ -32,9 +32,9 @@ _INPUTS = """
 Args:
     predictions: list of str, one caption per image.
     references: list of lists of str, all reference captions of each image, any number of them.
-    meteor: False leaves it out. Otherwise, where it cannot be had, it is None, and `unavailable` says why.
-    spice: "auto" computes it where Java and Stanford CoreNLP are there, True also downloads CoreNLP, False leaves it out.
-    spice_samples: SPICE is slow at first, so it takes a seeded sample of so many images; 0 takes all. None takes all where
+    meteor: False leaves it out. Otherwise, if it cannot be computed, it is None, and `unavailable` says why.
+    spice: "auto" computes it where Java and Stanford CoreNLP are found, True also downloads CoreNLP, False leaves it out.
+    spice_samples: SPICE is slow at first, so it takes a seeded sample of that many images; 0 takes all. None takes all where
         the references were parsed before, else 1500.
     language: of the captions, such as en, zh, ja or pt-BR. METEOR and SPICE are for English.
     bootstrap_samples: resamples of the images for the 95 % intervals; 0 leaves the intervals out.

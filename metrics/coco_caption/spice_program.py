@@ -6,7 +6,7 @@ caption, and `{"score": [[tuples of the caption, [tuples of each reference, ...]
 counts of each category and the tuples that were matched, wrong and missed.
 
 The command line of SPICE does the same, but writes its result through a JavaScript engine, which no Java has had since
-version 15, and keeps its cache by a native library for x86-64.
+version 15, and keeps its cache with a native library for x86-64.
 """
 
 import json
@@ -19,7 +19,7 @@ CATEGORIES = ("Object", "Attribute", "Relation", "Color", "Cardinality", "Size")
 def main():
     libjvm, heap, threads, *jars = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what Java prints is no answer
+    os.dup2(2, 1)  # keeps what Java prints out of the answers
     import jpype
 
     # HotSpot numbers objects at random, and SPICE merges equally similar nodes in the order of these numbers.

@@ -1,4 +1,4 @@
-"""Facts about a text: illegal characters, foreign scripts, repetition; and beside others, names, numbers and colours.
+"""Facts about a text: illegal characters, foreign scripts, repetition; compared with others, names, numbers and colours.
 
 Used on captions of a captioner (infer.py, evaluate.py) and on what an LLM wrote (rewriting/checks.py).
 """
@@ -34,7 +34,8 @@ def contradictions(text: str, references: Iterable[str]) -> dict[str, tuple[list
     """{"colour": (said, instead), "count": ...}: what `text` says that all references contradict, and what they say.
 
     A reference contradicts a colour if it names colours and not this one; one that names none says nothing. Words are
-    compared, not what they belong to: "a red ball" contradicts "a dog with a blue ball", and "a red dog" no "red ball".
+    compared, not what they belong to: "a red ball" contradicts "a dog with a blue ball", and "a red dog" does not
+    contradict "red ball".
     """
     captions = [words(caption) for caption in (text, *references)]
     found = {}
@@ -46,10 +47,10 @@ def contradictions(text: str, references: Iterable[str]) -> dict[str, tuple[list
 
 
 def illegal_characters(text: str) -> list[str]:
-    """The characters of `text` that no caption has: control and invisible characters, private and unassigned code
-    points, halves of surrogate pairs, and U+FFFD, which stands for bytes that were no text.
+    """The characters of `text` that no caption should have: control and invisible ones, private and unassigned code
+    points, halves of surrogate pairs, and U+FFFD, which replaces bytes that were not text.
 
-    BLIP-2's OPT decoder writes such (its tokens are bytes); a line break or tab counts as white space.
+    BLIP-2's OPT decoder writes them (its tokens are bytes); a line break or tab counts as white space.
     """
     if text.isascii() and text.isprintable():
         return []

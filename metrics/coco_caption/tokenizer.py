@@ -44,7 +44,7 @@ _LATER = _codepoints(
 _LETTERS = {c for c in range(0x10000) if unicodedata.category(chr(c))[0] == "L"} - _LATER
 _LETTERS |= {0x1885, 0x1886}  # letters then, marks now
 _DIGITS = {c for c in range(0x10000) if unicodedata.category(chr(c)) == "Nd"} - _LATER
-# Signs that may stand inside a word although they are no letters: soft hyphen, modifiers, combining marks.
+# Signs that may be inside a word although they are not letters: soft hyphen, modifiers, combining marks.
 _WORD_SIGNS = _codepoints(
     "AD 237-24F 2C2-2C5 2D2-2DF 2E5-2FF 300-36F 370-37D 384-385 3CF 3F6 3FC-3FF 483-487 4CF 4F6-4FF 510-525 55A-55F"
     " 591-5BD 5BF 5C1-5C2 5C4-5C5 5C7 615-61A 63B-63F 64B-65E 670 6D6-6EF 6FA-6FF 70F 711 730-74F 750-77F 7A6-7B1"
@@ -89,7 +89,7 @@ _INITIALS = "[A-Z]+(?:(?:&(?i:amp;)|[+&])[A-Z]+)+"
 _PAUSE = "[,;:\u3001]"
 
 # Abbreviations that keep their period. Some must begin with a capital ("Miss." is a state, "miss." is not), and in a few
-# one letter must be small, for no reason but that the original has it so.
+# one letter must be lower case, only because the original requires it.
 _ABBREVIATIONS = (
     # months, days, states
     "(?i:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|ala|ariz|calif|colo|conn|ct|dak|fla|"
@@ -296,7 +296,7 @@ def _scan(text: str, next_line: str = "") -> list[str]:
     return tokens
 
 
-# What may reach over a space, or over the end of the line: a tag, a phone number, "5 1/2", and the period of "U. The"
+# What may span a space, or the end of the line: a tag, a phone number, "5 1/2", and the period of "U. The"
 # and "no. 5". Everything else ends at a space, so that chunks between spaces can be scanned once and remembered.
 _REACHES_OVER_SPACE = re.compile(
     f"<|[0-9)]{_SPACE}[0-9]|(?:[^A-Za-z]|^)(?:[A-Za-z]|(?i:{_BEFORE_NUMBERS}))\\.(?:{_SPACE}|$)"
@@ -316,7 +316,7 @@ def tokenize(captions: Iterable[str]) -> list[list[str]]:
     >>> tokenize(["A man's dog isn't well-fed.", ""])
     [['a', 'man', "'s", 'dog', 'is', "n't", 'well-fed'], []]
 
-    The Java program reads one caption a line, and looks into the next line to decide about the period of a final
+    The Java program reads one caption per line, and looks into the next line to decide about the period of a final
     "... the Wii U." or "... yes or no."; so does this. It is the only way in which captions affect each other.
 
     One deliberate difference: a line break inside a caption counts as a space. In pycocoevalcap, "\\r" and some others

@@ -165,7 +165,7 @@ def test_one_image_in_two_splits_and_rows_without_a_split_are_errors(tmp_path):
     rows[1] = {"image": "b.jpg", "caption": "y"}
     rows.append({"image": "b.jpg", "caption": "y"})
     rows[0]["split"] = "test"
-    with pytest.raises(DataError, match=r"image b.jpg has no split, others have"):
+    with pytest.raises(DataError, match=r"image b.jpg has no split, others do"):
         data.load(write_set(tmp_path, rows, images))
 
 

@@ -343,7 +343,7 @@ def test_a_broken_fetch_is_retried_and_a_stopped_one_continues(tmp_path, coco_se
         "/train2014/COCO_train2014_000000000002.jpg": ["half"],
         "/val2014/COCO_val2014_000000000006.jpg": [404],
     }
-    with pytest.raises(DataError, match=r"000000000006.jpg: the server answers 404"):
+    with pytest.raises(DataError, match=r"000000000006.jpg: the server returned 404"):
         data.load(source, cache_dir=cache)
     assert len(list(Path(cache).rglob("COCO_*.jpg"))) == 5
     asked = len(coco_server.asked)
@@ -793,7 +793,7 @@ def test_an_absent_split_lists_those_present(tmp_path):
         data.load(source, splits=("train", "test"))
     odd = hub_folder(tmp_path / "b", train=pairs(range(5), True))
     datasets.DatasetDict(dogs=pairs(range(5), True), test=pairs([6], True)).save_to_disk(tmp_path / "c")
-    with pytest.raises(DataError, match=r"'dogs' is none of.*Splits present: dogs, test"):
+    with pytest.raises(DataError, match=r"'dogs' is not one of.*Splits present: dogs, test"):
         data.load(str(tmp_path / "c"))
     assert sizes(data.load(odd)) == {"train": 3, "validation": 1, "test": 1}
 
@@ -819,5 +819,5 @@ def test_a_stream_of_few_images_says_which_split_has_none(tmp_path):
         if number:
             assert len(data.in_memory(splits[name], name)) == number
         else:
-            with pytest.raises(DataError, match=f"no image of the stream is of the {name} split"):
+            with pytest.raises(DataError, match=f"no image of the stream is in the {name} split"):
                 data.in_memory(splits[name], name)

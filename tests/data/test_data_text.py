@@ -200,7 +200,7 @@ def test_plain_text_with_brackets_stays_a_caption(text):
     "text", ['["a dog", "two cats]', '["a dog", "two', "['it's a dog', 'b']", "[\u201ca dog\u201d, \u201cb\u201d]"]
 )
 def test_a_broken_list_is_refused(text):
-    with pytest.raises(DataError, match="line 3: the caption begins as a list and cannot be read"):
+    with pytest.raises(DataError, match="line 3: the caption begins like a list but cannot be read"):
         parse_structure(text, "a.csv line 3")
 
 
@@ -215,7 +215,7 @@ def test_captions_of_several_lines_are_said(tmp_path, caplog):
     (tmp_path / "c.csv").write_text('image,caption\n1.png,"a dog\na brown dog"\n', encoding="utf-8")
     records = load(str(tmp_path / "c.csv"), all_as="test")["test"]
     assert records["captions"] == [["a dog a brown dog"]]
-    assert "the captions of 1 rows go over several lines, the first at c.csv line 2" in caplog.text
+    assert "the captions of 1 rows span several lines, the first at c.csv line 2" in caplog.text
 
 
 def test_conversations_are_captions_if_they_have_one_answer():

@@ -102,7 +102,7 @@ def test_what_train_reads_is_read_as_references_too(name, tmp_path):
 
 def test_a_caption_that_holds_rows_of_its_file_is_refused(tmp_path):
     path = write(tmp_path / "r.json", {"1.jpg": ["a dog\n2.jpg,a cat\n3.jpg,a man"]})
-    with pytest.raises(ValueError, match="goes over rows of the file"):
+    with pytest.raises(ValueError, match="spans rows of the file"):
         load_references(path)
 
 
@@ -142,8 +142,8 @@ def test_one_line_of_jsonl_is_no_map(tmp_path):
         ("p.json", ["a"], r"\[0\]: expected an object"),
         ("p.json", "5", "holds a int"),
         ("p.json", "", "p.json is empty"),
-        ("p.json", '{"1": "a",\n "2" "b"}', "p.json, line 2, column 6: no JSON"),
-        ("p.jsonl", '{"image_id": 1, "caption": "a"}\n{"image_id"', "p.jsonl, line 2: no JSON"),
+        ("p.json", '{"1": "a",\n "2" "b"}', "p.json, line 2, column 6: not valid JSON"),
+        ("p.jsonl", '{"image_id": 1, "caption": "a"}\n{"image_id"', "p.jsonl, line 2: not valid JSON"),
         ("p.jsonl", '{"image_id": 1, "caption": "a"}\n{"image_id": 2}', "p.jsonl, line 2: neither"),
     ],
 )

@@ -220,7 +220,7 @@ def test_candidates_of_an_image_stand_together(clip_folder):
             alone, ref = scorer.score(f"{place}", [image], [four[at]], [references], clip=False)
             np.testing.assert_allclose(together[at], alone[0], atol=1e-5)
             np.testing.assert_allclose(with_references[at], ref[0], atol=1e-5)
-    with pytest.raises(ValueError, match="3 captions cannot be shared out evenly over 2 images"):
+    with pytest.raises(ValueError, match="3 captions cannot be divided evenly among 2 images"):
         scorer.score("ab", images, CAPTIONS)
 
 
@@ -300,7 +300,7 @@ def test_pac_s_without_its_checkpoint_is_refused(clip_folder):
         ClipScorer.load("pac-s", clip_folder)
     with pytest.raises(ValueError, match="clip-s needs --clip_model"):
         load_scorers(SimpleNamespace(clip_metrics=["clip-s"], clip_model=None, pac_checkpoint=None))
-    with pytest.raises(ValueError, match="'clip_s' is no CLIP-based score"):
+    with pytest.raises(ValueError, match="'clip_s' is not a CLIP-based score"):
         ClipScorer.load("clip_s", clip_folder)
 
 
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(clip_folder, tmp_path):
         r"visual_projection.weight is \(23, 32\) instead of \(24, 32\)", {**state, "visual.proj": torch.ones(32, 23)}
     )
     refused(
-        "'visual.layer1.0.conv1.weight' is no parameter of a CLIP",
+        "'visual.layer1.0.conv1.weight' is not a parameter of a CLIP",
         {**state, "visual.layer1.0.conv1.weight": state["visual.proj"]},
     )
     refused("is a checkpoint of PAC-S: ask for pac-s, not pac-s\\+\\+", state, "pac-s++")

@@ -97,7 +97,7 @@ def test_loading_something_else_is_an_error_that_names_the_file(tmp_path):
 
 def test_hypotheses_that_do_not_fit_the_images_are_refused(corpus):
     scorer = CiderD.from_references(corpus)
-    with pytest.raises(ValueError, match="3 hypotheses cannot be shared out evenly over 2 images"):
+    with pytest.raises(ValueError, match="3 hypotheses cannot be divided evenly among 2 images"):
         scorer.score([["w1"]] * 3, corpus[:2])
     with pytest.raises(ValueError, match="image 1 of the batch has no reference"):
         scorer.score([["w1"]] * 2, [corpus[0], []])

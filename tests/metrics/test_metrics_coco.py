@@ -342,8 +342,8 @@ def test_empty_captions_score_as_in_pycocoevalcap_without_a_crash():
         ({"1": "a", "9": "b"}, {"1": ["a"]}, "1 image\\(s\\) are predicted without references: '9'"),
         ({"1": "a"}, {"1": []}, "'1' has no reference captions"),
         ({"1": "a"}, {"1": "a dog"}, "list of captions is needed"),
-        ({"1": None}, {"1": ["a"]}, "image '1' is no text: None"),
-        ({"1": "a"}, {"1": ["a", 5]}, "image '1' is no text: 5"),
+        ({"1": None}, {"1": ["a"]}, "image '1' is not text: None"),
+        ({"1": "a"}, {"1": ["a", 5]}, "image '1' is not text: 5"),
         ({}, {}, "no references"),
     ],
 )

@@ -427,7 +427,7 @@ def test_a_renamed_argument_switches_to_the_librarys_attention_with_one_warning(
     monkeypatch.setattr(BlipTextAttention, "forward", layer)
     model = use_fast_attention(copy.deepcopy(eager))
     [record] = caplog.records
-    assert "memory, kwargs), which is new. Captions and losses are right" in record.getMessage()
+    assert "memory, kwargs), which is new. Captions and losses are correct" in record.getMessage()
     assert f"transformers {transformers.__version__}" in record.getMessage()
     assert not kinds(model) & {"FastTextAttention", "FastVisionAttention", "FastTextDecoder"}
     assert_captions_of_library(model, eager)

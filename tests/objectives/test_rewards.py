@@ -145,7 +145,7 @@ def test_rewards_are_named_with_their_weights(text, weights):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("cidre:1", "'cidre' is no reward. Known: cider, bleu"),
+        ("cidre:1", "'cidre' is not a reward. Known: cider, bleu"),
         ("cider:much", "the weight of cider is 'much', not a number"),
         ("", "names no reward"),
         ("cider:0", "names no reward"),

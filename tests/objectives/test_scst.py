@@ -342,13 +342,13 @@ def test_an_adapter_goes_through_the_stages_alone(started, tmp_path):
     [
         ({"model_config": "x.json"}, "starts from a trained captioner"),
         ({"streaming": "true"}, "leave out --streaming"),
-        ({"reward": "cidre:1"}, "'cidre' is no reward. Known: cider, bleu"),
+        ({"reward": "cidre:1"}, "'cidre' is not a reward. Known: cider, bleu"),
         ({"reward": "cider:much"}, "the weight of cider is 'much', not a number"),
         ({"reward": ""}, "names no reward"),
         ({"scst_samples": 1}, "scst_samples 1 is too few"),
         ({"scst_baseline": "none"}, "neither leave_one_out nor greedy"),
         ({"ce_weight": 1.0}, "below 1"),
-        ({"objective": "xe"}, "'xe' is none of cross_entropy, scst"),
+        ({"objective": "xe"}, "'xe' is not one of cross_entropy, scst"),
     ],
 )
 def test_a_wrong_flag_is_one_clear_message(changed, said, tmp_path, monkeypatch, capsys):

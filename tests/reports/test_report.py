@@ -424,7 +424,7 @@ def test_runs_of_other_images_or_references_are_refused_by_name(runs, tmp_path):
     with pytest.raises(ValueError, match=r"fewer lacks 1 images of .*good: 'dog'"):
         read_runs([fewer, good])
     other = changed("other", lambda rows: [rows[0] | {"references": ["else"]}, *rows[1:]])
-    with pytest.raises(ValueError, match=r"other and .*good have other references for 1 images: 'dog'"):
+    with pytest.raises(ValueError, match=r"other and .*good have different references for 1 images: 'dog'"):
         read_runs([good, other])
     shuffled = read_runs([good, changed("shuffled", lambda rows: rows[::-1])])
     assert [[row["image_id"] for row in run["rows"]] for run in shuffled.values()] == [list(REFERENCES)] * 2

@@ -86,7 +86,7 @@ def test_an_encoder_decoder_writes_too_and_a_prompt_longer_than_the_model_is_ref
     assert len(rows(source)) == len(TEXTS)
     assert all(row["rewrite"]["attempts"] == 1 for row in rows(source))
     said = tiny.run("rewrite.py", *command(source, llm, "--max_prompt_tokens", 4000), fails=True).stderr
-    assert "holds 2048 tokens" in said
+    assert "has a context of 2048 tokens" in said
     assert (
         "needs a CUDA GPU" in tiny.run("rewrite.py", *command(source, llm, "--quantization", "4bit"), fails=True).stderr
     )

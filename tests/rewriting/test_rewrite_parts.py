@@ -43,10 +43,10 @@ def test_the_published_prompt_is_word_for_word_that_of_capsfusion():
     ("template", "said"),
     [
         ("Join {raw}.", "the field {synthetic} is missing"),
-        ("Join {raw} and {synthetic} and {caption}", "{caption} is no field"),
-        ("Join {raw!r} and {synthetic}", "{raw} is no field"),
-        ("Join {raw and {synthetic}", "A brace that is no field is written twice"),
-        ("Join {} {raw} {synthetic}", "{} is no field"),
+        ("Join {raw} and {synthetic} and {caption}", "{caption} is not a field"),
+        ("Join {raw!r} and {synthetic}", "{raw} is not a field"),
+        ("Join {raw and {synthetic}", "Write a brace that is not a field twice"),
+        ("Join {} {raw} {synthetic}", "{} is not a field"),
     ],
 )
 def test_a_prompt_file_with_wrong_fields_is_named(template, said, tmp_path):

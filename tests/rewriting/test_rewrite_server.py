@@ -192,7 +192,7 @@ def test_another_prompt_or_model_refuses_to_mix_and_more_rows_go_on(rewrite, tmp
         rewrite(*command(source, output, server, "--max_samples", 2))
         assert len(rows(output)) == 2
         said = rewrite(*command(source, output, server, "--prompt_file", tmp_path / "own.txt"), fails=True)
-        assert "begun with other settings: prompt was" in said
+        assert "started with other settings: prompt was" in said
         said = rewrite(*command(source, output, server), "--llm", "openai:other", fails=True)
         assert "llm was 'openai:small', is 'openai:other'" in said
         rewrite(*command(source, output, server))
@@ -208,7 +208,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(rewrite, tmp_path):
     (tmp_path / "out.jsonl.part-0").write_text('{"row": 0}\n')
     with LLMServer(fused) as server:
         said = rewrite(*command(write_rows(tmp_path, 2), tmp_path / "out.jsonl", server), fails=True)
-        assert "was begun by an earlier version, which left out.jsonl.part-0: finish it with that version" in said
+        assert "was started by an earlier version, which left out.jsonl.part-0: finish it with that version" in said
         assert not server.requests
 
 
@@ -305,7 +305,7 @@ def test_jsonl_becomes_parquet_with_the_types_of_its_rows_and_nothing_is_overwri
     with LLMServer(fused) as server:
         output.mkdir()
         (output / "precious.txt").write_text("mine")
-        assert "is there already" in rewrite(*command(source, output, server), fails=True)
+        assert "exists already" in rewrite(*command(source, output, server), fails=True)
         (output / "precious.txt").unlink()
         output.rmdir()
         rewrite(*command(source, output, server, "--rows_per_file", 1050))

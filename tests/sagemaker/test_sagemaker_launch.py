@@ -356,7 +356,7 @@ def test_a_dry_run_of_deploy_prints_every_request_and_sends_nothing():
         ([], "Give one of --model"),
         (["--model", "nowhere"], "lacks config.json"),
         (["--model", "x", "--mode", "batch"], "--mode batch and --input"),
-        (["--model", "x", "--mode", "serverless", "--instance_type", "ml.g5.xlarge"], "serverless has no"),
+        (["--model", "x", "--mode", "serverless", "--instance_type", "ml.g5.xlarge"], "not --instance_type"),
         (["--model", "x", "--max_capacity", "2", "--min_capacity", "0"], "--min_capacity must be"),
     ],
 )

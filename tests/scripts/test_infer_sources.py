@@ -197,7 +197,7 @@ def test_a_list_that_grew_is_added_to(model, sources, expected, tmp_path, name, 
 
 @pytest.mark.parametrize("name", ["x.docx", "x.txt", "captions.v2", "x.jsonl.bak"])
 def test_an_ending_that_is_no_form_of_output_is_refused(model, sources, tmp_path, name):
-    with pytest.raises(UserError, match=r"the ending .* is none of those"):
+    with pytest.raises(UserError, match=r"the extension .* does not say what to write"):
         infer(model, sources / "photos", "--output", tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -390,7 +390,7 @@ def test_train_py_reads_addresses_too(sources, memory):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("https://example.org/a.jpg", "not fetched from addresses of the web"), ("nosuch://x/y", "nosuch")],
+    [("https://example.org/a.jpg", "not fetched from web addresses"), ("nosuch://x/y", "nosuch")],
 )
 def test_addresses_that_are_not_read(name, says):
     with pytest.raises(UserError, match=says):

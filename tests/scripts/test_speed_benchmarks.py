@@ -36,6 +36,14 @@ def test_the_command_for_a_gpu_runs_with_no_more_than_a_pytorch_image_has(tmp_pa
     assert result["hardware"]["instructions"]
 
 
+def test_every_benchmark_finds_what_it_imports():
+    paths = sorted((ROOT / "benchmarks").glob("*/*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    code = f"import importlib; [importlib.import_module(name) for name in {names}]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_measure_that_fails_leaves_the_others(tmp_path, monkeypatch):
     from benchmarks.speed import gpu
 

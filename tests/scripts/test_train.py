@@ -307,7 +307,7 @@ def test_trackers_are_chosen_by_name(tmp_path):
     from arguments import TrainArguments
 
     assert TrainArguments(output_dir=str(tmp_path), report_to=["none"]).report_to == []
-    with pytest.raises(ValueError, match="report_to: carrier_pigeon is not installed, or no tracker"):
+    with pytest.raises(ValueError, match="report_to: carrier_pigeon is not installed, or not a tracker"):
         TrainArguments(output_dir=str(tmp_path), report_to=["carrier_pigeon"])
 
 

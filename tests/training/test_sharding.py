@@ -269,15 +269,15 @@ def test_zero_gives_what_one_process_gives(name, stage, kind, ranks, dataset, tm
 
 
 REFUSED = {
-    "4bit": ({"quantization": "4bit"}, "quantization 4bit: quantised weights are not shared between processes"),
-    "features": ({"feature_cache": "memory", "freeze_vision": "true"}, "feature_cache memory: kept features need"),
-    "batch size": ({"auto_find_batch_size": "true"}, "auto_find_batch_size starts again"),
+    "4bit": ({"quantization": "4bit"}, "quantization 4bit: quantised weights are not sharded"),
+    "features": ({"feature_cache": "memory", "freeze_vision": "true"}, "feature_cache memory: cached features need"),
+    "batch size": ({"auto_find_batch_size": "true"}, "auto_find_batch_size restarts with"),
     "only weights": ({"save_only_model": "true"}, "save_only_model keeps nothing to resume from"),
     "compiled": ({"torch_compile": "true"}, "torch_compile was not tested with FSDP"),
-    "FSDP1": ({"environment": {"FSDP_VERSION": "1"}}, "FSDP2 alone is supported. Set fsdp_version: 2"),
-    "whole": ({"environment": {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}}, "checkpoints are written in shares"),
-    "twice": ({"environment": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}}, "train.py has it from --gradient_check"),
-    "alone": ({"processes": 1}, "shares a model between processes, and there is one"),
+    "FSDP1": ({"environment": {"FSDP_VERSION": "1"}}, "only FSDP2 is supported. Set fsdp_version: 2"),
+    "whole": ({"environment": {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}}, "checkpoints are sharded"),
+    "twice": ({"environment": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}}, "in train.py it is --gradient_check"),
+    "alone": ({"processes": 1}, "shards a model across processes, and there is only one"),
 }
 
 
