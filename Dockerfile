@@ -1,5 +1,5 @@
 # docker build -t captioner .
-# docker run --rm --gpus all --shm-size=8g -v "$PWD/data:/data" -v "$PWD/runs:/runs" captioner \
+# docker run --rm --gpus all --shm-size=8g -v "$PWD/photos:/data" -v "$PWD/runs:/runs" captioner \
 #     train.py --dataset_name /data/captions.csv --output_dir /runs/mine
 FROM python:3.12-slim
 WORKDIR /app

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import output_folder
+from common.files import output_folder, share_weights
 from common.publish import upload
 from models.loading import load_model
 from reports.model_card import read_run, write_card
@@ -32,6 +32,7 @@ def main():
     model, processor = load_model(str(source), merge=args.merge)
     if folder != source or not any(source.glob("*.safetensors")):  # .bin weights become safetensors
         model.save_pretrained(folder)
+        share_weights(folder)
         processor.save_pretrained(folder)
         # A checkpoint's scores and history are those of its run, one folder up.
         run_folder = source if (source / "run.json").is_file() else source.parent

@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common.errors import UserError
+
 
 def cache_folder(cache_dir=None) -> Path:
     """The folder that caches what this repo fetches and computes: inside the cache of `datasets`, or in `cache_dir`."""
@@ -19,9 +21,16 @@ def use_writable_cache(beside: str | None) -> None:
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
     if os.environ.get("HF_HOME") or _is_writable(usual):
         return
-    place = Path(beside) / ".cache" if beside else Path(tempfile.gettempdir()) / f"image-captioning-cache-{_user()}"
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.strerror}. Set TMPDIR to a folder that can be written to (Docker: --tmpfs /tmp)."
+        ) from None
+    place = Path(beside) / ".cache" if beside else temporary / f"image-captioning-cache-{_user()}"
     print(f"{usual} cannot be written to: caches go to {place}. Set HF_HOME to keep them elsewhere.", file=sys.stderr)
     os.environ["XDG_CACHE_HOME"] = str(place.absolute())
+    os.environ.setdefault("MPLCONFIGDIR", str(place.absolute() / "matplotlib"))
     for name in ("USER", "LOGNAME"):  # libraries ask for the name of a user that the system does not know
         os.environ.setdefault(name, _user())
 

@@ -46,6 +46,8 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
 def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None) -> None:
     """Handles --help and mistakes of the command line as `parse` does, but before torch is imported. Scripts call it
     above their other imports."""
+    if os.getpid() == 1:  # of a container: the system ignores a SIGTERM there that has no handler
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _read(dataclasses_, argv, positional)
 
 
@@ -79,7 +81,7 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
         for group in found:
             if hasattr(group, "check_words"):
                 group.check_words(words)
-            use_writable_cache(getattr(group, "output_dir", None))
+        use_writable_cache(next((group.output_dir for group in found if hasattr(group, "output_dir")), None))
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return parser, found, words
@@ -190,7 +192,7 @@ def run(main) -> None:
 
     for stream in (sys.stdout, sys.stderr):  # Windows has code pages that cannot print every caption
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # logs show at once
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -198,8 +200,6 @@ def run(main) -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
-    if os.getpid() == 1:  # of a container: the system ignores a SIGTERM there that has no handler
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     script = Path(sys.argv[0]).name
     try:

@@ -36,6 +36,15 @@ def write_json(path, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def share_weights(folder) -> None:
+    """Gives safetensors files the permissions of any new file: since 0.8.0 the library lets only their owner read them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in Path(folder).glob("*.safetensors"):
+        with contextlib.suppress(PermissionError):  # another user's
+            file.chmod(0o666 & ~umask)
+
+
 def output_folder(path: str) -> Path:
     """The folder, created if needed; ValueError if it is a file or cannot be written to."""
     folder = Path(path)

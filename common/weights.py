@@ -33,6 +33,9 @@ def read_weights(model_class, source, *, revision: str = "main", unread: str = "
     files are damaged, hold anything but tensors, lack a weight, or hold one that the model does not have; OSError if
     there is no model.
     """
+    for file in Path(source).glob("*.safetensors"):
+        if not os.access(file, os.R_OK):  # the library says that there is no such file
+            raise UserError(f"{file} cannot be read: permission denied.")
     in_safetensors = _has(source, revision, SAFE_WEIGHTS_NAME) or _has(source, revision, SAFE_WEIGHTS_INDEX_NAME)
     if not in_safetensors and (_has(source, revision, WEIGHTS_NAME) or _has(source, revision, WEIGHTS_INDEX_NAME)):
         logger.info("%s has no safetensors: its %s is read, tensors only", source, WEIGHTS_NAME)

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from common.errors import UserError
+from common.files import share_weights
 from common.loaders import TIMEOUT, data_loader, fit_workers
 from common.processes import fork_rng, peak_memory
 from common.publish import upload
@@ -257,6 +258,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             base = base_model(self.model)
             base.config.save_pretrained(output_dir or self.args.output_dir)
             base.generation_config.save_pretrained(output_dir or self.args.output_dir)
+        share_weights(output_dir or self.args.output_dir)
         # A pickle of all flags, including the Hub token, that nothing reads: run.json records the run.
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 

@@ -39,6 +39,7 @@ CORENLP = {
 _BATCH = 200  # captions that are parsed, and kept, at a time
 _BATCH_OF_IMAGES = 500
 _ATTEMPTS = 3
+_NEEDS_JGO = "downloading Stanford CoreNLP needs the package jgo: pip install jgo"
 
 
 def spice(
@@ -300,13 +301,16 @@ def why_no_spice(heap: str = "2G", cache: str | os.PathLike | None = None, will_
         return "the package JPype1, which calls SPICE's Java classes, is not installed: pip install JPype1"
     if not (_library() / "spice-1.0.jar").is_file():
         return f"{_library() / 'spice-1.0.jar'} is missing: reinstall pycocoevalcap"
-    if not find_corenlp(cache) and not will_fetch:
+    missing, can_fetch = not find_corenlp(cache), importlib.util.find_spec("jgo") is not None
+    if missing and will_fetch and not can_fetch:
+        return _NEEDS_JGO
+    if missing and not will_fetch:
         folder = os.environ.get("CORENLP_DIR")
         lacking = [name for name in CORENLP if folder and not (Path(folder) / name).is_file()]
         where = f"CORENLP_DIR={folder} lacks {' and '.join(lacking)}. " if folder else ""
         return (
-            f"SPICE needs Stanford CoreNLP 3.6.0. {where}Pass --spice true to download it once (385 MB), or set CORENLP_DIR "
-            "to a folder with its two jars"
+            f"SPICE needs Stanford CoreNLP 3.6.0. {where}Pass --spice true to download it once (385 MB"
+            f"{'' if can_fetch else ', needs pip install jgo'}), or set CORENLP_DIR to a folder with its two jars"
         )
     try:
         wanted = _bytes(heap)
@@ -338,7 +342,7 @@ def fetch_corenlp(cache: str | os.PathLike, remote_repos: dict[str, str] | None 
         Unavailable: jgo, a small Maven client, is not installed, or the download failed or came out damaged three times.
     """
     if importlib.util.find_spec("jgo") is None:
-        raise Unavailable("downloading Stanford CoreNLP needs the package jgo: pip install jgo")
+        raise Unavailable(_NEEDS_JGO)
     from jgo.maven import MavenContext, PythonResolver
 
     folder = Path(cache) / "corenlp"

@@ -15,7 +15,7 @@ import pytest
 
 from metrics import preflight, score, tokenize
 from metrics.coco_caption import spice as module
-from metrics.coco_caption.java import Unavailable, find_java
+from metrics.coco_caption.java import Unavailable, find_java, why_no_java
 from metrics.coco_caption.spice import are_cached, fetch_corenlp, find_corenlp, spice
 
 IMAGES = int(os.environ.get("SPICE_IMAGES", 12))  # of each set; all 500 and 200 take a quarter of an hour
@@ -166,6 +166,15 @@ def test_a_missing_jar_is_a_reason_that_says_how_to_get_it(corenlp, tmp_path, mo
     assert str(tmp_path) in reason
     assert preflight(meteor=False)["SPICE"] == reason
     assert "SPICE" not in preflight(meteor=False, spice=True)  # it would be downloaded
+
+
+def test_a_download_that_cannot_be_made_is_said_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setenv("CORENLP_DIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "jgo", None)
+    if why_no_java() or find_corenlp():
+        pytest.skip("no Java, or CoreNLP lies in pycocoevalcap's folder too")
+    assert "pip install jgo" in preflight(meteor=False, spice=True, cache=tmp_path)["SPICE"]
+    assert "--spice true to download it once (385 MB, needs pip install jgo)" in preflight(meteor=False)["SPICE"]
 
 
 def test_a_full_heap_is_a_reason(corenlp, tmp_path):

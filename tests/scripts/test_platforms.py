@@ -235,6 +235,48 @@ def test_every_loader_of_the_repo_has_a_time_out():
     assert [path for path in own if not path.startswith("benchmarks")] == ["common/loaders.py"]
 
 
+CHECKED = """
+import os, signal, sys
+from arguments import TRAIN_GROUPS
+from common.cli import check
+check(TRAIN_GROUPS, sys.argv[1:])
+"""
+
+
+def test_a_script_without_a_home_keeps_its_caches_in_its_output(tmp_path):
+    without = {name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "HF_HOME")}
+    (tmp_path / "home").write_text("no folder", encoding="utf-8")
+    code = CHECKED + "print(os.environ['XDG_CACHE_HOME'], os.environ['MPLCONFIGDIR'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--output_dir", str(tmp_path / "out")],
+        cwd=ROOT, env=without | {"HOME": str(tmp_path / "home")}, capture_output=True, text=True,
+    )  # fmt: skip
+    cache = tmp_path / "out/.cache"
+    assert done.stdout.split() == [str(cache), str(cache / "matplotlib")], done.stderr
+    assert done.stderr.count("cannot be written to") == 1
+
+
+def test_a_machine_without_a_folder_for_temporary_files_is_told_so(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("no folder", encoding="utf-8")
+    for name in ("XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    with pytest.raises(ValueError, match=r"^No usable temporary directory found in .*Set TMPDIR to a folder"):
+        use_writable_cache(None)
+
+
+def test_process_1_of_a_container_ends_when_told_from_its_first_second(tmp_path):
+    """The system ignores a SIGTERM to process 1 that has no handler, and torch's import takes seconds."""
+    code = CHECKED + "assert os.getpid() == 1; os.kill(1, signal.SIGTERM); print('still here')"
+    command = ["unshare", "--pid", "--fork", sys.executable, "-c", code, "--output_dir", str(tmp_path)]
+    if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not permitted here: process 1 cannot be had")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, ""), done.stderr
+
+
 def test_caches_go_to_the_output_where_there_is_no_home(tmp_path, monkeypatch, capsys):
     (tmp_path / "home").write_text("no folder", encoding="utf-8")
     for name in ("XDG_CACHE_HOME", "HF_HOME"):

@@ -24,6 +24,14 @@ def trained(dataset, tmp_path_factory):
     return folder / "out", result
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_rest(trained):
+    """safetensors 0.8 writes files that only their owner may read: no colleague, no other user of a container."""
+    out, _ = trained
+    weights = [*out.glob("*.safetensors"), *out.glob("checkpoint-*/*.safetensors")]
+    assert len(weights) > 1
+    assert {file.stat().st_mode for file in weights} == {(out / "config.json").stat().st_mode}
+
+
 def test_a_run_leaves_everything_that_the_readme_promises(trained):
     out, _ = trained
     for name in (
