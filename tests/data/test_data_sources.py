@@ -353,7 +353,7 @@ def test_a_broken_fetch_is_retried_and_a_stopped_one_continues(tmp_path, coco_se
 
 def test_a_redirect_to_another_host_is_not_followed(tmp_path, coco_server):
     coco_server.faults = {"/train2014/COCO_train2014_000000000001.jpg": [302]}
-    with pytest.raises(DataError, match="answers 302"):
+    with pytest.raises(DataError, match="returned 302"):
         data.load(karpathy_hub_folder(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
 
 
