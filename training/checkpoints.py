@@ -1,10 +1,12 @@
 """The output folder of a training run: which run it holds, and where to resume."""
 
+import dataclasses
 import json
 import logging
 import shutil
 from pathlib import Path
 
+from arguments import TRAIN_GROUPS
 from common.errors import UserError
 from common.files import write_json
 from common.provenance import environment
@@ -16,7 +18,8 @@ FREE = {
     "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm", "skip_memory_metrics",
     "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "save_total_limit",
     "log_level_replica", "log_on_each_node", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_revision",
-    "hub_private_repo", "hub_always_push", "local_rank", "ddp_timeout", "ddp_backend", "dataloader_num_workers",
+    "hub_private_repo", "hub_always_push", "local_rank", "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "license", "meteor",
     "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp", "dry_run",
     "per_device_eval_batch_size", "report_maps", "max_test_samples", "feature_cache", "clip_metrics", "device",
@@ -36,8 +39,8 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
         return resume_from_checkpoint
     flags = _binding(flags)
     if (folder / "run.json").is_file():
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))["flags"]
-        differ = sorted(name for name in before.keys() | flags.keys() if before.get(name) != flags.get(name))
+        before = _binding(json.loads((folder / "run.json").read_text(encoding="utf-8"))["flags"])
+        differ = _differences(before, flags)
         if differ:
             what = "; ".join(f"{name} was {before.get(name)!r}, is {flags.get(name)!r}" for name in differ[:5])
             more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
@@ -73,6 +76,15 @@ def record_run(folder: Path, flags: dict, **facts) -> dict:
 def _binding(flags: dict) -> dict:
     """The flags that must be the same to resume, as read back from JSON."""
     return json.loads(json.dumps({k: v for k, v in flags.items() if k not in FREE}, default=str))
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """Names of the flags that differ. One that only the one release has, of this repo or of transformers, differs if it
+    is set."""
+    default = {field.name: field.default for group in TRAIN_GROUPS for field in dataclasses.fields(group)}
+    differ = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    differ |= {name for name in now.keys() - before.keys() if now[name] != default.get(name)}
+    return sorted(differ | {name for name in before.keys() - now.keys() if before[name]})
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -1,0 +1,51 @@
+"""Which runs an output folder may be resumed by."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import ROOT
+
+from arguments import TRAIN_GROUPS
+from common.cli import parse
+from training.checkpoints import find_checkpoint
+
+# What run.json of commit 2ee57a4 recorded with transformers 5.23 for the command below.
+EARLIER = json.loads((ROOT / "tests/fixtures/flags_of_2ee57a4.json").read_text(encoding="utf-8"))
+COMMAND = [
+    str(ROOT / "recipes/quickstart/scenes.yaml"), "--max_steps", "60", "--eval_steps", "20", "--save_steps", "20",
+    "--logging_steps", "10", "--save_total_limit", "3", "--max_eval_samples", "20", "--max_test_samples", "20",
+    "--meteor", "false", "--per_device_train_batch_size", "8",
+]  # fmt: skip
+
+
+def resume(folder, recorded: dict, *more: str):
+    """Where the command would resume in a folder whose run recorded these flags."""
+    (folder / "checkpoint-40").mkdir()
+    (folder / "checkpoint-40/trainer_state.json").write_text('{"global_step": 40}', encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps({"flags": recorded}), encoding="utf-8")
+    groups = parse(TRAIN_GROUPS, [*COMMAND, "--output_dir", str(folder), *more])
+    flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
+    return find_checkpoint(folder, flags, None)
+
+
+def test_a_run_of_an_earlier_version_is_resumed_though_flags_were_added_since(tmp_path):
+    assert resume(tmp_path, EARLIER) == str(tmp_path / "checkpoint-40")
+
+
+def test_a_flag_that_only_one_release_has_counts_if_it_is_set(tmp_path):
+    without = {name: value for name, value in EARLIER.items() if name != "scst_top_p"}
+    for number, recorded in enumerate((without, EARLIER | {"gone": None}, EARLIER | {"gone": False})):
+        (folder := tmp_path / str(number)).mkdir()
+        assert resume(folder, recorded)
+    (set_now := tmp_path / "now").mkdir()
+    with pytest.raises(ValueError, match=r"holds another run: scst_top_p was None, is 0\.5"):
+        resume(set_now, without, "--scst_top_p", "0.5")
+    (set_then := tmp_path / "then").mkdir()
+    with pytest.raises(ValueError, match="holds another run: gone was 3, is None"):
+        resume(set_then, EARLIER | {"gone": 3})
+
+
+def test_a_changed_flag_is_another_run(tmp_path):
+    with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0\.002, is 0\.001"):
+        resume(tmp_path, EARLIER, "--learning_rate", "1e-3")
