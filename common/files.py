@@ -8,6 +8,11 @@ from pathlib import Path
 
 from common.errors import UserError
 
+# The permissions of a file that open() makes. Asked once: for that moment others are stricter, in every thread.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+NEW_FILE = 0o666 & ~_UMASK
+
 
 @contextlib.contextmanager
 def whole(path):
@@ -18,7 +23,7 @@ def whole(path):
     os.close(handle)
     try:
         yield Path(temporary)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, NEW_FILE)  # mkstemp's are the owner's alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -38,11 +43,9 @@ def write_json(path, value) -> None:
 
 def share_weights(folder) -> None:
     """Gives safetensors files the permissions of any new file: since 0.8.0 the library lets only their owner read them."""
-    umask = os.umask(0o077)
-    os.umask(umask)
     for file in Path(folder).glob("*.safetensors"):
         with contextlib.suppress(PermissionError):  # another user's
-            file.chmod(0o666 & ~umask)
+            file.chmod(NEW_FILE)
 
 
 def output_folder(path: str) -> Path:

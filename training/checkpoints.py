@@ -24,6 +24,7 @@ FREE = {
     "spice", "spice_samples", "java_timeout", "bootstrap_samples", "trackio_space_id", "deepspeed", "fsdp", "dry_run",
     "per_device_eval_batch_size", "report_maps", "max_test_samples", "feature_cache", "clip_metrics", "device",
     "caption_language", "instances", "subset_column",
+    "activation_checkpointing", "activation_checkpointing_kwargs",  # newer names of gradient_checkpointing's, which counts
 }  # fmt: skip
 
 
@@ -81,7 +82,9 @@ def _binding(flags: dict) -> dict:
 def _differences(before: dict, now: dict) -> list[str]:
     """Names of the flags that differ. One that only the one release has, of this repo or of transformers, differs if it
     is set."""
-    default = {field.name: field.default for group in TRAIN_GROUPS for field in dataclasses.fields(group)}
+    fields = [field for group in TRAIN_GROUPS for field in dataclasses.fields(group)]
+    made = dataclasses.MISSING
+    default = _binding({f.name: f.default if f.default_factory is made else f.default_factory() for f in fields})
     differ = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     differ |= {name for name in now.keys() - before.keys() if now[name] != default.get(name)}
     return sorted(differ | {name for name in before.keys() - now.keys() if before[name]})

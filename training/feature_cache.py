@@ -91,12 +91,12 @@ def keep_features(
 
 def _why_not(model, splits: dict, augmentation) -> str | None:
     """Why features cannot replace the encoder, or None."""
-    vision = vision_encoder(model)
+    vision, family = vision_encoder(model), family_of(base_model(model).config)
     if not takes_encoded(vision):
         return f"as this model does not take the features of its {type(vision).__name__}"
-    if family_of(base_model(model).config).joint_prompt:
+    if family.joint_prompt:
         return "as this model's processor makes its prompt of the image itself"
-    if family_of(base_model(model).config).image_inputs:
+    if family.image_inputs:
         return "as this model reads which rows are patches from another input than the features"
     if augmentation:
         return "as augmentation changes an image differently each time"

@@ -76,6 +76,8 @@ def test_its_snippet_runs_and_gives_the_caption_of_infer(trained):
 def test_export_of_a_checkpoint_is_a_folder_that_stands_alone(trained, tmp_path):
     checkpoint = next(trained.glob("checkpoint-*"))
     tiny.run("export.py", checkpoint, "--output_dir", tmp_path / "exported")
+    written = [tmp_path / "exported" / name for name in ("model.safetensors", "config.json")]
+    assert len({file.stat().st_mode for file in written}) == 1
     assert not list((tmp_path / "exported").glob("*optimizer*"))
     run_snippet(tmp_path / "exported", (tmp_path / "exported" / "README.md").read_text())
 

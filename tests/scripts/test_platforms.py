@@ -258,13 +258,30 @@ def test_a_script_without_a_home_keeps_its_caches_in_its_output(tmp_path):
 
 def test_a_machine_without_a_folder_for_temporary_files_is_told_so(tmp_path, monkeypatch):
     (tmp_path / "home").write_text("no folder", encoding="utf-8")
-    for name in ("XDG_CACHE_HOME", "HF_HOME"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")  # so that it is as before in the end, whatever is set here
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
     with pytest.raises(ValueError, match=r"^No usable temporary directory found in .*Set TMPDIR to a folder"):
         use_writable_cache(None)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_whatever_is_written_has_the_permissions_of_any_new_file(umask, tmp_path):
+    """mkstemp and safetensors (0.8) make files for their owner alone."""
+    code = (
+        "import sys, torch; from pathlib import Path; from safetensors.torch import save_file\n"
+        "from common.files import share_weights, write_text\n"
+        "folder = Path(sys.argv[1]); open(folder / 'plain', 'w').close()\n"
+        "write_text(folder / 'report.html', 'a'); save_file({'a': torch.ones(1)}, folder / 'a.safetensors')\n"
+        "share_weights(folder)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, umask=umask, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("plain", "report.html", "a.safetensors"), oct(0o666 & ~umask))
 
 
 def test_process_1_of_a_container_ends_when_told_from_its_first_second(tmp_path):
@@ -279,8 +296,9 @@ def test_process_1_of_a_container_ends_when_told_from_its_first_second(tmp_path)
 
 def test_caches_go_to_the_output_where_there_is_no_home(tmp_path, monkeypatch, capsys):
     (tmp_path / "home").write_text("no folder", encoding="utf-8")
-    for name in ("XDG_CACHE_HOME", "HF_HOME"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")  # so that it is as before in the end, whatever is set here
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     use_writable_cache(str(tmp_path / "out"))
     assert "XDG_CACHE_HOME" not in os.environ

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from arguments import TRAIN_GROUPS
 from common.cli import parse
+from common.errors import UserError
 from training.checkpoints import find_checkpoint
 
 # What run.json of commit 2ee57a4 recorded with transformers 5.23 for the command below.
@@ -24,9 +25,13 @@ def resume(folder, recorded: dict, *more: str):
     (folder / "checkpoint-40").mkdir()
     (folder / "checkpoint-40/trainer_state.json").write_text('{"global_step": 40}', encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({"flags": recorded}), encoding="utf-8")
-    groups = parse(TRAIN_GROUPS, [*COMMAND, "--output_dir", str(folder), *more])
-    flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
-    return find_checkpoint(folder, flags, None)
+    return find_checkpoint(folder, flags_of(*COMMAND, "--output_dir", str(folder), *more), None)
+
+
+def flags_of(*command: str) -> dict:
+    """As train.py takes them from a command line."""
+    groups = parse(TRAIN_GROUPS, list(command))
+    return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
 
 
 def test_a_run_of_an_earlier_version_is_resumed_though_flags_were_added_since(tmp_path):
@@ -44,6 +49,29 @@ def test_a_flag_that_only_one_release_has_counts_if_it_is_set(tmp_path):
     (set_then := tmp_path / "then").mkdir()
     with pytest.raises(ValueError, match="holds another run: gone was 3, is None"):
         resume(set_then, EARLIER | {"gone": 3})
+
+
+# What this release makes of other flags and of the machine. All of them are older than any release that is supported.
+DERIVED = {
+    "bf16", "fp16", "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "use_cpu",
+    "accelerator_config", "remove_unused_columns", "label_names", "debug", "do_eval",
+}  # fmt: skip
+
+
+def test_a_run_that_lacks_any_one_flag_is_resumed_by_a_command_that_leaves_it_alone(tmp_path):
+    """As if that flag had come with this release: of this repo, or of transformers (activation_checkpointing, in 5.20)."""
+    (tmp_path / "checkpoint-40").mkdir()
+    (tmp_path / "checkpoint-40/trainer_state.json").write_text('{"global_step": 40}', encoding="utf-8")
+    flags = flags_of("--output_dir", str(tmp_path), "--gradient_checkpointing", "true")
+    refused = set()
+    for name in flags:
+        recorded = {key: value for key, value in flags.items() if key != name}
+        (tmp_path / "run.json").write_text(json.dumps({"flags": recorded}, default=str), encoding="utf-8")
+        try:
+            find_checkpoint(tmp_path, flags, None)
+        except UserError:
+            refused.add(name)
+    assert refused <= DERIVED
 
 
 def test_a_changed_flag_is_another_run(tmp_path):
