@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from pathlib import Path
 
 import yaml
@@ -61,6 +61,8 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     replaced = replaced_flags(dataclasses_)
     for name in replaced:
         actions[name].help = SUPPRESS
+    for twin in set(parser._actions) - set(actions.values()):  # --no_x, with x's own words and the opposite default
+        twin.help = SUPPRESS
     if positional:
         parser.add_argument(positional, nargs="*", help=SUPPRESS)
     elif argv and not argv[0].startswith("-"):
@@ -97,7 +99,14 @@ def argument_parser(dataclasses_: tuple, **options):
         HfArgumentParser = module.HfArgumentParser
     except ImportError:  # a release whose parser needs the package
         from transformers import HfArgumentParser
-    return HfArgumentParser(dataclasses_, allow_abbrev=False, **options)
+    return HfArgumentParser(dataclasses_, allow_abbrev=False, formatter_class=Help, **options)
+
+
+class Help(ArgumentDefaultsHelpFormatter):
+    """Tells the default of each flag but those whose words do: they have None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def flags_of(parser) -> dict:

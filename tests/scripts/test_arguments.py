@@ -1,6 +1,7 @@
 """The command line: --help and mistakes answer at once, and the flags are those of the dataclasses and of transformers."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -50,6 +51,15 @@ def test_help_answers_at_once(script):
     assert result.returncode == 0, result.stderr
     assert "--model_name_or_path" in result.stdout or script in ("export.py", "rewrite.py")
     assert seconds < 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_describes_each_flag_once_and_no_default_that_is_none(script):
+    said = start(script, "--help")[0].stdout
+    described = [" ".join(part.split()) for part in re.split(r"\n  -.*(?:\n {20,}|  +)", said)[1:]]
+    assert len(described) > 2
+    assert len(set(described)) == len(described)
+    assert "(default: None)" not in " ".join(said.split())
 
 
 def test_help_shows_per_cents_as_they_are():
