@@ -505,9 +505,18 @@ class ShardArguments:
     gpus_per_worker: float | None = flag(None, "ray: GPUs per worker. Default: 1 if the cluster has any.")
     status: str | None = flag(None, "Only print the progress of the run that writes to this --output, from its files.")
 
+    def answer(self) -> str | None:
+        """What --status prints; it needs no model."""
+        if not self.status:
+            return None
+        from common import progress
+
+        return progress.status(self.status, self.UNIT)
+
 
 @dataclass
 class InferArguments(ShardArguments):
+    UNIT = "images"
     output: str | None = flag(
         None,
         "What to write, by its name: x.jsonl, x.csv, x.parquet, x.json (COCO's results), metadata.jsonl or metadata.csv "
@@ -573,6 +582,7 @@ class DemoArguments:
 
 @dataclass
 class RewriteArguments(ShardArguments):
+    UNIT = "rows"
     output: str | None = flag(
         None,
         "JSONL file to write (its name ends in .jsonl), or a folder of Parquet files. The same command resumes a run that was stopped.",

@@ -29,24 +29,22 @@ from collections import Counter
 from pathlib import Path
 
 from captioner import Captioner
-from common import engine
+from common import engine, progress
 from common.errors import UserError
 from common.processes import default_workers, own_share, show_progress
-from data import caption_output, progress, writers
+from common.remote import is_remote
+from common.shards import reachable
+from data import caption_output, writers
 from data.caption_rows import ImageRows, caption
 from data.image_rows import image_rows, left_out
-from data.remote import is_remote
+from data.image_shards import ImageSource
 from data.rows import Options
-from data.shards import ImageSource, reachable
 
 logger = logging.getLogger("infer")
 
 
 def main():
     model_args, generation_args, args, paths = parse(INFER_GROUPS, positional="paths")
-    if args.status:
-        print(progress.status(args.status, "images"))
-        return
     form = writers.form_of(args.output, args.output_format) if args.output or args.output_format else None
     share = own_share()
     if form is None and share[1] > 1:

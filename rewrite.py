@@ -28,11 +28,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import engine
+from common import engine, progress
 from common.errors import UserError
 from common.processes import own_share
-from data import progress
-from data.shards import ShardFolder, reachable
+from common.shards import ShardFolder, reachable
 from rewriting import output
 from rewriting import results as res
 from rewriting.backends import load_tokenizer, open_backend
@@ -45,9 +44,6 @@ logger = logging.getLogger("rewrite")
 
 def main():
     args, llm_args, words = parse(REWRITE_GROUPS, positional="task")
-    if args.status:
-        print(progress.status(args.status, "rows"))
-        return
     task, name = words
     llm_args.max_new_tokens = llm_args.max_new_tokens or (80 if task == "fuse" else 256)
     llm_args.max_prompt_tokens = llm_args.max_prompt_tokens or (256 if task == "fuse" else 1024)

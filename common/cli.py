@@ -5,6 +5,7 @@ Values come from the defaults of the dataclasses, then a recipe (`train.py recip
 
 import dataclasses
 import difflib
+import gc
 import importlib.util
 import logging
 import multiprocessing
@@ -44,11 +45,24 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
 
 
 def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str | None = None) -> None:
-    """Handles --help and mistakes of the command line as `parse` does, but before torch is imported. Scripts call it
-    above their other imports."""
+    """Handles --help and mistakes of the command line as `parse` does, but before torch is imported, and what a
+    dataclass's method `answer` answers at once. Scripts call it above their other imports."""
     if os.getpid() == 1:  # of a container: the system ignores a SIGTERM there that has no handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    _read(dataclasses_, argv, positional)
+    for stream in (sys.stdout, sys.stderr):  # Windows has code pages that cannot print every caption
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # logs show at once
+    parser, found, _ = _read(dataclasses_, argv, positional)
+    try:
+        answers = [group.answer() for group in found if hasattr(group, "answer")]
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: {error.filename}: {error.strerror}.\n")
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    if said := next(filter(None, answers), None):
+        print(said)
+        sys.exit()
+    gc.disable()  # until `run`: imports make many objects that stay, and looking through them again takes a second
 
 
 def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
@@ -199,9 +213,8 @@ def run(main) -> None:
 
     from common.limits import cpus
 
-    for stream in (sys.stdout, sys.stderr):  # Windows has code pages that cannot print every caption
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # logs show at once
+    gc.freeze()  # what was imported stays
+    gc.enable()
     rank = int(os.environ.get("RANK", 0))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")

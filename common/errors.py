@@ -6,3 +6,9 @@ class UserError(ValueError):
     message and exit code 2; any other exception, a library's ValueError included, is a bug and keeps its traceback."""
 
     of_one_shard = False  # whether the run can continue with its other shards
+
+
+class DataError(UserError):
+    """Data that cannot be used as it is; the message says where, what is wrong and what to do."""
+
+    of_one_shard = True

@@ -4,11 +4,11 @@ dataset = data.load("ariG23498/flickr8k")        # DatasetDict: train / validati
 picture = data.open_image(record["image"])       # RGB; opened late, in the worker
 """
 
+from common.errors import DataError
 from data.augmentation import Augmentation, corruption
 from data.checks import check_images
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.records import fingerprint
-from data.rows import DataError
 from data.sources import load
 from data.text_augmentation import TextAugmentation
 from data.training import (

@@ -18,11 +18,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from common.files import whole
+from common.remote import is_remote, upload
+from common.shards import REPORT, Shard, ShardFolder
 from data import writers
 from data.formats import webdataset
 from data.image_rows import source_files
-from data.remote import is_remote, upload
-from data.shards import REPORT, ImageSource, Shard, ShardFolder
+from data.image_shards import ImageSource
 
 try:
     import fcntl

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common.caches import cache_folder
+from common.errors import DataError
 from common.files import write_text
 from common.limits import cpus
 from common.processes import in_threads
 from data.columns import parse_structure
 from data.images import MAX_PIXELS, ImageError, open_image
-from data.rows import DataError, Record
+from data.rows import Record
 
 SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"
 # The name of an image and a separator: the beginning of a row.

@@ -10,8 +10,9 @@ import re
 import tokenize
 from collections.abc import Iterable, Iterator
 
+from common.errors import DataError
 from data.images import is_image
-from data.rows import DataError, Record, split_name
+from data.rows import Record, split_name
 
 IMAGE_COLUMNS = (
     "image",

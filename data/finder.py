@@ -6,8 +6,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from data.remote import is_remote, local_copy
-from data.rows import DataError
+from common.errors import DataError
+from common.remote import is_remote, local_copy
 
 IMAGE_FOLDERS = (
     "",

@@ -5,7 +5,6 @@ needed. Nothing is decoded here, and only a piece of a tar or a Parquet file is 
 """
 
 import glob
-import itertools
 import json
 import os
 import re
@@ -17,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from common.errors import DataError
+from common.remote import is_remote, list_remote, local_copy, open_remote, reaching
+from common.shards import group_starts
 from common.text import TextError, read_text
 from data.columns import columns_of, find_columns, image_in
 from data.finder import Finder, forms
 from data.formats import detect, flickr8k, saved, webdataset
 from data.images import ENDINGS, ImageError, is_image
-from data.remote import is_remote, list_remote, local_copy, open_remote, reaching
-from data.rows import DataError, Options, Record
+from data.rows import Options, Record
 from data.sources import find_format
 from data.tables import could_not_load, holds_paths, with_images
 from data.text_rows import csv_rows, jsonl_rows
@@ -297,12 +298,6 @@ def _parquet_rows(path: str, options: Options, start: int = 0, stop: int | None 
         raise DataError(
             f"{path}: the Parquet file is broken or cut off after row {number} ({error}). Fetch it again"
         ) from None
-
-
-def group_starts(metadata) -> list[tuple[int, int]]:
-    """(row group, number of its first row) of a Parquet file."""
-    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return list(zip(range(len(sizes)), itertools.accumulate(sizes, initial=0), strict=False))
 
 
 def _cell_row(row: dict, column: str, spare: str, source: str, number: int, find) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from common.errors import UserError
-from data.remote import is_remote, open_remote
+from common.remote import is_remote, open_remote
 
 try:
     import pillow_heif

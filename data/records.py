@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from common.errors import DataError
 from common.processes import in_threads
 from data.checks import clean_captions, may_skip
-from data.rows import SPLITS, DataError, Record
+from data.rows import SPLITS, Record
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 0.05  # share of images in the validation and in the test split when we draw them

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
@@ -19,12 +19,6 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-
-
-class DataError(UserError):
-    """Data that cannot be used as it is; the message says where, what is wrong and what to do."""
-
-    of_one_shard = True
 
 
 @dataclass(slots=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 import datasets
 
 from common.caches import cache_folder
+from common.errors import DataError
+from common.remote import is_remote, local_copy
 from data import formats
 from data import records as rec
 from data.checks import check_captions, drop_missing
 from data.formats import hub, karpathy, scenes, webdataset
-from data.remote import is_remote, local_copy
-from data.rows import SPLIT_NAMES, SPLITS, DataError, Options, Record
+from data.rows import SPLIT_NAMES, SPLITS, Options, Record
 from data.tables import ALL, as_streams, by_split, columns_of, could_not_load, holds_paths, stream_records, table_of
 from data.tables import table_rows as rows_of_tables
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import datasets
 import xxhash
 
+from common.errors import DataError
 from data import records as rec
 from data.checks import clean_captions
 from data.columns import ID_COLUMNS, captions_of, dict_rows, find_columns, from_base64, image_in
 from data.finder import Finder
-from data.rows import SPLIT_NAMES, DataError, Options, Record, split_name
+from data.rows import SPLIT_NAMES, Options, Record, split_name
 
 ALL = "all"  # of draw_splits_from: every split there is
 

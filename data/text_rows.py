@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import DataError
 from common.text import TextError, open_text, read_text
-from data.rows import DataError
 
 SEPARATORS = (",", ";", "\t", "|")
 IMAGE_NAME = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif|jpe|heic|avif)\b", re.IGNORECASE)

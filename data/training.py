@@ -5,9 +5,8 @@ import numpy as np
 import pyarrow.compute
 import torch
 
-from common.errors import UserError
+from common.errors import DataError, UserError
 from data.checks import check_images
-from data.rows import DataError
 
 
 def in_memory(split, name: str) -> datasets.Dataset:

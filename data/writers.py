@@ -19,11 +19,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.errors import DataError
 from common.files import write_text
+from common.remote import is_remote, open_remote
 from data.formats import webdataset
 from data.images import ImageError
-from data.remote import is_remote, open_remote
-from data.rows import DataError
 
 BATCH = 5_000
 

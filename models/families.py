@@ -8,18 +8,7 @@ import functools
 import logging
 from dataclasses import dataclass, field, replace
 
-from transformers import (
-    AutoModelForImageTextToText,
-    Blip2ForConditionalGeneration,
-    BlipForConditionalGeneration,
-    Florence2ForConditionalGeneration,
-    GitForCausalLM,
-    InstructBlipForConditionalGeneration,
-    Kosmos2ForConditionalGeneration,
-    PaliGemmaForConditionalGeneration,
-    Pix2StructForConditionalGeneration,
-    VisionEncoderDecoderModel,
-)
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from common.errors import UserError
@@ -121,7 +110,7 @@ def _plain_answer(processor, words: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Family:
-    model_class: type
+    architecture: str  # the model's class in transformers
     # Attribute paths, from the model: the vision encoder (the first that exists), and from the config: the end and
     # padding tokens of a caption.
     vision: tuple[str, ...]
@@ -149,6 +138,11 @@ class Family:
     vision_takes_encoded: bool = False  # whether models/vision.py lets the vision encoder take encoded images
     unread: str = ""  # weights that the model has but never reads: a regular expression of whole names
     license: str | None = None  # of the published weights, where all have the same
+
+    @property
+    def model_class(self) -> type:
+        """Imported when asked for: importing the classes of all families takes a second."""
+        return getattr(transformers, self.architecture)
 
     @property
     def chats(self) -> bool:
@@ -193,7 +187,7 @@ _CHAT = {
 
 FAMILIES = {
     "blip": Family(
-        model_class=BlipForConditionalGeneration,
+        architecture="BlipForConditionalGeneration",
         vision=("vision_model",),
         end_token="text_config.sep_token_id",
         pad_token="text_config.pad_token_id",
@@ -202,7 +196,7 @@ FAMILIES = {
         lora_targets=r"text_decoder\..*\.(query|key|value|dense)",
     ),
     "git": Family(
-        model_class=GitForCausalLM,
+        architecture="GitForCausalLM",
         vision=("git.image_encoder",),
         end_token="eos_token_id",
         pad_token="pad_token_id",
@@ -211,15 +205,15 @@ FAMILIES = {
         license="mit",
         lora_targets=r"git\.encoder\..*\.(query|key|value|dense)",
     ),
-    "blip-2": Family(Blip2ForConditionalGeneration, prompt=_blip2_prompt, license="mit", **_BLIP2),
+    "blip-2": Family("Blip2ForConditionalGeneration", prompt=_blip2_prompt, license="mit", **_BLIP2),
     "instructblip": Family(
-        InstructBlipForConditionalGeneration,
+        "InstructBlipForConditionalGeneration",
         prompt=_instructblip_prompt,
         default_words="A short image description:",
         **_BLIP2,
     ),
     "paligemma": Family(
-        PaliGemmaForConditionalGeneration,
+        "PaliGemmaForConditionalGeneration",
         joint_prompt=_paligemma_prompt,
         answer=_plain_answer,
         default_words="caption en",
@@ -231,7 +225,7 @@ FAMILIES = {
 _IN_DECODER = {"input_ids": "decoder_input_ids", "attention_mask": None}
 FAMILIES |= {
     "vision-encoder-decoder": Family(  # ViT-GPT2, TrOCR, Donut
-        VisionEncoderDecoderModel,
+        "VisionEncoderDecoderModel",
         vision=("encoder",),
         end_token="decoder.eos_token_id",
         pad_token="decoder.pad_token_id",
@@ -242,7 +236,7 @@ FAMILIES |= {
         lora_targets=r"decoder\..*\.(c_attn|q_attn|c_proj|c_fc|query|key|value|dense|q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
     ),
     "pix2struct": Family(
-        Pix2StructForConditionalGeneration,
+        "Pix2StructForConditionalGeneration",
         vision=("encoder",),
         end_token="text_config.eos_token_id",
         pad_token="text_config.pad_token_id",
@@ -254,7 +248,7 @@ FAMILIES |= {
         lora_targets=r"decoder\..*\.(query|key|value|output|wi_0|wi_1|wo)",
     ),
     "florence2": Family(
-        Florence2ForConditionalGeneration,
+        "Florence2ForConditionalGeneration",
         joint_prompt=_plain_prompt,
         answer=_plain_answer,
         default_words="<CAPTION>",
@@ -266,7 +260,7 @@ FAMILIES |= {
         **_CHAT | {"lora_targets": r"model\.language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"},
     ),
     "kosmos-2": Family(
-        Kosmos2ForConditionalGeneration,
+        "Kosmos2ForConditionalGeneration",
         joint_prompt=_plain_prompt,
         answer=_plain_answer,
         default_words="An image of",
@@ -282,7 +276,7 @@ FAMILIES |= {
 }
 # Models that are prompted with their processor's chat template.
 CHAT = Family(
-    AutoModelForImageTextToText,
+    "AutoModelForImageTextToText",
     joint_prompt=_chat_prompt,
     answer=_chat_answer,
     default_words="Describe the image in one sentence.",

@@ -83,7 +83,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **options)
         family = family_of(config, model_name_or_path)
-        wanted = family.model_class.__name__
+        wanted = family.architecture
         if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
             raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
         processor = _load_processor(config, model_name_or_path, options)

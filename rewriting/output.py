@@ -10,8 +10,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import whole
 from common.provenance import environment
-from data.remote import is_remote, upload
-from data.shards import REPORT, ShardFolder
+from common.remote import is_remote, upload
+from common.shards import REPORT, ShardFolder
 from rewriting import results as res
 from rewriting.checks import REASONS
 from rewriting.rows import Source

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import data
+from common.errors import DataError
+from common.shards import group_starts
 from common.text import open_text
 from data.caption_files import load_predictions
 from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
 from data.formats.annotations import files_of
-from data.image_rows import group_starts
-from data.rows import DataError, Options
+from data.rows import Options
 from data.sources import find_format, open_rows, require_splits
 from data.text_rows import csv_rows, jsonl_rows
 

@@ -11,8 +11,8 @@ To add one, write its module and name it in FORMATS.
 
 from pathlib import Path
 
+from common.errors import DataError
 from data.formats import annotations, flickr8k, hub, imagefolder, karpathy, parquet, saved, scenes, sidecar, webdataset
-from data.rows import DataError
 
 FORMATS = (hub, parquet, saved, webdataset, flickr8k, karpathy, annotations, imagefolder, sidecar, scenes)
 BY_NAME = {module.NAME: module for module in FORMATS}

@@ -9,9 +9,10 @@ and other columns.
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import DataError
 from data.columns import caption_key, dict_rows
 from data.finder import Finder
-from data.rows import SPLIT_NAMES, DataError, Options, Record, split_of_file
+from data.rows import SPLIT_NAMES, Options, Record, split_of_file
 from data.text_rows import csv_rows, jsonl_rows, read_json
 
 NAME = "annotations"

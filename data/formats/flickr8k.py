@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import DataError
 from common.text import TextError, open_text, read_text
 from data.finder import IMAGE_FOLDERS, Finder
-from data.rows import DataError, Options, Record
+from data.rows import Options, Record
 from data.text_rows import csv_rows
 
 NAME = "flickr8k"

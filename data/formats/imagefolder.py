@@ -4,9 +4,10 @@ images, or one in each of train, validation and test."""
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import DataError
 from data.columns import dict_rows
 from data.finder import Finder
-from data.rows import SPLIT_NAMES, DataError, Options, Record
+from data.rows import SPLIT_NAMES, Options, Record
 from data.text_rows import csv_rows, jsonl_rows
 
 NAME = "imagefolder"

@@ -15,10 +15,11 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
+from common.errors import DataError
 from common.files import whole
 from data.columns import captions_of
 from data.finder import IMAGE_FOLDERS, Finder
-from data.rows import DataError, Options, Record, split_name
+from data.rows import Options, Record, split_name
 from data.text_rows import read_json
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import DataError
 from common.text import TextError, read_text
 from data.images import ENDINGS, is_image
-from data.rows import SPLIT_NAMES, DataError, Options, Record
+from data.rows import SPLIT_NAMES, Options, Record
 
 NAME = "sidecar"
 ABOUT = "a folder of images, each with a text file of the same name next to it"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import datasets
 
+from common.errors import DataError
 from data.columns import caption_key
 from data.images import ENDINGS, is_image
-from data.rows import SPLIT_NAMES, DataError, Options, split_of_file
+from data.rows import SPLIT_NAMES, Options, split_of_file
 from data.tables import local_files
 
 NAME = "webdataset"

@@ -5,9 +5,10 @@ punctuation tokens. `tokenize` gives the same tokens from regular expressions, a
 to start. `tests/metrics/test_metrics_tokenizer.py` counts the captions on which the two differ.
 
 The Java program is a scanner: at each position the rule with the longest match wins, and among equals the first one.
-A rule may also ask for what must follow it; that counts for the length but stays unread. `_RULES` has the same form.
+A rule may also ask for what must follow it; that counts for the length but stays unread. `_RULE_TABLE` has the same form.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -275,7 +276,12 @@ _RULE_TABLE = [
     (f"[{_SYMBOLS}]", "", _as_is),
     (f"{_SPACE}+|(?i:&nbsp;)", "", None),
 ]
-_RULES = [(re.compile(f"({body}){context}", re.ASCII), action) for body, context, action in _RULE_TABLE]
+
+
+@functools.cache
+def _rules() -> list[tuple]:
+    """Compiled when the first caption is scanned: it takes half a second."""
+    return [(re.compile(f"({body}){context}", re.ASCII), action) for body, context, action in _RULE_TABLE]
 
 
 def _scan(text: str, next_line: str = "") -> list[str]:
@@ -286,7 +292,7 @@ def _scan(text: str, next_line: str = "") -> list[str]:
     position = 0
     while position < end_of_line:
         longest, end, action = position, position + 1, None  # a character that no rule knows is dropped
-        for pattern, rule_action in _RULES:
+        for pattern, rule_action in _rules():
             match = pattern.match(text, position)
             if match and match.end() > longest:
                 longest, end, action = match.end(), match.end(1), rule_action

@@ -10,11 +10,11 @@ import pandas
 import pytest
 from PIL import Image
 
+from common.errors import DataError
 from common.text import TextError, encoding_of, read_text
 from data import load
 from data.checks import clean_captions
 from data.columns import captions_of, parse_structure
-from data.rows import DataError
 from data.text_rows import csv_rows, jsonl_rows
 
 WESTERN = "Une fille à la robe rouge, « déjà vue », sur le côté – l’été\n"

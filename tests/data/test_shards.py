@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from common import engine
-from common.errors import UserError
-from data import caption_output, progress
+from common import engine, progress
+from common.errors import DataError, UserError
+from common.shards import ShardFolder
+from data import caption_output
 from data.image_rows import image_rows
-from data.rows import DataError, Options
-from data.shards import ImageSource, ShardFolder
+from data.image_shards import ImageSource
+from data.rows import Options
 
 
 def jpeg(number: int) -> bytes:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from data.rows import DataError
+from common.errors import DataError
 from metrics.coco_caption.text_checks import (
     illegal_characters,
     remove_illegal_characters,

@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 from conftest import ROOT
 from transformers import HfArgumentParser
 
 import arguments
 from common import cli
+from common.shards import Shard, ShardFolder
 
 SCRIPTS = {"train.py": [], "evaluate.py": [], "demo.py": [], "infer.py": ["x.jpg"], "export.py": ["folder"],
            "rewrite.py": ["fuse", "IN", "--llm", "hf:x", "--dry_run"]}  # fmt: skip
@@ -61,6 +63,20 @@ def test_help_describes_each_flag_once_and_no_default_that_is_none(script):
     assert len(described) > 2
     assert len(set(described)) == len(described)
     assert "(default: None)" not in " ".join(said.split())
+
+
+@pytest.mark.parametrize(("script", "unit"), [("infer.py", "images"), ("rewrite.py", "rows")])
+def test_the_progress_of_a_run_is_told_at_once(script, unit, tmp_path):
+    shards = [Shard(number, "rows", "", unit, number, number + 1, 1, "00000000") for number in range(3)]
+    folder = ShardFolder(str(tmp_path / "out.jsonl"), single=True)
+    result, _ = start(script, "--status", folder.output)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"{script}: --status {folder.output}: no run has written there.\nCPU")
+    folder.begin({}, shards, 1)
+    folder.write(shards[0].file, iter([pa.table({"key": ["a"]})]), lambda: {"rows": 1})
+    result, seconds = start(script, "--status", folder.output)
+    assert (result.returncode, result.stdout) == (0, f"1 of 3 {unit}, 1 of 3 shards\n")
+    assert seconds < 2
 
 
 def test_help_shows_per_cents_as_they_are():

@@ -26,8 +26,8 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
 from common.errors import UserError
+from common.remote import local_copy
 from data.image_rows import image_rows
-from data.remote import local_copy
 from data.rows import Options
 from data.writers import inside, text_of, write_tars
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import fsspec
 
 from common.caches import cache_folder
+from common.errors import DataError
 from common.files import whole
-from data.rows import DataError
 
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 

@@ -5,7 +5,7 @@ import sys
 import time
 
 from common.errors import UserError
-from data.shards import REPORT, SETTINGS, Shard, ShardFolder
+from common.shards import REPORT, SETTINGS, Shard, ShardFolder
 
 logger = logging.getLogger(__name__)
 FAILED = "_failed-"
