@@ -2,7 +2,7 @@
 # make test         the tests (CAPTION_TEST_DATA=folder adds those on real data)
 # make test-fast    the fast ones, for while editing: no script is started, under 2 minutes
 # make test-torchvision  those that torchvision can affect, in an environment that has it (2 GB more)
-# make test-oldest-transformers  those that transformers can affect, with the oldest release of requirements.txt
+# make test-oldest  those that libraries can affect, with the lowest versions that requirements.txt allows (2 GB more)
 # make test-sagemaker  those of sagemaker/, in the environments of make sagemaker-envs
 # make sagemaker-envs  three environments for the tests of sagemaker/, which skip without them (3 GB, some minutes)
 # make lint         formatting and lint
@@ -13,7 +13,7 @@ OUT ?= runs/quickstart
 QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST = -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: quickstart test test-fast torchvision-env test-torchvision test-oldest-transformers sagemaker-envs test-sagemaker lint format clean
+.PHONY: quickstart test test-fast torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -57,14 +57,18 @@ LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_score
 test-torchvision: $(TORCHVISION)/installed
 	$(QUIET) $(TORCHVISION)/bin/python $(PYTEST) $(LIBRARY_TESTS)
 
-OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
-OVERLAY = .venv-transformers-$(OLDEST)
-$(OVERLAY)/installed: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OVERLAY) transformers==$(OLDEST)
+# The lowest versions that requirements.txt allows, but for torch, whose old builds for Linux all bring CUDA.
+OLDEST = .venv-oldest
+$(OLDEST)/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep '^torch==' constraints.txt > $(OLDEST)/requirements.txt
+	sed -n '/^torch/! s/^\([A-Za-z0-9_]*\)>=\([0-9.]*\).*/\1==\2/p' requirements.txt >> $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt -r requirements.txt pytest pytest-xdist
 	@touch $@
-test-oldest-transformers: $(OVERLAY)/installed
-	$(QUIET) PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python $(PYTEST) \
-	  $(addprefix tests/models/test_,blip_attention.py decoding.py library_changes.py) tests/reports/test_attention_maps.py
+test-oldest: $(OLDEST)/installed
+	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(OLDEST)/bin/python $(PYTEST) tests/data tests/reports/test_attention_maps.py \
+	  $(addprefix tests/training/test_,checkpoints.py sharding.py) $(addprefix tests/scripts/test_,adapters.py arguments.py recipes.py) \
+	  $(addprefix tests/models/test_,blip_attention.py decoding.py library_changes.py weights.py)
 
 # SDK v2 and v3 exclude each other, and the toolkits want numpy < 2 (and so pyarrow < 26): each has its own environment.
 SAGEMAKER = .venv-sagemaker

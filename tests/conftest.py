@@ -22,3 +22,12 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("CAPTION_TEST_DATA is not set: tests on real data need it")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Libraries write into it; the next test finds it as this one did."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -44,6 +44,8 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
                 self.activation_checkpointing = bool(self.gradient_checkpointing)
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
+        if self.torch_compile and torch.__version__ < "2.7":
+            raise UserError(f"torch_compile needs torch 2.7 or later, and this is {torch.__version__}. Leave it out.")
         trackers = get_available_reporting_integrations()
         if not self.report_to:
             self.report_to = ["tensorboard"] if "tensorboard" in trackers else ["none"]

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -41,6 +41,8 @@ def check_sharding(args, model_args, scratch_args) -> None:
         f"objective {args.objective}: it draws captions in training, which was not tested with ZeRO. Use "
         "recipes/accelerate/fsdp2.yaml": how.startswith("ZeRO") and args.objective != "cross_entropy",
         f"torch_compile was not tested with {how}. Leave it out": args.torch_compile,
+        f"torch {torch.__version__}: torch 2.8 or later is needed. Upgrade torch": how == "FSDP"
+        and not hasattr(FSDPModule, "set_reshard_after_forward"),
         f"fsdp_version {version}: only FSDP2 is supported. Set fsdp_version: 2": how == "FSDP" and version != "2",
         f"fsdp_state_dict_type {kept}: checkpoints are sharded. Set SHARDED_STATE_DICT": how == "FSDP"
         and kept != "SHARDED_STATE_DICT",
@@ -80,7 +82,8 @@ def shard(model, args):
     fully_shard(model, **options)
     for module in model.modules():  # the library looks up what to record by class, and torch makes new classes
         if isinstance(module, PreTrainedModel):
-            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+            # Its own __setitem__, from 5.23 on, takes the module; the key is the same in all releases.
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
     model.to_empty(device="cpu" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else device)
     main, shares = processes().is_main_process, list(model.parameters())  # DTensors
     with torch.no_grad():

@@ -239,7 +239,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
-            self._save(output_dir, whole_state(self.model))
+            state = whole_state(self.model)
+            if self.args.should_save:  # before 5.23 the library's _save writes in every process that calls it
+                self._save(output_dir, state)
         else:
             # The library writes a checkpoint's shards later. Before that each process checks whether the folder of the
             # best one exists: one that checked too early would wait forever for the others, which load it.

@@ -135,7 +135,11 @@ def test_transparency_is_laid_over_white():
     la.putpixel((1, 0), (0, 0))
     assert pixels(saved(la)).tolist() == [[[0] * 3, [255] * 3]]
     assert pixels(la.convert("La")).tolist() == [[[0] * 3, [255] * 3]]
-    assert pixels(rgba.convert("PA")).tolist()[0][1] == list(WHITE)
+    pa = Image.new("PA", (2, 1))
+    pa.putpalette(RED)
+    pa.putpixel((0, 0), (0, 255))
+    pa.putpixel((1, 0), (0, 0))
+    assert pixels(pa).tolist() == [[list(RED), list(WHITE)]]
 
 
 def test_palettes_with_and_without_transparency():

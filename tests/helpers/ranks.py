@@ -37,6 +37,12 @@ class Ranks:
         return texts
 
 
+def together(processes: int) -> list[dict]:
+    """What torchrun puts into the environment of each of its processes; nothing for a single one."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [place | of_rank(rank, processes) for rank in range(processes)] if processes > 1 else [{}]
+
+
 def of_rank(rank: int, count: int) -> dict:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
 

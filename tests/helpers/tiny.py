@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import forks
+import ranks
 from conftest import ROOT
 
 CONFIG = {
@@ -121,14 +122,14 @@ def start(script: str, *arguments, processes: int = 1, **environment) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 
-def run(script: str, *arguments, fails: bool = False, **options) -> subprocess.CompletedProcess:
+def run(script: str, *arguments, fails: bool = False, processes: int = 1, **environment) -> subprocess.CompletedProcess:
     """A script run to its end; asserts that it succeeds, or with `fails` that it exits with 2 and no traceback."""
-    if options or sys.platform != "linux" or Path(script).stem not in forks.SCRIPTS or not server().fits():
-        process = start(script, *arguments, **options)
+    if environment or sys.platform != "linux" or Path(script).stem not in forks.SCRIPTS or not server().fits():
+        process = start(script, *arguments, processes=processes, **environment)
         out, err = process.communicate(timeout=600)
         done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     else:
-        done = run_forked(script, *arguments)
+        done = run_forked(script, *arguments, processes=processes)
     if fails:
         assert done.returncode == 2, f"exit {done.returncode}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
@@ -145,12 +146,13 @@ def server() -> forks.Server:
     return started
 
 
-def run_forked(script: str, *arguments) -> subprocess.CompletedProcess:
-    asked = {"script": str(ROOT / script), "arguments": list(map(str, arguments)), "environment": {}}
+def run_forked(script: str, *arguments, processes: int = 1) -> subprocess.CompletedProcess:
+    asked = {"script": str(ROOT / script), "arguments": list(map(str, arguments))}
     with tempfile.TemporaryDirectory() as folder:
         asked |= {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-        (code,) = server().run([asked])
+        codes = server().run([asked | {"environment": variables} for variables in ranks.together(processes)])
         out, err = (Path(asked[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    code = next(filter(None, codes), 0)
     return subprocess.CompletedProcess([sys.executable, asked["script"], *asked["arguments"]], code, out, err)
 
 

@@ -70,17 +70,13 @@ def pycocoevalcap_scores(predictions, references, with_meteor: bool) -> dict[str
 def oracle(coco, held_out):
     if find_java() is None:
         pytest.skip("no Java: pycocoevalcap cannot be asked")
-    before = dict(os.environ)
-    # Its Java programs read and write in the locale's encoding, here perhaps ASCII.
-    os.environ["JAVA_TOOL_OPTIONS"] = "-Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8"
-    try:
-        yield {
+    with pytest.MonkeyPatch.context() as patch:
+        # Its Java programs read and write in the locale's encoding, here perhaps ASCII.
+        patch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8")
+        return {
             "coco": pycocoevalcap_scores(*coco, with_meteor=False),
             "held_out": pycocoevalcap_scores(*held_out, with_meteor=True),
         }
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -16,8 +17,11 @@ from conftest import ROOT
 from ranks import Ranks
 from safetensors.torch import load_file
 from small_run import CAPTIONS
+from torch.distributed.fsdp import FSDPModule
 
+from common.errors import UserError
 from models.loading import load_model
+from training.sharding import check_sharding
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks of one process, to spare their imports")
 FSDP2, DDP = (ROOT / f"recipes/accelerate/{name}.yaml" for name in ("fsdp2", "ddp"))
@@ -293,3 +297,17 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_loaded(case,
     assert line in said[0]
     assert "Traceback" not in log
     assert not (tmp_path / "out").exists()
+
+
+def test_a_torch_whose_shards_cannot_be_kept_gathered_is_refused(monkeypatch):
+    """It would train, and end in a traceback at the first evaluation."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    args = SimpleNamespace(
+        auto_find_batch_size=False, save_only_model=False, objective="cross_entropy", torch_compile=False, world_size=2
+    )
+    others = SimpleNamespace(quantization=None), SimpleNamespace(feature_cache="off")
+    check_sharding(args, *others)
+    monkeypatch.delattr(FSDPModule, "set_reshard_after_forward")
+    with pytest.raises(UserError, match=r"With FSDP, torch \d.*: torch 2.8 or later is needed"):
+        check_sharding(args, *others)
