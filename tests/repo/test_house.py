@@ -1,6 +1,7 @@
 """The structure that README promises: who may import whom, how long a script's functions are, no symbolic links."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -78,3 +79,14 @@ def test_there_is_no_symbolic_link():
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
+
+
+def test_an_endpoint_installs_what_requirements_txt_allows():
+    """The bounds there are tested ones (make test-oldest)."""
+
+    def bounds(file: str) -> dict[str, str]:
+        lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+        return {re.split(r"[<>=]", line)[0]: line for line in lines if line}
+
+    ours, served = bounds("requirements.txt"), bounds("sagemaker/requirements-serving.txt")
+    assert {name: ours.get(name) for name in served} == served
