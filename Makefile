@@ -11,7 +11,7 @@ BIN = .venv/bin
 OUT ?= runs/quickstart
 # One thread for each of the two workers: OpenMP's threads spin, and with more of them than cores all wait for each other.
 QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-PYTEST = -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: quickstart test test-fast torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
 

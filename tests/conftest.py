@@ -15,6 +15,11 @@ def pytest_report_header():
     return f"SageMaker environments (make sagemaker-envs): {', '.join(built) or 'none, their tests skip'}"
 
 
+def pytest_collection_modifyitems(items):
+    """Files that train and start scripts come first, so that no worker ends with one of them alone."""
+    items.sort(key=lambda item: str(item.path), reverse=True)  # within a file the order stays
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real data that CAPTION_TEST_DATA names."""
