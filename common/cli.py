@@ -3,6 +3,7 @@
 Values come from the defaults of the dataclasses, then a recipe (`train.py recipes/x.yaml`), then the command line.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import gc
@@ -53,16 +54,13 @@ def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # logs show at once
     parser, found, _ = _read(dataclasses_, argv, positional)
-    try:
+    with mistakes_in_one_line(parser.prog):
         answers = [group.answer() for group in found if hasattr(group, "answer")]
-    except OSError as error:
-        parser.exit(2, f"{parser.prog}: {error.filename}: {error.strerror}.\n")
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
     if said := next(filter(None, answers), None):
         print(said)
         sys.exit()
-    gc.disable()  # until `run`: imports make many objects that stay, and looking through them again takes a second
+    if argv is None:  # a script, whose imports follow: they make many objects that stay, and looking through them again
+        gc.disable()  # takes a second. `run` enables it
 
 
 def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
@@ -203,13 +201,9 @@ def nearest(name: str, known, dashes: str = "") -> str:
 
 
 def run(main) -> None:
-    """Runs a script's `main`: logs to stderr, and turns a user's mistake into one message and exit code 2.
-
-    A mistake is a UserError, or an error of the file system. Anything else is a bug, and keeps its traceback.
-    """
+    """Runs a script's `main`: logs to stderr, and turns a user's mistake into one message and exit code 2."""
     import torch
     import transformers
-    from huggingface_hub.errors import HfHubHTTPError
 
     from common.limits import cpus
 
@@ -223,13 +217,22 @@ def run(main) -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
-    script = Path(sys.argv[0]).name
-    try:
+    with mistakes_in_one_line(Path(sys.argv[0]).name):
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # leave together: a group that is left open at exit can abort or hang
             torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line(script: str):
+    """Ends the process with exit code 2 and one message of `script` at a user's mistake: a UserError, or an error of the
+    file system or of the network. Anything else is a bug, and keeps its traceback."""
+    try:
+        yield
     except Exception as error:
+        from huggingface_hub.errors import HfHubHTTPError
+
         if "No space left" in str(error):
             message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"
         elif isinstance(error, UserError):

@@ -20,9 +20,7 @@ from data.rows import Options
 
 class ImageSource:
     """What infer.py's paths name, as shards, and the rows of each: those of data.image_rows with a `key` that no other
-    row of the source has.
-
-    """
+    row of the source has."""
 
     def __init__(self, paths: list[str], options: Options):
         self.options = options

@@ -39,7 +39,7 @@ class Ranks:
 
 def together(processes: int) -> list[dict]:
     """What torchrun puts into the environment of each of its processes; nothing for a single one."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = meeting_place()
     return [place | of_rank(rank, processes) for rank in range(processes)] if processes > 1 else [{}]
 
 
@@ -54,14 +54,14 @@ def environment_of(config: str, processes: int) -> dict:
 
     words = ["--config_file", config, "--num_processes", str(processes), "train.py"]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = meeting_place()
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         return prepare_deepspeed_cmd_env(args)[1] | place
     return prepare_multi_gpu_env(args) | place
 
 
-def free_port() -> int:
+def meeting_place() -> dict:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(one.getsockname()[1])}

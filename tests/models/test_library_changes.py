@@ -8,14 +8,20 @@ import families
 import pytest
 import torch
 from conftest import ROOT
-from transformers import GitVisionModel, ViTModel
+from transformers import GitVisionModel, PreTrainedModel, ViTModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from models.families import vision_encoder
+from models.families import FAMILIES, vision_encoder
 from models.loading import load_model
 from models.vision import encode_images, take_encoded_images, takes_encoded
 
 sys.path.insert(0, str(ROOT / "sagemaker"))
 import bundle
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_installed_release_has_the_class_of_every_family(kind):
+    assert issubclass(FAMILIES[kind].model_class, PreTrainedModel | _BaseAutoModelClass)
 
 
 def test_a_vision_encoder_with_new_arguments_stays_the_librarys(monkeypatch, caplog):

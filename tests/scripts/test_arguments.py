@@ -7,7 +7,9 @@ import sys
 
 import pyarrow as pa
 import pytest
+import torch
 from conftest import ROOT
+from torch.torch_version import TorchVersion
 from transformers import HfArgumentParser
 
 import arguments
@@ -77,6 +79,37 @@ def test_the_progress_of_a_run_is_told_at_once(script, unit, tmp_path):
     result, seconds = start(script, "--status", folder.output)
     assert (result.returncode, result.stdout) == (0, f"1 of 3 {unit}, 1 of 3 shards\n")
     assert seconds < 2
+
+
+def test_a_status_that_is_interrupted_ends_without_a_traceback(capsys):
+    with pytest.raises(SystemExit, match="130"), cli.mistakes_in_one_line("infer.py"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.startswith("infer.py: stopped.")
+
+
+def test_garbage_is_collected_again_when_a_script_runs():
+    """It waits during the imports, which are between `check` and `run`."""
+    code = (
+        "import gc; from arguments import EXPORT_GROUPS as groups; from common import cli\n"
+        "cli.check(groups, ['folder'], positional='folder'); print(gc.isenabled())\n"  # as sagemaker/launch.py does
+        "cli.check(groups, positional='folder'); print(gc.isenabled())\n"
+        "cli.run(lambda: print(gc.isenabled()))"
+    )
+    command = [sys.executable, "-c", code, "folder"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert result.stdout.split() == ["True", "False", "True"], result.stderr
+
+
+def test_compiling_is_refused_with_a_torch_that_cannot(tmp_path, monkeypatch, capsys):
+    words = ["--output_dir", str(tmp_path), "--torch_compile", "true"]
+    (args,) = cli.parse((arguments.AllTrainFlags,), words)
+    assert args.torch_compile
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse((arguments.AllTrainFlags,), words)
+    assert "torch_compile needs torch 2.7 or later, and this is 2.6.0+cu124" in capsys.readouterr().err
 
 
 def test_help_shows_per_cents_as_they_are():
