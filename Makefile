@@ -1,6 +1,7 @@
 # make quickstart   a trained captioner, its scores and three captions, on scenes that the repo draws itself
 # make test         the tests (CAPTION_TEST_DATA=folder adds those on real data)
 # make test-fast    the fast ones, for while editing: no script is started, under 2 minutes
+# make test-gpu     those on a CUDA GPU (make test runs on the CPU)
 # make test-torchvision  those that torchvision can affect, in an environment that has it (2 GB more)
 # make test-oldest  those that libraries can affect, with the lowest versions that requirements.txt allows (2 GB more)
 # make test-sagemaker  those of sagemaker/, in the environments of make sagemaker-envs
@@ -13,7 +14,7 @@ OUT ?= runs/quickstart
 QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-.PHONY: quickstart test test-fast torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
+.PHONY: quickstart test test-fast test-gpu torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -40,6 +41,11 @@ FAST_TESTS = tests/repo $(wildcard $(addsuffix *.py,$(addprefix tests/*/test_,co
   metrics recipes rewards uploads)))
 test-fast: .venv/installed
 	$(QUIET) $(BIN)/python $(PYTEST) $(FAST_TESTS)
+
+# GPU: which one, as CUDA_VISIBLE_DEVICES counts
+GPU ?= 0
+test-gpu: .venv/installed
+	CUDA_VISIBLE_DEVICES=$(GPU) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -rs tests/scripts/test_gpu.py tests/models/test_decoding_step.py
 
 # torch and torchvision of the same build: torch 2.13.0, which .venv has, has no torchvision for the CPU.
 TORCHVISION = .venv-torchvision

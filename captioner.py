@@ -14,6 +14,7 @@ from common.loaders import ahead, data_loader
 from common.processes import has_bfloat16, keep_memory, processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
+from models.decoding_step import release_graphs
 from models.families import ENCODED, base_model, family_of, model_inputs
 from models.loading import load_model
 from models.vision import check_repeatable, encode_once, encodes_once
@@ -274,6 +275,8 @@ class Captioner:
             show_progress(self.stream(share, batch_size=batch_size, num_workers=num_workers, sweep=sweep), len(share))
         )
         self.model.train(was_training)
+        if was_training:
+            release_graphs()
         if state.num_processes > 1:
             captions = {k: v for part in gather_object([captions]) for k, v in part.items()}
         return {image_id: captions[image_id] for image_id in records["image_id"]}

@@ -21,7 +21,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 def processes() -> PartialState:
     """This process among those that torchrun or accelerate launch started; joins them on its first call."""
+    check_gpus()
     return PartialState(cpu=not on_accelerator())
+
+
+def check_gpus() -> None:
+    """UserError if more processes were started here than there are GPUs: two cannot share one."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if on_accelerator() and here > (gpus := torch.accelerator.device_count()):
+        raise UserError(f"{here} processes were started, and this machine has GPUs for {gpus}. Start one for each GPU.")
 
 
 def own_share() -> tuple[int, int]:

@@ -6,11 +6,15 @@ beam, and a step reorders only the self-attention cache. benchmarks/NOTES.md has
 """
 
 import copy
+import functools
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput
 
+from models.decoding_step import CACHE, next_logits, take_over
 from models.families import ENCODED
 
 
@@ -61,7 +65,38 @@ class SharedBeams:
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         return input_ids, {**model_kwargs, "encoder_hidden_states": encoder_hidden_states}
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        cache = model_kwargs.get(CACHE)
+        speculative = "num_new_tokens" in kwargs  # it reads several tokens at once, and takes some back
+        if cache is None or _step_of(cache) or self.training or speculative or outputs.hidden_states:
+            return model_kwargs
+        if length := cache.get_seq_length():
+            mask = model_kwargs.get("attention_mask")
+            take_over(self, cache, mask if mask is None else mask[:, :length])
+        return model_kwargs
+
+    # generate() reads the names of the parameters of both, so they stay the library's.
+    @functools.wraps(BlipTextLMHeadModel.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        if _step_of(cache := kwargs.get(CACHE)):
+            positions = kwargs.get("position_ids")
+            positions = {} if positions is None else {"position_ids": positions[:, -1:]}
+            return {"input_ids": input_ids[:, -1:], CACHE: cache, **positions}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    @functools.wraps(BlipTextLMHeadModel.forward)
+    def forward(self, *args, **kwargs):
+        if _step_of(cache := kwargs.get(CACHE)):
+            logits = next_logits(self, cache, kwargs["input_ids"], kwargs.get("position_ids"))
+            return CausalLMOutputWithCrossAttentions(logits=logits, **{CACHE: cache})
+        return super().forward(*args, **kwargs)
+
     def _reorder_cache(self, past_key_values, beam_idx):
         # A beam only ever continues another of the same image, so the image's keys and values stay where they are.
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
+
+
+def _step_of(cache):
+    return getattr(cache, "step", None)

@@ -7,6 +7,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the Hub
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # make test-gpu names one: numbers of other tests are a CPU's
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # the other way to look for GPUs leaves forks without them
 
 
 def pytest_report_header():

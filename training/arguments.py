@@ -10,7 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from arguments import BEST, REPLACED, TrainFlags
 from common.errors import UserError
-from common.processes import default_workers, on_accelerator
+from common.processes import check_gpus, default_workers, on_accelerator, use_device
 
 
 @dataclass
@@ -19,6 +19,9 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         TrainFlags.__post_init__(self)
+        if self.use_cpu:
+            use_device("cpu")
+        check_gpus()
         if self.metric_for_best_model is None:
             self.metric_for_best_model = BEST[self.objective]
         self.use_cpu = self.use_cpu or not on_accelerator()  # else torchrun on CPUs runs unconnected processes

@@ -96,7 +96,8 @@ def main(arguments) -> dict:
     for name, kind in (("once", Captioner), ("again", EncodesAgain)):
         captioner = kind(model, processor, prompt="word5", **lengths)
         collator = CaptionCollator(processor, model.config, prompt="word5", prompts_only=True)
-        sides[name] = (SelfCritical(captioner, rewards, samples=arguments.samples), collator(samples))
+        batch = {k: v.to(arguments.device) if torch.is_tensor(v) else v for k, v in collator(samples).items()}
+        sides[name] = (SelfCritical(captioner, rewards, samples=arguments.samples), batch)
 
     def step(name: str) -> float:
         objective, batch = sides[name]
