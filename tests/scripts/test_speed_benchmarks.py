@@ -30,7 +30,7 @@ def test_the_command_for_a_gpu_runs_with_no_more_than_a_pytorch_image_has(tmp_pa
         found = result["measures"][name]
         assert found["limit_s"] > 0
         assert found["share_of_limit"]["ours"] == pytest.approx(found["limit_s"] / found["seconds"]["ours"][0])
-    assert result["measures"]["captions, batch 1"]["same_tokens"] == 1.0
+    assert result["measures"]["captions, batch 1"]["same_captions"] == 1.0
     assert result["machine"]["operations_per_second"]["float32"] > 1e8
     assert result["commit"]
     assert result["hardware"]["instructions"]
@@ -153,7 +153,7 @@ def test_a_peer_that_fails_is_written_down_and_the_others_are_measured(tmp_path,
     captioning.main()
     found = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))["batches"]["1"]
     assert found["broken"] == {"failed": "KeyError: 'no compiler'"}
-    assert found["same_tokens"] == 1.0
+    assert found["same_captions"] == 1.0
     for name in ("int8", "bfloat16"):
         assert 0 <= found[name]["same_tokens"] <= 1
         assert found[name]["median"] > 0
