@@ -1,7 +1,8 @@
-"""docs/speed.md's table, from all runs of the speed benchmarks: the lowest over days and processors counts.
+"""docs/speed.md's tables: of all runs of the speed benchmarks on CPUs, where the lowest over days and processors counts, and
+of gpu.py's run.
 
-    python -m benchmarks.speed.table                            # print it
-    python -m benchmarks.speed.table --write docs/speed.md      # put it between the two markers there
+    python -m benchmarks.speed.table                            # print them
+    python -m benchmarks.speed.table --write docs/speed.md      # put them between the markers there
 
 Runs are the folders that benchmarks/speed/all.sh makes in benchmarks/results/runs. The share of the limit is roofline.py's.
 """
@@ -14,7 +15,9 @@ from pathlib import Path
 from benchmarks.harness import RESULTS
 from common.files import write_text
 
-BEGIN, END = "<!-- made by benchmarks.speed.table -->\n", "<!-- end of table -->"
+BEGIN, BEGIN_GPU, END = (
+    f"<!-- {words} -->" for words in ("made by benchmarks.speed.table", "of a GPU", "end of table")
+)
 RATE = lambda found: (found["peer"]["median"], found["ours"]["median"], found["ratio"])  # noqa: E731
 SECONDS = lambda found: (found["peer"]["median_s"], found["ours"]["median_s"], found["ratio"])  # noqa: E731
 SCORES = lambda found: (found["pycocoevalcap"]["median_s"], found["ours"]["median_s"], found["speedup"])  # noqa: E731
@@ -103,15 +106,33 @@ def table(results: Path) -> str:
     return "\n".join([*lines, *filter(None, (row(runs, *of_row) for of_row in ROWS))]) + "\n"
 
 
+def gpu_table(results: Path) -> str:
+    """The medians of gpu.py: items per second, share of the limit and peak memory of both sides."""
+    lines = [
+        "| per second | peer | here | times | share of the limit: peer, here | GPU memory, GiB: peer, here |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in read(results / "gpu.json")["measures"].items():
+        if "ratio" in found:
+            rates = [_short(found[side]["median"]) for side in ("peer", "ours")]
+            share = ", ".join(f"{found['share_of_limit'][side]:.1%}" for side in ("peer", "ours"))
+            memory = ", ".join(f"{found['memory_mib'][side] / 2**10:.1f}" for side in ("peer", "ours"))
+            lines.append(f"| {name} | {rates[0]} | {rates[1]} | **{found['ratio']:.2f}** | {share} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="page with the two markers to put the table between")
     arguments = parser.parse_args()
-    found = table(RESULTS)
+    tables = {BEGIN: table(RESULTS), BEGIN_GPU: gpu_table(RESULTS)}
     if arguments.write:
-        before, rest = arguments.write.read_text(encoding="utf-8").split(BEGIN)
-        write_text(arguments.write, before + BEGIN + found + END + rest.split(END, 1)[1])
-    print(found)
+        text = arguments.write.read_text(encoding="utf-8")
+        for begin, found in tables.items():
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{found}{END}{rest.split(END, 1)[1]}"
+        write_text(arguments.write, text)
+    print(*tables.values(), sep="\n")
 
 
 if __name__ == "__main__":

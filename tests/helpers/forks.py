@@ -5,6 +5,7 @@ as any process has it. What a test says of start-up itself, or of variables that
 """
 
 import atexit
+import functools
 import json
 import os
 import runpy
@@ -37,14 +38,22 @@ class Server:
         )
         self.environment |= {"PYTEST_CURRENT_TEST": ""}
 
+    @functools.cached_property
+    def has_gpu(self) -> bool:
+        """Whether an import has already taken the GPU, as bitsandbytes' does: forks cannot have it then."""
+        return json.loads(self.process.stdout.readline())
+
     def fits(self) -> bool:
         """Whether a process that was started now would have the environment that the libraries were imported in."""
+        if self.has_gpu:
+            return False
         now = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_CURRENT_TEST": ""}
         return now == self.environment
 
     def run(self, runs: list[dict], until: Path | None = None, timeout: float = 600) -> list[int]:
         """The exit codes of runs at the same time, each of {"script", "arguments", "stdout", "stderr", "environment"}.
         `until`: a file; when it is there, all of them are killed."""
+        assert not self.has_gpu
         asked = {"runs": runs, "until": until and str(until), "cwd": os.getcwd()}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
@@ -107,6 +116,9 @@ def serve() -> None:
     for name in SCRIPTS:
         __import__(name)
     tokenize(["a dog"])  # compiles the rules, once for all runs
+    torch = sys.modules["torch"]
+    answers.write(json.dumps(torch.cuda.is_initialized()) + "\n")
+    answers.flush()
     for line in sys.stdin:
         asked, children = json.loads(line), []
         for run in asked["runs"]:

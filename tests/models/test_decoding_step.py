@@ -1,23 +1,24 @@
-"""Keys and values at fixed places, and a step as a CUDA graph, say what the library says: captions of every length, in any
-order, while the weights change."""
+"""A step at fixed addresses, and as a CUDA graph, says what the library says: captions of every length, in any order, while
+the weights change."""
 
 import contextlib
 
 import pytest
 import torch
 from test_blip_attention import eager_and_fast, random_images
+from test_decoding import OPTIONS
 
 from models import decoding_step
 from models.decoding import generate
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU: a step is captured on one only")
-OPTIONS = {
-    "greedy": {"max_new_tokens": 12},
-    "beams": {"num_beams": 5, "max_new_tokens": 12, "num_return_sequences": 2},
-    "samples": {"do_sample": True, "num_return_sequences": 5, "max_new_tokens": 12},
-    "repetition penalty": {"num_beams": 3, "max_new_tokens": 12, "repetition_penalty": 1.5},
-    "longer than the first room": {"num_beams": 3, "max_new_tokens": 40, "min_new_tokens": 40},
-}
+OPTIONS |= {"longer than the first room": {"num_beams": 3, "max_new_tokens": 40, "min_new_tokens": 40}}
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    """On a CPU the same operations are run one by one, which shows that they are the right ones."""
+    monkeypatch.setattr(decoding_step, "DEVICES", {"cpu", "cuda"})
 
 
 @contextlib.contextmanager
@@ -83,16 +84,18 @@ def test_hidden_states_are_returned_when_asked_for():
         torch.testing.assert_close(mine[-1], other[-1], rtol=1e-4, atol=1e-4)
 
 
-@gpu
-@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("prompted", [False, True], ids=["", "prompted"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_a_graph_gives_the_librarys_token_ids(options, prompted):
-    eager, fast = (model.cuda() for model in eager_and_fast())
-    for images in (4, 9, 4):  # another graph, then the first again
-        pixels = random_images(images).cuda()
-        theirs, ours = both(eager, fast, pixels, **options, **(prompts(images, "cuda") if prompted else {}))
+def test_every_option_gives_the_librarys_token_ids(options, prompted, device):
+    eager, fast = (model.to(device) for model in eager_and_fast())
+    options = {"max_new_tokens": 12} | options
+    for images in (4, 9, 4):  # other tensors, then the first again
+        pixels = random_images(images).to(device)
+        theirs, ours = both(eager, fast, pixels, **options, **(prompts(images, device) if prompted else {}))
         assert torch.equal(ours, theirs)
-    assert graphs(fast)
+    if device == "cuda" and options.get("use_cache", True):
+        assert graphs(fast)
 
 
 @gpu
@@ -136,7 +139,7 @@ def test_under_autocast_a_graph_says_what_its_operations_say(monkeypatch):
     fast, pixels = fast.cuda(), random_images(8).cuda()
     said = []
     for captured in (True, True, False):
-        monkeypatch.setattr(decoding_step, "_can_capture", captured)
+        monkeypatch.setattr(decoding_step, "DEVICES", {"cuda"} if captured else set())
         with torch.autocast("cuda", dtype=torch.bfloat16):
             said.append(generate(fast, pixel_values=pixels, num_beams=3, max_new_tokens=12))
     assert torch.equal(said[0], said[1])

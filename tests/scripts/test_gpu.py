@@ -123,4 +123,4 @@ def test_more_processes_than_gpus_are_refused_in_one_line(dataset, tmp_path):
     _, error = process.communicate(timeout=300)
     assert process.returncode != 0
     said = f"{count} processes were started, and this machine has GPUs for {count - 1}. Start one for each GPU."
-    assert error.count(f"train.py: {said}") == count
+    assert f"train.py: {said}" in error
