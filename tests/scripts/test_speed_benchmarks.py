@@ -137,7 +137,8 @@ def test_of_several_runs_the_table_has_the_lowest_and_the_range(tmp_path):
 
 def test_the_page_has_the_table_of_the_results():
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
-    assert page.split(table.BEGIN)[1].split(table.END)[0] == table.table(table.RESULTS)
+    for begin, found in ((table.BEGIN, table.table), (table.BEGIN_GPU, table.gpu_table)):
+        assert page.split(begin + "\n")[1].split(table.END)[0] == found(table.RESULTS)
 
 
 def test_a_peer_that_fails_is_written_down_and_the_others_are_measured(tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_a_peer_that_fails_is_written_down_and_the_others_are_measured(tmp_path,
     captioning.main()
     found = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))["batches"]["1"]
     assert found["broken"] == {"failed": "KeyError: 'no compiler'"}
-    assert found["same_captions"] == 1.0
+    assert found["same_tokens"] == 1.0
     for name in ("int8", "bfloat16"):
         assert 0 <= found[name]["same_tokens"] <= 1
         assert found[name]["median"] > 0
