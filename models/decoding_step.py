@@ -26,12 +26,11 @@ PLAIN = ("torch.nn.modules.", "transformers.models.blip.", "transformers.activat
 
 
 def take_over(decoder, cache: EncoderDecoderCache, mask: torch.Tensor | None) -> None:
-    """From here on `cache` is read and written by `cache.step`. `mask`: (rows, length) of its tokens, 0 at padding."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # a graph's tensors are used after the mode that they are made in
-        _start(decoder, cache, mask, ROOM)
+    """From here on `cache` is read and written by `cache.step`, if a graph is possible here. `mask`: (rows, length) of its
+    tokens, 0 at padding."""
+    if decoder.device.type in DEVICES and _can_capture and _is_plain(decoder):
+        with torch.inference_mode(False), torch.no_grad():  # a graph's tensors outlive the mode
+            _start(decoder, cache, mask, ROOM)
 
 
 def next_logits(decoder, cache: EncoderDecoderCache, tokens, position_ids) -> torch.Tensor:
@@ -181,11 +180,12 @@ def _put_back(free: collections.OrderedDict, made_for: tuple, step: Step) -> Non
             free.popitem(last=False)
 
 
-def _is_plain(decoder, device: torch.device) -> bool:
+def _is_plain(decoder) -> bool:
     """Whether a step is nothing but kernels on weights that stay where they are: no adapters, shards, quantised weights or
     hooks."""
     return all(
-        weight.device == device and weight.is_floating_point() and weight.numel() for weight in decoder.parameters()
+        weight.device == decoder.device and weight.is_floating_point() and weight.numel()
+        for weight in decoder.parameters()
     ) and all(
         type(module).__module__.startswith(PLAIN)
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

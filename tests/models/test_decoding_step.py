@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_blip_attention import eager_and_fast, random_images
 from test_decoding import OPTIONS
 
@@ -65,6 +66,20 @@ def test_the_rooms_are_used(monkeypatch):
     with room(monkeypatch, 2):
         generate(fast, pixel_values=random_images(1), max_new_tokens=5, min_new_tokens=5)
     assert rooms == [2, 4, 8]
+
+
+def test_elsewhere_and_with_an_adapter_decoding_is_as_it_was(monkeypatch):
+    def taken(model) -> bool:
+        found = generate(model, pixel_values=random_images(1), max_new_tokens=3, return_dict_in_generate=True)
+        return hasattr(getattr(found, decoding_step.CACHE), "step")
+
+    _, fast = eager_and_fast()
+    assert taken(fast)
+    monkeypatch.setattr(decoding_step, "DEVICES", {"cuda"})
+    assert not taken(fast)
+    monkeypatch.setattr(decoding_step, "DEVICES", {"cpu"})
+    get_peft_model(fast, LoraConfig(r=2, target_modules=["query"]))
+    assert not taken(fast)
 
 
 def test_speculative_decoding_keeps_the_librarys_cache():
