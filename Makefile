@@ -74,7 +74,7 @@ $(OLDEST)/installed: requirements.txt constraints.txt
 test-oldest: $(OLDEST)/installed
 	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(OLDEST)/bin/python $(PYTEST) tests/data tests/reports/test_attention_maps.py \
 	  $(addprefix tests/training/test_,checkpoints.py sharding.py) $(addprefix tests/scripts/test_,adapters.py arguments.py recipes.py) \
-	  $(addprefix tests/models/test_,blip_attention.py decoding.py library_changes.py weights.py)
+	  $(addprefix tests/models/test_,blip_attention.py decoding.py decoding_step.py library_changes.py weights.py)
 
 # SDK v2 and v3 exclude each other, and the toolkits want numpy < 2 (and so pyarrow < 26): each has its own environment.
 SAGEMAKER = .venv-sagemaker
