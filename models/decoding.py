@@ -1,8 +1,9 @@
 """Decoding BLIP with the image's keys and values shared by its beams, samples and candidates.
 
-The loop is transformers' own `generate`, so every option works as it does there, scores included. Only two things
-change, for decoders with fast attention (`models.blip_attention`): the image embeddings are no longer copied for every
-beam, and a step reorders only the self-attention cache. benchmarks/NOTES.md has the measurements behind this.
+The loop is transformers' own `generate`, so every option works as it does there, scores included. Three things change, for
+decoders with fast attention (`models.blip_attention`): the image embeddings are no longer copied for every beam, a step
+reorders only the self-attention cache, and on a GPU it is one CUDA graph (`models.decoding_step`). benchmarks/NOTES.md has the
+measurements behind this.
 """
 
 import copy

@@ -4,8 +4,8 @@
 
 Captioning, training, training with a frozen encoder, SCST, and SCST of a chat family: each compared with the plain way of
 doing it in transformers, same weights and same work, with each side's GPU memory and its share of the limit that
-roofline.py computes from the GPU's measured rates. Outputs are compared in float32 beforehand. Needs torch, transformers, accelerate, peft, datasets and pillow, as
-in a PyTorch image with Hugging Face's libraries, and this repo.
+roofline.py computes from the GPU's measured rates. Outputs are compared in float32 beforehand. Needs torch, transformers,
+accelerate, peft, datasets and pillow, as in a PyTorch image with Hugging Face's libraries, and this repo.
 
 A measure that fails or does not fit into the time is recorded as such and does not stop the others: the file is written
 after each. `--device cpu --tiny` tests the command itself.
