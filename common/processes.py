@@ -28,7 +28,7 @@ def processes() -> PartialState:
 def check_gpus() -> None:
     """UserError if more processes were started here than there are GPUs: two cannot share one."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if on_accelerator() and here > (gpus := torch.accelerator.device_count()):
+    if here > 1 and on_accelerator() and here > (gpus := torch.accelerator.device_count()):
         raise UserError(f"{here} processes were started, and this machine has GPUs for {gpus}. Start one for each GPU.")
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # The code of a job, and nothing else: no data, caches, .git or secrets.
-JOB = ("*.py", "requirements.txt", "constraints.txt", "LICENSE", "recipes/**/*.yaml", "recipes/**/*.json", "sagemaker/*.py",
-       "sagemaker/*.txt", "reports/report.*", "metrics/coco_caption/*.py",
+JOB = ("arguments.py", "captioner.py", "collator.py", "train.py", "evaluate.py", "infer.py", "export.py", "requirements.txt",
+       "constraints.txt", "LICENSE", "recipes/**/*.yaml", "recipes/**/*.json", "sagemaker/*.py", "sagemaker/*.txt",
+       "reports/report.*", "metrics/coco_caption/*.py",
        *(f"{folder}/*.py" for folder in ("common", "data", "data/formats", "models", "objectives", "metrics", "training", "reports")))  # fmt: skip
 # What inference.py imports.
 SERVING = ("captioner.py", "collator.py", "common/*.py", "data/*.py", "data/formats/*.py", "models/*.py", "objectives/cross_entropy.py",

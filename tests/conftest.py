@@ -31,6 +31,15 @@ def test_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """small_run's pictures with their captions and splits."""
+    import tiny
+    from small_run import CAPTIONS, SPLITS
+
+    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
+
+
 @pytest.fixture(autouse=True)
 def environment():
     """Libraries write into it; the next test finds it as this one did."""

@@ -115,8 +115,8 @@ def gpu_table(results: Path) -> str:
     for name, found in read(results / "gpu.json")["measures"].items():
         if "ratio" in found:
             rates = [_short(found[side]["median"]) for side in ("peer", "ours")]
-            share = ", ".join(f"{found['share_of_limit'][side]:.1%}" for side in ("peer", "ours"))
-            memory = ", ".join(f"{found['memory_mib'][side] / 2**10:.1f}" for side in ("peer", "ours"))
+            share = ", ".join(f"{part:.1%}" for part in found.get("share_of_limit", {}).values())
+            memory = ", ".join(f"{size / 2**10:.1f}" for size in found.get("memory_mib", {}).values())
             lines.append(f"| {name} | {rates[0]} | {rates[1]} | **{found['ratio']:.2f}** | {share} | {memory} |")
     return "\n".join(lines) + "\n"
 

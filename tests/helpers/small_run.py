@@ -33,3 +33,7 @@ def weights(folder):
 def equal_weights(one, other):
     one, other = weights(one), weights(other)
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def checkpoints(folder) -> list:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

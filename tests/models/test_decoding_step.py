@@ -1,8 +1,6 @@
 """A step at fixed addresses, and as a CUDA graph, says what the library says: captions of every length, in any order, while
 the weights change."""
 
-import contextlib
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,20 +11,13 @@ from models import decoding_step
 from models.decoding import generate
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU: a step is captured on one only")
-OPTIONS |= {"longer than the first room": {"num_beams": 3, "max_new_tokens": 40, "min_new_tokens": 40}}
+LONGER = {"longer than the first room": {"num_beams": 3, "max_new_tokens": 40, "min_new_tokens": 40}}
 
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     """On a CPU the same operations are run one by one, which shows that they are the right ones."""
     monkeypatch.setattr(decoding_step, "DEVICES", {"cpu", "cuda"})
-
-
-@contextlib.contextmanager
-def room(monkeypatch, tokens):
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding_step, "ROOM", tokens)
-        yield
 
 
 def prompts(images: int, device="cpu") -> dict:
@@ -50,8 +41,8 @@ def both(eager, fast, images, seed=7, **options):
 def test_a_caption_outgrows_its_room_again_and_again(monkeypatch, options, prompted):
     eager, fast = eager_and_fast()
     options = options | {"max_new_tokens": 19, "min_new_tokens": 19} | (prompts(6) if prompted else {})
-    with room(monkeypatch, 6 if prompted else 2):
-        theirs, ours = both(eager, fast, random_images(6), **options)
+    monkeypatch.setattr(decoding_step, "ROOM", 6 if prompted else 2)
+    theirs, ours = both(eager, fast, random_images(6), **options)
     assert torch.equal(ours, theirs)
 
 
@@ -63,8 +54,8 @@ def test_the_rooms_are_used(monkeypatch):
     monkeypatch.setattr(decoding_step.FixedCache, "__init__", counted)
     _, fast = eager_and_fast()
     rooms.clear()
-    with room(monkeypatch, 2):
-        generate(fast, pixel_values=random_images(1), max_new_tokens=5, min_new_tokens=5)
+    monkeypatch.setattr(decoding_step, "ROOM", 2)
+    generate(fast, pixel_values=random_images(1), max_new_tokens=5, min_new_tokens=5)
     assert rooms == [2, 4, 8]
 
 
@@ -101,7 +92,7 @@ def test_hidden_states_are_returned_when_asked_for():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("prompted", [False, True], ids=["", "prompted"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", (OPTIONS | LONGER).values(), ids=OPTIONS | LONGER)
 def test_every_option_gives_the_librarys_token_ids(options, prompted, device):
     eager, fast = (model.to(device) for model in eager_and_fast())
     options = {"max_new_tokens": 12} | options

@@ -6,7 +6,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_run import CAPTIONS, SPLITS, flags
+from small_run import flags
 from test_family_scripts import train
 from transformers import BertConfig, BertModel
 
@@ -18,11 +18,6 @@ from models.loading import load_model, ready
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny.build_folder(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
 
 
 def test_targets_that_match_nothing_are_an_error_that_lists_what_there_is(base):

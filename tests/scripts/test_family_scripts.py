@@ -15,7 +15,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from small_run import CAPTIONS, SPLITS
+from small_run import CAPTIONS, SPLITS, checkpoints
 from transformers import AutoConfig
 
 import data
@@ -89,10 +89,6 @@ def weights_of(folder) -> dict:
 def assert_equal(ones: dict, others: dict) -> None:
     assert ones.keys() == others.keys()
     assert [name for name in ones if not ones[name].equal(others[name])] == []
-
-
-def checkpoints(folder) -> list:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 DRAWS_IMAGES = r"model\.(vqmodel|generation_)"  # the half of Janus that captions never go through

@@ -8,7 +8,7 @@ import families
 import pytest
 import tiny
 import torch
-from small_run import CAPTIONS, SPLITS, equal_weights, flags, weights
+from small_run import checkpoints, equal_weights, flags, weights
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="there is no CUDA GPU here, or make test hides it"
@@ -17,19 +17,10 @@ BEST = {"metric_for_best_model": "loss", "greater_is_better": "true"}  # the fir
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
-
-
-@pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     tiny.run("train.py", *flags(folder, dataset, folder / "out", **BEST))
     return folder / "out"
-
-
-def checkpoints(folder) -> list:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 def state(folder) -> dict:

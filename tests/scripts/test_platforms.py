@@ -154,6 +154,26 @@ def test_a_device_that_is_not_there_is_one_line():
         use_device(absent)
 
 
+def test_more_processes_than_gpus_are_refused_where_they_would_share_one(monkeypatch):
+    from common.processes import check_gpus, own_share
+
+    place = {"LOCAL_RANK": "1", "RANK": "1", "LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3", "ACCELERATE_USE_CPU": ""}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for gpus in (3, 8):
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda gpus=gpus: gpus)
+        check_gpus()
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes were started, and this machine has GPUs for 2"):
+        check_gpus()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    check_gpus()
+    own_share()  # work that is not shared: they may sit on one GPU
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    check_gpus()
+
+
 # ---------------------------------------------------------------------------------------------------------- containers
 
 

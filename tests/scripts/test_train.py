@@ -13,11 +13,6 @@ from transformers import AutoProcessor, BlipForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
-
-
-@pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     result = tiny.run("train.py", *flags(folder, dataset, folder / "out"))

@@ -10,7 +10,7 @@ import families
 import pytest
 import tiny
 import torch
-from small_run import CAPTIONS, SPLITS, flags, weights
+from small_run import SPLITS, flags, weights
 
 import data
 from arguments import TrainArguments
@@ -19,11 +19,6 @@ from collator import CaptionCollator
 from models.families import vision_encoder
 from objectives import CrossEntropy
 from training.feature_cache import image_keys, keep_features
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
 
 
 def frozen(folder, **settings):

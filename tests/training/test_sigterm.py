@@ -6,15 +6,10 @@ import time
 
 import pytest
 import tiny
-from small_run import CAPTIONS, SPLITS, equal_weights, flags
+from small_run import equal_weights, flags
 
 # Long enough to be hit in the middle; with dropout, whose chance must be the same after a resume.
 RUN = {"num_train_epochs": 12, "save_total_limit": 50, "logging_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return tiny.write_photos(tmp_path_factory.mktemp("photos"), CAPTIONS, SPLITS)
 
 
 @pytest.fixture(scope="module")
