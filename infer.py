@@ -141,7 +141,7 @@ def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]
     there = functools.partial(reachable, folder.name)
     engine.run(work, begin, there, args, len(shards))
     engine.Patient(functools.partial(caption_output.finish, folder, shards, form, source, paths), there)()
-    return progress.failures(folder, shards)
+    return engine.Patient(functools.partial(progress.failures, folder, shards), there)()
 
 
 class CaptionShards:

@@ -65,7 +65,7 @@ def main():
     there = functools.partial(reachable, folder.name)
     engine.run(work, begin, there, args, len(shards))
     engine.Patient(functools.partial(output.finish, source, folder, shards, args, llm_args), there)()
-    if progress.failures(folder, shards):
+    if engine.Patient(functools.partial(progress.failures, folder, shards), there)():
         sys.exit(1)
 
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from common.errors import UserError
+from common.errors import Unreachable, UserError
 
 logger = logging.getLogger(__name__)
 TRIES = 2
@@ -113,8 +113,9 @@ def sharing(args, share: tuple[int, int]) -> tuple[int, int]:
 
 
 class Patient:
-    """Work that waits for a server that does not answer, up to ten minutes in all, instead of failing. Building the
-    output from all shards is such work, too, without a shard: `Patient(finish, reachable)()`.
+    """Work that waits for a server that does not answer, up to ten minutes in all, instead of failing, and tries again
+    if the server is back by then. Building the output from all shards is such work, too, without a shard:
+    `Patient(finish, reachable)()`.
 
     Args:
         reachable: whether the servers that a shard needs answer; for None, those of the outputs.
@@ -124,14 +125,20 @@ class Patient:
         self.work, self.reachable, self.patience = work, reachable, patience
 
     def __call__(self, *args):
-        shard, waited = args[0] if args else None, 0.0
+        shard, waited, again = args[0] if args else None, 0.0, 0
         while True:
             try:
                 return self.work(*args)
             except Exception as error:
-                if (isinstance(error, UserError) and not error.of_one_shard) or self.reachable(shard):
+                if isinstance(error, UserError) and not error.of_one_shard:
                     raise
                 pause = 2.0
+                if self.reachable(shard):  # also if it came back while its client was still trying
+                    if not isinstance(error, Unreachable) or again == TRIES:
+                        raise
+                    again += 1
+                    time.sleep(pause)
+                    continue
                 while not self.reachable(shard):
                     if waited >= self.patience:
                         raise

@@ -12,3 +12,7 @@ class DataError(UserError):
     """Data that cannot be used as it is; the message says where, what is wrong and what to do."""
 
     of_one_shard = True
+
+
+class Unreachable(DataError):
+    """A server did not answer, or not as it should: the same may work later."""

@@ -1,11 +1,14 @@
 """Progress of a run: one line for all of its shards, in the run itself and, from the files alone, anywhere else."""
 
+import contextlib
+import functools
 import logging
 import sys
 import time
 
-from common.errors import UserError
-from common.shards import REPORT, SETTINGS, Shard, ShardFolder
+from common.engine import Patient
+from common.errors import Unreachable, UserError
+from common.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable
 
 logger = logging.getLogger(__name__)
 FAILED = "_failed-"
@@ -150,7 +153,8 @@ class Progress:
         """A shard is done, or given up."""
         if outcome.error:
             self.failed += 1
-            self.folder.write_json(mark_of(outcome.shard), {"error": str(outcome)})
+            write = functools.partial(self.folder.write_json, mark_of(outcome.shard), {"error": str(outcome)})
+            Patient(write, functools.partial(reachable, self.folder.name))()
         self.rows += outcome.counts.get("rows", 0)
         self.errors += outcome.counts.get("errors", 0)
         self.finished_shards += not outcome.error
@@ -161,8 +165,9 @@ class Progress:
         if self.quiet:
             return
         if self.others and time.monotonic() - self.watched > 10:
-            found = self.watch.update(self.keys)
-            self.rows, self.finished_shards, self.errors = found["rows"], found["shards"], found["errors"]
+            with contextlib.suppress(Unreachable):  # then the numbers are those of the last look
+                found = self.watch.update(self.keys)
+                self.rows, self.finished_shards, self.errors = found["rows"], found["shards"], found["errors"]
             self.watched = time.monotonic()
         rows = self.rows + self.current
         rate = max(0, rows - self.rows_before) / max(1e-3, time.time() - self.began)

@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 
 from common.caches import cache_folder
-from common.errors import DataError
+from common.errors import DataError, Unreachable
 from common.files import whole
 
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -100,7 +100,7 @@ def upload(source: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def reaching(name: str, *passing: type[Exception]):
-    """Turn server errors of an address into a DataError of one line. Errors of the types `passing`, DataErrors and
+    """Turn server errors of an address into a DataError of one line, Unreachable where it may work later. Errors of the types `passing`, DataErrors and
     errors of local paths stay what they are."""
     try:
         yield
@@ -109,6 +109,7 @@ def reaching(name: str, *passing: type[Exception]):
     except Exception as error:
         if not is_remote(name):
             raise
-        raise DataError(
+        kind = DataError if isinstance(error, FileNotFoundError | PermissionError) else Unreachable
+        raise kind(
             f"{name}: could not be reached, or was refused ({type(error).__name__}: {str(error)[:300]})"
         ) from None

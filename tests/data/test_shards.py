@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from common import engine, progress
-from common.errors import DataError, UserError
+from common.errors import DataError, Unreachable, UserError
 from common.shards import ShardFolder
 from data import caption_output
 from data.image_rows import image_rows
@@ -252,6 +252,15 @@ def test_the_output_of_all_shards_waits_for_its_server_too(monkeypatch):
     assert patient() == "made"
     assert slept == [2, 2]
     assert set(asked) == {None}
+
+    left += [Unreachable("gone"), Unreachable("gone")]  # and back before it is asked for
+    assert engine.Patient(finish, lambda shard: True)() == "made"
+    assert slept == [2, 2, 2, 2]
+    left += [Unreachable("wrong")] * 9
+    with pytest.raises(Unreachable):
+        engine.Patient(finish, lambda shard: True)()
+    assert len(left) == 6
+    del slept[2:]
 
     def broken():
         raise KeyError("ours")

@@ -25,8 +25,10 @@ from conftest import ROOT
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
+from common import engine
 from common.errors import UserError
 from common.remote import local_copy
+from common.shards import ShardFolder
 from data.image_rows import image_rows
 from data.rows import Options
 from data.writers import inside, text_of, write_tars
@@ -280,15 +282,14 @@ def test_a_server_that_is_gone_for_a_while_is_waited_for(model, sources, expecte
     system, path = fsspec.core.url_to_fs(server)
     for file in (sources / "tars").iterdir():
         system.put_file(str(file), f"{path}/tars/{file.name}")
-    served, port = server_at[0], int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    served = server_at[0]
 
     def interrupt():
         while not any(name.endswith(".parquet") for name in system.find(f"{path}/out")):
             time.sleep(0.05)
         served.stop()
         time.sleep(8)
-        server_at[0] = importlib.import_module("moto.server").ThreadedMotoServer(port=port)
-        server_at[0].start()
+        start_again()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
@@ -299,9 +300,22 @@ def test_a_server_that_is_gone_for_a_while_is_waited_for(model, sources, expecte
     assert [row["caption"] for shard in rows for row in shard] == expected
 
 
+def test_a_server_that_is_back_before_it_is_asked_whether_it_is(server):
+    folder = ShardFolder(f"{server}/out/", single=False)
+    folder.write_json("a.json", {})
+    server_at[0].stop()
+    assert engine.Patient(folder.files, lambda shard: start_again() or True)() == ["a.json"]
+
+
 # ---- addresses
 
 server_at: list = []
+
+
+def start_again() -> None:
+    port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    server_at[0] = importlib.import_module("moto.server").ThreadedMotoServer(port=port)
+    server_at[0].start()
 
 
 @pytest.fixture
@@ -315,7 +329,7 @@ def server(monkeypatch):
     _, port = served.get_host_and_port()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1",  # it is our patience that is tested
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3", skip_instance_cache=True)
