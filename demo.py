@@ -27,7 +27,6 @@ from pathlib import Path
 
 from captioner import Captioner
 from common.errors import UserError
-from common.text import read_text
 from data import scenes
 
 try:
@@ -46,7 +45,7 @@ def main():
     model_args, generation_args, args = parse(DEMO_GROUPS)
     if gr is None:
         raise UserError("The demo is built with Gradio, which is not installed: pip install gradio")
-    login = read_login(args.login) if args.login else None
+    login = args.users()
     if args.host not in ("127.0.0.1", "localhost", "::1") and not login:
         logger.warning("everybody who can reach %s can use this demo; --login FILE asks for a password", args.host)
     names = [model_args.model_name_or_path, *filter(None, [args.compare_to])]
@@ -94,14 +93,6 @@ def draw_examples(folder: str) -> list[str]:
         paths.append(f"{folder}/{row['image_id']}.png")
         Path(paths[-1]).write_bytes(row["image"]["bytes"])
     return paths
-
-
-def read_login(path: str) -> list[tuple[str, str]]:
-    """(user, password) pairs of a file with one user:password per line."""
-    pairs = [line.partition(":")[::2] for line in read_text(path).splitlines() if line.strip()]
-    if not pairs or not all(user and password for user, password in pairs):
-        raise UserError(f"--login {path}: every line must be user:password.")
-    return pairs
 
 
 if __name__ == "__main__":

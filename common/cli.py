@@ -20,6 +20,7 @@ import yaml
 
 from common.caches import use_writable_cache
 from common.errors import UserError
+from common.existence import check_files
 from common.text import TextError, read_text
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
@@ -65,7 +66,8 @@ def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
 
 def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     """(parser, instances, positional arguments)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    here = argv is None  # not the command line of a job elsewhere
+    argv = list(sys.argv[1:] if here else argv)
     first = f"{positional.upper()} ..." if positional else "[RECIPE.yaml]"
     usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
     parser = argument_parser(dataclasses_, usage=usage)
@@ -95,6 +97,8 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
         for group in found:
             if hasattr(group, "check_words"):
                 group.check_words(words)
+            if here:
+                check_files(group)
         use_writable_cache(next((group.output_dir for group in found if hasattr(group, "output_dir")), None))
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

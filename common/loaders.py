@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,8 +18,12 @@ MEASURED = 2  # samples used to estimate the size of a batch
 
 
 def data_loader(dataset, collate_fn, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """A DataLoader with at most `num_workers` workers, as many as shared memory has room for. It raises a
-    RuntimeError if a worker dies, or sends nothing for TIMEOUT seconds."""
+    """A DataLoader with at most `num_workers` workers: no more than batches, none for a single one, which nothing could
+    be prepared beside (where processes are spawned, each takes seconds to start), and as many as shared memory has room
+    for. It raises a RuntimeError if a worker dies, or sends nothing for TIMEOUT seconds."""
+    if num_workers and not isinstance(dataset, IterableDataset):
+        batches = math.ceil(len(dataset) / batch_size)
+        num_workers = min(num_workers, batches) if batches > 1 else 0
     num_workers, prefetch = fit_workers(dataset, collate_fn, batch_size, num_workers)
     return DataLoader(
         dataset,

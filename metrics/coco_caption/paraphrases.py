@@ -107,25 +107,38 @@ def _tables(table: Path, cache: str | os.PathLike | None) -> tuple[pa.Table, pa.
 
 
 def _unpack(table: Path) -> tuple[pa.Table, pa.Table]:
-    with gzip.open(table) as file:
-        content = file.read()
-    ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
-    offsets = np.concatenate([[0], ends + 1]).astype(np.int32)
-    lines = pa.StringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(content))
-    # Line 0 of an entry is its probability, 1 the reference's phrase, 2 its paraphrase.
-    sides = [lines.take(pa.array(np.arange(line, len(lines), 3))) for line in (1, 2)]
-    encoded = pa.chunked_array(sides).combine_chunks().dictionary_encode()
+    encoded = pa.chunked_array(_phrases(table)).dictionary_encode().combine_chunks()
     phrases = pc.utf8_rtrim(encoded.dictionary, characters="\n")
     words = pc.utf8_trim(pc.replace_substring_regex(phrases, r"[^\p{L}\p{N}]+", " "), characters=" ")
     split = pc.split_pattern(words, " ")
     lengths = pc.list_value_length(split).to_numpy(zero_copy_only=False)
-    word = _word_hashes(split.flatten().to_pylist())
-    word[split.flatten().to_numpy(zero_copy_only=False) == ""] = 0  # what splitting makes of a phrase without words
+    distinct = split.flatten().dictionary_encode()
+    texts = distinct.dictionary.to_pylist()
+    of_text = _word_hashes(texts)
+    of_text[texts.index("")] = 0  # what splitting makes of a phrase without words
+    word = of_text[distinct.indices.to_numpy()]
     first, hashes = np.cumsum(lengths) - lengths, np.zeros(len(phrases), np.uint64)
     for position in range(int(lengths.max())):
         longer = np.flatnonzero(lengths > position)
         hashes[longer] = hashes[longer] * _BASE + word[first[longer] + position]
-    ids = encoded.indices.to_numpy().astype(np.int32)
-    entries = {"reference": ids[: len(sides[0])], "paraphrase": ids[len(sides[0]) :]}
+    ids = encoded.indices.to_numpy()
+    entries = {"reference": ids[: len(ids) // 2], "paraphrase": ids[len(ids) // 2 :]}
     found = pa.table({"phrase": phrases, "hash": hashes}).replace_schema_metadata({"longest": str(int(lengths.max()))})
     return found, pa.table(entries)
+
+
+def _phrases(table: Path) -> list[pa.Array]:
+    """The phrases of all references, then of all their paraphrases, each with its line feed."""
+    sides, rest = ([], []), b""
+    with gzip.open(table) as file:
+        while block := file.read(1 << 24):
+            block = rest + block
+            ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
+            ends = ends[: len(ends) // 3 * 3]
+            offsets = np.concatenate([[0], ends + 1]).astype(np.int32)
+            lines = pa.StringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(block))
+            # Line 0 of an entry is its probability, 1 the reference's phrase, 2 its paraphrase.
+            for line, side in enumerate(sides, 1):
+                side.append(lines.take(pa.array(np.arange(line, len(lines), 3))))
+            rest = block[offsets[-1] :]
+    return [*sides[0], *sides[1]]

@@ -38,6 +38,7 @@ CORENLP = {
 }
 _BATCH = 200  # captions that are parsed, and kept, at a time
 _BATCH_OF_IMAGES = 500
+_FEW = 2000  # captions to parse, below which Java's thorough compiler takes longer than it saves (benchmarks/NOTES.md)
 _ATTEMPTS = 3
 _NEEDS_JGO = "downloading Stanford CoreNLP needs the package jgo: pip install jgo"
 
@@ -71,22 +72,23 @@ def spice(
     groups = [[" ".join(tokens) for tokens in group] for group in references]
     # References first: another model's captions are new, its references are not.
     distinct = dict.fromkeys([*(caption for group in groups for caption in group), *captions])
-    with _tuples(cache) as kept, _Program(heap, timeout, cache) as program:
-        known = kept.read(distinct)
-        known[""] = []
+    with _tuples(cache) as kept:
+        known = kept.read(distinct) | {"": []}
         new = [caption for caption in distinct if caption not in known]
-        with _bar(len(new), "SPICE: parsing captions") as bar:
-            for batch in _batches(new):
-                parsed = dict(zip(batch, program.ask({"parse": batch}), strict=True))
-                kept.write(parsed)
-                known |= parsed
-                bar.update(len(batch))
-        found = []
-        for begin in range(0, len(captions), _BATCH_OF_IMAGES):
-            rows = zip(
-                captions[begin : begin + _BATCH_OF_IMAGES], groups[begin : begin + _BATCH_OF_IMAGES], strict=True
-            )
-            found += program.ask({"score": [[known[one], [known[other] for other in group]] for one, group in rows]})
+        with _Program(heap, timeout, cache, quick=len(new) < _FEW) as program:
+            with _bar(len(new), "SPICE: parsing captions") as bar:
+                for batch in _batches(new):
+                    parsed = dict(zip(batch, program.ask({"parse": batch}), strict=True))
+                    kept.write(parsed)
+                    known |= parsed
+                    bar.update(len(batch))
+            found = []
+            for begin in range(0, len(captions), _BATCH_OF_IMAGES):
+                end = begin + _BATCH_OF_IMAGES
+                rows = zip(captions[begin:end], groups[begin:end], strict=True)
+                found += program.ask(
+                    {"score": [[known[one], [known[other] for other in group]] for one, group in rows]}
+                )
     return [_result(answer) for answer in found]
 
 
@@ -189,13 +191,13 @@ class _Tuples:
 class _Program:
     """spice_program.py in a process of its own: asked line by line, with a time limit for each answer."""
 
-    def __init__(self, heap: str, timeout: float, cache):
-        self.heap, self.timeout, self.cache = heap, timeout, cache
+    def __init__(self, heap: str, timeout: float, cache, quick: bool):
+        self.heap, self.timeout, self.cache, self.quick = heap, timeout, cache, quick
 
     def __enter__(self):
         jars = [_library() / "spice-1.0.jar", *_helper_jars(), *find_corenlp(self.cache)]
         command = [sys.executable, str(Path(__file__).with_name("spice_program.py")), _libjvm(), self.heap]
-        command += [str(cores()), *map(str, jars)]
+        command += [str(cores()), "quick" if self.quick else "thorough", *map(str, jars)]
         self.messages = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
             command,

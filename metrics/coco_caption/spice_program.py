@@ -17,7 +17,7 @@ CATEGORIES = ("Object", "Attribute", "Relation", "Color", "Cardinality", "Size")
 
 
 def main():
-    libjvm, heap, threads, *jars = sys.argv[1:]
+    libjvm, heap, threads, quick, *jars = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keeps what Java prints out of the answers
     import jpype
@@ -31,6 +31,8 @@ def main():
         "-Djava.awt.headless=true",
     ]
     options += ["-Duser.language=en", "-Duser.country=US"]
+    if quick == "quick":
+        options.append("-XX:TieredStopAtLevel=1")
     jpype.startJVM(libjvm, *options, classpath=jars)
     program = Program(jpype, int(threads))
     for line in sys.stdin.buffer:

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 import arguments
 from common import cli
+from common.existence import exists, may_be_on_hub
 from common.shards import Shard, ShardFolder
 
 SCRIPTS = {"train.py": [], "evaluate.py": [], "demo.py": [], "infer.py": ["x.jpg"], "export.py": ["folder"],
@@ -34,6 +35,17 @@ MISTAKES = [
     ("rewrite.py", ["fuse", "IN", "--llm", "hf:x", "--output", "o", "--rows_per_file", "0"], "must be at least 1"),
     ("rewrite.py", ["merge", "IN"], "Say what to do with what"),
     ("demo.py", ["--max_quue", "1"], "unrecognized argument: --max_quue. Did you mean --max_queue?"),
+    # What is named is not there.
+    ("train.py", ["--dataset_name", "captions.csv"], "--dataset_name captions.csv: no such file or folder"),
+    ("train.py", ["--dataset_name", "scenes", "--model_name_or_path", "./blip"], "--model_name_or_path ./blip: no such"),
+    ("evaluate.py", ["--predictions", "here.txt", "--references", "r.json"], "--references r.json: no such file"),
+    ("evaluate.py", ["--model_name_or_path", "runs/a/b"], "--model_name_or_path runs/a/b: no such file or folder"),
+    ("infer.py", ["photos/*.jpg"], "photos/*.jpg: there is no such file or folder, and no file that matches it"),
+    ("rewrite.py", ["fuse", "in.jsonl", "--llm", "hf:x", "--dry_run"], "in.jsonl: no such file or folder"),
+    ("export.py", ["runs/none"], "runs/none: no such file or folder"),
+    ("demo.py", ["--login", "users.txt"], "--login users.txt: no such file or folder"),
+    ("demo.py", ["--login", "here.txt"], "--login here.txt: every line must be user:password."),
+    ("demo.py", ["--port", "70000"], "--port 70000: bind(): port must be 0-65535"),
 ]  # fmt: skip
 
 
@@ -91,11 +103,11 @@ def test_garbage_is_collected_again_when_a_script_runs():
     """It waits during the imports, which are between `check` and `run`."""
     code = (
         "import gc; from arguments import EXPORT_GROUPS as groups; from common import cli\n"
-        "cli.check(groups, ['folder'], positional='folder'); print(gc.isenabled())\n"  # as sagemaker/launch.py does
+        "cli.check(groups, ['.'], positional='folder'); print(gc.isenabled())\n"  # as sagemaker/launch.py does
         "cli.check(groups, positional='folder'); print(gc.isenabled())\n"
         "cli.run(lambda: print(gc.isenabled()))"
     )
-    command = [sys.executable, "-c", code, "folder"]
+    command = [sys.executable, "-c", code, "."]
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -118,6 +130,7 @@ def test_help_shows_per_cents_as_they_are():
 
 @pytest.mark.parametrize(("script", "words", "said"), MISTAKES)
 def test_a_mistake_answers_at_once(script, words, said, tmp_path):
+    (tmp_path / "here.txt").write_text("nobody\n")
     result, seconds = start(script, *words, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert said in result.stderr
@@ -160,3 +173,8 @@ def test_flags_reach_the_trainer(tmp_path):
     assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("cosine", {"num_cycles": 2})
     default, same = arguments.TrainArguments(output_dir=str(tmp_path)), cli.parse((arguments.AllTrainFlags,), words[:2])
     assert same[0].to_dict() == default.to_dict()
+
+
+@pytest.mark.parametrize("name", ["flickr8k", "ariG23498/flickr8k", "org/model-1.5", "s3://bucket/a.csv", "*.toml"])
+def test_what_may_be_elsewhere_is_not_missing(name):
+    assert exists(name) or may_be_on_hub(name)

@@ -69,14 +69,15 @@ def on_windows(folder: Path, script: str, *words) -> subprocess.CompletedProcess
 
 
 def test_train_and_infer_run_without_posix(tmp_path):
-    captions = {f"photo{i}": ["a red circle", "火 ☺ the blue square"] for i in range(4)}
-    splits = {"photo0": "train", "photo1": "train", "photo2": "validation", "photo3": "test"}
+    captions = {f"photo{i}": ["a red circle", "火 ☺ the blue square"] for i in range(5)}
+    splits = dict(zip(captions, ["train", "train", "validation", "validation", "test"], strict=True))
     data = tiny.write_photos(tmp_path / "photos", captions, splits)
     result = on_windows(
         tmp_path, "train.py", "--model_config", tiny.write_config(tmp_path), "--tokenizer_vocab",
         tiny.write_vocabulary(tmp_path), "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_steps", 1,
         "--eval_strategy", "steps", "--save_strategy", "steps", "--dataloader_num_workers", 1, "--meteor", "false",
         "--spice", "false", "--bootstrap_samples", 0, "--num_beams", 1, "--max_new_tokens", 3,
+        "--per_device_eval_batch_size", 1,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr.decode(errors="replace")
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -230,6 +231,13 @@ def test_workers_are_bounded_by_shared_memory(megabytes, workers, caplog, monkey
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.stdout.split() == [str(workers), "True"], result.stderr
     assert ("--shm-size" in result.stderr) == (megabytes < 64)
+
+
+def test_there_are_no_more_workers_than_batches():
+    wanted = {64: 0, 32: 2, 16: 4, 8: 5}  # batch size: workers, of 5
+    assert {
+        n: common.loaders.data_loader(Photos(), None, batch_size=n, num_workers=5).num_workers for n in wanted
+    } == wanted
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])

@@ -1,0 +1,46 @@
+"""Whether what flags name is there: asked of the file system alone, before anything is imported to read it."""
+
+import glob
+import os
+import re
+
+from common.errors import UserError
+
+ENDINGS = (
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".parquet",
+    ".arrow",
+    ".tar",
+    ".zip",
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+)
+
+
+def check_files(values) -> None:
+    """UserError if a flag of the dataclass instance names what is not there. Its class lists in FILES the flags that name
+    a file or folder, and in HUB those that name one or something on the Hub."""
+    for name in (*getattr(values, "FILES", ()), *getattr(values, "HUB", ())):
+        named = getattr(values, name)
+        for path in named if isinstance(named, list) else [named]:
+            if path and not exists(path) and not (name in getattr(values, "HUB", ()) and may_be_on_hub(path)):
+                raise UserError(f"--{name} {path}: no such file or folder")
+
+
+def exists(path: str) -> bool:
+    """True also for addresses, which are not asked, and for a pattern that some file matches."""
+    path = os.path.expanduser(path)
+    if "://" in path or os.path.lexists(path):
+        return True
+    return any(sign in path for sign in "*?[") and next(glob.iglob(path, recursive=True), None) is not None
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether this may be an id of the Hub (owner/name, or an old one without an owner), or 'scenes'."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not name.lower().endswith(ENDINGS)
