@@ -144,7 +144,7 @@ def read_recipe(path: str, actions: dict, parser, replaced: dict[str, str]) -> d
     try:
         recipe = yaml.safe_load(read_text(path))
     except OSError as error:
-        fail(f"cannot be read as a recipe: {error.strerror}. Flags begin with --.")
+        fail(f"cannot be read as a recipe: {error.strerror}. Flags begin with --.{nearest_recipe(path)}")
     except (yaml.YAMLError, TextError) as error:
         fail(f"is not YAML: {error}")
     if recipe is None:
@@ -202,6 +202,16 @@ def nearest(name: str, known, dashes: str = "") -> str:
     name = name.lstrip("-").split("=")[0].replace("-", "_")
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {dashes}{match[0]}?" if match else ""
+
+
+def nearest_recipe(path: str) -> str:
+    """A hint with the recipe of this repo whose path is most alike, or nothing."""
+    root = Path(__file__).resolve().parents[1]
+    known = [
+        file.relative_to(root).as_posix() for file in root.glob("recipes/*/*.yaml") if file.parent.name != "accelerate"
+    ]
+    match = difflib.get_close_matches(path.replace("\\", "/"), known, n=1, cutoff=0.6)
+    return f" Did you mean {match[0]}?" if match else ""
 
 
 def run(main) -> None:

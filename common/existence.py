@@ -4,7 +4,7 @@ import glob
 import os
 import re
 
-from common.errors import UserError
+from common.errors import DataError, UserError
 
 ENDINGS = (
     ".csv",
@@ -26,19 +26,26 @@ ENDINGS = (
 def check_files(values) -> None:
     """UserError if a flag of the dataclass instance names what is not there. Its class lists in FILES the flags that name
     a file or folder, and in HUB those that name one or something on the Hub."""
-    for name in (*getattr(values, "FILES", ()), *getattr(values, "HUB", ())):
-        named = getattr(values, name)
-        for path in named if isinstance(named, list) else [named]:
-            if path and not exists(path) and not (name in getattr(values, "HUB", ()) and may_be_on_hub(path)):
-                raise UserError(f"--{name} {path}: no such file or folder")
+    hub = getattr(values, "HUB", ())
+    for name in (*getattr(values, "FILES", ()), *hub):
+        path = getattr(values, name)
+        if path and not exists(path) and not (name in hub and may_be_on_hub(path)):
+            raise UserError(f"--{name} {path}: no such file or folder")
 
 
 def exists(path: str) -> bool:
-    """True also for addresses, which are not asked, and for a pattern that some file matches."""
+    """True also for addresses, which are not asked, and for a pattern that some file matches. DataError for web addresses."""
+    refuse_web(path)
     path = os.path.expanduser(path)
     if "://" in path or os.path.lexists(path):
         return True
     return any(sign in path for sign in "*?[") and next(glob.iglob(path, recursive=True), None) is not None
+
+
+def refuse_web(name: str) -> None:
+    """DataError if this is a web address: files that strangers name are not fetched."""
+    if re.match(r"https?://", name, re.IGNORECASE):
+        raise DataError(f"{name[:100]}: files are not fetched from web addresses. Download it and give its path")
 
 
 def may_be_on_hub(name: str) -> bool:

@@ -9,6 +9,7 @@ import fsspec
 
 from common.caches import cache_folder
 from common.errors import DataError, Unreachable
+from common.existence import refuse_web
 from common.files import whole
 
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -24,8 +25,7 @@ def file_system(name: str):
     Raises:
         DataError: a web address, whose files are not fetched, or a file system whose package is missing.
     """
-    if re.match(r"https?://", name, re.IGNORECASE):
-        raise DataError(f"{name[:100]}: files are not fetched from web addresses. Download it and give its path")
+    refuse_web(name)
     try:
         return fsspec.core.url_to_fs(name)
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", an unknown protocol

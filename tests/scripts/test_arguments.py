@@ -41,6 +41,8 @@ MISTAKES = [
     ("evaluate.py", ["--predictions", "here.txt", "--references", "r.json"], "--references r.json: no such file"),
     ("evaluate.py", ["--model_name_or_path", "runs/a/b"], "--model_name_or_path runs/a/b: no such file or folder"),
     ("infer.py", ["photos/*.jpg"], "photos/*.jpg: there is no such file or folder, and no file that matches it"),
+    ("infer.py", ["https://example.org/a.jpg"], "files are not fetched from web addresses"),
+    ("train.py", ["recipes/flickr8k.yml"], "Did you mean recipes/blip/flickr8k.yaml?"),
     ("rewrite.py", ["fuse", "in.jsonl", "--llm", "hf:x", "--dry_run"], "in.jsonl: no such file or folder"),
     ("export.py", ["runs/none"], "runs/none: no such file or folder"),
     ("demo.py", ["--login", "users.txt"], "--login users.txt: no such file or folder"),
