@@ -11,6 +11,7 @@ import families
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -340,7 +341,7 @@ def test_an_adapter_goes_through_the_stages_alone(started, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model_config": "x.json"}, "starts from a trained captioner"),
+        ({"model_config": ROOT / "recipes/quickstart/model.json"}, "starts from a trained captioner"),
         ({"streaming": "true"}, "leave out --streaming"),
         ({"reward": "cidre:1"}, "'cidre' is not a reward. Known: cider, bleu"),
         ({"reward": "cider:much"}, "the weight of cider is 'much', not a number"),

@@ -241,7 +241,7 @@ def test_the_command_line_goes_before_the_recipe_and_the_recipe_before_the_defau
     ("changed", "said"),
     [
         ({"dataset_name": "no/where"}, "no/where"),
-        ({"model_config": "none.json"}, "there is no file none.json"),
+        ({"model_config": "none.json"}, "--model_config none.json: no such file"),
         ({"eval_strategy": "steps"}, "load_best_model_at_end needs a checkpoint at each evaluation"),
         ({"max_train_samples": 0}, "at least 1"),
         ({"captions_per_image": 0}, "at least 1"),

@@ -290,7 +290,7 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_loaded(case,
     flags, line = REFUSED[case]
     options = {"processes": 2, "config": FSDP2} | {n: flags[n] for n in ("processes",) if n in flags}
     words = [word for n, v in flags.items() if n not in ("processes", "environment") for word in (f"--{n}", v)]
-    words += ["--model_name_or_path", tmp_path / "nowhere", "--output_dir", tmp_path / "out"]
+    words += ["--model_name_or_path", "nowhere/nothing", "--output_dir", tmp_path / "out"]
     log, *_ = ranks.run(*words, code=2, **options, **flags.get("environment", {}))
     said = [row for row in log.splitlines() if row.startswith("train.py: ")]
     assert len(said) == 1, log
