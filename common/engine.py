@@ -137,6 +137,7 @@ class Patient:
                     if not isinstance(error, Unreachable) or again == TRIES:
                         raise
                     again += 1
+                    logger.warning("%s: %s. Trying again", shard or "the output", str(error).strip().splitlines()[-1])
                     time.sleep(pause)
                     continue
                 while not self.reachable(shard):

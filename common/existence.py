@@ -6,21 +6,7 @@ import re
 
 from common.errors import DataError, UserError
 
-ENDINGS = (
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".txt",
-    ".parquet",
-    ".arrow",
-    ".tar",
-    ".zip",
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-)
+OF_FILES = re.compile(r"\.(csv|tsv|jsonl?|txt|parquet|arrow|tar|zip|jpe?g|png|webp)", re.IGNORECASE)
 
 
 def check_files(values) -> None:
@@ -50,4 +36,4 @@ def refuse_web(name: str) -> None:
 
 def may_be_on_hub(name: str) -> bool:
     """Whether this may be an id of the Hub (owner/name, or an old one without an owner), or 'scenes'."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not name.lower().endswith(ENDINGS)
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not OF_FILES.fullmatch(os.path.splitext(name)[1])

@@ -100,8 +100,8 @@ def upload(source: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def reaching(name: str, *passing: type[Exception]):
-    """Turn server errors of an address into a DataError of one line, Unreachable where it may work later. Errors of the types `passing`, DataErrors and
-    errors of local paths stay what they are."""
+    """Turn server errors of an address into a DataError of one line, an Unreachable where it may work later. Errors of
+    the types `passing`, DataErrors and errors of local paths stay what they are."""
     try:
         yield
     except (DataError, *passing):

@@ -115,7 +115,7 @@ def _unpack(table: Path) -> tuple[pa.Table, pa.Table]:
     distinct = split.flatten().dictionary_encode()
     texts = distinct.dictionary.to_pylist()
     of_text = _word_hashes(texts)
-    of_text[texts.index("")] = 0  # what splitting makes of a phrase without words
+    of_text[[text == "" for text in texts]] = 0  # what splitting makes of a phrase without words
     word = of_text[distinct.indices.to_numpy()]
     first, hashes = np.cumsum(lengths) - lengths, np.zeros(len(phrases), np.uint64)
     for position in range(int(lengths.max())):

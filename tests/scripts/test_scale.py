@@ -161,6 +161,7 @@ def test_what_is_missing_is_said_before_anything_is_waited_for(model, photos, tm
         "infer.py", *command(model, photos, tmp_path / "a", *ray, "--gpus_per_worker", 1), fails=True, **QUIET
     )
     assert "1 GPUs are wanted, and the cluster has 0" in result.stderr
+    (tmp_path / "none").mkdir()  # so that it is a worker that finds no model
     result = tiny.run("infer.py", *command(tmp_path / "none", photos, tmp_path / "a", *ray), fails=True, **QUIET)
     assert str(tmp_path / "none") in result.stderr.splitlines()[-1]
     assert time.time() - began < 300
