@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from common.errors import UserError
-from common.existence import exists, may_be_on_hub
+from common.existence import check_exists, exists, may_be_on_hub
 from common.text import read_text
 from common.trainer_flags import trainer_flags
 
@@ -663,8 +663,7 @@ class RewriteArguments(ShardArguments):
             return
         if len(what) != 2 or what[0] not in ("paragraph", "fuse"):
             raise UserError("Say what to do with what: rewrite.py paragraph INPUT ... or rewrite.py fuse INPUT ...")
-        if not exists(what[1]) and not may_be_on_hub(what[1]):
-            raise UserError(f"{what[1]}: no such file or folder")
+        check_exists(what[1], hub=True)
         if what[0] == "paragraph" and self.on_reject == "keep_synthetic":
             raise UserError("--on_reject keep_synthetic is for fuse. For paragraph: keep_raw, drop or null.")
         if not self.llm or not (self.output or self.dry_run):
@@ -728,8 +727,7 @@ class ExportArguments:
     def check_words(self, folders: list[str]) -> None:
         if len(folders) != 1:
             raise UserError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
-        if not exists(folders[0]):
-            raise UserError(f"{folders[0]}: no such file or folder")
+        check_exists(folders[0])
 
 
 TRAIN_GROUPS = (

@@ -14,16 +14,21 @@ def check_files(values) -> None:
     a file or folder, and in HUB those that name one or something on the Hub."""
     hub = getattr(values, "HUB", ())
     for name in (*getattr(values, "FILES", ()), *hub):
-        path = getattr(values, name)
-        if path and not exists(path) and not (name in hub and may_be_on_hub(path)):
-            raise UserError(f"--{name} {path}: no such file or folder")
+        if path := getattr(values, name):
+            check_exists(path, f"--{name} ", hub=name in hub)
+
+
+def check_exists(path: str, flag: str = "", hub: bool = False) -> None:
+    """UserError if there is no such file or folder; with `hub`, nor may it be an id of the Hub."""
+    if not exists(path) and not (hub and may_be_on_hub(path)):
+        raise UserError(f"{flag}{path}: no such file or folder")
 
 
 def exists(path: str) -> bool:
     """True also for addresses, which are not asked, and for a pattern that some file matches. DataError for web addresses."""
     refuse_web(path)
     path = os.path.expanduser(path)
-    if "://" in path or os.path.lexists(path):
+    if "://" in path or os.path.exists(path):
         return True
     return any(sign in path for sign in "*?[") and next(glob.iglob(path, recursive=True), None) is not None
 

@@ -253,21 +253,29 @@ def test_the_output_of_all_shards_waits_for_its_server_too(monkeypatch):
     assert slept == [2, 2]
     assert set(asked) == {None}
 
-    left += [Unreachable("gone"), Unreachable("gone")]  # and back before it is asked for
-    assert engine.Patient(finish, lambda shard: True)() == "made"
-    assert slept == [2, 2, 2, 2]
-    left += [Unreachable("wrong")] * 9
-    with pytest.raises(Unreachable):
-        engine.Patient(finish, lambda shard: True)()
-    assert len(left) == 6
-    del slept[2:]
-
     def broken():
         raise KeyError("ours")
 
     with pytest.raises(KeyError):  # a fault of the program is none of the server's
         engine.Patient(broken, lambda shard: True)()
     assert slept == [2, 2]
+
+
+def test_work_is_tried_again_if_its_server_is_back_before_it_is_asked_for(monkeypatch):
+    slept, left = [], [Unreachable("gone"), Unreachable("gone")]
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    def finish():
+        if left:
+            raise left.pop()
+        return "made"
+
+    assert engine.Patient(finish, lambda shard: True)() == "made"
+    assert slept == [2, 2]
+    left += [Unreachable("wrong")] * 9  # a server that answers, and never as it should
+    with pytest.raises(Unreachable):
+        engine.Patient(finish, lambda shard: True)()
+    assert len(left) == 6
 
 
 def test_a_full_disk_loses_no_shard_and_leaves_no_half_of_one(root, tmp_path):

