@@ -1,7 +1,7 @@
 """Scripts run in forks of one process that has imported the libraries, to spare each run the seconds that takes.
 
 A run is the script's file from its first line, with arguments, environment, working folder and output of its own, and an end
-as any process has it. What a test says of start-up itself, or of variables that are read at import, needs `tiny.start`.
+as any process has it. What a test says of start-up itself needs a process of its own, as variables do that are read at import.
 """
 
 import atexit
@@ -55,18 +55,75 @@ class Server:
         `until`: a file; when it is there, all of them are killed."""
         assert not self.has_gpu
         asked = {"runs": runs, "until": until and str(until), "cwd": os.getcwd()}
-        self.process.stdin.write(json.dumps(asked) + "\n")
+        return self.ask("run", asked, runs[0]["script"], timeout)
+
+    def ask(self, what: str, asked, script: str, timeout: float = 60):
+        self.process.stdin.write(json.dumps([what, asked]) + "\n")
         self.process.stdin.flush()
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             if not selector.select(timeout):
                 self.close()
-                raise subprocess.TimeoutExpired(str(runs[0]["script"]), timeout)
+                raise subprocess.TimeoutExpired(script, timeout)
         return json.loads(self.process.stdout.readline())
 
     def close(self):
         self.process.kill()
         self.process.wait()
+
+
+class Started:
+    """A run that is under way, with what the tests use of `subprocess.Popen`."""
+
+    def __init__(self, server: Server, run: dict, folder: Path):
+        self.server, self.args, self.returncode = server, [run["script"], *run["arguments"]], None
+        assert not server.has_gpu
+        pipes = {name: str(folder / name) for name in ("stdout", "stderr")}
+        for pipe in pipes.values():
+            os.mkfifo(pipe)
+        self.pid = server.ask("start", {**run, **pipes, "cwd": os.getcwd()}, run["script"])
+        # Each opening waits for the other side's, so the order is run_here's.
+        self.stdout, self.stderr = (os.fdopen(os.open(pipe, os.O_RDONLY), encoding="utf-8") for pipe in pipes.values())
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.server.ask("poll", self.pid, self.args[0])
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """The rest of what it writes until its end; its children may hold the pipes a little longer."""
+        texts: dict[str, str] = {}
+        streams = {"stdout": self.stdout, "stderr": self.stderr}
+        readers = [
+            threading.Thread(target=lambda n=name, s=stream: texts.update({n: s.read()}), daemon=True)
+            for name, stream in streams.items()
+        ]
+        deadline = time.monotonic() + timeout
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(deadline - time.monotonic())
+        if len(texts) < len(streams):
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        for stream in streams.values():
+            stream.close()
+        self.wait(max(0.0, deadline - time.monotonic()))
+        return texts["stdout"], texts["stderr"]
 
 
 def run_here(run: dict, cwd: str) -> None:
@@ -76,6 +133,9 @@ def run_here(run: dict, cwd: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            setattr(
+                sys, name, os.fdopen(stream, "w", encoding="utf-8", closefd=False)
+            )  # the server's may have been a file
         os.environ.update(run["environment"])
         os.chdir(cwd)
         sys.argv = [run["script"], *run["arguments"]]
@@ -96,6 +156,13 @@ def run_here(run: dict, cwd: str) -> None:
             stream.flush()
     finally:
         os._exit(code)
+
+
+def forked(run: dict, cwd: str) -> int:
+    child = os.fork()
+    if child == 0:
+        run_here(run, cwd)
+    return child
 
 
 def kill_when(file: str, children: list[int]) -> None:
@@ -120,16 +187,18 @@ def serve() -> None:
     answers.write(json.dumps(torch.cuda.is_initialized()) + "\n")
     answers.flush()
     for line in sys.stdin:
-        asked, children = json.loads(line), []
-        for run in asked["runs"]:
-            child = os.fork()
-            if child == 0:
-                run_here(run, asked["cwd"])
-            children.append(child)
-        if asked["until"]:
-            kill_when(asked["until"], children)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        answers.write(json.dumps(codes) + "\n")
+        what, asked = json.loads(line)
+        if what == "run":
+            children = [forked(run, asked["cwd"]) for run in asked["runs"]]
+            if asked["until"]:
+                kill_when(asked["until"], children)
+            answer = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        elif what == "start":
+            answer = forked(asked, asked["cwd"])
+        else:
+            ended, status = os.waitpid(asked, os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 

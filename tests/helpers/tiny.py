@@ -115,7 +115,20 @@ def write_photos(folder: Path, captions: dict[str, list[str]], splits: dict[str,
     return folder / "data.jsonl"
 
 
-def start(script: str, *arguments, processes: int = 1, **environment) -> subprocess.Popen:
+# How the names of variables begin that are read when they are needed, not at import: a fork can be given them.
+READ_LATER = ("RAY_",)
+
+
+def can_fork(script: str, environment: dict) -> bool:
+    known = sys.platform == "linux" and Path(script).stem in forks.SCRIPTS
+    return known and all(name.startswith(READ_LATER) for name in environment) and server().fits()
+
+
+def start(script: str, *arguments, processes: int = 1, **environment) -> subprocess.Popen | forks.Started:
+    """A script under way; several processes are torchrun's."""
+    if processes == 1 and can_fork(script, environment):
+        run = {"script": str(ROOT / script), "arguments": list(map(str, arguments)), "environment": environment}
+        return forks.Started(server(), run, Path(tempfile.mkdtemp(dir=folder_of_pipes())))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
@@ -124,12 +137,12 @@ def start(script: str, *arguments, processes: int = 1, **environment) -> subproc
 
 def run(script: str, *arguments, fails: bool = False, processes: int = 1, **environment) -> subprocess.CompletedProcess:
     """A script run to its end; asserts that it succeeds, or with `fails` that it exits with 2 and no traceback."""
-    if environment or sys.platform != "linux" or Path(script).stem not in forks.SCRIPTS or not server().fits():
+    if can_fork(script, environment):
+        done = run_forked(script, *arguments, processes=processes, environment=environment)
+    else:
         process = start(script, *arguments, processes=processes, **environment)
         out, err = process.communicate(timeout=600)
         done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
-    else:
-        done = run_forked(script, *arguments, processes=processes)
     if fails:
         assert done.returncode == 2, f"exit {done.returncode}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
@@ -146,11 +159,18 @@ def server() -> forks.Server:
     return started
 
 
-def run_forked(script: str, *arguments, processes: int = 1) -> subprocess.CompletedProcess:
+@functools.cache
+def folder_of_pipes() -> str:
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+def run_forked(script: str, *arguments, processes: int, environment: dict) -> subprocess.CompletedProcess:
     asked = {"script": str(ROOT / script), "arguments": list(map(str, arguments))}
     with tempfile.TemporaryDirectory() as folder:
         asked |= {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-        codes = server().run([asked | {"environment": variables} for variables in ranks.together(processes)])
+        codes = server().run([asked | {"environment": environment | one} for one in ranks.together(processes)])
         out, err = (Path(asked[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     code = next(filter(None, codes), 0)
     return subprocess.CompletedProcess([sys.executable, asked["script"], *asked["arguments"]], code, out, err)

@@ -34,7 +34,7 @@ def unbroken(dataset, config, tmp_path_factory):
 
 def stop_at(words, line: str, stream: str = "stdout", **options):
     """A started train.py, sent SIGTERM as soon as it prints `line`; its log and exit code."""
-    process = tiny.start("train.py", *words, PYTHONUNBUFFERED="1", **options)
+    process = tiny.start("train.py", *words, **options)
     next(text for text in getattr(process, stream) if line in text)
     process.send_signal(signal.SIGTERM)
     start = time.perf_counter()
