@@ -11,7 +11,8 @@ PYTHON ?= python3
 BIN = .venv/bin
 OUT ?= runs/quickstart
 # One thread for each of the two workers: OpenMP's threads spin, and with more of them than cores all wait for each other.
-QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# And compiled modules are kept, though the machine may say not to: a hundred processes would all compile them again.
+QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: quickstart test test-fast test-gpu torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean

@@ -6,6 +6,7 @@ report.css and report.js next to this file.
 """
 
 import base64
+import functools
 import hashlib
 import io
 import itertools
@@ -29,6 +30,7 @@ from metrics.coco_caption.tokenizer import tokenize
 from reports.charts import charts, line_charts
 
 logger = logging.getLogger(__name__)
+HERE = Path(__file__).parent
 SHARES = {
     "distinct": "different captions", "seen_in_training": "word for word in the training captions",
     "bad_endings": "bad endings", "repeated_words": "a word twice in a row", "repetition": "loops", "empty": "empty",
@@ -78,16 +80,20 @@ def write_comparison_report(folder: Path, runs: dict[str, dict], comparison: dic
         logger.exception("report.html could not be written; comparison.json is in %s", folder)
 
 
-def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **parts) -> None:
-    here = Path(__file__).parent
-    environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+@functools.cache
+def _template():
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["last_part"] = lambda path: Path(path).name if Path(path).exists() else path
+    environment.globals |= {"shown": names.shown, "score_named": names.score_named, "explanations": _explanations()}
+    return environment.get_template("report.html.jinja")
+
+
+def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **parts) -> None:
     style, script = (
-        (here / "report.css").read_text(encoding="utf-8"),
-        (here / "report.js").read_text(encoding="utf-8"),
+        (HERE / "report.css").read_text(encoding="utf-8"),
+        (HERE / "report.js").read_text(encoding="utf-8"),
     )
     first = next(iter(runs.values()))
-    environment.globals |= {"shown": names.shown, "score_named": names.score_named, "explanations": _explanations()}
     had = dict.fromkeys(name for row in first["rows"] for name in row["scores"])
     columns = names.in_order(name for name in had if names.score_named(name).per_image)
     faults_of_run = [faults(run["rows"]) for run in runs.values()]
@@ -112,7 +118,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
             )
         ],
     }
-    page = environment.get_template("report.html.jinja").render(
+    page = _template().render(
         runs=runs,
         names={name: names.score_named(name).label for name in names.in_order({*names.SCORES, *columns})},
         main_scores=[score.name for score in names.SCORES.values() if score.main],
@@ -226,7 +232,7 @@ def faults(rows: list[dict]) -> list[dict[str, str]]:
 
 def _explanations() -> dict[str, str]:
     """{label of a score: what docs/scores.md says of it}, without the formulas; empty if that file is missing."""
-    path = Path(__file__).parent.parent / "docs/scores.md"
+    path = HERE.parent / "docs/scores.md"
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL) if path.is_file() else ""
     sections = re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return {label: " ".join(words.replace("`", "").split()) for label, words in sections}

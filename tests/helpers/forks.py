@@ -6,6 +6,7 @@ as any process has it. What a test says of start-up itself needs a process of it
 
 import atexit
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -20,6 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train", "infer", "evaluate", "export", "rewrite")
+IMPORTED_LATER = (
+    "matplotlib.pyplot",
+    "torch.utils.tensorboard",
+    "sacrebleu",
+)  # by most runs of train.py, after its start
 
 
 class Server:
@@ -180,8 +186,8 @@ def serve() -> None:
     os.dup2(2, 1)
     from metrics.coco_caption.tokenizer import tokenize
 
-    for name in SCRIPTS:
-        __import__(name)
+    for name in (*SCRIPTS, *IMPORTED_LATER):
+        importlib.import_module(name)
     tokenize(["a dog"])  # compiles the rules, once for all runs
     torch = sys.modules["torch"]
     answers.write(json.dumps(torch.cuda.is_initialized()) + "\n")
