@@ -57,7 +57,7 @@ def plot_curves(panels: list[dict], folder: Path) -> None:
                 axis.axvline(panel["best_step"], color="#1b1d21", lw=1, ls=(0, (2, 2)), label="checkpoint kept")
             axis.set(title=panel["title"], xlabel="step")
             axis.xaxis.set_tick_params(labelbottom=True)
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axis.grid(lw=0.6)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False, fontsize=9)
@@ -114,5 +114,4 @@ def _save(figure, folder: Path, name: str) -> None:
     for suffix in ("svg", "png"):
         with whole(folder / f"{name}.{suffix}") as temporary:
             figure.savefig(temporary, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-        figure.set_layout_engine("none")  # which takes as long as drawing, and is done
     _pyplot().close(figure)

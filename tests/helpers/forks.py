@@ -14,6 +14,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -21,11 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train", "infer", "evaluate", "export", "rewrite")
-IMPORTED_LATER = (
-    "matplotlib.pyplot",
-    "torch.utils.tensorboard",
-    "sacrebleu",
-)  # by most runs of train.py, after its start
+# What train.py imports when it is needed, in most runs.
+IMPORTED_LATER = ("matplotlib.pyplot", "torch.utils.tensorboard", "sacrebleu")
 
 
 class Server:
@@ -81,15 +79,17 @@ class Server:
 class Started:
     """A run that is under way, with what the tests use of `subprocess.Popen`."""
 
-    def __init__(self, server: Server, run: dict, folder: Path):
+    def __init__(self, server: Server, run: dict):
         self.server, self.args, self.returncode = server, [run["script"], *run["arguments"]], None
         assert not server.has_gpu
-        pipes = {name: str(folder / name) for name in ("stdout", "stderr")}
-        for pipe in pipes.values():
-            os.mkfifo(pipe)
-        self.pid = server.ask("start", {**run, **pipes, "cwd": os.getcwd()}, run["script"])
-        # Each opening waits for the other side's, so the order is run_here's.
-        self.stdout, self.stderr = (os.fdopen(os.open(pipe, os.O_RDONLY), encoding="utf-8") for pipe in pipes.values())
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
+            for pipe in pipes.values():
+                os.mkfifo(pipe)
+            self.pid = server.ask("start", {**run, **pipes, "cwd": os.getcwd()}, run["script"])
+            # Each opening waits for the other side's, so the order is run_here's.
+            ends = [os.open(pipe, os.O_RDONLY) for pipe in pipes.values()]
+        self.stdout, self.stderr = (os.fdopen(end, encoding="utf-8") for end in ends)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -139,9 +139,8 @@ def run_here(run: dict, cwd: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-            setattr(
-                sys, name, os.fdopen(stream, "w", encoding="utf-8", closefd=False)
-            )  # the server's may have been a file
+            # The server's own may have been made for a file, in which one can seek.
+            setattr(sys, name, os.fdopen(stream, "w", encoding="utf-8", closefd=False))
         os.environ.update(run["environment"])
         os.chdir(cwd)
         sys.argv = [run["script"], *run["arguments"]]

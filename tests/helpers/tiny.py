@@ -128,7 +128,7 @@ def start(script: str, *arguments, processes: int = 1, **environment) -> subproc
     """A script under way; several processes are torchrun's."""
     if processes == 1 and can_fork(script, environment):
         run = {"script": str(ROOT / script), "arguments": list(map(str, arguments)), "environment": environment}
-        return forks.Started(server(), run, Path(tempfile.mkdtemp(dir=folder_of_pipes())))
+        return forks.Started(server(), run)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
@@ -157,13 +157,6 @@ def server() -> forks.Server:
     started = forks.Server()
     atexit.register(started.close)
     return started
-
-
-@functools.cache
-def folder_of_pipes() -> str:
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return folder.name
 
 
 def run_forked(script: str, *arguments, processes: int, environment: dict) -> subprocess.CompletedProcess:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import xml.etree.ElementTree as ElementTree
 
 import browser
 import numpy as np
@@ -16,7 +17,7 @@ from arguments import MetricArguments
 from reports.charts import histogram, labels, line_charts
 from reports.comparison import compare, paired_bootstrap, read_runs
 from reports.outputs import score_captions
-from reports.plots import COLOURS, plot_curves, training_panels
+from reports.plots import COLOURS, STYLE, plot_curves, training_panels
 from reports.report import contradictions, faults, read_thumbnails, thumbnails, write_report
 
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\"><!-- <script>document.title='hacked'</script>"
@@ -583,6 +584,18 @@ def test_a_run_without_validation_has_the_charts_of_what_it_logged(tmp_path):
     assert (tmp_path / "training_curves.svg").stat().st_size
     assert training_panels(TrainerState(log_history=[])) == []
     plot_curves([], tmp_path)
+
+
+@pytest.mark.parametrize("last", [1, 2, 18, 35, 20_000])
+def test_curves_are_drawn_over_whole_steps(tmp_path, monkeypatch, last):
+    monkeypatch.setitem(STYLE, "svg.fonttype", "none")  # letters, where the file that people get has outlines
+    log = [{"loss": 1 / step, "step": step} for step in range(1, last + 1, -(-last // 18))]
+    plot_curves(training_panels(TrainerState(log_history=log)), tmp_path)
+    axis = ElementTree.parse(tmp_path / "training_curves.svg").find(".//*[@id='matplotlib.axis_1']")
+    *ticks, name = ["".join(text.itertext()).strip() for text in axis.iter("{http://www.w3.org/2000/svg}text")]
+    assert name == "step"
+    assert ticks
+    assert [tick for tick in ticks if not tick.lstrip("\N{MINUS SIGN}").isdigit()] == []
 
 
 def test_charts_in_files_and_in_the_report_have_the_same_colours():
