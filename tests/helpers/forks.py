@@ -5,6 +5,7 @@ as any process has it. What a test says of start-up itself needs a process of it
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train", "infer", "evaluate", "export", "rewrite")
-# What train.py imports when it is needed, in most runs.
+# What train.py imports when it is needed, in most runs, if it is installed.
 IMPORTED_LATER = ("matplotlib.pyplot", "torch.utils.tensorboard", "sacrebleu")
 
 
@@ -45,7 +46,11 @@ class Server:
     @functools.cached_property
     def has_gpu(self) -> bool:
         """Whether an import has already taken the GPU, as bitsandbytes' does: forks cannot have it then."""
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, (
+            "the process that forks ended while it imported the scripts: its traceback is in the captured stderr"
+        )
+        return json.loads(line)
 
     def fits(self) -> bool:
         """Whether a process that was started now would have the environment that the libraries were imported in."""
@@ -185,8 +190,11 @@ def serve() -> None:
     os.dup2(2, 1)
     from metrics.coco_caption.tokenizer import tokenize
 
-    for name in (*SCRIPTS, *IMPORTED_LATER):
+    for name in SCRIPTS:
         importlib.import_module(name)
+    for name in IMPORTED_LATER:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     tokenize(["a dog"])  # compiles the rules, once for all runs
     torch = sys.modules["torch"]
     answers.write(json.dumps(torch.cuda.is_initialized()) + "\n")
