@@ -46,11 +46,7 @@ class Server:
     @functools.cached_property
     def has_gpu(self) -> bool:
         """Whether an import has already taken the GPU, as bitsandbytes' does: forks cannot have it then."""
-        line = self.process.stdout.readline()
-        assert line, (
-            "the process that forks ended while it imported the scripts: its traceback is in the captured stderr"
-        )
-        return json.loads(line)
+        return self.answer()
 
     def fits(self) -> bool:
         """Whether a process that was started now would have the environment that the libraries were imported in."""
@@ -74,7 +70,12 @@ class Server:
             if not selector.select(timeout):
                 self.close()
                 raise subprocess.TimeoutExpired(script, timeout)
-        return json.loads(self.process.stdout.readline())
+        return self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        assert line, "the process that forks has ended: its traceback is in the captured stderr"
+        return json.loads(line)
 
     def close(self):
         self.process.kill()
@@ -146,6 +147,7 @@ def run_here(run: dict, cwd: str) -> None:
             os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             # The server's own may have been made for a file, in which one can seek.
             setattr(sys, name, os.fdopen(stream, "w", encoding="utf-8", closefd=False))
+        sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)  # as any process has it
         os.environ.update(run["environment"])
         os.chdir(cwd)
         sys.argv = [run["script"], *run["arguments"]]
