@@ -26,7 +26,7 @@ PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 quickstart: .venv/installed
 	$(BIN)/python train.py recipes/quickstart/scenes.yaml --output_dir $(OUT)
 	$(BIN)/python evaluate.py --model_name_or_path $(OUT) --dataset_name scenes --split test --output_dir $(OUT)/evaluation
-	$(BIN)/python -m data.scenes $(OUT)/photos 3
+	$(BIN)/python -m drawn_scenes.drawing $(OUT)/photos 3
 	$(BIN)/python infer.py $(OUT)/photos --model_name_or_path $(OUT)
 	@echo
 	@echo "The model, its card (README.md), training curves and scores are in $(OUT),"

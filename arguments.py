@@ -517,7 +517,7 @@ class ShardArguments:
         """What --status prints; it needs no model."""
         if not self.status:
             return None
-        from common import progress
+        from jobs import progress
 
         return progress.status(self.status, self.UNIT)
 

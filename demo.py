@@ -27,7 +27,7 @@ from pathlib import Path
 
 from captioner import Captioner
 from common.errors import UserError
-from data import scenes
+from drawn_scenes import drawing as scenes
 
 try:
     import gradio as gr

@@ -29,16 +29,17 @@ from collections import Counter
 from pathlib import Path
 
 from captioner import Captioner
-from common import engine, progress
+from captioning import output as caption_output
+from captioning import writers
+from captioning.rows import ImageRows, caption
+from captioning.shards import ImageSource
+from captioning.sources import image_rows, left_out
 from common.errors import UserError
 from common.processes import default_workers, own_share, show_progress
 from common.remote import is_remote
-from common.shards import reachable
-from data import caption_output, writers
-from data.caption_rows import ImageRows, caption
-from data.image_rows import image_rows, left_out
-from data.image_shards import ImageSource
 from data.rows import Options
+from jobs import progress, queue
+from jobs.shards import reachable
 
 logger = logging.getLogger("infer")
 
@@ -134,14 +135,14 @@ def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]
     folder = caption_output.shard_folder(args.output, form)
     folder.check()
     source = ImageSource(paths, options(args))
-    size = args.shard_size or folder.size(1000, engine.sharing(args, share), source.first)
+    size = args.shard_size or folder.size(1000, queue.sharing(args, share), source.first)
     shards = source.shards(size)
     work = CaptionShards(load, args, source, folder, caption_output.stale_files(folder, shards))
     begin = functools.partial(progress.begin, folder, shards, size, "images", share)
     there = functools.partial(reachable, folder.name)
-    engine.run(work, begin, there, args, len(shards))
-    engine.Patient(functools.partial(caption_output.finish, folder, shards, form, source, paths), there)()
-    return engine.Patient(functools.partial(progress.failures, folder, shards), there)()
+    queue.run(work, begin, there, args, len(shards))
+    queue.Patient(functools.partial(caption_output.finish, folder, shards, form, source, paths), there)()
+    return queue.Patient(functools.partial(progress.failures, folder, shards), there)()
 
 
 class CaptionShards:

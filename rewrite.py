@@ -28,10 +28,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import engine, progress
 from common.errors import UserError
 from common.processes import own_share
-from common.shards import ShardFolder, reachable
+from jobs import progress, queue
+from jobs.shards import ShardFolder, reachable
 from rewriting import output
 from rewriting import results as res
 from rewriting.backends import load_tokenizer, open_backend
@@ -57,15 +57,15 @@ def main():
     folder = check_output(args, source)
     args.on_reject = args.on_reject or res.FALLBACKS[task]
     first = lambda limit: itertools.islice(source.read(source.columns), limit)  # noqa: E731
-    args.rows_per_file = args.rows_per_file or folder.size(10_000, engine.sharing(args, share), first)
+    args.rows_per_file = args.rows_per_file or folder.size(10_000, queue.sharing(args, share), first)
     shards = res.plan(source, args.rows_per_file, args.max_samples, args.on_reject, args.output_column)
     opened = functools.partial(open_source, task, name, args)
     work = RewriteShards(task, args, llm_args, prompt, opened, source_features(source, folder), folder)
     begin = functools.partial(progress.begin, folder, shards, args.rows_per_file, "rows", share)
     there = functools.partial(reachable, folder.name)
-    engine.run(work, begin, there, args, len(shards))
-    engine.Patient(functools.partial(output.finish, source, folder, shards, args, llm_args), there)()
-    if engine.Patient(functools.partial(progress.failures, folder, shards), there)():
+    queue.run(work, begin, there, args, len(shards))
+    queue.Patient(functools.partial(output.finish, source, folder, shards, args, llm_args), there)()
+    if queue.Patient(functools.partial(progress.failures, folder, shards), there)():
         sys.exit(1)
 
 

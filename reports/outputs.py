@@ -9,11 +9,11 @@ from common.caches import cache_folder
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.provenance import environment
+from drawn_scenes.facts import scene_facts, score_scene_facts
 from metrics.chair import chair_scores, read_instances
 from metrics.clip_scores import clip_scores
 from metrics.coco_caption.coco import InvalidCaptions, preflight, score
 from metrics.names import SCORES, is_better_low
-from metrics.scene_facts import scene_facts, score_scene_facts
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import whole
 from common.provenance import environment
 from common.remote import is_remote, upload
-from common.shards import REPORT, ShardFolder
+from jobs.shards import REPORT, ShardFolder
 from rewriting import results as res
 from rewriting.checks import REASONS
 from rewriting.rows import Source

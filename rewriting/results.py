@@ -15,8 +15,8 @@ import xxhash
 from common.caches import cache_folder
 from common.errors import UserError
 from common.files import whole
-from common.resumable import open_journal, whole_lines, write_row
-from common.shards import Cursor, Digest, Shard, ShardFolder, digest_of, parquet_ranges
+from jobs.journal import open_journal, whole_lines, write_row
+from jobs.shards import Cursor, Digest, Shard, ShardFolder, digest_of, parquet_ranges
 from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
 from rewriting.prompts import Prompt, Tokens, fit

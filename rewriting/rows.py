@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 import data
 from common.errors import DataError
-from common.shards import group_starts
 from common.text import open_text
 from data.caption_files import load_predictions
 from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
@@ -22,6 +21,7 @@ from data.formats.annotations import files_of
 from data.rows import Options
 from data.sources import find_format, open_rows, require_splits
 from data.text_rows import csv_rows, jsonl_rows
+from jobs.shards import group_starts
 
 # CapsFusion's example file and CapsFusion-120M call them laion_2b and laion_coco.
 RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "txt", "caption", "captions")

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 JOB = ("arguments.py", "captioner.py", "collator.py", "train.py", "evaluate.py", "infer.py", "export.py", "requirements.txt",
        "constraints.txt", "LICENSE", "recipes/**/*.yaml", "recipes/**/*.json", "sagemaker/*.py", "sagemaker/*.txt",
        "reports/report.*", "metrics/coco_caption/*.py",
-       *(f"{folder}/*.py" for folder in ("common", "data", "data/formats", "models", "objectives", "metrics", "training", "reports")))  # fmt: skip
+       *(f"{folder}/*.py" for folder in ("common", "jobs", "drawn_scenes", "data", "data/formats", "captioning", "models", "objectives", "metrics", "training", "reports")))  # fmt: skip
 # What inference.py imports.
-SERVING = ("captioner.py", "collator.py", "common/*.py", "data/*.py", "data/formats/*.py", "models/*.py", "objectives/cross_entropy.py",
+SERVING = ("captioner.py", "collator.py", "common/*.py", "drawn_scenes/*.py", "data/*.py", "data/formats/*.py", "models/*.py", "objectives/cross_entropy.py",
            "metrics/coco_caption/text_checks.py")  # fmt: skip
 # What from_pretrained reads, the card and the scores; no optimizer, no checkpoints, nothing else of the run.
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*processor*.json",

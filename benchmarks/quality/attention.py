@@ -19,9 +19,9 @@ from captioner import Captioner
 from collator import IGNORE
 from common.files import write_json
 from common.provenance import environment
-from data import scenes
+from drawn_scenes import drawing as scenes
+from drawn_scenes.facts import WORDS
 from metrics.coco_caption.coco import resampled_sums
-from metrics.scene_facts import WORDS
 from reports.attention_maps import attention_maps, cross_attention
 
 SCENES, SEED = 500, 1  # the layers were chosen on scenes of seed 0

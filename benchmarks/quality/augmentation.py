@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 import data
 from benchmarks.harness import ROOT
-from data import scenes
+from drawn_scenes import drawing as scenes
 
 TILE, LINE, GAP = 136, 13, 4  # pixels
 COLUMNS = (

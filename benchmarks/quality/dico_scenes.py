@@ -30,9 +30,9 @@ from captioner import Captioner
 from collator import IGNORE, CaptionCollator
 from common.files import write_json
 from common.provenance import environment
+from drawn_scenes.facts import ATTRIBUTES, scene_facts, score_scene_facts
 from metrics import ends_badly, repeated_bigrams, score, tokenize
 from metrics.clip_scores import ClipScorer
-from metrics.scene_facts import ATTRIBUTES, scene_facts, score_scene_facts
 from models.loading import load_model
 from objectives import CrossEntropy
 from objectives.cross_entropy import target_logits

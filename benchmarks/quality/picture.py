@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import ROOT
 from captioner import Captioner
-from data import open_image, scenes
-from metrics.scene_facts import scene_facts
+from data import open_image
+from drawn_scenes import drawing as scenes
+from drawn_scenes.facts import scene_facts
 from reports.attention_maps import attention_maps, overlay
 
 NAMES = ("Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "sacrebleu")

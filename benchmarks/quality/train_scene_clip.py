@@ -23,7 +23,8 @@ from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 from benchmarks.harness import RESULTS
 from common.files import output_folder, write_json
 from common.provenance import environment
-from data import open_image, scenes
+from data import open_image
+from drawn_scenes import drawing as scenes
 from metrics.clip_scores import PREFIX, ClipScorer, preprocess
 
 SEEDS = {"reward": 1, "judge": 2}  # 0 is the seed of the captioners' scenes

@@ -25,7 +25,7 @@ from benchmarks.harness import RESULTS, ROOT
 from benchmarks.rewriting import small_llm
 from common.files import write_json
 from common.provenance import environment
-from metrics.scene_facts import score_scene_facts
+from drawn_scenes.facts import score_scene_facts
 from rewriting.prompts import fill, load_prompt
 
 COUNTS, BRANDS, THINGS = ("", "one", "two", "three"), ("Acme", "Nordlund", "Bellini", "Kato"), ("Poster", "Mug", "Rug")

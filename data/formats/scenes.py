@@ -13,6 +13,6 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path, options: Options):
-    from data import scenes  # here: no other source needs it
+    from drawn_scenes import drawing  # here: no other source needs it
 
-    return scenes.load(shuffled=options.config == "shuffled")
+    return drawing.load(shuffled=options.config == "shuffled")

@@ -6,8 +6,8 @@ from itertools import combinations
 import pytest
 from PIL import Image
 
-from data import scenes
-from metrics.scene_facts import parse, scene_facts, score_scene_facts
+from drawn_scenes import drawing as scenes
+from drawn_scenes.facts import parse, scene_facts, score_scene_facts
 
 DIGEST = "9c3c368671050025637b1f0ef2f899b30dc5b7ecb3ebf2c23dce0ae11d0fc698"
 

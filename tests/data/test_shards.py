@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from common import engine, progress
+from captioning import output as caption_output
+from captioning.shards import ImageSource
+from captioning.sources import image_rows
 from common.errors import DataError, Unreachable, UserError
-from common.shards import ShardFolder
-from data import caption_output
-from data.image_rows import image_rows
-from data.image_shards import ImageSource
 from data.rows import Options
+from jobs import progress, queue
+from jobs.shards import ShardFolder
 
 
 def jpeg(number: int) -> bytes:
@@ -197,7 +197,7 @@ def run(errors, count=4, reachable=lambda shard: True):
 
     work = Work({Name(name): found for name, found in errors.items()})
     shards = [Name(n) for n in range(count)]
-    return work, engine.run(work, lambda settings: (shards, Silent()), reachable, Args, count)
+    return work, queue.run(work, lambda settings: (shards, Silent()), reachable, Args, count)
 
 
 def test_a_shard_that_fails_is_tried_once_more_and_then_listed():
@@ -214,7 +214,7 @@ def test_a_shard_that_fails_is_tried_once_more_and_then_listed():
 def test_what_would_meet_every_shard_ends_the_run_at_once(error):
     work = Work({Name("1"): [error]})
     with pytest.raises(type(error)):
-        engine.run(
+        queue.run(
             work, lambda _: ([Name(n) for n in range(4)], Silent()), lambda _: True, type("A", (), {"engine": ""}), 4
         )
     assert work.done == ["0"]
@@ -248,7 +248,7 @@ def test_the_output_of_all_shards_waits_for_its_server_too(monkeypatch):
         return "made"
 
     answers = iter([False, False, True, False, False, True])
-    patient = engine.Patient(finish, lambda shard: asked.append(shard) or next(answers))
+    patient = queue.Patient(finish, lambda shard: asked.append(shard) or next(answers))
     assert patient() == "made"
     assert slept == [2, 2]
     assert set(asked) == {None}
@@ -257,7 +257,7 @@ def test_the_output_of_all_shards_waits_for_its_server_too(monkeypatch):
         raise KeyError("ours")
 
     with pytest.raises(KeyError):  # a fault of the program is none of the server's
-        engine.Patient(broken, lambda shard: True)()
+        queue.Patient(broken, lambda shard: True)()
     assert slept == [2, 2]
 
 
@@ -270,11 +270,11 @@ def test_work_is_tried_again_if_its_server_is_back_before_it_is_asked_for(monkey
             raise left.pop()
         return "made"
 
-    assert engine.Patient(finish, lambda shard: True)() == "made"
+    assert queue.Patient(finish, lambda shard: True)() == "made"
     assert slept == [2, 2]
     left += [Unreachable("wrong")] * 9  # a server that answers, and never as it should
     with pytest.raises(Unreachable):
-        engine.Patient(finish, lambda shard: True)()
+        queue.Patient(finish, lambda shard: True)()
     assert len(left) == 6
 
 
@@ -318,7 +318,7 @@ def test_status_tells_from_the_files_alone(root, tmp_path):
     written(folder, shards[:2], lambda shard: [
         {"key": row["key"], "image": row["name"], "error": "broken"} for row in source.rows(shard)
     ])  # fmt: skip
-    shown.finished(engine.Outcome(shards[2], {}, "the file is gone"))
+    shown.finished(queue.Outcome(shards[2], {}, "the file is gone"))
     said = progress.status(output, "images")
     assert said.startswith("4 of 7 images, 2 of 4 shards, ")
     assert "4 without a result, 1 shards failed" in said

@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT
 from sacrebleu.metrics import BLEU
 
+from drawn_scenes.facts import score_scene_facts
 from metrics import score, tokenize
 from metrics.chair import chair_scores, objects_of
 from metrics.clip_scores import ClipScorer
 from metrics.coco_caption.java import meteor_from_statistics
 from metrics.names import SCORES
-from metrics.scene_facts import score_scene_facts
 
 TEXT = (ROOT / "docs/scores.md").read_text(encoding="utf-8")
 PREDICTIONS = {

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-FOLDERS = ("common", "data", "models", "objectives", "metrics", "training", "reports")
+FOLDERS = ("common", "drawn_scenes", "data", "models", "objectives", "metrics", "training", "reports")
 
 FORMAT = '''"""Lines of FILE|CAPTION."""
 

@@ -12,14 +12,27 @@ from conftest import ROOT
 BELOW = ["common"]
 FREE = {
     "common": [],
-    "metrics": ["common", "data"],  # a CLIP-based score looks at images
-    "data": BELOW,
+    "jobs": BELOW,
+    "drawn_scenes": BELOW,
+    "data": [*BELOW, "drawn_scenes"],
+    "metrics": [*BELOW, "data"],  # a CLIP-based score looks at images
+    "captioning": [*BELOW, "jobs", "data"],
     "models": BELOW,
     "collator": ["common", "data", "models"],
     "captioner": ["common", "data", "models", "metrics", "collator"],
     "objectives": ["common", "data", "models", "metrics", "collator", "captioner"],
-    "rewriting": ["common", "data", "models", "metrics", "captioner"],
-    "reports": ["common", "data", "models", "metrics", "collator", "captioner", "objectives", "arguments"],
+    "rewriting": [*BELOW, "jobs", "data", "models", "metrics", "captioner"],
+    "reports": [
+        *BELOW,
+        "drawn_scenes",
+        "data",
+        "models",
+        "metrics",
+        "collator",
+        "captioner",
+        "objectives",
+        "arguments",
+    ],
     "training": ["common", "data", "models", "metrics", "collator", "captioner", "objectives", "arguments"],
 }
 SCRIPTS = ["train", "evaluate", "infer", "rewrite", "demo", "export"]

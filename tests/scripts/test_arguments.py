@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 import arguments
 from common import cli
 from common.existence import exists, may_be_on_hub
-from common.shards import Shard, ShardFolder
+from jobs.shards import Shard, ShardFolder
 
 SCRIPTS = {"train.py": [], "evaluate.py": [], "demo.py": [], "infer.py": ["x.jpg"], "export.py": ["folder"],
            "rewrite.py": ["fuse", "IN", "--llm", "hf:x", "--dry_run"]}  # fmt: skip

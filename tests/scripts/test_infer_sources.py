@@ -25,13 +25,13 @@ from conftest import ROOT
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
-from common import engine, progress
+from captioning.sources import image_rows
+from captioning.writers import inside, text_of, write_tars
 from common.errors import UserError
 from common.remote import local_copy
-from common.shards import ShardFolder
-from data.image_rows import image_rows
 from data.rows import Options
-from data.writers import inside, text_of, write_tars
+from jobs import progress, queue
+from jobs.shards import ShardFolder
 
 NUMBER = 6
 SCALE = 8
@@ -304,7 +304,7 @@ def test_a_server_that_is_back_before_it_is_asked_whether_it_is(server):
     folder = ShardFolder(f"{server}/out/", single=False)
     folder.write_json("a.json", {})
     server_at[0].stop()
-    assert engine.Patient(folder.files, lambda shard: start_again() or True)() == ["a.json"]
+    assert queue.Patient(folder.files, lambda shard: start_again() or True)() == ["a.json"]
 
 
 def test_progress_of_others_that_cannot_be_read_ends_no_run(server):
@@ -428,7 +428,7 @@ def names(*paths, **options) -> list[str]:
 
 
 def test_images_are_told_by_content_and_the_rest_is_counted(tmp_path):
-    from data.image_rows import left_out
+    from captioning.sources import left_out
 
     for name in ("a.jfif", "b.jpe", "c", "d.HEIC", "e.dat", "f.PNG", "._g.jpg", "__MACOSX/h.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

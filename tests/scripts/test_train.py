@@ -315,7 +315,7 @@ def test_trackers_are_chosen_by_name(tmp_path):
 
 
 def test_a_sheet_shows_each_picture_with_its_caption_and_takes_any_text():
-    from data import scenes
+    from drawn_scenes import drawing as scenes
     from training.tracker_images import draw_sheet
 
     records = scenes.load(train=0, validation=5, test=0)["validation"]

@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from common.engine import Outcome, Patient, Queue, attempt
 from common.errors import UserError
+from jobs.queue import Outcome, Patient, Queue, attempt
 
 logger = logging.getLogger(__name__)
 POLL = 2.0  # seconds between checks of the workers' progress
@@ -151,7 +151,7 @@ class Pool:
 
 
 def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Outcome]:
-    """`common.engine.run` on a Ray cluster."""
+    """`jobs.queue.run` on a Ray cluster."""
     ray = connect(args)
     try:
         workers, each = resources(ray, args, most)

@@ -2,7 +2,7 @@
 
     write(rows, target, images)    rows() yields {"image", "caption" or "error", columns ...} for each image in order,
                                    whenever it is called; target is a local path that does not exist; images() yields
-                                   what data.image_rows does for the same images, for formats that hold or copy them
+                                   what captioning.sources does for the same images, for formats that hold or copy them
 
 Rows are streamed; what is written appears complete or not at all, since the caller renames it.
 """

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from data.caption_output import OWN
+from captioning.output import OWN
 from data.images import ImageError
 
 

@@ -95,7 +95,7 @@ def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Out
         most: the largest possible number of shards.
     """
     if args.engine == "ray":
-        from common import ray_engine
+        from jobs import ray_engine
 
         return ray_engine.run(work, begin, reachable, args, most)
     shards, progress = begin(work.start())

@@ -6,9 +6,9 @@ import logging
 import sys
 import time
 
-from common.engine import Patient
 from common.errors import Unreachable, UserError
-from common.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable
+from jobs.queue import Patient
+from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable
 
 logger = logging.getLogger(__name__)
 FAILED = "_failed-"

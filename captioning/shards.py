@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from captioning.sources import pieces, rows_of, unique
 from common.errors import DataError
 from common.remote import file_system, is_remote, open_remote
-from common.shards import Cursor, Digest, Shard, digest_of, parquet_ranges
-from data.image_rows import pieces, rows_of, unique
 from data.rows import Options
+from jobs.shards import Cursor, Digest, Shard, digest_of, parquet_ranges
 
 
 class ImageSource:
-    """What infer.py's paths name, as shards, and the rows of each: those of data.image_rows with a `key` that no other
+    """What infer.py's paths name, as shards, and the rows of each: those of captioning.sources with a `key` that no other
     row of the source has."""
 
     def __init__(self, paths: list[str], options: Options):

@@ -8,7 +8,7 @@ What is held out: every unordered pair of kinds of object (a kind is a colour an
 the seed. A pair in validation or test never occurs in training, though each of its kinds does in other pairs, so a
 model that scores well there has learned to compose.
 
-    python -m data.scenes FOLDER [NUMBER]      saves the first scenes of the test split as PNG files
+    python -m drawn_scenes.drawing FOLDER [NUMBER]      saves the first scenes of the test split as PNG files
 """
 
 import functools
@@ -58,7 +58,7 @@ def load(
     Returns:
         One record per image: `image_id` ("scene-train-00012"), `image` (PNG bytes), `captions` (five, all different) and
         `facts`, a JSON string `{"objects": [{"count", "size", "colour", "shape"}, ...], "relations": [[0, "above", 1]]}`
-        whose relations name objects by their index; `metrics.scene_facts` scores captions against it.
+        whose relations name objects by their index; `drawn_scenes.facts` scores captions against it.
     """
     splits = {}
     for split, number in {"train": train, "validation": validation, "test": test}.items():

@@ -4,7 +4,7 @@ N-gram scores flatter templated captions: a model that names every wrong colour 
 is read back into facts, and these are compared with the scene's own. The definition, exactly:
 
 - A scene with n groups of objects and r relations has 4n + r facts: each group's count, size, colour and shape, and each
-  relation. (`data.scenes` draws n = 2, r = 1: nine facts. Each of its reference captions says all nine.)
+  relation. (`drawn_scenes.drawing` draws n = 2, r = 1: nine facts. Each of its reference captions says all nine.)
 - The groups that a caption mentions are paired with the scene's, one to one, as many as possible, so that the most
   facts are true. Order of mention is free.
 - A count, size, colour or shape is true if the paired group has it. Left out, wrong, or said in two contradicting ways
@@ -68,7 +68,7 @@ def score_scene_facts(predictions: dict[str, str], facts: dict[str, dict | str])
 
     Args:
         predictions: image id -> caption.
-        facts: image id -> facts of the scene, as `data.scenes` writes them (a dict, or its JSON string).
+        facts: image id -> facts of the scene, as `drawn_scenes.drawing` writes them (a dict, or its JSON string).
 
     Returns:
         `scene_facts`, and the same share among facts of one kind: `count`, `size`, `colour`, `shape`, `relation`.

@@ -1,6 +1,6 @@
 """The output of infer.py: a Parquet file per shard, and at the end, made from them, what the output's name says.
 
-Below, `name` is the value of --output (a path or an address) and `form` a key of data.writers.FORMATS.
+Below, `name` is the value of --output (a path or an address) and `form` a key of captioning.writers.FORMATS.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from captioning import writers
+from captioning.shards import ImageSource
+from captioning.sources import source_files
 from common.files import whole
 from common.remote import is_remote, upload
-from common.shards import REPORT, Shard, ShardFolder
-from data import writers
 from data.formats import webdataset
-from data.image_rows import source_files
-from data.image_shards import ImageSource
+from jobs.shards import REPORT, Shard, ShardFolder
 
 try:
     import fcntl
@@ -237,7 +237,7 @@ def _numbered(rows: Iterator[dict], column: str) -> Iterator[dict]:
 
 
 def _writer(output: str, form: str, paths: list[str]):
-    """The function of data.writers for a form of output."""
+    """The function of captioning.writers for a form of output."""
     if form == "metadata":
         return functools.partial(writers.write_metadata, folder=Path(output).parent, kind=os.path.splitext(output)[1])
     if form == "tar" and writers.is_folder(output, form):

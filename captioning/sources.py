@@ -18,7 +18,6 @@ import xxhash
 
 from common.errors import DataError
 from common.remote import is_remote, list_remote, local_copy, open_remote, reaching
-from common.shards import group_starts
 from common.text import TextError, read_text
 from data.columns import columns_of, find_columns, image_in
 from data.finder import Finder, forms
@@ -28,6 +27,7 @@ from data.rows import Options, Record
 from data.sources import find_format
 from data.tables import could_not_load, holds_paths, with_images
 from data.text_rows import csv_rows, jsonl_rows
+from jobs.shards import group_starts
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 LISTS = (".txt", ".lst", ".list")

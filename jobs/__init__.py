@@ -1,0 +1,1 @@
+"""Long work that survives kills: shards, their queue, progress and journals."""
