@@ -57,27 +57,40 @@ def read_text(path: str | os.PathLike) -> str:
 def encoding_of(path: str | os.PathLike) -> str:
     """The encoding as `open` takes it. The file is read through once, in pieces."""
     with open(path, "rb") as file:
-        first = file.read(CHUNK)
-        marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), None)
-        encoding = marked or _utf16_without_mark(first) or "utf-8"
-        decoder = codecs.getincrementaldecoder(encoding)()
-        fault = western = None
-        chunk = first
-        while True:
-            if fault is None:
-                try:
-                    decoder.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    fault = error
-                    if encoding != "utf-8":
-                        break
-                    file.seek(0)
-                    western, chunk = True, file.read(CHUNK)
-            if western:
-                western = _looks_western(chunk)
-            if not chunk or western is False:
-                break
-            chunk = file.read(CHUNK)
+        return _encoding(file, path)
+
+
+def decode(content: bytes, name: str) -> str:
+    """The text of a file that lies inside another; `name` is for messages. TextError as `open_text`."""
+    encoding = _encoding(io.BytesIO(content), name)
+    if encoding == "cp1252" and "inside" not in _said:
+        _said.add("inside")
+        logger.warning("%s: not UTF-8, read as Windows-1252, as are others there", name)
+    return content.decode(encoding)
+
+
+def _encoding(file, path) -> str:
+    first = file.read(CHUNK)
+    marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), None)
+    encoding = marked or _utf16_without_mark(first) or "utf-8"
+    decoder = codecs.getincrementaldecoder(encoding)()
+    fault = western = None
+    chunk = first
+    while True:
+        if fault is None:
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                fault = error
+                if encoding != "utf-8":
+                    break
+                file.seek(0)
+                western, chunk = True, file.read(CHUNK)
+        if western:
+            western = _looks_western(chunk)
+        if not chunk or western is False:
+            break
+        chunk = file.read(CHUNK)
     if fault is None:
         return encoding
     if western:

@@ -16,7 +16,7 @@ from common.errors import DataError
 from common.files import write_text
 from common.limits import cpus
 from common.processes import in_threads
-from data.columns import parse_structure
+from data.columns import is_missing, parse_structure
 from data.images import MAX_PIXELS, ImageError, open_image
 from data.rows import Record
 
@@ -38,7 +38,7 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
         captions = [captions]
     cleaned = []
     for caption in captions:
-        if isinstance(caption, str) and caption.strip():
+        if isinstance(caption, str) and not is_missing(caption):
             check_rows(caption, where)
             caption = caption.encode("utf-8", "replace").decode()  # Arrow takes no halves of surrogate pairs
             cleaned.append(" ".join(caption.split()))

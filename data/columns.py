@@ -1,93 +1,187 @@
-"""Rows with named columns -> records: which column holds the image, which the captions, and what a cell holds."""
+"""Objects with named columns -> rows: which column holds the image, which the captions, and what a cell holds."""
 
 import ast
 import base64
 import binascii
 import io
+import itertools
 import json
+import logging
 import os
 import re
 import tokenize
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from common.errors import DataError
-from data.images import is_image
-from data.rows import Record, split_name
+from data.images import ENDINGS, is_image
+from data.rows import Options, Row, split_in, split_name
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = (
-    "image",
-    "img",
-    "image_path",
-    "file_name",
-    "filename",
-    "filepath",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "path",
-    "images",
-    "image_file",
-    "image_name",
-    "img_path",
-    "img_name",
-    "image_bytes",
-    "image_base64",
-    "file",
+    *(
+        "image",
+        "img",
+        "image_path",
+        "file_name",
+        "filename",
+        "filepath",
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "path",
+        "images",
+    ),
+    *("image_file", "image_name", "img_path", "img_name", "image_bytes", "image_base64", "file"),
 )
 CAPTION_COLUMNS = (
-    "captions",
-    "caption",
-    "sentences",
-    "sentence",
-    "text",
-    "txt",
-    "description",
-    "sentences_raw",
-    "raw",
-    "caption_str",
-    "caption_text",
-    "texts",
-    "references",
-    "reference_strs",
-    "comment",
-    "conversations",
-    "messages",
+    *("captions", "caption", "sentences", "sentence", "text", "txt", "description", "sentences_raw", "raw"),
+    *("caption_str", "caption_text", "texts", "references", "reference_strs", "comment", "conversations", "messages"),
+    *("completion", "response", "suffix", "summary", "utterance", "report", "short_caption"),
 )
+PREDICTION_COLUMNS = (
+    "prediction",
+    "predicted_caption",
+    "generated_caption",
+    "generated_text",
+    "generated",
+    "hypothesis",
+)
+PREDICTION_COLUMNS += ("response", "output", "answer", "pred")
 NUMBERED_CAPTION = re.compile(r"(?:captions?|sentences?|texts?|comments?)_?\d+")  # caption_0 ... caption_4
 SPLIT_COLUMNS = ("split", "set_name")  # TextCaps says set_name
-ID_COLUMNS = ("image_id", "cocoid")
+MAYBE_SPLIT_COLUMNS = ("subset", "partition", "set", "fold", "phase")  # where they say train, val or test
+ID_COLUMNS = ("image_id", "cocoid", "imgid")
+MISSING = ("", "nan", "none", "n/a", "null", "<na>", "#n/a")
+LOOKED_AT = 200  # rows whose keys make the header of a file that has none
+IMG2DATASET = (
+    "Images are not fetched from addresses in a data set. Fetch them: img2dataset --url_list {file} --input_format {form} "
+    "--url_col {column} --caption_col {caption} --output_format webdataset --output_folder images, and use that folder; or "
+    "give their names and --image_dir"
+)
 # The first characters of JPEG, PNG, GIF, WebP, BMP and TIFF files in base64.
 BASE64_IMAGE = re.compile(r"(?:data:image/[\w.+-]+;base64,|/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkqA|TU0AK)")
 
 
-def find_columns(columns: list[str], image_column, caption_column, source: str, image_columns=(), example=None):
-    """The image column and the caption columns, by their usual names in any case.
+@dataclass
+class Columns:
+    """The columns that have a meaning: names, or None."""
+
+    image: str | None = None
+    captions: list[str] = field(default_factory=list)
+    image_id: str | None = None
+    split: str | None = None
+
+    @property
+    def used(self) -> tuple:
+        return (self.image, self.image_id, self.split, *self.captions)
+
+
+def find_columns(examples: dict, options: Options, source: str, images: tuple = ()) -> Columns:
+    """The columns by their usual names in any case, or those that the options name.
 
     Args:
-        image_columns: columns that are known to hold images (their `datasets` type is Image).
-        example: a row, from which an error shows what the columns hold.
+        examples: every column of the source, with a value of it.
+        images: columns that are known to hold images (their `datasets` type is Image).
+
+    Raises:
+        DataError: a column is missing, or two could be meant; it names them, and the flag.
     """
-    for option, name in (("image_column", image_column), ("caption_column", caption_column)):
-        if name is not None and name not in columns:
-            raise DataError(f"{source}: no column {name!r} (--{option}). Columns present: {', '.join(columns)}")
-    usual = {usual_name(name): name for name in reversed(columns)}
-    image = image_column or next((usual[name] for name in IMAGE_COLUMNS if name in usual), None)
-    if image_columns and not image_column and image not in image_columns:
-        image = image_columns[0]
-    captions = [caption_column or next((usual[n] for n in CAPTION_COLUMNS if n in usual and usual[n] != image), None)]
-    if captions == [None]:
-        captions = sorted((column for name, column in usual.items() if NUMBERED_CAPTION.fullmatch(name)), key=_number)
-        captions = captions or [None]
-    if captions == [None] and "json" in columns:  # WebDataset: the caption is inside
-        captions = ["json"]
-    for option, name in (("image", image), ("caption", captions[0])):
-        if name is None:
-            raise DataError(
-                f"{source}: no {option} column. Columns present: {', '.join(columns)}. Name it with --{option}_column"
-                + _candidates(option, example or {}, image)
-            )
-    return image, captions
+    for flag in ("image_column", "caption_column"):
+        name = getattr(options, flag)
+        if name is not None and name not in examples:
+            raise DataError(f"{source}: no column {name!r} (--{flag}). Columns present: {', '.join(examples)}")
+    usual = {usual_name(name): name for name in reversed(examples)}
+    image_id = next((usual[name] for name in ID_COLUMNS if name in usual), None)
+    image = options.image_column or next((usual[name] for name in IMAGE_COLUMNS if name in usual), None)
+    if images and not options.image_column and image not in images:
+        image = images[0]
+    captions = _caption_columns(examples, usual, options, source, image) if options.captions else []
+    if image is None and options.images:
+        image = _image_by_content(examples, captions, options.is_file, source)
+    if image is None and not options.images:
+        image_id = image_id or usual.get("id")
+    return Columns(image, captions, None if image_id == image else image_id, _split_column(examples, usual, source))
+
+
+def _caption_columns(examples: dict, usual: dict, options: Options, source: str, image: str | None) -> list[str]:
+    if options.caption_column:
+        return [options.caption_column]
+    names = (*PREDICTION_COLUMNS, *CAPTION_COLUMNS) if options.predictions else CAPTION_COLUMNS
+    present = [name for name in dict.fromkeys(names) if name in usual and usual[name] != image]
+    if options.predictions and len({"caption", "captions"} & set(present)) and set(PREDICTION_COLUMNS) & set(present):
+        both = [usual[name] for name in present if name in (*PREDICTION_COLUMNS, "caption", "captions")]
+        raise DataError(
+            f"{source}: the predictions could be {' or '.join(both)}. Say which with --caption_column, or remove the others"
+        )
+    first = present[0] if present else None
+    numbered = [name for name in usual if NUMBERED_CAPTION.fullmatch(name)]
+    if first is not None:  # caption, caption2, caption3
+        numbered = [name for name in numbered if _base(name) == _base(first)]
+    columns = [usual[name] for name in dict.fromkeys([*([first] if first else []), *sorted(numbered, key=_number)])]
+    others = [usual[name] for name in present[1:] if usual[name] not in columns]
+    if others:
+        logger.warning(
+            "%s: captions are read from %s, not from %s; --caption_column names another",
+            *(source, " and ".join(columns), " or ".join(others)),
+        )
+    if not columns and "json" in examples:  # WebDataset: the caption is inside
+        return ["json"]
+    if not columns and "error" not in examples:
+        raise _missing("caption", examples, source, [n for n, v in examples.items() if n != image and _is_text(v)])
+    return columns
+
+
+def _image_by_content(examples: dict, captions: list[str], is_file, source: str) -> str:
+    """The only column of names of images that are there, or of images."""
+    texts = {
+        n: str(v) for n, v in examples.items() if n not in captions and isinstance(v, str | int) and str(v).strip()
+    }
+    columns = [name for name, text in texts.items() if is_file is not None and is_file(text)]
+    columns = [name for name in columns if usual_name(name) in ID_COLUMNS] or columns
+    if len(columns) == 1:
+        logger.warning("%s: images are named by column %s, whose names are those of files", source, columns[0])
+        return columns[0]
+    inside = [name for name in captions if _image_of_turns(examples[name]) is not None]
+    if inside:
+        return inside[0]
+    for name, text in texts.items():
+        if re.match(r"https?://", text):
+            raise DataError(f"{source}: " + address_error(name, text, source, captions))
+    raise _missing("image", examples, source, columns or [n for n, t in texts.items() if _may_be_image(t)])
+
+
+def address_error(column: str, address: str, source: str, captions: list[str]) -> str:
+    """What to do with a table of addresses."""
+    file = source.split(",")[0]
+    form = os.path.splitext(file)[1].lstrip(".") or "parquet"
+    command = IMG2DATASET.format(file=file, form=form, column=column, caption=captions[0] if captions else "caption")
+    return f"column {column} holds an address ({address[:80]}). {command}"
+
+
+def _missing(role: str, examples: dict, source: str, candidates: list[str]) -> DataError:
+    shown = [f"{name} ({str(_first(examples[name]))[:40]!r})" for name in candidates[:6]]
+    could = f". It could be {' or '.join(shown)}" if shown else ""
+    names = list(examples)
+    if names and any(_may_be_image(name) for name in names):
+        could = f". The first line looks like a row, not a header: write one, such as image,caption, above {names[0]!r}"
+    if {"id", "data", "annotations"} <= set(names):
+        could = ". This is Label Studio's full JSON: export JSON-MIN or CSV there"
+    return DataError(
+        f"{source}: no {role} column. Columns present: {', '.join(names)}. Name it with --{role}_column{could}"
+    )
+
+
+def _split_column(examples: dict, usual: dict, source: str) -> str | None:
+    column = next((usual[name] for name in SPLIT_COLUMNS if name in usual), None)
+    for name in MAYBE_SPLIT_COLUMNS if column is None else ():
+        if name in usual and isinstance(examples[usual[name]], str):
+            if split_in(examples[usual[name]]) is not None:
+                return usual[name]
+            logger.warning("%s: column %s (%.40r) names no splits", source, usual[name], examples[usual[name]])
+    return column
 
 
 def usual_name(column: str) -> str:
@@ -95,25 +189,30 @@ def usual_name(column: str) -> str:
     return re.sub(r"\W+", "_", column.strip().lower())
 
 
+def _base(name: str) -> str:
+    return re.sub(r"_?\d+$", "", name).removesuffix("s")
+
+
 def _number(name: str) -> int:
-    return int(re.search(r"\d+$", name.strip())[0])
+    return int(re.search(r"\d*$", name.strip())[0] or 0)
 
 
-def _candidates(option: str, example: dict, image) -> str:
-    """The columns that could be meant, with an example of each."""
-    found = []
-    for name, value in example.items():
-        if option == "caption" and name != image:
-            first = value[0] if isinstance(value, (list, tuple)) and value else value
-            if isinstance(first, str) and first.strip() and not is_image_name(first):
-                found.append(f"{name} ({first[:40]!r})")
-        elif option == "image" and isinstance(value, str) and (is_image_name(value) or BASE64_IMAGE.match(value)):
-            found.append(f"{name} ({value[:40]!r})")
-    return f". It could be {' or '.join(found[:6])}" if found else ""
+def _first(value):
+    return value[0] if isinstance(value, (list, tuple)) and value else value
+
+
+def _is_text(value) -> bool:
+    text = _first(value)
+    text = _first(text.get(caption_key(text))) if isinstance(text, dict) else text
+    return isinstance(text, str) and text.strip() != "" and not _may_be_image(text)
+
+
+def _may_be_image(value) -> bool:
+    return isinstance(value, str) and (is_image_name(value) or bool(BASE64_IMAGE.match(value)))
 
 
 def is_image_name(value: str) -> bool:
-    return bool(re.fullmatch(r"\S.{0,1000}\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif|jpe|heic|avif)", value.strip(), re.I))
+    return len(value) < 1000 and "\n" not in value and os.path.splitext(value.strip())[1].lower() in ENDINGS
 
 
 def captions_of(row: dict, names: list[str], where: str) -> list:
@@ -226,33 +325,49 @@ def _python_literal(text: str):
     return items if all(isinstance(item, str) for item in items) else None
 
 
-def image_in(value, where: str, column: str):
-    """The image of a cell: a path (str), or {"path", "bytes"} of one that the cell holds, as bytes or base64."""
+def image_in(value, where: str, column: str, captions=(), address: bool = False):
+    """The image of a cell: a name (str), or {"path", "bytes"} of one that the cell holds, as bytes or base64.
+
+    Args:
+        captions: the columns of captions, for what to do about a table of addresses.
+        address: whether an address may stand for the image, since nobody looks at it.
+    """
     if isinstance(value, str) and value[:1] in "[{":
         value = parse_structure(value, where) or value
+    value = _image_of_turns(value) or value
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
             raise DataError(
                 f"{where}: column {column} holds {len(value)} images. A caption belongs to one image: give a row per image"
             )
-        return image_in(value[0], where, column)
+        return image_in(value[0], where, column, captions, address)
     if isinstance(value, dict) and ({"bytes", "path"} & set(value)):
         content = value.get("bytes")
         return {"path": value.get("path"), "bytes": content} if content is not None else value.get("path")
     if isinstance(value, (bytes, bytearray)):
         return {"path": None, "bytes": bytes(value)}
+    value = str(value) if type(value) is int else value
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: column {column} holds {value!r:.80}, expected the path of an image")
-    if re.match(r"https?://", value):
-        raise DataError(
-            f"{where}: column {column} holds an address ({value[:80]}). Images are not fetched from "
-            "addresses in a data set: download them, and give their names and --image_dir"
-        )
+    if re.match(r"https?://", value) and not address:
+        raise DataError(f"{where}: " + address_error(column, value, where, list(captions)))
     if len(value) >= 64 and BASE64_IMAGE.match(value):
         content = from_base64(value)
         if content is not None:
             return {"path": None, "bytes": content}
     return value.strip()
+
+
+def _image_of_turns(turns):
+    """The image inside a conversation: {"type": "image_url", "image_url": {"url": data}} or {"type": "image", "image": path}."""
+    parts = [part for turn in turns for part in _parts(turn)] if isinstance(turns, list) else []
+    images = [part.get("image") or (part.get("image_url") or {}).get("url") for part in parts]
+    return next(filter(None, images), None)
+
+
+def _parts(turn) -> list[dict]:
+    content = turn.get("content") if isinstance(turn, dict) else None
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
 
 
 def from_base64(value: str) -> bytes | None:
@@ -266,51 +381,65 @@ def from_base64(value: str) -> bytes | None:
     return content if is_image(content) else None
 
 
-def dict_rows(
-    rows: Iterable, source: str, image_column, caption_column, find, split=None, captions=True
-) -> Iterator[Record]:
-    """Rows with named columns and an image's path, or the image itself, in one of them.
+def object_rows(objects: Iterable, source: str, options: Options, split=None, images=()) -> Iterator[Row]:
+    """The rows of (object with named columns, where) pairs. The header is every key of the first 200 objects.
 
     Args:
-        rows: (dict, where) pairs.
-        find: from an image's name to the path of its file; see data.finder.
-        split: the split of every row, unless it has a `split` of its own.
-        captions: False for callers that read images only: rows then need no captions.
+        source: what messages call the file.
+        split: the split of every row, unless it has one of its own.
     """
-    image_name = caption_names = None
-    for row, where in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{source}, {where}: expected an object with image and captions, got {type(row).__name__}")
-        if image_name is None:
-            image_name, caption_names = columns_of(row, image_column, caption_column, f"{source}, {where}", captions)
-            split_column = next((name for name in SPLIT_COLUMNS if name in row), "split")
-            id_column = next((name for name in ID_COLUMNS if row.get(name) is not None), "image_id")
-        image = image_in(row.get(image_name), f"{source}, {where}", image_name)
-        own_split, image_id = row.get(split_column), row.get(id_column)
-        name = None
-        if isinstance(image, str):
-            name = os.path.basename(image) if os.path.isabs(image) else image
-            image = find(image)
-        elif image["path"]:
-            name = os.path.basename(image["path"])
-        yield Record(
-            where,
-            image,
-            captions_of(row, caption_names, where),
-            name=name,
-            image_id=None if image_id is None else str(image_id),
-            split=split if own_split is None else split_name(own_split, f"{source}, {where}"),
-            extras={
-                key: value
-                for key, value in row.items()
-                if key not in (image_name, *caption_names, id_column, "split", "image", "captions")
-            },
-        )
+    objects = iter(objects)
+    first = list(itertools.islice(objects, LOOKED_AT))
+    examples: dict = {}
+    for content, where in first:
+        if not isinstance(content, dict):
+            raise DataError(
+                f"{source}, {where}: expected an object with image and captions, got {type(content).__name__}"
+            )
+        for name, value in content.items():
+            if examples.get(name) is None:
+                examples[name] = value
+    if not first:
+        return
+    columns = find_columns(examples, options, source, images)
+    for content, where in itertools.chain(first, objects):
+        if not isinstance(content, dict):
+            raise DataError(
+                f"{source}, {where}: expected an object with image and captions, got {type(content).__name__}"
+            )
+        yield row_of(content, columns, where, source, options, split)
 
 
-def columns_of(row: dict, image_column, caption_column, source: str, captions: bool = True):
-    """`find_columns` for a row. Without `captions` only the image column is looked for, and no caption columns."""
-    if captions:
-        return find_columns(list(row), image_column, caption_column, source, example=row)
-    image, _ = find_columns([*row, "captions"], image_column, None, source, example=row)
-    return image, []
+def row_of(content: dict, columns: Columns, where: str, source: str, options: Options, split=None) -> Row:
+    place = f"{source}, {where}"
+    image = content.get(columns.image)
+    if image is not None or options.images:
+        image = image_in(image, place, columns.image, columns.captions, address=not options.images)
+    if isinstance(image, int | float):
+        image = str(image)
+    name = image if isinstance(image, str) else os.path.basename((image or {}).get("path") or "") or None
+    image_id, own_split = content.get(columns.image_id), content.get(columns.split)
+    captions = captions_of(content, columns.captions, where)
+    if len(columns.captions) > 1:  # empty cells of a table are no captions
+        captions = [caption for caption in captions if not is_missing(caption)] or captions[:1]
+    return Row(
+        where,
+        image,
+        captions,
+        name=os.path.basename(name) if name and os.path.isabs(name) else name,
+        image_id=None if image_id is None else as_id(image_id),
+        split=split if own_split is None else split_name(own_split, place),
+        columns=content,
+        used=columns.used,
+        error=None if content.get("error") is None else str(content["error"]),
+    )
+
+
+def is_missing(caption) -> bool:
+    """Empty, or what pandas and str() make of a missing value."""
+    return caption is None or (isinstance(caption, str) and caption.strip().lower() in MISSING)
+
+
+def as_id(value) -> str:
+    """An id as text: 6, 6.0 and "6" are the same."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -4,10 +4,12 @@ import contextlib
 import os
 import re
 import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common.errors import DataError
 from common.remote import is_remote, local_copy
+from data.images import ENDINGS, ImageError
+from data.walk import walk
 
 IMAGE_FOLDERS = (
     "",
@@ -22,93 +24,107 @@ MOST_FILES = 3_000_000  # that are searched below a folder for a name that is no
 
 
 class Finder:
-    """find(name) -> the path of the image's file: in the folders given, or anywhere below them if only one file there
-    has the name. Names may have backslashes, another Unicode form or case, or come from another machine.
-    A name found nowhere gets its path in the first folder, for the message."""
+    """find(name) -> the path of the image's file: the file of exactly this name in one of the folders; else the one file
+    below them that fits: in another case or Unicode form, from another folder, without its ending, or COCO's number. A
+    file that another row names exactly is never taken. A name found nowhere gets its path in the first folder, for the
+    message."""
 
-    def __init__(self, folders: list, beside: Path | None = None, search: bool = True):
+    def __init__(self, folders: Iterable[str], names: Callable[[], Iterable[str]] = tuple):
         """
         Args:
-            folders: where to look, in this order.
-            beside: the annotation file, if no folder is given: images are looked for next to it, and in the usual
-                folders there, those of its split (train2014, val, ...) first.
-            search: also search everything below.
+            folders: where to look, in this order; everything below the first is searched.
+            names: called once if a name is not found exactly: all names of the source.
         """
-        if beside is not None and not folders:
-            named = re.findall(r"(?:train|val|test)(?:2014|2015|2017)?", beside.stem)
-            roots = [beside.parent, beside.parent / "images", beside.parent.parent, beside.parent.parent / "images"]
-            folders = [root / folder for folder in ["", *named] for root in roots]
-            folders += [root / folder for root in roots for folder in (*IMAGE_FOLDERS[1:], "train2014", "val2014")]
-            self.below = os.path.abspath(beside.parent)
-        else:
-            self.below = os.path.abspath(folders[0])
-        self.folders = [os.path.abspath(folder) for folder in dict.fromkeys(map(str, folders))]
-        self.given = str(folders[0])  # as it was written
-        self.search, self.files, self.claimed = search, None, {}
+        self.folders, self.names = [str(folder) for folder in folders], names
+        self.files: dict[str, list[str]] | None = None
+        self.named: set[str] = set()  # real paths of files that the source names exactly
+        self.taken: dict[str, str] = {}  # real path of another file -> the name that it is found by
 
     def __call__(self, name: str) -> str:
+        """Raises ImageError: several files fit, or another name has the only one."""
         if is_remote(name):
             return str(local_copy(name))
+        path = self.exact(name)
+        if path is not None:
+            return path
+        if self.files is None:
+            self._search()
+        fitting = self._fitting(name)
+        if len(fitting) > 1:
+            raise ImageError(
+                f"{name}: found in {len(fitting)} places: {' and '.join(fitting[:3])}. Give the folder that the names are "
+                "relative to with --image_dir"
+            )
+        if not fitting:
+            return os.path.normpath(os.path.join(self.folders[0], name))
+        other = self.taken.setdefault(os.path.realpath(fitting[0]), name)
+        if other != name:
+            raise ImageError(
+                f"{other} and {name} would both be {fitting[0]}, the only file of that name. Give the folder that the "
+                "names are relative to with --image_dir"
+            )
+        return fitting[0]
+
+    def exact(self, name: str) -> str | None:
         for form in forms(name):
             for folder in self.folders:
                 path = os.path.join(folder, form)
-                if os.path.exists(path):
+                if os.path.isfile(path):
                     return os.path.normpath(path)
-        return self._below(name) or os.path.normpath(os.path.join(self.folders[0], name))
+        return None
 
-    def by_id(self, image_id: str) -> str | None:
-        """The file of an image that is known by its number or by its name without ending: COCO's
-        COCO_val2014_000000000042.jpg, 000000000042.jpg or 42.jpg for 42. None if there is none, or more than one."""
-        number = re.fullmatch(r"(?:coco_)?0*(\d+)", image_id)
-        names = [image_id, *([number[1], number[1].zfill(12)] if number else [])]
-        found = dict.fromkeys(path for name in names for path in self._index().get(f"stem {_key(name)}", ()))
-        return next(iter(found)) if len(found) == 1 else None
+    def _fitting(self, name: str) -> list[str]:
+        """The files that a name may mean and that no row names exactly."""
+        parts = _key(name).strip("/").split("/")
+        candidates = self.files.get(parts[-1]) or []
+        if not candidates and os.path.splitext(name)[1].lower() not in ENDINGS:
+            stem = parts[-1]
+            number = re.fullmatch(r"(?:coco_)?0*(\d+)", stem)
+            stems = dict.fromkeys([stem, *([number[1], number[1].zfill(12)] if number else [])])
+            candidates = [path for each_stem in stems for path in self.files.get(f"{each_stem}.*", ())]
+        candidates = [path for path in candidates if os.path.realpath(path) not in self.named]
+        for length in range(2, len(parts) + 1):  # as much of the name as distinguishes the files
+            narrower = [path for path in candidates if _key(path).split("/")[-length:] == parts[-length:]]
+            candidates = narrower if len(candidates) > 1 and narrower else candidates
+        return candidates
 
-    def _below(self, name: str) -> str | None:
-        if not self.search:
-            return None
-        wanted = _key(name).strip("/").split("/")
-        found = self._index().get(wanted[-1], [])
-        for length in range(2, len(wanted) + 1):  # as much of the name as distinguishes the files
-            if len(found) > 1:
-                found = [path for path in found if _key(path).split("/")[-length:] == wanted[-length:]]
-        if len(found) != 1:
-            return None
-        other = self.claimed.setdefault(found[0], name)
-        if other != name:
-            raise DataError(
-                f"{other} and {name} would both be {found[0]}, the only file of that name. Give the folder that the "
-                "names are relative to with --image_dir"
-            )
-        return found[0]
+    def _search(self) -> None:
+        self.files = {}
+        for number, path in enumerate(walk(self.folders[0] or ".")):
+            name = os.path.basename(path)
+            stem, ending = os.path.splitext(name)
+            self.files.setdefault(_key(name), []).append(path)
+            if ending.lower() in ENDINGS:
+                stem = re.sub(r"^COCO_(?:train|val|test)\d{4}_", "", stem)
+                self.files.setdefault(f"{_key(stem)}.*", []).append(path)
+            if number > MOST_FILES:
+                break
+        for name in self.names():
+            path = self.exact(name)
+            if path is not None:
+                self.named.add(os.path.realpath(path))
 
-    def _index(self) -> dict[str, list[str]]:
-        if self.files is None:
-            self.files, number = {}, 0
-            for folder, _, names in os.walk(self.below):
-                for name in names:
-                    path = os.path.join(folder, name)
-                    self.files.setdefault(_key(name), []).append(path)
-                    stem = re.sub(r"^COCO_(?:train|val|test)\d{4}_", "", os.path.splitext(name)[0])
-                    self.files.setdefault(f"stem {_key(stem)}", []).append(path)
-                number += len(names)
-                if number > MOST_FILES:
-                    break
-        return self.files
+
+def folders_beside(file: Path) -> tuple[str, ...]:
+    """Where the images of an annotation file lie: next to it, and in the usual folders there, those of its split
+    (train2014, val, ...) first."""
+    named = re.findall(r"(?:train|val|test)(?:2014|2015|2017)?", file.stem)
+    roots = [file.parent, file.parent / "images", file.parent.parent, file.parent.parent / "images"]
+    folders = [root / folder for folder in ["", *named] for root in roots]
+    folders += [root / folder for root in roots for folder in (*IMAGE_FOLDERS[1:], "train2014", "val2014")]
+    return tuple(dict.fromkeys(map(str, folders)))
 
 
 def forms(name: str) -> list[str]:
     """The name as it may be written on disk: as it is, with / for \\, in Unicode's composed and decomposed form, and in
     bytes of Windows-1252."""
-    found = [name]
-    if "\\" in name:
-        found.append(name.replace("\\", "/"))
+    variants = [name, name.replace("\\", "/")]
     if not name.isascii():
-        found += [unicodedata.normalize(form, text) for text in tuple(found) for form in ("NFC", "NFD")]
+        variants += [unicodedata.normalize(form, text) for text in tuple(variants) for form in ("NFC", "NFD")]
         if os.name == "posix":
             with contextlib.suppress(UnicodeEncodeError):
-                found += [os.fsdecode(text.encode("cp1252")) for text in tuple(found[:2])]
-    return list(dict.fromkeys(found))
+                variants += [os.fsdecode(text.encode("cp1252")) for text in tuple(variants[:2])]
+    return list(dict.fromkeys(variants))
 
 
 def _key(name: str) -> str:

@@ -20,6 +20,7 @@ import xxhash
 from common.errors import DataError
 from common.processes import in_threads
 from data.checks import clean_captions, may_skip
+from data.images import ImageError
 from data.rows import SPLITS, Record
 
 logger = logging.getLogger(__name__)
@@ -35,29 +36,35 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
     of_lines, first = 0, ""  # rows whose captions span several lines
     for row in rows:
         image = row.name or str(row.image)
+        skippable = skip_bad_samples and may_skip(row)
 
-        def skip(message, row=row, image=image):
-            dropped["bad captions"] += 1
+        def skip(message, reason="bad captions", row=row, image=image):
+            dropped[reason] += 1
             bad_samples.append({"image_id": row.image_id or image, "image": image, "reason": message})
 
-        skippable = skip_bad_samples and may_skip(row)
+        if isinstance(row.image, ImageError):
+            if not skippable:
+                raise DataError(f"{row.where}: {row.image}")
+            skip(str(row.image), "images that cannot be told apart")
+            continue
         captions = clean_captions(row.captions or [None], row.where, image, skip if skippable else None)
         if any(isinstance(caption, str) and "\n" in caption.strip() for caption in row.captions):
             of_lines, first = of_lines + 1, first or row.where
         if not captions:
             dropped["images without captions"] += 1
             continue
-        known = records.get(row.image)
-        if known is None:
-            row.captions = captions
-            records[row.image] = row
-        elif known.split != row.split:
+        path = os.path.abspath(row.image) if isinstance(row.image, str) else row.image
+        record = records.get(path)
+        if record is None:
+            key = row.key if isinstance(path, str) else None
+            records[path] = Record(row.where, path, captions, key, row.name, row.image_id, row.split, row.extras)
+        elif record.split != row.split:
             raise DataError(
-                f"{row.where}: image {image} is in split {row.split!r}, and in {known.split!r} at {known.where}. "
+                f"{row.where}: image {image} is in split {row.split!r}, and in {record.split!r} at {record.where}. "
                 "One image belongs to one split: correct the file"
             )
         else:
-            known.captions += captions
+            record.captions += captions
     if of_lines:
         logger.warning(
             "the captions of %d rows span several lines, the first at %s; each is read as one caption. If every line is a "
@@ -320,3 +327,7 @@ def fingerprint(dataset) -> str | None:
         for image_id, captions in records:
             digest.update(json.dumps([image_id, list(captions)], ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
+
+
+def digest_of(*values) -> str:
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:32]

@@ -1,9 +1,13 @@
-"""One row of a source, and the options for reading a source."""
+"""What a source says, row by row: the row, the parts that a source is read in, and the options of reading."""
 
+import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import xxhash
 
 from common.errors import DataError
 
@@ -16,34 +20,68 @@ SPLIT_NAMES = {
     "valid": "validation",
     "validation": "validation",
     "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
     "testing": "test",
+    "heldout": "test",
+    "holdout": "test",
 }
 
 
 @dataclass(slots=True)
-class Record:
-    """One row of a source; after `merge`, one image. Rows are made in a stream, only merged ones are kept."""
+class Row:
+    """One row of a source.
+
+    `image` is, from a format, the image's name as the source writes it, or {"path", "bytes"} of an image that the source
+    holds; the reader (data.reader) puts the path of its file in place of a name. Two rows are of one image if and only if
+    their `key` is the same; it depends neither on how the source is named nor on its other rows.
+    """
 
     where: str  # file and line, or the row of a table: for messages
-    image: str | int | dict  # path of a file, row of the source's table, or {"path", "bytes"} of an image itself
-    captions: list
+    image: object  # str | dict | int (row of a table) | ImageError | None
+    captions: list = field(default_factory=list)
     name: str | None = None  # file name that identifies the image in its source
+    image_id: str | None = None
+    split: str | None = None
+    columns: dict = field(default_factory=dict)  # all that the source says, by its own names
+    used: tuple = ()  # those columns that are the image, the captions, the id and the split
+    key: str | None = None
+    error: str | None = None  # what infer.py wrote instead of a caption
+
+    @property
+    def extras(self) -> dict:
+        return {name: value for name, value in self.columns.items() if name not in self.used}
+
+
+@dataclass(slots=True)
+class Record:
+    """One image, and the captions of all its rows."""
+
+    where: str
+    image: str | int  # path of its file, or row of the source's table
+    captions: list[str]
+    key: str
+    name: str | None = None
     image_id: str | None = None
     split: str | None = None
     extras: dict = field(default_factory=dict)
 
 
-def split_name(name: str, where: str) -> str:
-    """A source's own name for a split -> train, validation or test."""
-    if str(name).lower() not in SPLIT_NAMES:
-        raise DataError(f"{where}: unknown split {name!r}. Known: {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[str(name).lower()]
+@dataclass(frozen=True)
+class Part:
+    """A file or a split of a source: what is read in one go."""
+
+    format: str  # NAME of its module in data.formats
+    place: str  # path of a file or folder, or the data set's name
+    label: str = ""  # the split of a data set's table
+    split: str | None = None  # of every row that does not say its own
+    folders: tuple[str, ...] = ()  # where its images may lie, in this order; default: next to it
 
 
 @dataclass
 class Options:
-    """Options of a format's `read`; `data.load` says what each means."""
+    """How a source is read; `data.load` says what most mean."""
 
     config: str | None = None
     image_dir: str | None = None
@@ -54,12 +92,39 @@ class Options:
     skip_bad_samples: bool = False
     format: str = "auto"
     captions: bool = True  # False for callers that read images only
+    images: bool = True  # False for callers that read captions only: an id is enough
+    predictions: bool = False  # captions are a model's
+    is_file: Callable[[str], bool] | None = None  # whether a text names an image that is there; set by the reader
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line
     bad_samples: list = field(default_factory=list)
 
 
+def key_of(image, name: str | None, root: str) -> str | None:
+    """The key of an image: its path below `root`, the folder of the source; of an image inside a source its content."""
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return xxhash.xxh3_128_hexdigest(image["bytes"])
+    if not isinstance(image, str):
+        return name
+    path, folder = os.path.abspath(image), os.path.join(os.path.abspath(root), "")
+    inside = path[len(folder) :] if path.startswith(folder) else name or path
+    return inside.replace("\\", "/")
+
+
+def split_name(name: str, where: str) -> str:
+    """A source's own name for a split -> train, validation or test: the one word in it that is one (qual_dev)."""
+    split = SPLIT_NAMES.get(str(name).lower()) or split_in(str(name))
+    if split is None:
+        raise DataError(f"{where}: unknown split {name!r}. Known: {', '.join(SPLIT_NAMES)}")
+    return split
+
+
+def split_in(text: str) -> str | None:
+    """captions_val2014 -> validation; None where no word of the text, or several, name a split."""
+    words = re.findall(r"[a-z]+", text.lower())
+    splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return splits.pop() if len(splits) == 1 else None
+
+
 def split_of_file(path: Path) -> str | None:
-    """captions_val2014.json -> validation; None where the name gives no split."""
-    words = re.findall(r"[a-z]+", path.stem.lower())
-    found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-    return found.pop() if len(found) == 1 else None
+    """The split that the name of a file, or else of its folder, says."""
+    return split_in(path.stem) or SPLIT_NAMES.get(path.parent.name.lower())

@@ -11,17 +11,18 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import xxhash
 
-from common.caches import cache_folder
 from common.errors import DataError
+from common.processes import in_threads
 from common.remote import is_remote, local_copy
-from data import formats
 from data import records as rec
 from data.checks import check_captions, drop_missing
-from data.formats import hub, karpathy, scenes, webdataset
-from data.rows import SPLIT_NAMES, SPLITS, Options, Record
-from data.tables import ALL, as_streams, by_split, columns_of, could_not_load, holds_paths, stream_records, table_of
-from data.tables import table_rows as rows_of_tables
+from data.finder import Finder
+from data.formats import karpathy
+from data.reader import Source
+from data.rows import SPLIT_NAMES, SPLITS, Options, Part, Record
+from data.tables import ALL, as_streams, by_split, columns_of, holds_paths, indexed_rows, spooled, stream_records
 
 logger = logging.getLogger(__name__)
 
@@ -81,29 +82,23 @@ def load(
     Raises:
         DataError, ImageError: both ValueErrors, saying what is wrong, where, and what to do.
     """
-    dataset_name, wanted = str(dataset_name), [*(splits or ()), *(max_samples or {})]
-    check_split_names(wanted)
-    local = str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name
-    source, path = find_format(local, data_format)
+    dataset_name = str(dataset_name)
+    check_split_names([*(splits or ()), *(max_samples or {})])
     options = Options(
-        dataset_config_name, image_dir, image_column, caption_column, cache_dir, streaming, skip_bad_samples,
+        dataset_config_name, image_dir, image_column, caption_column, cache_dir, streaming, skip_bad_samples, data_format,
         bad_samples=[] if bad_samples is None else bad_samples,
     )  # fmt: skip
-    if source is scenes:
-        dataset = choose(scenes.read(path, options), splits, max_samples, dataset_name)
-        logger.info("%s: %s; drawn by this repo", dataset_name, counts(dataset))
-        return as_streams(dataset) if streaming else dataset
-    rows, tables = open_rows(source, path, options, dataset_name, draw_splits_from)
+    source = Source(str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name, options)
+    rows, tables = open_rows(source, dataset_name, draw_splits_from)
     if options.streaming and tables is not None and not _are_annotations(tables, options):
-        dataset = choose(
-            stream_records(tables, options, split_seed, dataset_name, all_as), splits, max_samples, dataset_name
-        )
-        logger.info(NOT_CHECKED, dataset_name, source.NAME, ", ".join(dataset))
+        streams = stream_records(tables, options, split_seed, dataset_name, all_as)
+        dataset = choose(streams, splits, max_samples, dataset_name)
+        logger.info(NOT_CHECKED, dataset_name, source.format.NAME, ", ".join(dataset))
         return dataset
 
     table = None
     if tables is not None:
-        source, rows, table = _rows_of(tables, source, path, options, dataset_name, draw_splits_from)
+        rows, table = _rows_of(tables, source, draw_splits_from)
     records = rec.merge(rows, skip_bad_samples, options.dropped, options.bad_samples)
     if draw_splits_from is not None and tables is None:
         records = only_split(records, draw_splits_from, dataset_name)
@@ -115,8 +110,8 @@ def load(
         complete = True
     if complete and (official or all_as):  # before images are looked for: those of unwanted splits need not be there
         records = _only_wanted(records, splits, max_samples, dataset_name)
-    if source is karpathy:
-        karpathy.locate_images(records, image_dir, path, cache_folder(cache_dir), fetch=require_images)
+    if require_images:
+        karpathy.fetch_missing(records, options)
     if not records:
         raise DataError(f"{dataset_name}: no captioned image found{in_words(options.dropped)}")
 
@@ -126,7 +121,7 @@ def load(
     if official or not all_as:
         how = rec.draw_splits(records, split_seed, official, complete)
     dataset = choose(rec.to_dataset(records, table), splits, max_samples, dataset_name)
-    kind = source.NAME + (" detected" if data_format == "auto" else "")
+    kind = source.format.NAME + (" detected" if data_format == "auto" else "")
     logger.info("%s (%s): %s; %s%s", dataset_name, kind, counts(dataset), how, in_words(options.dropped))
     return as_streams(dataset) if streaming else dataset
 
@@ -146,15 +141,18 @@ def _are_annotations(tables: dict, options: Options) -> bool:
     return _is_karpathy(tables) or _only_paths(tables, options)
 
 
-def _rows_of(tables: dict, source, path: Path, options: Options, name: str, draw_splits_from: str | None):
-    """(format, records, table of the images or None) of tables that are not streamed."""
-    if options.streaming:
-        options.streaming = False
-        _, tables = open_rows(source, path, options, name, draw_splits_from)
+def _rows_of(tables: dict, source: Source, draw_splits_from: str | None):
+    """(rows, table of the images or None) of tables that are not streamed."""
+    if source.options.streaming:
+        source.options.streaming = False
+        _, tables = open_rows(source, source.name, draw_splits_from)
     if _is_karpathy(tables):
-        return karpathy, karpathy.records_of((row for table in tables.values() for row in table), name), None
-    rows, table = rows_of_tables(tables, options, options.image_dir or (path if path.is_dir() else path.parent))
-    return source, rows, table
+        rows = karpathy.rows_of((row for table in tables.values() for row in table), source.name)
+        part = Part(karpathy.NAME, source.root, folders=karpathy.image_folders(Path(source.root), source.options))
+        return source.located(rows, part, Finder(part.folders)), None
+    part = source.parts[0] if source.parts else Part(source.format.NAME, source.root)
+    rows, table = indexed_rows(tables, source.looking(source.finder(part)))
+    return source.located(rows, part), table
 
 
 def _only_wanted(records: list[Record], splits, max_samples: dict[str, int] | None, name: str) -> list[Record]:
@@ -172,54 +170,38 @@ def _each_image_once(records: list[Record], table, options: Options, official: b
     else:
         sizes, _, read = rec.table_images(table)
         sizes = [sizes[record.image] for record in records]
+        if not official:  # a split is drawn by key, which of an image inside a table is its content
+            inside = [record for record, size in zip(records, sizes, strict=True) if size is not None]
+            contents = in_threads(lambda r: xxhash.xxh3_128_hexdigest(read(r.image, 0, None)), inside, 16)
+            for record, content in zip(inside, contents, strict=True):
+                record.key = content
     if require_images:
         records, sizes = drop_missing(records, sizes, options.skip_bad_samples, options.dropped, options.bad_samples)
     same = rec.same_content([record.image for record in records], [size or 0 for size in sizes], read)
     return rec.unite(records, same, official, options.dropped)
 
 
-def find_format(dataset_name: str, data_format: str = "auto"):
-    """(module of the format, path) of a source."""
-    if data_format != "auto" and data_format not in formats.BY_NAME:
-        raise DataError(f"data_format {data_format!r} is unknown. Known: auto, {', '.join(formats.BY_NAME)}")
-    source = formats.detect(dataset_name) if data_format == "auto" else formats.BY_NAME[data_format]
-    path = Path(dataset_name).expanduser()
-    pattern = any(sign in dataset_name for sign in "*?[")
-    if source not in (hub, webdataset, scenes) and not path.exists() and not pattern:
-        raise DataError(f"{dataset_name}: no such file or folder")
-    return source, path
-
-
-def open_rows(source, path: Path, options: Options, name: str, draw_splits_from: str | None = None):
+def open_rows(source: Source, name: str, draw_splits_from: str | None = None):
     """(rows, None), or (None, {split: table}) of a source whose images lie inside it."""
-    try:
-        found = source.read(path, options)
-    except DataError:
-        raise
-    except datasets.exceptions.DatasetsError as error:
-        raise could_not_load(name, source.NAME, error) from None
-    if isinstance(found, dict):
-        return None, by_split(found, options, name, draw_splits_from)
-    first = next(found, None)
-    rows = itertools.chain([] if first is None else [first], found)
+    options = source.options
+    if hasattr(source.format, "tables"):
+        return None, by_split(source.tables(), options, name, draw_splits_from)
+    rows = source.rows()
+    first = next(rows, None)
+    rows = itertools.chain([] if first is None else [first], rows)
     if first is None or not isinstance(first.image, dict):
         return rows, None
-    file = os.stat(path)
-    key = {"format": source.NAME, "path": str(path), "stamp": (file.st_size, file.st_mtime_ns)}
+    stamps = [(part.place, os.stat(part.place).st_size, os.stat(part.place).st_mtime_ns) for part in source.parts]
+    key = {"format": source.format.NAME, "path": source.name, "stamps": stamps}
     key |= {"image_column": options.image_column, "caption_column": options.caption_column}
-    tables = table_of(rows, _read_again, key, options.cache_dir)
+    table = spooled(rows, source.rows, key, options.cache_dir)
     options.streaming = False
-    return None, by_split(tables, options, name, draw_splits_from)
-
-
-def _read_again(format, path, image_column, caption_column, stamp):
-    return formats.BY_NAME[format].read(Path(path), Options(image_column=image_column, caption_column=caption_column))
+    return None, by_split(table, options, name, draw_splits_from)
 
 
 def _only_paths(tables: dict, options: Options) -> bool:
     table = next(iter(tables.values()))
-    image_name, _ = columns_of(table, options, "the data set")
-    return holds_paths(table, image_name)
+    return holds_paths(table, columns_of(table, options, "the data set").image)
 
 
 def only_split(records: list[Record], name: str, source: str) -> list[Record]:

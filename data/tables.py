@@ -1,31 +1,36 @@
 """Sources that hold the images themselves: tables of `datasets`, memory-mapped or streamed, and their records."""
 
+import dataclasses
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import xxhash
 
 from common.errors import DataError
+from data import formats
 from data import records as rec
 from data.checks import clean_captions
-from data.columns import ID_COLUMNS, captions_of, dict_rows, find_columns, from_base64, image_in
-from data.finder import Finder
-from data.rows import SPLIT_NAMES, Options, Record, split_name
+from data.columns import Columns, captions_of, find_columns, from_base64, image_in, row_of
+from data.images import ImageError
+from data.rows import SPLIT_NAMES, Options, Part, Row, split_in, split_name
+from data.walk import files_below
 
 ALL = "all"  # of draw_splits_from: every split there is
 
 
-def local_files(path: Path, pattern: str = "*.parquet") -> list[Path]:
+def local_files(path: Path, ending: str | tuple = ".parquet") -> list[Path]:
     """The files of a folder and below, a file, or a pattern of files."""
-    if path.is_dir():
-        files = sorted(path.rglob(pattern))
-    else:
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    files = (
+        files_below(path, ending)
+        if path.is_dir()
+        else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    )
+    files = [file for file in files if not file.name.startswith(("_", "."))] or files
     if not files:
-        raise DataError(f"{path}: no {pattern.lstrip('*.')} file matches")
+        raise DataError(f"{path}: no {(ending if isinstance(ending, str) else ending[0])[1:]} file matches")
     return files
 
 
@@ -86,30 +91,13 @@ def _joined(parts: list):
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-# ---------------------------------------------------------------- the image column
-
-
-def columns_of(table, options: Options, source: str):
-    """(image column, caption columns)."""
+def columns_of(table, options: Options, source: str) -> Columns:
+    """The columns of a table; an example is read of those that hold no images."""
     features = table.features or {}
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return find_columns(
-        list(table.column_names), options.image_column, options.caption_column, source, typed, _Example(table)
-    )
-
-
-class _Example(dict):
-    """The first row without images, read only if an error needs it."""
-
-    def __init__(self, table):
-        self.table = table
-
-    def items(self):
-        texts = [name for name, feature in (self.table.features or {}).items() if not _holds_bytes(feature)]
-        return next(iter(self.table.select_columns(texts)), {}).items()
-
-    def __bool__(self):
-        return True
+    images = tuple(name for name, feature in features.items() if isinstance(feature, datasets.Image))
+    texts = [name for name, feature in features.items() if not _holds_bytes(feature)]
+    examples = dict.fromkeys(table.column_names or ()) | next(iter(table.select_columns(texts)), {})
+    return find_columns(examples, options, source, images)
 
 
 def _holds_bytes(feature) -> bool:
@@ -124,12 +112,12 @@ def _holds_bytes(feature) -> bool:
 
 
 def holds_paths(table, image_name: str) -> bool:
-    """Whether the image column holds paths of files, rather than images or their base64."""
+    """Whether the image column holds names of files, rather than images or their base64."""
     feature = table.features[image_name]
-    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
+    if not isinstance(feature, datasets.Value) or "binary" in feature.dtype:
         return False
     first = next((row[image_name] for row in table.select_columns([image_name]) if row[image_name]), None)
-    return first is None or len(first) < 64 or from_base64(first) is None
+    return not isinstance(first, str) or len(first) < 64 or from_base64(first) is None
 
 
 def with_images(table, image_name: str):
@@ -154,76 +142,82 @@ def _single(row: dict, number: int, image_name: str) -> dict:
     return {image_name: {"path": image, "bytes": None} if isinstance(image, str) else image}
 
 
-# ---------------------------------------------------------------- rows of tables that are loaded
+# ---------------------------------------------------------------- rows of tables
 
 
-def table_rows(tables: dict, options: Options, image_dir) -> tuple[Iterable[Record], datasets.Dataset | None]:
-    """Rows of tables with an image and a caption column: (records, table of the images).
+def table_parts(format: str, path: Path, loaded: dict) -> list[Part]:
+    """A part per split."""
+    folder = str(path) if path.is_dir() else "."
+    return [Part(format, str(path), label=name, split=split_in(name), folders=(folder,)) for name in loaded]
 
-    Where the image column holds paths, records have these and the table is None.
-    """
+
+def read_table(part: Part, options: Options) -> Iterator[Row]:
+    """The rows of a split, with their images."""
+    streamed = dataclasses.replace(options, streaming=True)
+    table = formats.BY_NAME[part.format].tables(Path(part.place), streamed)[part.label]
+    if isinstance(table, datasets.IterableDataset) and table.features is None:
+        table = table._resolve_features()  # not given by the source: taken from its first rows
+    columns = columns_of(table, options, part.place)
+    if columns.image is not None and not holds_paths(table, columns.image):
+        table = with_images(table, columns.image)
+    split = part.split if part.label in ("train", "validation", "test") else None
+    for number, content in enumerate(rows_in(table)):
+        if content.get(columns.image) is None and options.images:
+            fault = ImageError(f"{part.place} row {number}: there is no image in column {columns.image}")
+            yield Row(f"row {number}", fault, split=split, columns=content, used=columns.used)
+        else:
+            yield row_of(content, columns, f"{part.label} row {number}", part.place, options, split)
+
+
+def rows_in(table) -> Iterator[dict]:
+    """The rows of a table, all of them also inside a DataLoader worker, where iterating over a stream gives a share."""
+    if isinstance(table, datasets.IterableDataset):
+        for batch in table.iter(32):
+            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    else:
+        yield from table
+
+
+def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], datasets.Dataset | None]:
+    """(rows, table of the images) of tables with an image and a caption column: a row's image is its number in the table.
+    Where the images are files, rows have their names, and the table is None."""
     parts = [part.flatten_indices() if part._indices is not None else part for part in tables.values()]
     table = _joined(parts)
-    image_name, caption_names = columns_of(table, options, "the data set")
+    columns = columns_of(table, options, "the data set")
     split_of_row = [split for split, part in zip(tables, parts, strict=True) for _ in range(len(part))]
-    if holds_paths(table, image_name):
-        paths = table[image_name]
-    else:
-        names_apart = [name for name in ("image", "captions") if name in table.column_names]
-        table = table.remove_columns([name for name in names_apart if name not in (image_name, *caption_names)])
-        table = with_images(table, image_name)
-        table = table.rename_column(image_name, "image") if image_name != "image" else table
-        sizes, names, _ = rec.table_images(table)
-        paths = table["image"] if all(size is None for size in sizes) else None
-    if paths is not None:
-        rows = table.remove_columns([name for name in (image_name, "image") if name in table.column_names])
-        paths = (image["path"] if isinstance(image, dict) else image for image in paths)
-        named = (
-            (row | {image_name: path}, f"{split} row {number}")
-            for number, (row, path, split) in enumerate(zip(rows, paths, split_of_row, strict=True))
-        )
-        records = dict_rows(
-            named,
-            "the data set",
-            image_name,
-            caption_names[0] if len(caption_names) == 1 else None,
-            Finder([image_dir]),
-        )
-        return with_splits(records, split_of_row), None
+    if holds_paths(table, columns.image):
+        return _with_splits(table, columns, split_of_row, options), None
+    names_apart = [name for name in ("image", "captions") if name in table.column_names]
+    table = table.remove_columns([name for name in names_apart if name not in columns.used])
+    table = with_images(table, columns.image)
+    table = table.rename_column(columns.image, "image") if columns.image != "image" else table
+    sizes, names, _ = rec.table_images(table)
+    if all(size is None for size in sizes):
+        return _with_splits(table, dataclasses.replace(columns, image="image"), split_of_row, options), None
+    used = [name for name in dict.fromkeys((*columns.used, "split")) if name in table.column_names and name != "image"]
+    textual = dataclasses.replace(options, images=False)
 
-    id_name = next((name for name in ID_COLUMNS if name in table.column_names), "image_id")
-    wanted = [name for name in dict.fromkeys((*caption_names, id_name, "split")) if name in table.column_names]
-    rows = table.select_columns(wanted)
+    def rows():
+        without_image = dataclasses.replace(columns, image=None)
+        for number, content in enumerate(table.select_columns(used) if used else ()):
+            row = row_of(content, without_image, f"{split_of_row[number]} row {number}", "the data set", textual)
+            row.image, row.name, row.split = number, names[number], row.split or split_of_row[number]
+            yield row
 
-    def records():
-        for number, row in enumerate(rows):
-            where = f"{split_of_row[number]} row {number}"
-            own_split, image_id = row.get("split"), row.get(id_name)
-            yield Record(
-                where,
-                number,
-                captions_of(row, caption_names, where),
-                name=names[number],
-                image_id=None if image_id is None else str(image_id),
-                split=split_of_row[number] if own_split is None else split_name(own_split, where),
-            )
-
-    return records(), table.remove_columns([name for name in {*wanted, "image_id"} if name in table.column_names])
+    return rows(), table.remove_columns([name for name in {*used, "image_id"} if name in table.column_names])
 
 
-def with_splits(records: Iterable[Record], splits: list[str]) -> Iterator[Record]:
-    """Records of table rows, with the table's split for those without one of their own."""
-    for record, split in zip(records, splits, strict=True):
-        record.split = record.split or split
-        yield record
+def _with_splits(table, columns: Columns, splits: list[str], options: Options) -> Iterator[Row]:
+    for number, (content, split) in enumerate(zip(table, splits, strict=True)):
+        yield row_of(content, columns, f"{split} row {number}", "the data set", options, split)
 
 
-def table_of(rows: Iterator[Record], read, key: dict, cache_dir) -> dict:
+def spooled(rows: Iterator[Row], source, key: dict, cache_dir) -> dict:
     """{"train": table} of rows that hold their images, in base64 for example, kept in the cache of `datasets`.
 
     Args:
         rows: the first one says which columns there are.
-        read: read(**key) yields the rows again; `key` determines them.
+        source: called with nothing, yields the rows again; `key` determines them.
     """
     extras = list(next(rows).extras)
     texts = dict.fromkeys(["image_id", "split", *extras], datasets.Value("string"))
@@ -231,7 +225,7 @@ def table_of(rows: Iterator[Record], read, key: dict, cache_dir) -> dict:
     try:
         table = datasets.Dataset.from_generator(
             _generate, features=datasets.Features(features), cache_dir=cache_dir,
-            gen_kwargs={"read": read, "extras": extras, "key": key},
+            gen_kwargs={"read": source, "extras": extras, "key": key}, fingerprint=rec.digest_of(key, extras),
         )  # fmt: skip
     except Exception as error:
         raise could_not_load(str(key.get("path")), "annotations", error) from None
@@ -243,11 +237,11 @@ def table_of(rows: Iterator[Record], read, key: dict, cache_dir) -> dict:
 
 
 def _generate(read, extras: list[str], key: dict) -> Iterator[dict]:
-    for record in read(**key):
-        image = record.image if isinstance(record.image, dict) else {"path": record.image, "bytes": None}
-        row = {"image": image, "captions": clean_captions(record.captions, record.where, record.name or "")}
-        row |= {"image_id": record.image_id, "split": record.split}
-        yield row | {name: None if record.extras.get(name) is None else str(record.extras[name]) for name in extras}
+    for row in read():
+        image = row.image if isinstance(row.image, dict) else {"path": row.image, "bytes": None}
+        values = {"image": image, "captions": clean_captions(row.captions, row.where, row.name or "")}
+        values |= {"image_id": row.image_id, "split": row.split}
+        yield values | {name: None if row.extras.get(name) is None else str(row.extras[name]) for name in extras}
 
 
 # ---------------------------------------------------------------- streams
@@ -278,7 +272,8 @@ def stream_records(tables: dict, options: Options, seed: int, source: str, all_a
     streams = {}
     for split, (name, low, high) in plan.items():
         table = tables[name]
-        image, captions = columns_of(table, options, source)
+        columns = columns_of(table, options, source)
+        image, captions = columns.image, columns.captions
         if "split" in table.features:
             first = next(iter(table.select_columns(["split"])), {"split": name})["split"]
             if first is not None and SPLIT_NAMES.get(str(first).lower()) != name:

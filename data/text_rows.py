@@ -18,11 +18,57 @@ LONGEST_CELL = 500  # lines of one quoted cell
 csv.field_size_limit(1 << 30)  # a cell may hold an image in base64
 
 
+LINES, TABLES = (".jsonl", ".ndjson", ".jsonlines"), (".csv", ".tsv")
+ENDINGS = (".json", *LINES, *TABLES)
+
+
 def read_json(file: Path):
     try:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: not valid JSON: {error}. One object per line belongs in a .jsonl file") from None
+    except TextError as error:
+        raise DataError(str(error)) from None
+
+
+def first_character(file: Path) -> str:
+    with open_text(file) as text:
+        return text.read(1024).lstrip()[:1]
+
+
+def table_objects(file: Path) -> Iterator[tuple[object, str]]:
+    """(object, where) of each row of a CSV or TSV file, line of JSON lines, or entry of a JSON list, one in memory at a
+    time."""
+    ending = file.suffix.lower()
+    if ending in TABLES:
+        return csv_rows(file)
+    if ending in LINES:
+        return ((row, f"{file.name} line {number}") for number, row in jsonl_rows(file))
+    return ((row, f"{file.name} entry {number}") for number, row in enumerate(json_list(file)))
+
+
+def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
+    """The entries of a JSON list, read piece by piece."""
+    decoder, number = json.JSONDecoder(), 0
+    try:
+        with open_text(file) as content:
+            text = content.read(chunk).lstrip()[1:]
+            while True:
+                text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
+                if text.startswith("]"):
+                    return
+                try:
+                    entry, end = decoder.raw_decode(text)
+                    if end == len(text):  # 12 may continue as 123
+                        raise json.JSONDecodeError("the list has no end", text, end)
+                except json.JSONDecodeError as error:
+                    more = content.read(chunk)
+                    if not more:
+                        raise DataError(f"{file} entry {number}: not valid JSON: {error.msg}") from None
+                    text += more
+                    continue
+                yield entry
+                text, number = text[end:], number + 1
     except TextError as error:
         raise DataError(str(error)) from None
 

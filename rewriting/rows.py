@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import data
 from common.errors import DataError
 from common.text import open_text
+from data import reader
 from data.caption_files import load_predictions
 from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
 from data.formats.annotations import files_of
+from data.reader import find_format
 from data.rows import Options
-from data.sources import find_format, open_rows, require_splits
+from data.sources import open_rows, require_splits
 from data.text_rows import csv_rows, jsonl_rows
 from jobs.shards import group_starts
 
@@ -120,8 +122,8 @@ def table_rows(table, split: str | None, columns: list[str] | None, start: int) 
 
 
 def load_tables(name: str, source_format: str, args) -> dict:
-    source, path = find_format(name, source_format)
-    return open_rows(source, path, Options(config=args.dataset_config_name, streaming=args.streaming), name)[1]
+    options = Options(config=args.dataset_config_name, streaming=args.streaming, format=source_format)
+    return open_rows(reader.Source(name, options), name)[1]
 
 
 def open_records(name: str, source_format: str, args):

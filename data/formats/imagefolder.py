@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from data.columns import dict_rows
-from data.finder import Finder
-from data.rows import SPLIT_NAMES, Options, Record
-from data.text_rows import csv_rows, jsonl_rows
+from data.columns import object_rows
+from data.rows import SPLIT_NAMES, Options, Part, Row
+from data.text_rows import table_objects
 
 NAME = "imagefolder"
 ABOUT = "a folder of images with metadata.jsonl or metadata.csv"
@@ -18,32 +17,33 @@ def matches(path: Path) -> bool:
     return path.is_dir() and bool(metadata_files(path))
 
 
-def metadata_files(path: Path) -> list[tuple[Path, str | None]]:
-    folders = [(path, None)] + [(path / word, split) for word, split in SPLIT_NAMES.items()]
+def metadata_files(path: Path) -> list[Path]:
+    folders = [path, *sorted(folder for folder in path.iterdir() if folder.name.lower() in SPLIT_NAMES)]
     return [
-        (folder / name, split)
-        for folder, split in folders
-        for name in ("metadata.jsonl", "metadata.csv")
-        if (folder / name).is_file()
+        folder / f"metadata.{kind}"
+        for folder in folders
+        for kind in ("jsonl", "csv")
+        if (folder / f"metadata.{kind}").is_file()
     ]
 
 
-def read(path: Path, options: Options) -> Iterator[Record]:
+def parts(path: Path, options: Options) -> list[Part]:
     files = metadata_files(path)
     if not files:
         raise DataError(f"{path}: neither metadata.jsonl nor metadata.csv is there, or in its train, validation, test")
-    for file, split in files:
-        rows = (
-            csv_rows(file)
-            if file.suffix == ".csv"
-            else ((row, f"{file.name} line {number}") for number, row in jsonl_rows(file))
-        )
-        columns = options.image_column, options.caption_column
-        find = Finder([file.parent])
-        for record in dict_rows(rows, str(file), *columns, find, split, captions=options.captions):
-            folder = (record.name or "").replace("\\", "/").split("/")[0]
-            if record.split is None and folder in SPLIT_NAMES and "/" in record.name.replace("\\", "/"):
-                record.split = SPLIT_NAMES[folder]  # one metadata file, images in train/, validation/, test/
-            if split is not None and record.name:
-                record.name = f"{file.parent.name}/{record.name}"
-            yield record
+    for file in files[1:]:
+        if file.with_suffix(".jsonl") in files[: files.index(file)]:
+            raise DataError(f"{file.parent}: metadata.jsonl and metadata.csv are both there. Remove one")
+    split = [None if file.parent == path else SPLIT_NAMES[file.parent.name.lower()] for file in files]
+    return [Part(NAME, str(file), split=s, folders=(str(file.parent),)) for file, s in zip(files, split, strict=True)]
+
+
+def read(part: Part, options: Options) -> Iterator[Row]:
+    file = Path(part.place)
+    for row in object_rows(table_objects(file), str(file), options, part.split):
+        folder = (row.name or "").replace("\\", "/").split("/")
+        if row.split is None and len(folder) > 1:  # one metadata file, images in train/, validation/, test/
+            row.split = SPLIT_NAMES.get(folder[0].lower())
+        if part.split is not None and row.name:
+            row.name = f"{file.parent.name}/{row.name}"
+        yield row

@@ -15,11 +15,12 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
+from common.caches import cache_folder
 from common.errors import DataError
 from common.files import whole
 from data.columns import captions_of
-from data.finder import IMAGE_FOLDERS, Finder
-from data.rows import Options, Record, split_name
+from data.finder import IMAGE_FOLDERS
+from data.rows import Options, Part, Record, Row, split_name
 from data.text_rows import read_json
 
 logger = logging.getLogger(__name__)
@@ -41,14 +42,24 @@ def matches(path: Path) -> bool:
     return path.is_dir() and any(path.glob("dataset_*.json"))
 
 
-def read(path: Path, options: Options) -> Iterator[Record]:
+def parts(path: Path, options: Options) -> list[Part]:
     file = path
     if not path.is_file():
         files = sorted(path.glob("dataset_*.json"))
         if len(files) != 1:
             raise DataError(f"{path}: {len(files)} files are called dataset_*.json. Give the path of the one to load")
         file = files[0]
-    return records_of(read_json(file)["images"], file.name)
+    return [Part(NAME, str(file), folders=image_folders(file.parent, options))]
+
+
+def image_folders(base: Path, options: Options) -> tuple[str, ...]:
+    """Where the images of COCO, Flickr8k, Flickr30k or RSICD are, and the cache that missing ones of COCO are fetched into."""
+    roots = [Path(options.image_dir)] if options.image_dir else [base / folder for folder in IMAGE_FOLDERS]
+    return tuple(map(str, [*roots, cache_folder(options.cache_dir) / "coco"]))
+
+
+def read(part: Part, options: Options) -> Iterator[Row]:
+    yield from rows_of(read_json(Path(part.place))["images"], Path(part.place).name)
 
 
 def is_karpathy(columns: Iterable[str]) -> bool:
@@ -56,39 +67,36 @@ def is_karpathy(columns: Iterable[str]) -> bool:
     return {"filename", "split", "sentences"} <= set(columns) and "image" not in columns
 
 
-def records_of(rows: Iterable[dict], name: str) -> Iterator[Record]:
-    """The image is its path below the image folder until `locate_images`."""
+def rows_of(rows: Iterable[dict], name: str) -> Iterator[Row]:
     for number, row in enumerate(rows):
         where = f"{name} image {number}"
+        if not isinstance(row, dict) or not isinstance(row.get("sentences"), list | tuple):
+            raise DataError(f"{where}: no 'sentences'. Known formats are COCO's and Karpathy's.")
         image_id = row.get("cocoid")
-        yield Record(
+        yield Row(
             where,
             os.path.join(row.get("filepath") or "", row["filename"]),
             captions_of(row, ["sentences"], where),
             name=row["filename"],
             image_id=None if image_id is None else str(image_id),
             split=split_name(row["split"], where),
+            columns={key: value for key, value in row.items() if not isinstance(value, dict | list)},
+            used=("filename", *row),
         )
 
 
-def locate_images(records: list[Record], image_dir, path: Path, cache: Path, fetch: bool = True) -> None:
-    """Put the path of each image's file into its record, from a local folder, else from the cache, into which missing
-    COCO images are first fetched. Without `fetch` a missing image keeps its path below the image folder."""
-    base = path if path.is_dir() else path.parent
-    roots = [Path(image_dir)] if image_dir else [base / folder for folder in IMAGE_FOLDERS]
-    find, find_flat = Finder([*roots, cache / "coco"], search=False), Finder(roots, search=False)
-    wanted = []
-    for record in records:
-        folder, name = os.path.split(record.image)
-        found = find(record.image)
-        if not os.path.exists(found) and os.path.exists(find_flat(name)):
-            found = find_flat(name)
-        if not os.path.exists(found) and not image_dir and COCO_FOLDER.fullmatch(folder) and COCO_FILE.fullmatch(name):
-            found = str(cache / "coco" / folder / name)
-            wanted.append(f"{folder}/{name}")
-        record.image = found if fetch or os.path.exists(found) else record.image
-    if wanted and fetch:
-        fetch_images(wanted, cache / "coco")
+def fetch_missing(records: list[Record], options: Options) -> None:
+    """Fetch the images of COCO that are missing into the cache, and put their paths into the records."""
+    folder = cache_folder(options.cache_dir) / "coco"
+    fetched = {}
+    for record in records if not options.image_dir else ():
+        place = str(record.image).replace(os.sep, "/").split("/")[-2:]
+        if COCO_FOLDER.fullmatch(place[0]) and COCO_FILE.fullmatch(place[-1]) and not os.path.exists(record.image):
+            fetched["/".join(place)] = record
+    if fetched:
+        fetch_images(list(fetched), folder)
+    for name, record in fetched.items():
+        record.image = str(folder / name)
 
 
 def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:

@@ -1,29 +1,93 @@
 """Parquet files: one, several by a pattern, or a folder laid out like a Hub data set."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from data.rows import Options, split_of_file
-from data.tables import load_dataset, local_files
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.errors import DataError
+from common.remote import is_remote, open_remote
+from data.columns import find_columns, row_of
+from data.rows import Options, Part, Row, split_of_file
+from data.tables import could_not_load, load_dataset, local_files
+from data.walk import files_below
 
 NAME = "parquet"
 ABOUT = "Parquet files, or a folder laid out like a Hub data set"
 
 
 def matches(path: Path) -> bool:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return True
-    if not path.is_dir():
-        return False
-    files = list(path.rglob("*.parquet"))
+    files = files_below(path, ".parquet") if path.is_dir() else []
     # img2dataset writes 00000.parquet, a table about its samples, next to 00000.tar, which holds them.
     return bool(files) and not all(file.with_suffix(".tar").exists() for file in files)
 
 
-def read(path: Path, options: Options) -> dict:
-    files = local_files(path)
-    if path.is_dir() and any(split_of_file(file) or file.parent != path for file in files):
-        return load_dataset(str(path), options, config=options.config)
+def parts(path: Path, options: Options) -> list[Part]:
+    """A part per file; the splits are those of the folder's README.md, as on the Hub, or else of the files' names."""
+    if (
+        path.is_dir()
+        and (path / "README.md").is_file()
+        and "data_files" in (path / "README.md").read_text(errors="replace")
+    ):
+        try:
+            config = datasets.load_dataset_builder(str(path), options.config, cache_dir=options.cache_dir).config
+        except Exception as error:
+            raise could_not_load(str(path), NAME, error) from None
+        named = [(Path(file), str(split)) for split, files in (config.data_files or {}).items() for file in files]
+    else:
+        files = sorted(local_files(path), key=lambda file: "restval" in file.name)  # behind train, which it joins
+        named = [(file, split_of_file(file)) for file in files]
+    folder = str(path if path.is_dir() else path.parent)
+    return [Part(NAME, str(file), split=split, folders=(str(file.parent), folder)) for file, split in named]
+
+
+def tables(path: Path, options: Options) -> dict:
     by_split: dict[str, list[str]] = {}
-    for file in files:
-        by_split.setdefault(split_of_file(file) or "train", []).append(str(file))
+    for part in parts(path, options):
+        by_split.setdefault(part.split or "train", []).append(part.place)
     return load_dataset("parquet", options, data_files=by_split, source=str(path))
+
+
+def read(part: Part, options: Options, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+    """The rows of a file from `start` to `stop`; row groups before and behind are not read."""
+    number = start
+    source = open_remote(part.place) if is_remote(part.place) else part.place
+    try:
+        with pq.ParquetFile(source) as file:
+            first = next(file.iter_batches(batch_size=1), None)
+            example = first.to_pylist()[0] if first else dict.fromkeys(file.schema_arrow.names)
+            columns = find_columns(example, options, part.place)
+            for content in file_rows(file, start, stop):
+                yield row_of(content, columns, f"row {number}", part.place, options, part.split)
+                number += 1
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{part.place}: the Parquet file is broken or cut off, or is not one ({str(error).strip().splitlines()[0][:200]}). "
+            "Fetch it again"
+        ) from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise DataError(
+            f"{part.place}: the Parquet file is broken or cut off after row {number} ({error}). Fetch it again"
+        ) from None
+
+
+def file_rows(
+    file: pq.ParquetFile, start: int = 0, stop: int | None = None, columns: list[str] | None = None
+) -> Iterator[dict]:
+    """Rows `start` to `stop` of a Parquet file, from the row groups that hold them alone."""
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        behind = first + file.metadata.row_group(group).num_rows
+        if behind > start and (stop is None or first < stop):
+            number = first
+            for batch in file.iter_batches(batch_size=32, row_groups=[group], columns=columns):
+                skip, keep = max(0, start - number), None if stop is None else max(0, stop - number)
+                yield from batch.slice(0, keep).slice(min(skip, len(batch))).to_pylist() if keep != 0 else ()
+                number += len(batch)
+        first = behind

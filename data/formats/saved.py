@@ -4,8 +4,8 @@ from pathlib import Path
 
 import datasets
 
-from data.rows import Options
-from data.tables import as_streams, could_not_load
+from data.rows import Options, Part
+from data.tables import as_streams, could_not_load, read_table, table_parts
 
 NAME = "saved"
 ABOUT = "a folder made by save_to_disk"
@@ -15,7 +15,7 @@ def matches(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
-def read(path: Path, options: Options) -> dict:
+def tables(path: Path, options: Options) -> dict:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -23,3 +23,10 @@ def read(path: Path, options: Options) -> dict:
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     return as_streams(loaded) if options.streaming else loaded
+
+
+def parts(path: Path, options: Options) -> list[Part]:
+    return table_parts(NAME, path, tables(path, options))
+
+
+read = read_table

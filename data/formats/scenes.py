@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from data.rows import Options
+from data.rows import Options, Part
+from data.tables import read_table, table_parts
 
 NAME = "scenes"
 ABOUT = "the scenes that this repo draws itself"
@@ -12,7 +13,14 @@ def matches(path: Path) -> bool:
     return str(path) == "scenes" and not path.exists()
 
 
-def read(path: Path, options: Options):
+def tables(path: Path, options: Options) -> dict:
     from drawn_scenes import drawing  # here: no other source needs it
 
     return drawing.load(shuffled=options.config == "shuffled")
+
+
+def parts(path: Path, options: Options) -> list[Part]:
+    return table_parts(NAME, path, tables(path, options))
+
+
+read = read_table

@@ -10,10 +10,13 @@ from pathlib import Path
 import datasets
 
 from common.errors import DataError
+from common.remote import is_remote, open_remote
+from common.text import decode
 from data.columns import caption_key
-from data.images import ENDINGS, is_image
-from data.rows import SPLIT_NAMES, Options, split_of_file
+from data.images import ENDINGS, ImageError, is_image
+from data.rows import Options, Part, Row, split_of_file
 from data.tables import local_files
+from data.walk import files_below
 
 NAME = "webdataset"
 ABOUT = "tar files of images with .txt or .json captions"
@@ -22,18 +25,18 @@ TARS = (".tar", ".tar.gz", ".tgz")
 
 
 def matches(path: Path) -> bool:
-    if path.name.endswith(TARS):
-        return True
-    return path.is_dir() and bool(
-        any(path.glob("*.tar")) or any(file for split in SPLIT_NAMES for file in (path / split).glob("*.tar"))
-    )
+    return path.name.lower().endswith(TARS) or (path.is_dir() and bool(files_below(path, TARS)))
 
 
-def read(path: Path, options: Options) -> dict:
+def parts(path: Path, options: Options) -> list[Part]:
+    return [Part(NAME, str(file), split=split_of_file(file), folders=("",)) for file in local_files(path, TARS)]
+
+
+def tables(path: Path, options: Options) -> dict:
     """{split: table} with image, captions, __key__ and __url__."""
-    files: dict[str, list[Path]] = {}
-    for file in local_files(path, "*.tar"):
-        files.setdefault(SPLIT_NAMES.get(file.parent.name) or split_of_file(file) or "train", []).append(file)
+    files: dict[str, list[str]] = {}
+    for part in parts(path, options):
+        files.setdefault(part.split or "train", []).append(part.place)
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),
@@ -79,6 +82,22 @@ def table_rows(shards: list, skip_bad_samples: bool) -> Iterator[dict]:
                 raise DataError(f"{sample['fault']}. With --skip_bad_samples such samples are left out of training")
             row = {name: sample[name] for name in ("image", "captions", "json")}
             yield row | {"__key__": sample["key"], "__url__": str(tar)}
+
+
+def read(part: Part, options: Options) -> Iterator[Row]:
+    opened = open_remote(part.place) if is_remote(part.place) else None
+    try:
+        for sample in samples(part.place, captions=options.captions, opened=opened):
+            image = sample["image"] or ImageError(sample["fault"])
+            inner = json.loads(sample["json"] or "{}")
+            columns = (
+                {k: v for k, v in inner.items() if not isinstance(v, dict | list)} if isinstance(inner, dict) else {}
+            )
+            name = image["path"] if isinstance(image, dict) else sample["key"]
+            yield Row(sample["where"], image, sample["captions"], name=name, split=part.split, columns=columns)
+    finally:
+        if opened is not None:
+            opened.close()
 
 
 def samples(tar: str, captions: bool = True, opened=None) -> Iterator[dict]:
@@ -133,7 +152,7 @@ def members_of(tar: str, opened=None) -> Iterator[tuple[str, bytes]]:
 
 def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     where = f"{tar} sample {key}"
-    image = text = inner = None
+    image = text = None
     endings = [name.rpartition("/")[2].partition(".")[2].lower() for name, _ in members]
     by_ending = dict(zip(endings, members, strict=True))
     for ending, (name, content) in by_ending.items():
@@ -143,14 +162,14 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
             image = {"path": name, "bytes": content}
     for ending in TEXTS:
         if text is None and ending in by_ending:
-            text = by_ending[ending][1].decode("utf-8", "replace")
-    if "json" in by_ending:
-        try:
-            inner = json.loads(by_ending["json"][1])
-        except ValueError as error:
-            raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
+            text = decode(by_ending[ending][1], where)
+    raw = decode(by_ending["json"][1], where) if "json" in by_ending else None
+    try:
+        inner = json.loads(raw or "{}")
+    except ValueError as error:
+        raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
     fault, found = None, [text]
-    if text is None and isinstance(inner, dict):
+    if text is None and isinstance(inner, dict) and raw:
         found = inner.get(caption_key(inner))
         if found is None and needs_captions:
             fault = f"{where}: the json of this sample has no caption. Its keys: {', '.join(inner)}"
@@ -159,7 +178,6 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
         fault = f"{where}: has no image, only {', '.join(name for name, _ in members)}"
     elif found == [None] and needs_captions and fault is None:
         fault = f"{where}: has no caption (a .txt or .json file), only {', '.join(name for name, _ in members)}"
-    raw = by_ending["json"][1].decode("utf-8", "replace") if "json" in by_ending else None
     return {
         "key": key,
         "where": where,

@@ -13,7 +13,7 @@ FOLDERS = ("common", "drawn_scenes", "data", "models", "objectives", "metrics", 
 
 FORMAT = '''"""Lines of FILE|CAPTION."""
 
-from data.rows import Record
+from data.rows import Row
 
 NAME, ABOUT = "pipes", "a .pipes file of FILE|CAPTION lines"
 
@@ -22,10 +22,10 @@ def matches(path):
     return path.suffix == ".pipes"
 
 
-def read(path, options):
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        name, caption = line.split("|")
-        yield Record(f"{path}, line {number}", str(path.parent / name), [caption], name=name)
+def read(part, options):
+    for number, line in enumerate(open(part.place, encoding="utf-8"), 1):
+        name, caption = line.rstrip().split("|")
+        yield Row(f"{part.place}, line {number}", name, [caption], name=name)
 '''
 OBJECTIVE = """from objectives.cross_entropy import caption_loss
 

@@ -446,7 +446,7 @@ def test_images_are_told_by_content_and_the_rest_is_counted(tmp_path):
         "f.PNG",
         "i.tga",
     ]
-    assert left_out(str(tmp_path)) == {".txt": 1, ".db": 1, "without an ending": 1}
+    assert left_out(str(tmp_path)) == {".txt": 1, ".db": 1, "without an ending": 1, "folders called __MACOSX": 1}
 
 
 def test_heic_is_opened_or_the_package_named(tmp_path):
@@ -539,7 +539,7 @@ def test_a_format_is_added_as_the_docs_say(tmp_path):
     import subprocess
 
     root = ROOT
-    for folder in ("data", "common"):
+    for folder in ("data", "common", "drawn_scenes"):
         shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     text = (root / "docs" / "data.md").read_text(encoding="utf-8").split("## Add a format")[1]
     block = [line[4:] for line in text.splitlines() if line.startswith("    ") or not line]
