@@ -345,10 +345,13 @@ def test_a_broken_fetch_is_retried_and_a_stopped_one_continues(tmp_path, coco_se
     }
     with pytest.raises(DataError, match=r"000000000006.jpg: the server returned 404"):
         data.load(source, cache_dir=cache)
-    assert len(list(Path(cache).rglob("COCO_*.jpg"))) == 5
+    fetched = {path.name for path in Path(cache).rglob("COCO_*.jpg")}
+    assert len(fetched) >= 4  # those that were begun before the fault are kept
     asked = len(coco_server.asked)
     check(data.load(source, cache_dir=cache))
-    assert coco_server.asked[asked:] == ["/val2014/COCO_val2014_000000000006.jpg"]
+    asked_again = {name.rsplit("/", 1)[1] for name in coco_server.asked[asked:]}
+    assert "COCO_val2014_000000000006.jpg" in asked_again
+    assert not asked_again & fetched
 
 
 def test_a_redirect_to_another_host_is_not_followed(tmp_path, coco_server):
