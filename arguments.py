@@ -427,6 +427,12 @@ class AllTrainFlags(TrainFlags, trainer_flags()):
         return TrainArguments(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
 
 
+CAPTION_BF16 = (
+    "Caption in bfloat16: faster where the processor has AVX-512 BF16 or AMX, and other captions. Default: on GPUs that "
+    "support it; on CPUs float32. Every script has the same default, so that all write the same captions."
+)
+
+
 @dataclass
 class EvaluateArguments:
     FILES = ("predictions", "references")
@@ -479,9 +485,7 @@ class EvaluateArguments:
     dataloader_num_workers: int | None = flag(
         None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
-    bf16: bool | None = flag(
-        None, "Caption in bfloat16. Default: if the GPU supports it; on CPUs float32, as train.py scores."
-    )
+    bf16: bool | None = flag(None, CAPTION_BF16)
     seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
 
     def __post_init__(self):
@@ -544,9 +548,7 @@ class InferArguments(ShardArguments):
     dataloader_num_workers: int | None = flag(
         None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
-    bf16: bool | None = flag(
-        None, "Caption in bfloat16. Default: if the GPU or the processor (AVX-512 BF16, AMX) supports it."
-    )
+    bf16: bool | None = flag(None, CAPTION_BF16)
     skip_bad_images: bool = flag(False, "Record unreadable images with their error instead of stopping at one.")
     shard_size: int | None = flag(
         None,
@@ -576,9 +578,7 @@ class DemoArguments:
     FILES, HUB = ("examples", "login"), ("compare_to",)
     compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
     examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
-    bf16: bool | None = flag(
-        None, "Caption in bfloat16. Default: if the GPU or the processor (AVX-512 BF16, AMX) supports it."
-    )
+    bf16: bool | None = flag(None, CAPTION_BF16)
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
     port: int = flag(7860, "Port to listen on.")
     root_path: str | None = flag(

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 from collator import ImageCollator, pad_rows
 from common.errors import UserError
 from common.loaders import ahead, data_loader
-from common.processes import has_bfloat16, keep_memory, processes, show_progress
+from common.processes import captions_in_bfloat16, keep_memory, processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import generate
 from models.decoding_step import release_graphs
@@ -106,12 +106,11 @@ class Captioner:
     @classmethod
     def from_pretrained(cls, model_name_or_path, *, device=None, bf16=None, loading=None, **kw):
         """A captioner on `device` (default: this process's own GPU, else the CPU), with bfloat16 weights if `bf16`
-        (default: if the device is fast in it, common.processes.has_bfloat16). `loading` is passed to
-        models.loading.load_model, the rest to the captioner."""
+        (default: captions_in_bfloat16). `loading` is passed to models.loading.load_model, the rest to the captioner."""
         loading, device = dict(loading or {}), torch.device(device) if device else processes().device
         if device.type == "cpu":
             keep_memory()
-        bf16 = has_bfloat16(device) if bf16 is None else bf16
+        bf16 = captions_in_bfloat16(device) if bf16 is None else bf16
         quantized = bool(loading.get("quantization"))
         if bf16 and not quantized:
             loading["dtype"] = "bfloat16"

@@ -25,7 +25,7 @@ import data
 from captioner import Captioner
 from common.errors import UserError
 from common.files import output_folder, write_json, write_text
-from common.processes import on_accelerator, processes
+from common.processes import processes
 from common.provenance import environment
 from data.caption_files import find_images, load_predictions, read_references
 from metrics.clip_scores import load_scorers
@@ -152,11 +152,9 @@ def trained_on(model_args, data_args) -> bool:
 
 
 def load_captioner(model_args, generation_args, args) -> Captioner:
-    # On a CPU in float32, as in train.py: its best checkpoint must get the same scores here.
-    bf16 = False if args.bf16 is None and not on_accelerator() else args.bf16
     return Captioner.from_pretrained(
         model_args.model_name_or_path,
-        bf16=bf16,
+        bf16=args.bf16,
         fast_jpeg=model_args.fast_jpeg,
         loading=model_args.loading(),
         corruption=data.corruption(args.corrupt),

@@ -54,6 +54,12 @@ def use_device(name: str) -> None:
     os.environ["ACCELERATE_USE_CPU"] = str(name == "cpu").lower()
 
 
+def captions_in_bfloat16(device: torch.device) -> bool:
+    """The precision of captions in every script, where --bf16 is not given: bfloat16 on GPUs that have it, float32 on every
+    other device, so that all processors write the same captions of a model."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether `device` computes faster in bfloat16 than in float32: a GPU if torch says so, and a processor with
     AVX-512 BF16 or AMX. On other processors bfloat16 is emulated, and several times slower than float32."""

@@ -3,7 +3,7 @@
     python -m benchmarks.speed.inference --data FOLDER        (the folder that CAPTION_TEST_DATA names)
 
 Each runs as its own process, timed from start until the last caption is written, on the same model folder, files, batch
-size and settings; they take turns. The files are the Flickr8k photos at their published 500 pixels, mirrored and cropped
+size, settings and precision of the weights; they take turns. The files are the Flickr8k photos at their published 500 pixels, mirrored and cropped
 until there are enough. The captions of every turn must be the same, otherwise there is no result.
 """
 
@@ -60,18 +60,20 @@ def save_model(folder: Path, captions: list[str]) -> None:
     processor.save_pretrained(folder)
 
 
-def peer(model_folder: str, images: str, output: str, batch_size: int, num_beams: int, max_new_tokens: int) -> None:
+def peer(
+    model_folder: str, images: str, output: str, dtype: str, batch_size: int, num_beams: int, max_new_tokens: int
+) -> None:
     """The loop of transformers' own documentation, in batches."""
     from transformers import AutoProcessor, BlipForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(model_folder)
-    model = BlipForConditionalGeneration.from_pretrained(model_folder).eval()
+    model = BlipForConditionalGeneration.from_pretrained(model_folder, dtype=getattr(torch, dtype)).eval()
     paths = sorted(Path(images).iterdir())
     with open(output, "w", encoding="utf-8") as file, torch.inference_mode():
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             pictures = [Image.open(path).convert("RGB") for path in batch]
-            pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"]
+            pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"].to(model.dtype)
             tokens = model.generate(
                 pixel_values=pixel_values, num_beams=num_beams, max_new_tokens=max_new_tokens, early_stopping=True
             )
@@ -87,8 +89,18 @@ def turn(side: str, folder: Path, arguments) -> tuple[float, list[dict]]:
         names = ("--per_device_eval_batch_size", "--num_beams", "--max_new_tokens")
         command = [ROOT / "infer.py", folder / "images", "--model_name_or_path", folder / "model", "--output", output]
         command += [word for pair in zip(names, settings, strict=True) for word in pair]
+        command += ["--device", "cpu", "--bf16", arguments.dtype == "bfloat16"]
     else:
-        command = ["-m", __spec__.name, "--peer", folder / "model", folder / "images", output, *settings]
+        command = [
+            "-m",
+            __spec__.name,
+            "--peer",
+            folder / "model",
+            folder / "images",
+            output,
+            arguments.dtype,
+            *settings,
+        ]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     elapsed = time.perf_counter() - start
@@ -104,6 +116,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_beams", type=int, default=5)
     parser.add_argument("--max_new_tokens", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides' weights")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--output", type=Path, default=RESULTS / "inference.json")
     arguments = parser.parse_args()
@@ -148,6 +161,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peer"]:
-        peer(*sys.argv[2:5], *map(int, sys.argv[5:8]))
+        peer(*sys.argv[2:6], *map(int, sys.argv[6:9]))
     else:
         main()

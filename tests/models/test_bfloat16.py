@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from transformers import BlipForConditionalGeneration
 
-import captioner as captioner_module
 import evaluate as evaluate_script
-from arguments import EVALUATE_GROUPS
+import infer as infer_script
+from arguments import EVALUATE_GROUPS, INFER_GROUPS
 from captioner import Captioner
 from common import processes
 from common.cli import parse
@@ -41,22 +41,27 @@ def model_folder(tmp_path_factory):
     return str(tiny.build_folder(tmp_path_factory.mktemp("model")))
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_the_default_is_what_the_processor_has_and_evaluates_is_float32(has, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(captioner_module, "has_bfloat16", lambda device: has)
-    found = Captioner.from_pretrained(model_folder, device="cpu")
-    assert found.model.dtype == (torch.bfloat16 if has else torch.float32)
-    assert found.description()["precision"] == ("bfloat16" if has else "float32")
-    assert all(isinstance(caption, str) for caption in found(IMAGES))
-    for asked, dtype in (
-        ([], torch.float32),
-        (["--bf16", "true"], torch.bfloat16),
-        (["--bf16", "false"], torch.float32),
-    ):
-        words = ["--model_name_or_path", model_folder, "--output_dir", str(tmp_path / "out"), "--device", "cpu", *asked]
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
-        model_args, _, generation_args, _, args = parse(EVALUATE_GROUPS)
-        assert evaluate_script.load_captioner(model_args, generation_args, args).model.dtype == dtype
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("flags", ["avx2", "avx2 avx512_bf16 amx_bf16"])
+def test_on_every_processor_every_script_has_one_precision(flags, asked, model_folder, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(processes, "CPUINFO", tmp_path / "cpuinfo")
+    words = [] if asked is None else ["--bf16", str(asked)]
+    words = ["--model_name_or_path", model_folder, "--device", "cpu", *words]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words, "--output_dir", str(tmp_path / "out")])
+    model_args, _, generation_args, _, args = parse(EVALUATE_GROUPS)
+    monkeypatch.setattr("sys.argv", ["infer.py", "photo.jpg", *words])
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    *infer_args, _ = parse(INFER_GROUPS, positional="paths")
+    loaded = [
+        Captioner.from_pretrained(model_folder, device="cpu", bf16=asked),
+        evaluate_script.load_captioner(model_args, generation_args, args),
+        infer_script.load_captioner(*infer_args)[0],
+    ]
+    expected = torch.bfloat16 if asked else torch.float32
+    assert [one.model.dtype for one in loaded] == [expected] * 3
+    assert {one.description()["precision"] for one in loaded} == {str(expected).removeprefix("torch.")}
 
 
 def test_captions_are_those_of_the_librarys_bfloat16_model(model_folder):
