@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.loaders import ahead, data_loader
 from common.processes import captions_in_bfloat16, keep_memory, processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
-from models.decoding import generate
+from models.decoding import DEFAULTS, WITHOUT_BEAMS, drop_leftovers, generate
 from models.decoding_step import release_graphs
 from models.families import ENCODED, base_model, family_of, model_inputs
 from models.loading import load_model
@@ -21,16 +21,6 @@ from models.vision import check_repeatable, encode_once, encodes_once
 
 logger = logging.getLogger(__name__)
 
-# Generation settings that apply if neither a flag nor the checkpoint's generation_config.json sets them.
-DEFAULTS = {
-    "num_beams": 5,
-    "max_new_tokens": 30,
-    "min_new_tokens": None,
-    "length_penalty": 1.0,
-    "early_stopping": True,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
 # For these generate refuses integers, which is what JSON and sliders turn 2.0 into.
 FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
 
@@ -57,7 +47,8 @@ class Captioner:
     """A model, its processor and the settings it captions with.
 
     `settings` are those of `generate`; one that is None or absent is taken from the checkpoint (its
-    generation_config.json), else from DEFAULTS. `prompt` None is the prompt that the checkpoint was trained with. The
+    generation_config.json), else from DEFAULTS. Nothing else of that file counts: models.decoding.drop_leftovers takes it
+    out of the model. `prompt` None is the prompt that the checkpoint was trained with. The
     prompt's words are left out of the captions, unless `keep_prompt`. `fast_jpeg` and `corruption` are ImageCollator's.
     `remove_illegal_characters` removes those of metrics.coco_caption.text_checks from every caption.
     """
@@ -83,11 +74,12 @@ class Captioner:
             processor, model.config, prompt=self.prompt, fast_jpeg=fast_jpeg, corruption=corruption
         )
         self.asked = {n: float(v) if n in FLOATS else v for n, v in settings.items() if v is not None}
+        drop_leftovers(base_model(model))
         self.settings = {name: getattr(model.generation_config, name, None) for name in DEFAULTS}
         self.settings = {name: DEFAULTS[name] if value is None else value for name, value in self.settings.items()}
         self.settings |= self.asked
-        if self.settings["num_beams"] == 1:  # they have no effect without beams, and generate warns about each
-            self.settings.pop("length_penalty"), self.settings.pop("early_stopping")
+        if self.settings["num_beams"] == 1:
+            self.settings = {name: value for name, value in self.settings.items() if name not in WITHOUT_BEAMS}
 
     def with_settings(self, prompt: str | None = None, **settings) -> "Captioner":
         """A captioner with another prompt or other settings of `generate`, otherwise the same; the model is shared."""
@@ -122,7 +114,8 @@ class Captioner:
     def save_settings(self) -> None:
         """Write prompt and settings into the model's configs, so that its checkpoints caption with them."""
         self.model.config.caption_prompt = self.prompt
-        self.model.generation_config.update(**{k: v for k, v in self.settings.items() if v is not None})
+        # Beams' settings of the checkpoint before would not let a greedy one be saved.
+        self.model.generation_config.update(**dict.fromkeys(WITHOUT_BEAMS) | self.settings)
 
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
@@ -157,19 +150,13 @@ class Captioner:
         """(images * num_return_sequences, L) token ids that follow the prompt of each image of an ImageCollator's
         batch: including the end token where it was reached, then padding. `settings` are for generate, and override
         the captioner's own."""
-        inputs = self._on_device(batch)
-        settings = self.settings | settings
-        end, prompt = self.collator.end, inputs["input_ids"]
+        inputs, settings = self._on_device(batch), self.search(**settings)
+        prompt = inputs["input_ids"]
         check_lengths(self.model.config, prompt.shape[1], settings)
         if self.model.config.model_type == "blip":
-            # Its generate() sets start and end itself, takes no padding, and drops the last token, expecting [SEP].
-            inputs["input_ids"] = torch.nn.functional.pad(prompt, (0, 1), value=end)
+            # Its generate() takes no padding, and drops the last token, expecting [SEP].
+            inputs["input_ids"] = torch.nn.functional.pad(prompt, (0, 1), value=self.collator.end)
             del inputs["attention_mask"]
-        else:
-            settings |= {"eos_token_id": end, "pad_token_id": self.collator.pad}
-        if self.collator.placeholders:
-            own = getattr(self.model.generation_config, "suppress_tokens", None) or []
-            settings["suppress_tokens"] = [*own, *self.collator.placeholders]
         if max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences")) > 1:
             check_repeatable(self.model, inputs, len(prompt))
         before = prompt.shape[1]
@@ -183,6 +170,16 @@ class Captioner:
             return output[:, before:]
         output.sequences = output.sequences[:, before:]
         return output
+
+    def search(self, **settings) -> dict:
+        """All that `generate` is told besides the model's inputs: `settings`, else the captioner's own; and which tokens
+        end a caption, pad it, and are never in it."""
+        settings = WITHOUT_BEAMS | self.settings | settings
+        if self.model.config.model_type != "blip":  # whose generate() sets start and end itself
+            settings |= {"eos_token_id": self.collator.end, "pad_token_id": self.collator.pad}
+        if self.collator.placeholders:
+            settings["suppress_tokens"] = self.collator.placeholders
+        return settings
 
     def encode(self, batch: dict) -> dict:
         """The model inputs of `batch`, its images encoded once for everything computed from them, with gradients if

@@ -176,11 +176,10 @@ def choose_settings(folder, captions: list[dict], records, metric_args, args, lo
 
 def save_settings(captioner: Captioner, model_name_or_path: str) -> None:
     """Make the captioner's settings the defaults of its checkpoint."""
-    path = Path(model_name_or_path, "generation_config.json")
-    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    captioner.save_settings()
+    captioner.model.generation_config.save_pretrained(model_name_or_path)
     chosen = {name: value for name, value in captioner.settings.items() if value is not None}
-    write_json(path, own | chosen)
-    logger.info("written to %s: %s", path, chosen)
+    logger.info("written to %s: %s", Path(model_name_or_path, "generation_config.json"), chosen)
 
 
 if __name__ == "__main__":

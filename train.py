@@ -29,7 +29,7 @@ from reports import outputs
 from reports.model_card import run_facts, write_card
 from reports.plots import plot_curves, training_panels
 from reports.score_split import score_split
-from training.building import build_collator, build_datasets, load_augmentations, load_captioner, plan_memory
+from training.building import as_loaded, build_collator, build_datasets, load_augmentations, load_captioner, plan_memory
 from training.checkpoints import find_checkpoint, record_run
 from training.sharding import check_sharding
 from training.trainer import CaptionTrainer
@@ -78,7 +78,7 @@ def main():
 
     # Train, save, evaluate, push
     train_metrics = train(trainer, checkpoint, folder, flags, bad_samples)
-    scored = evaluate(trainer, splits, scorers, metric_args, data_args, folder)
+    scored = evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folder)
     if trainer.is_world_process_zero():
         facts = run_facts(trainer, splits, train_metrics, scored[-1].examples() if scored else [])
         write_card(folder, record_run(folder, flags, **facts), [split.scores for split in reversed(scored)])
@@ -115,11 +115,12 @@ def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:
     return metrics
 
 
-def evaluate(trainer, splits, scorers, metric_args, data_args, folder) -> list:
+def evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folder) -> list:
     """Caption and score the validation and test splits. Returns a ScoredSplit for each, on the main process."""
-    args, captioner, scored = trainer.args, trainer.captioner, []
+    args, scored = trainer.args, []
     known = None if data_args.streaming else [text for group in splits["train"]["captions"] for text in group]
     with gathered(trainer.model):  # entered by all processes; after captioning, only the first one continues
+        captioner = as_loaded(trainer.captioner, model_args, args)
         for name in ("validation", "test"):
             if name not in splits:
                 continue

@@ -10,13 +10,45 @@ import copy
 import functools
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput
 
 from models.decoding_step import CACHE, next_logits, take_over
 from models.families import ENCODED
+
+# Generation settings that apply if neither a flag nor the checkpoint's generation_config.json sets them.
+DEFAULTS = {
+    "num_beams": 5,
+    "max_new_tokens": 30,
+    "min_new_tokens": None,
+    "length_penalty": 1.0,
+    "early_stopping": True,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+# Those that have no effect without beams, and their values then: about any other `generate` warns.
+WITHOUT_BEAMS = {"length_penalty": 1.0, "early_stopping": False}
+# What else of that file counts: the tokens that a caption starts with, ends with and is padded with.
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+def drop_leftovers(model: PreTrainedModel) -> None:
+    """Leave nothing in the generation configs of `model` and its parts but TOKENS and the settings of DEFAULTS, in place.
+
+    `generate` takes from there all that it is not told: published checkpoints sample (do_sample, temperature, top_k,
+    typical_p), force or forbid words, or count a minimum length with the prompt. A forced first word is not kept for any
+    family: what a decoder starts with is part of its prompt (models.families.decoder_prompt, Florence-2's too), and the
+    model has learnt to write the rest. A forced end would close captions that were cut, which the model did not end.
+    """
+    for module in model.modules():
+        own = getattr(module, "generation_config", None)
+        if own is not None:
+            kept = {name: getattr(own, name) for name in (*TOKENS, *DEFAULTS)}
+            if own.num_beams == 1:
+                kept |= dict.fromkeys(WITHOUT_BEAMS)
+            module.generation_config = GenerationConfig(**kept)
 
 
 def generate(

@@ -71,7 +71,8 @@ def load_model(
         if not weights:
             return get_peft_model(model, PeftConfig.from_pretrained(model_name_or_path, revision=revision)), processor
         model = load_adapter(model, model_name_or_path, revision)
-        return (model.merge_and_unload() if merge else model), processor
+        # In 4 or 8 bits a merge would round anew, and caption otherwise than what was trained.
+        return (model.merge_and_unload() if merge and not quantization else model), processor
     folder = Path(model_name_or_path)
     if folder.exists() and not (folder / "config.json").is_file():
         inside = "it is a file" if folder.is_file() else "it has no config.json"
@@ -231,8 +232,6 @@ def ready(model, processor, fast_attention: bool = True):
         )
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    # A truncated caption has no end token: the model gave no probability to a forced one.
-    model.generation_config.forced_eos_token_id = None
     use_onednn_linear(take_encoded_images(model), fast_attention)
     if model.config.model_type == "blip":
         use_fast_attention(model, fast_attention)

@@ -1,9 +1,12 @@
 """Builds the parts of a train.py run from its flags: the model, the collator, the datasets; and plans its memory."""
 
+import torch
+from peft import PeftModel
+
 import data
 from captioner import Captioner
 from collator import CaptionCollator, input_size
-from common.processes import device_memory
+from common.processes import captions_in_bfloat16, device_memory
 from common.sharding import strategy
 from data.tokens import check_captions_can_be_written
 from models.families import vision_encoder
@@ -42,6 +45,22 @@ def load_captioner(model_args, scratch_args, adapter_args, generation_args, trai
     how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
     captioner = Captioner(model, processor, **how, **vars(generation_args))
     captioner.save_settings()
+    return captioner
+
+
+def as_loaded(captioner: Captioner, model_args, args) -> Captioner:
+    """The trained captioner as every other script will load it (Captioner.from_pretrained), so that they write the same
+    captions: its adapter merged, its weights in the precision of captions. Changes the model: training is over."""
+    model = captioner.model
+    if getattr(model, "is_quantized", False):
+        return captioner
+    rounded = args.bf16 or (args.fp16 and captions_in_bfloat16(args.device)) or model_args.dtype == "bfloat16"
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:  # a merge adds these to the rounded weights
+            parameter.data = parameter.data.to(torch.bfloat16 if rounded else torch.float32)
+    if isinstance(model, PeftModel):
+        model.merge_adapter()
+    captioner.autocast = None
     return captioner
 
 
