@@ -142,6 +142,9 @@ class ImageCollator:
         if self.joint:
             self.text = family.joint_prompt(processor, prompt)
             self.words_before = 0
+            # As apply_chat_template does.
+            start = processor.tokenizer.bos_token
+            self.adds_special_tokens = not family.writes_special_tokens and not (start and self.text.startswith(start))
         else:
             self.before = family.prompt(processor, config, self.words)
             image_token = getattr(config, "image_token_id", None)
@@ -179,10 +182,8 @@ class ImageCollator:
             return {**pixels, **self.prompts(len(images))}
         if not self.joint:
             return {"pixel_values": self.pixels(images), **self.prompts(len(images))}
-        start = self.processor.tokenizer.bos_token
         inputs = self.processor(
-            # As apply_chat_template does.
-            add_special_tokens=not self.family.writes_special_tokens and not (start and self.text.startswith(start)),
+            add_special_tokens=self.adds_special_tokens,
             images=[[image] for image in images],
             text=[self.text] * len(images),
             padding=True,

@@ -81,7 +81,9 @@ def main():
     scored = evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folder)
     if trainer.is_world_process_zero():
         facts = run_facts(trainer, splits, train_metrics, scored[-1].examples() if scored else [])
-        write_card(folder, record_run(folder, flags, **facts), [split.scores for split in reversed(scored)])
+        write_card(
+            folder, record_run(folder, flags, **facts), [split.scores for split in reversed(scored)], trainer.captioner
+        )
         logger.info("the model, its scores, captions, report, curves and card are in %s", folder)
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -53,7 +53,7 @@ def add_adapter(
         target_modules=matched,
         modules_to_save=list(modules_to_save) or None,
     )
-    model = get_peft_model(model, config)
+    model = _without_card(get_peft_model(model, config))
     # The adapter may be loaded from another working directory.
     model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
     logger.info("%s", "trainable: {:,} of {:,} weights".format(*model.get_nb_trainable_parameters()))
@@ -78,7 +78,7 @@ def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftM
     """`base` with the adapter, trainable, and with the prompt and generation settings of the adapter's folder."""
     with errors_in_one_line(model_name_or_path):
         model = PeftModel.from_pretrained(base, model_name_or_path, is_trainable=True, revision=revision)
-    load_adapter_weights(model, model_name_or_path, revision)
+    load_adapter_weights(_without_card(model), model_name_or_path, revision)
     folder = Path(model_name_or_path)
     if (folder / "config.json").is_file():  # our own checkpoints have it; others caption as their base does
         base.config.caption_prompt = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
@@ -86,6 +86,13 @@ def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftM
         )
     if (folder / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _without_card(model: PeftModel) -> PeftModel:
+    """`model`, which is saved without peft's own model card: a template for a person to fill in, which would stand before
+    the card of reports/model_card.py, and change it at the next save."""
+    model.create_or_update_model_card = lambda output_dir: None
     return model
 
 

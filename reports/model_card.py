@@ -11,6 +11,7 @@ from common.files import write_text
 from common.publish import without_local_paths
 from metrics.names import SCORES
 from models.families import base_model, family_of
+from reports.snippet import snippet
 
 CURVES = (
     "![Loss, learning rate and validation scores by training step; a dotted line marks the checkpoint kept]"
@@ -19,14 +20,13 @@ CURVES = (
 
 
 def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) -> dict:
-    """What is known at the end of a training run, for run.json: sizes, time, memory, best checkpoint, examples."""
+    """What is known at the end of a training run, for run.json: sizes, time, memory, best checkpoint, examples, language."""
     state, model = trainer.state, base_model(trainer.model)
     config = model.config
     model_facts = {
         "class": type(model).__name__.removeprefix("FSDP"),  # what torch prepends to a class whose weights are sharded
         "adapter": model is not trainer.model,
         "license": family_of(config).license,
-        "chat": family_of(config).prompt is None,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "image_size": getattr(getattr(config, "vision_config", getattr(config, "encoder", None)), "image_size", None),
@@ -41,7 +41,8 @@ def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) 
         **train_metrics,
     }
     sizes = {name: _sizes(split) for name, split in splits.items()}
-    return {"data": sizes, "model": model_facts, "training": training, "examples": examples}
+    facts = {"data": sizes, "model": model_facts, "training": training, "examples": examples}
+    return facts | {"language": trainer.caption_language}
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
@@ -50,8 +51,10 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     return _read(folder / "run.json"), [found for found in scores if found]
 
 
-def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | None = None) -> None:
-    """README.md of `folder`. run: what run.json holds. reported: what coco_metrics.json holds, of each split."""
+def write_card(folder: Path, run: dict, reported: list[dict], captioner, repo_id: str | None = None) -> None:
+    """README.md of `folder`. run: what run.json holds. reported: what coco_metrics.json holds, of each split. captioner:
+    the folder's model with the settings that these were captioned with."""
+    precision = next((scores["generation"]["precision"] for scores in reported if "generation" in scores), "float32")
     base = _base(run.get("flags", {}))
     run, reported = without_local_paths(run), without_local_paths(reported)
     flags = run.get("flags", {})
@@ -59,7 +62,7 @@ def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | Non
     dataset = flags.get("dataset_name")
     on_hub = dataset and dataset.count("/") == 1 and not Path(dataset).exists()
     metadata = ModelCardData(
-        language="en",
+        language=run.get("language"),
         license=run.get("license") or run.get("model", {}).get("license") or "other",
         base_model=base,
         datasets=[dataset] if on_hub else None,
@@ -73,7 +76,7 @@ def write_card(folder: Path, run: dict, reported: list[dict], repo_id: str | Non
         f"# {name}",
         _summary(run, base),
         "## How to use it",
-        _snippet(name, run, reported),
+        f"```python\n{snippet(name, captioner, precision)}\n```",
         "## Scores",
         _scores(reported) or "Not scored yet: `python evaluate.py` scores it.",
         "## Examples",
@@ -163,7 +166,7 @@ def _eval_results(reported: list[dict]) -> list[EvalResult]:
 def _summary(run: dict, base: str | None) -> str:
     flags, model, sizes = run.get("flags", {}), run.get("model", {}), run.get("data", {})
     if not flags:
-        return "An image captioner: it writes an English caption for an image."
+        return "An image captioner: it writes a caption for an image."
     start = f"fine-tuned from `{base}`" if base else "trained"
     if flags.get("model_config"):
         start = "trained from random weights"
@@ -172,42 +175,14 @@ def _summary(run: dict, base: str | None) -> str:
         name: ["a stream" if n is None else f"{n:,}" for n in (s["images"], s["captions"])] for name, s in sizes.items()
     }
     rows = "".join(f"| {name} | {images} | {captions} |\n" for name, (images, captions) in shown.items())
+    splits = "No image is in two splits: images are identified by name and by the bytes of their files."
+    if flags.get("streaming"):
+        splits = "The data were read as a stream: whether an image is in two splits was not checked."
     return (
         f"An image captioner ({millions}`{model.get('class', 'model')}`), {start} on `{_shown(flags['dataset_name'])}`.\n\n"
         f"| split | images | captions |\n|---|---|---|\n{rows}\n"
-        "No image is in two splits: images are identified by name and by content."
+        f"{splits}"
     )
-
-
-def _snippet(name: str, run: dict, reported: list[dict]) -> str:
-    generation = reported[0].get("generation", {}) if reported else {}
-    kept = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty")
-    settings = {k: generation[k] for k in kept if generation.get(k) is not None} or {
-        "num_beams": 5,
-        "max_new_tokens": 30,
-    }
-    prompt, model = generation.get("prompt", "").strip(), run.get("model", {})
-    kind = model.get("class", "AutoModelForImageTextToText")
-    if model.get("chat"):
-        ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        inputs = f"processor(images=image, text=processor.apply_chat_template({ask}, add_generation_prompt=True), "
-    elif kind in ("BlipForConditionalGeneration", "GitForCausalLM") and not prompt:
-        inputs = "processor(images=image, "
-    else:
-        inputs = f'processor(images=image, text="{prompt}", '
-    return f"""```python
-from PIL import Image
-from transformers import AutoProcessor, {kind}
-
-processor = AutoProcessor.from_pretrained("{name}")
-model = {kind}.from_pretrained("{name}")
-
-image = Image.open("photo.jpg").convert("RGB")
-inputs = {inputs}return_tensors="pt")
-settings = dict({", ".join(f"{k}={v}" for k, v in settings.items())})
-tokens = model.generate(**inputs, **settings)
-print(processor.decode(tokens[0], skip_special_tokens=True))
-```"""
 
 
 def _scores(reported: list[dict]) -> str:
@@ -218,7 +193,7 @@ def _scores(reported: list[dict]) -> str:
             if scores.get(key) is None:
                 reason = scores.get("unavailable", {}).get(key)
                 if reason:
-                    rows.append(f"| {shown} | not computed | {reason} |")
+                    rows.append(f"| {shown} | not computed | {_cell(reason)} |")
                 continue
             low, high = scores.get("intervals", {}).get(key) or (None, None)
             rows.append(f"| {shown} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |")
@@ -237,7 +212,7 @@ def _scores(reported: list[dict]) -> str:
             f"On the {scores['split']} split of `{_shown(scores['dataset_name'])}` ({scores['counts']['images']} images, one "
             f"caption each, all references; no reference is ever shown to the model).\n\n"
             "| metric | score | 95 % interval over images |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
-            f"Generated with: {generation}. sacreBLEU signature: `{scores.get('sacrebleu_signature')}`. "
+            f"Generated with: {_cell(generation)}. sacreBLEU signature: `{scores.get('sacrebleu_signature')}`. "
             f"Dataset fingerprint: `{scores.get('dataset_fingerprint')}`."
         )
     return "\n\n".join(parts)
@@ -261,7 +236,7 @@ def _limits(flags: dict, reported: list[dict]) -> str:
     said = ""
     if facts:
         said = (
-            f" On the {reported[0]['split']} split {facts['distinct']:.0%} of its captions are distinct and "
+            f" On the {reported[0]['split']} split {facts['distinct']:.1%} of its captions are distinct and "
             f"{facts['bad_endings']:.1%} end in the middle of a phrase."
         )
     return (
@@ -293,7 +268,8 @@ def _training(run: dict, flags: dict) -> str:
         return "Not recorded."
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
     flags = {**flags, "dataset_name": _shown(flags["dataset_name"])}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(flags.items()) if value not in (None, "", []))
+    settings = {name: value for name, value in sorted(flags.items()) if value not in (None, "", [])}
+    rows = "\n".join(f"| {name} | {_cell(str(value))} |" for name, value in settings.items())
     lines.append(f"\n\nCommit `{run['commit']}`; {versions}.\n\n```\n{run['command']}\n```\n\n")
     lines.append(f"<details><summary>Every setting</summary>\n\n| setting | value |\n|---|---|\n{rows}\n\n</details>")
     return "".join(lines)
