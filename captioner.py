@@ -49,8 +49,9 @@ class Captioner:
     `settings` are those of `generate`; one that is None or absent is taken from the checkpoint (its
     generation_config.json), else from DEFAULTS. Nothing else of that file counts: models.decoding.drop_leftovers takes it
     out of the model. `prompt` None is the prompt that the checkpoint was trained with. The
-    prompt's words are left out of the captions, unless `keep_prompt`. `fast_jpeg` and `corruption` are ImageCollator's.
-    `remove_illegal_characters` removes those of metrics.coco_caption.text_checks from every caption.
+    prompt's words are left out of the captions, unless `keep_prompt`; `remove_illegal_characters` removes those of
+    metrics.coco_caption.text_checks from every caption; both are the checkpoint's if None. `fast_jpeg` and `corruption` are
+    ImageCollator's.
     """
 
     def __init__(
@@ -59,15 +60,19 @@ class Captioner:
         processor,
         *,
         prompt=None,
-        keep_prompt=False,
+        keep_prompt=None,
         autocast=None,
         fast_jpeg=False,
         corruption=None,
-        remove_illegal_characters=False,
+        remove_illegal_characters=None,
         **settings,
     ):
-        self.model, self.processor, self.keep_prompt, self.autocast = model, processor, keep_prompt, autocast
-        self.fast_jpeg, self.corruption, self.filtered = fast_jpeg, corruption, remove_illegal_characters
+        self.model, self.processor, self.autocast = model, processor, autocast
+        self.fast_jpeg, self.corruption = fast_jpeg, corruption
+        own = getattr(model.config, "caption_text", {})
+        self.keep_prompt = own.get("keep_prompt", False) if keep_prompt is None else keep_prompt
+        asked = remove_illegal_characters
+        self.filtered = own.get("remove_illegal_characters", False) if asked is None else asked
         default = getattr(model.config, "caption_prompt", family_of(model.config).default_words)
         self.prompt = default if prompt is None else prompt
         self.collator = ImageCollator(
@@ -114,6 +119,10 @@ class Captioner:
     def save_settings(self) -> None:
         """Write prompt and settings into the model's configs, so that its checkpoints caption with them."""
         self.model.config.caption_prompt = self.prompt
+        self.model.config.caption_text = {
+            "keep_prompt": self.keep_prompt,
+            "remove_illegal_characters": self.filtered,
+        }
         # Beams' settings of the checkpoint before would not let a greedy one be saved.
         self.model.generation_config.update(**dict.fromkeys(WITHOUT_BEAMS) | self.settings)
 

@@ -170,7 +170,10 @@ def settings_panel(captioner: Captioner) -> dict:
 
     with gr.Row():
         search = {
-            "num_captions": slider("Captions", 1, 10, 1, 3, "How many to show, the likeliest first"),
+            # No more than the model's own beams: with more, the search would be another one, and so may the best caption.
+            "num_captions": slider(
+                "Captions", 1, 10, 1, min(3, own["num_beams"]), "How many to show, the likeliest first"
+            ),
             "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More take longer; at least one per caption"),
             "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about one per word"),
             "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens"),
@@ -205,12 +208,15 @@ def with_settings(
 
 @torch.inference_mode()
 def candidates(captioner: Captioner, picture) -> list[tuple[str, float]]:
-    """The captions of one image, each once, with the mean log-probability of their tokens, best first."""
+    """The captions of one image, each once, with the mean log-probability of their tokens: beams in the order of their
+    search, whose first one is the caption that every script writes; samples by that, best first."""
     with torch.autocast(captioner.model.device.type, captioner.autocast, enabled=captioner.autocast is not None):
         batch = captioner.encode(captioner.collator([{"image": picture, "image_id": ""}]))
         tokens = captioner.generate_tokens(batch)
         scores = mean_log_probs(captioner.model, captioner.training_batch(batch, captioner.rows(tokens)))
-    found = sorted(zip(captioner.texts(tokens), scores.tolist(), strict=True), key=lambda pair: -pair[1])
+    found = list(zip(captioner.texts(tokens), scores.tolist(), strict=True))
+    if captioner.settings.get("do_sample"):
+        found.sort(key=lambda pair: -pair[1])
     return list({text: (text, score) for text, score in reversed(found)}.values())[::-1]
 
 

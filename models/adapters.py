@@ -81,8 +81,10 @@ def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftM
     load_adapter_weights(_without_card(model), model_name_or_path, revision)
     folder = Path(model_name_or_path)
     if (folder / "config.json").is_file():  # our own checkpoints have it; others caption as their base does
-        base.config.caption_prompt = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
-            "caption_prompt", ""
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        base.config.caption_prompt, base.config.caption_text = (
+            saved.get("caption_prompt", ""),
+            saved.get("caption_text", {}),
         )
     if (folder / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)

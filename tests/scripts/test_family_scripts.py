@@ -3,7 +3,9 @@
 The scripts' own main() runs in this process, as importing the libraries takes longer than what they do here.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ import families
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small_run import CAPTIONS, SPLITS, checkpoints
@@ -21,6 +24,7 @@ from transformers import AutoConfig
 import data
 from captioner import Captioner
 from collator import CaptionCollator
+from common import processes
 from models.families import special_tokens
 from models.loading import load_model
 from objectives import caption_loss
@@ -56,7 +60,7 @@ def train(base, dataset, output, **changed) -> None:
         "model_name_or_path": base, "dataset_name": dataset, "output_dir": output, "num_train_epochs": 2,
         "learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1,
         "gradient_checkpointing": "true", "num_beams": 2, "max_new_tokens": 6, "meteor": "false", "spice": "false",
-        "bootstrap_samples": 0, "length_penalty": 0.5,
+        "bootstrap_samples": 0, "length_penalty": 0.5, "no_repeat_ngram_size": 2,
     }  # fmt: skip
     if "pix2struct" in str(base):
         values["gradient_checkpointing"] = "false"  # the library has none for it
@@ -65,7 +69,7 @@ def train(base, dataset, output, **changed) -> None:
 
 # The checkpoint of the highest loss is the best one: the first of two, so that the last is not the one to end with.
 FIRST_IS_BEST = {"metric_for_best_model": "loss", "greater_is_better": "true"}
-LORA = FIRST_IS_BEST | {"use_peft": "true", "lora_r": 4}
+LORA = FIRST_IS_BEST | {"use_peft": "true", "lora_r": 4, "prompt": 'a "small"\n`dog` of', "keep_prompt": "true"}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +134,9 @@ def test_eval_loss_is_the_mean_over_all_target_tokens(trained, dataset):
     assert logged == pytest.approx(total / tokens, rel=1e-4)
 
 
-def test_evaluate(trained, dataset, tmp_path):
+@pytest.mark.parametrize("kind", ["trained", "adapted"])
+def test_evaluate(kind, base, dataset, request, tmp_path):
+    trained = request.getfixturevalue(kind)
     flags = ("--dataset_name", dataset, "--meteor", "false", "--spice", "false", "--bootstrap_samples", "0")
     script("evaluate", "--model_name_or_path", trained, *flags, "--output_dir", tmp_path / "scores")
     scores, before = (json.loads((f / "coco_metrics.json").read_text()) for f in (tmp_path / "scores", trained))
@@ -139,12 +145,68 @@ def test_evaluate(trained, dataset, tmp_path):
     assert captions_of(tmp_path / "scores", dataset) == captions_of(trained, dataset)
 
 
-def test_infer(trained, dataset, tmp_path):
-    images = sorted(dataset.parent.glob("*.png"))
-    script("infer", *images, "--model_name_or_path", trained, "--output", tmp_path / "captions.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+def by_infer(folder, images, output, *flags) -> list[str]:
+    script("infer", *images, "--model_name_or_path", folder, "--output", output, *flags)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["image"] for row in rows] == list(map(str, images))
-    assert rows[-1]["caption"] == captions_of(trained, dataset)[images[-1].name]
+    return [row["caption"] for row in rows]
+
+
+def by_demo(folder, images) -> list[str]:
+    """The captions of both tabs, with the settings that the page starts with."""
+    gr, page = pytest.importorskip("gradio"), importlib.import_module("demo_page")
+    captioner = Captioner.from_pretrained(str(folder))
+    with gr.Blocks():
+        settings = {name: component.value for name, component in page.settings_panel(captioner).items()}
+    *_, (_, rows, _) = page.caption_files(captioner, 9, list(map(str, images)), lambda *done, **unit: None, **settings)
+    one_by_one = [page.caption_image({"": captioner}, str(image), **settings)[0] for image in images]
+    assert [caption for _, caption, _ in rows] == one_by_one
+    return one_by_one
+
+
+def by_endpoint(folder, images) -> list[str]:
+    handlers = importlib.import_module("inference")
+    captioner = handlers.model_fn(str(folder))
+    jobs = [handlers.input_fn(image.read_bytes(), "image/png") for image in images]
+    return [handlers.predict_fn(job, captioner)["captions"][0] for job in jobs]
+
+
+def by_snippet(folder, images, tmp_path) -> list[str]:
+    """What the card's code prints, run as it is printed, next to the folder."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
+    (tmp_path / folder.name).symlink_to(folder)
+    printed = []
+    for image in images:
+        shutil.copy(image, tmp_path / "photo.jpg")
+        with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, {})
+        printed.append(out.getvalue().removesuffix("\n"))
+    return printed
+
+
+# What a processor says of itself: one that computes in bfloat16, and one that does not.
+PROCESSORS = ("flags : avx2 avx512_bf16 amx_bf16", "flags : avx2")
+
+
+@pytest.mark.parametrize("kind", ["trained", "adapted"])
+def test_the_same_captions_everywhere(kind, base, dataset, request, tmp_path, monkeypatch):
+    """predictions.json byte for byte: infer.py, the demo, the endpoint, an exported folder and the card's own code."""
+    folder, exported = request.getfixturevalue(kind), tmp_path / "exported"
+    expected = captions_of(folder, dataset) | captions_of(folder / "validation", dataset)
+    images = [dataset.parent / name for name in expected]
+    said = {"train": list(expected.values())}
+    monkeypatch.syspath_prepend(str(ROOT / "sagemaker"))
+    script("export", folder, "--output_dir", exported)
+    for number, flags in enumerate(PROCESSORS):
+        (tmp_path / "cpuinfo").write_text(flags)
+        monkeypatch.setattr(processes, "CPUINFO", tmp_path / "cpuinfo")
+        said[f"infer {number}"] = by_infer(folder, images, tmp_path / f"{number}.jsonl")
+        said[f"endpoint {number}"] = by_endpoint(exported, images)
+    said["demo"] = by_demo(folder, images)
+    for number, of in enumerate((folder, exported)):
+        (tmp_path / f"{number}").mkdir()
+        said[f"snippet {number}"] = by_snippet(of, images, tmp_path / f"{number}")
+    assert said == dict.fromkeys(said, said["train"])
 
 
 def test_lora(adapted, base):
@@ -209,7 +271,7 @@ def test_export(adapted, dataset, tmp_path):
     images = sorted(map(str, dataset.parent.glob("*.png")))
     put_on, processor = load_model(str(adapted), merge=False)
     ours = Captioner(put_on.eval(), processor)
-    alone = Captioner.from_pretrained(str(tmp_path / "exported"), bf16=False)
+    alone = Captioner.from_pretrained(str(tmp_path / "exported"))
     assert alone.settings == ours.settings
     assert alone.prompt == ours.prompt
     assert alone(images) == ours(images)
