@@ -9,9 +9,9 @@ import transformers
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import Seq2SeqTrainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import Seq2SeqTrainer, set_seed
 
+from collator import IGNORE
 from common.errors import UserError
 from common.files import share_weights
 from common.loaders import TIMEOUT, data_loader, fit_workers
@@ -25,6 +25,7 @@ from metrics.names import SCORES
 from models.families import base_model
 from models.loading import load_weights
 from objectives.cross_entropy import caption_loss
+from training.order import TrainingBatches
 from training.sharding import adopt, fill_in_states, whole_state
 from training.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
 from training.special_tokens import KeepSpecialTokens
@@ -60,6 +61,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.label_smoother = None  # the objective's own
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
+        self._batches: TrainingBatches | None = None
         self.args.logging_nan_inf_filter = False  # it would hide NaN from the log; here NaN stops the run
         self._sigterm, self._late = StopOnSigterm(), False
         self.add_callback(self._sigterm)
@@ -81,6 +83,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         # The checkpoint of a run that was stopped before the evaluation of its last step: evaluate now.
         self._late = Path(resume_from_checkpoint or "", EVALUATION_DUE).is_file()
         self.args.eval_on_start |= self._late
+        if self.args.process_index:  # the weights were made of the same random numbers everywhere; noise is each one's own
+            set_seed(self.args.seed + self.args.process_index)
         outcome = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.load_best_model_at_end and self._replicated():
             for tensor in self.model.state_dict().values():
@@ -99,12 +103,15 @@ class CaptionTrainer(Seq2SeqTrainer):
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, CaptionPairs):
-            # The library's own needs the lengths of token ids, which the collator makes later.
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(batch, lengths=dataset.lengths())
+        if isinstance(self.train_dataset, CaptionPairs):
+            self._batches = TrainingBatches(self.train_dataset, self.args, self._train_batch_size)
+            return self._batches
         return super()._get_train_sampler(train_dataset)
+
+    def _run_epoch(self, *, epoch, **kwargs):
+        # accelerate tells the data set its epoch in a single process only, and in a resumed epoch not at all.
+        self.train_dataset.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def _load_best_model(self):
         # With several machines, only the first one's disk has checkpoints (transformers 5 writes them in process 0
@@ -129,9 +136,11 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = self.objective(model, inputs, num_items_in_batch)
+        images = inputs["labels"].ne(IGNORE).reshape(len(inputs["image_ids"]), -1).any(dim=1).sum()
         for name, value in result.items():
             if name != "loss":
-                self._scalars.setdefault(name, []).append(torch.as_tensor(value).detach())
+                value = torch.as_tensor(value, device=images.device).detach()
+                self._scalars.setdefault(name, []).append(torch.stack([(value * images).nan_to_num(), images]))
         loss = result["loss"]
         if not torch.isfinite(loss):
             raise UserError(
@@ -147,6 +156,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         start = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - start
+        if (
+            self._batches
+            and self._batches.ends_with_a_repeated_sample
+            and self.accelerator.gradient_state.end_of_dataloader
+        ):
+            batches[-1]["labels"].fill_(IGNORE)
         if items is not None:
             # The Trainer skips each row's first label, which is a target if a decoder has no prompt (T5).
             count = getattr(self.objective, "items", lambda batch: int(batch["labels"].ne(-100).sum()))
@@ -161,8 +176,8 @@ class CaptionTrainer(Seq2SeqTrainer):
             logs["data_wait"] = round(self._waited / (now - self._logged_at), 4)
             self._waited, self._logged_at = 0.0, now
             for name, values in self._scalars.items():
-                mean = torch.stack(values).float().mean().to(self.args.device)
-                logs[name] = self.accelerator.reduce(mean, "mean").item()
+                total, images = self.accelerator.reduce(torch.stack(values).sum(dim=0), "sum").tolist()
+                logs[name] = total / images
             self._scalars = {}
         super().log(logs, start_time)
 
@@ -306,7 +321,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
 # The Trainer's methods that are overridden above: if one were renamed, its override would silently not be called.
 _OVERRIDDEN = (
-    "_get_train_sampler", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
+    "_get_train_sampler", "_run_epoch", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
     "create_model_card", "get_batch_samples",
 )  # fmt: skip
 if missing := [name for name in _OVERRIDDEN if not hasattr(Seq2SeqTrainer, name)]:

@@ -1,0 +1,87 @@
+"""What a run of train.py has seen, step by step, in any number of processes, killed and resumed or not."""
+
+import json
+from pathlib import Path
+
+import small_run
+import tiny
+from ranks import ROOT, Ranks
+
+DDP = ROOT / "recipes/accelerate/ddp.yaml"
+
+# One to three captions per image, 25 of them trained on: the last step has a single one.
+CAPTIONS = {
+    name: [*texts, f"a photo of a {texts[0][2:]}"][: 1 + number % 3]
+    for number, (name, texts) in enumerate(small_run.CAPTIONS.items())
+}
+SPLITS = {
+    name: "validation" if number in (4, 10) else "test" if number == 1 else "train"
+    for number, name in enumerate(CAPTIONS)
+}
+AUGMENTED = {"augment": ["random_resized_crop:0.5:1.0", "flip"], "augment_text": ["synonym:0.5"]}
+
+
+def training_pairs() -> list[str]:
+    """The image of each training pair."""
+    return [f"{name}.png" for name, texts in CAPTIONS.items() for _ in texts if SPLITS[name] == "train"]
+
+
+class Runs:
+    """Recorded runs of train.py in forks, each into a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.dataset = folder, tiny.write_photos(folder / "photos", CAPTIONS, SPLITS)
+        self.ranks = Ranks(folder)
+
+    def run(self, name: str, *, config=None, processes=1, moment="", signal="SIGKILL", code=0, **changed):
+        """Starts or resumes the run `name`; returns (its Run, each process's log)."""
+        output = self.folder / name
+        record = self.folder / f"{name}.record" / str(len(list(self.folder.glob(f"{name}.record/*"))))
+        record.mkdir(parents=True)
+        values = {"per_device_train_batch_size": 4 // processes, "report": "false", "report_to": "none"}
+        words = small_run.flags(self.folder, self.dataset, output, **(values | {"bootstrap_samples": 0} | changed))
+        words = [one for word in words for one in (word if isinstance(word, list) else [word])]
+        asked = {"RECORD": str(record), **({"MOMENT": moment, "SIGNAL": signal} if moment else {})}
+        config = config or (DDP if processes > 1 else None)
+        options = {"processes": processes, "config": config, "code": code, "script": "tests/helpers/recorded_train"}
+        return Run(output, record.parent), self.ranks.run(*words, **options, **asked)
+
+
+def recorded(folder: Path) -> list[dict]:
+    """What the processes of one start wrote, one after the other."""
+    return [json.loads(line) for file in sorted(folder.iterdir()) for line in file.open(encoding="utf-8")]
+
+
+class Run:
+    def __init__(self, output: Path, record: Path):
+        self.output, self.record = output, record
+
+    def steps(self) -> dict[int, dict]:
+        """{step: {"epoch", "learning_rate", "samples" of all processes, sorted}}. A step that a killed process began and
+        the next one did again is there once; both must have seen the same."""
+        steps: dict[int, dict] = {}
+        for start in sorted(self.record.iterdir()):
+            again = {}
+            for line in recorded(start):
+                line.pop("noise")
+                step = again.setdefault(line.pop("step"), line | {"samples": []})
+                assert line == {**step, "samples": line["samples"]}
+                step["samples"] += line["samples"]
+            for number, step in again.items():
+                step["samples"].sort(key=json.dumps)
+                before = steps.get(number, {"samples": []})["samples"]
+                assert all(sample in step["samples"] for sample in before), f"step {number} was done again otherwise"
+            steps |= again
+        return steps
+
+    def noise(self) -> dict[int, list[str]]:
+        """{step: the random state of each process at each of its batches}."""
+        noise: dict[int, list[str]] = {}
+        for line in recorded(min(self.record.iterdir())):
+            noise.setdefault(line["step"], []).append(line["noise"])
+        return noise
+
+    def logged(self, name: str) -> dict[int, float]:
+        """{step: value} of a number in the Trainer's log."""
+        history = json.loads((self.output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        return {row["step"]: row[name] for row in history if name in row}

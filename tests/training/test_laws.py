@@ -1,0 +1,69 @@
+"""What a run learns from is the same in every way of running it: the samples of each step, how they are augmented, the
+learning rate, and the loss. benchmarks/quality/laws.py makes the whole table of ways and options."""
+
+import os
+
+import laws
+import pytest
+from ranks import ROOT
+from small_run import equal_weights
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks of one process, to spare their imports")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = laws.Runs(tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.ranks.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs):
+    return runs.run("unbroken", **laws.AUGMENTED)[0]
+
+
+def test_every_epoch_has_each_pair_once_and_is_augmented_anew(unbroken):
+    pixels = []
+    for epoch in range(3):
+        samples = [sample for step in unbroken.steps().values() if step["epoch"] == epoch for sample in step["samples"]]
+        assert sorted(sample["image"] for sample in samples) == sorted(laws.training_pairs())
+        pixels += [sample["pixels"] for sample in samples]
+    assert len(set(pixels)) > 0.95 * len(pixels)
+
+
+WAYS = {
+    "two workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": "true"},
+    "more accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "two processes": {"processes": 2},
+    "two processes, two workers": {"processes": 2, "dataloader_num_workers": 2},
+    "FSDP2": {"processes": 2, "config": ROOT / "recipes/accelerate/fsdp2.yaml"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_see_the_same(way, runs, unbroken):
+    other, _ = runs.run(way, **laws.AUGMENTED, **WAYS[way])
+    assert other.steps() == unbroken.steps()
+    for name in ("loss", "eval_loss"):
+        assert other.logged(name) == pytest.approx(unbroken.logged(name), abs=1e-5)
+
+
+@pytest.mark.parametrize(("processes", "moment"), [(1, "step 6"), (2, "step 7"), (1, "save 2")])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(processes, moment, runs, unbroken):
+    flags = laws.AUGMENTED | {"processes": processes, "eval_strategy": "steps", "save_strategy": "steps"}
+    flags |= {"eval_steps": 2, "save_steps": 2}
+    whole, _ = runs.run(f"{processes} whole", **flags)
+    name = f"{processes} killed at {moment}"
+    runs.run(name, **flags, moment=moment, code=-9)
+    other, logs = runs.run(name, **flags)
+    assert "resuming from" in logs[0]
+    assert other.steps() == whole.steps() == unbroken.steps()
+    assert other.logged("loss") == whole.logged("loss")
+    assert equal_weights(other.output, whole.output)
+
+
+def test_processes_draw_their_own_noise(runs):
+    flags = {"num_train_epochs": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    run, _ = runs.run("noise", processes=2, **flags)
+    assert all(one != other for one, other in run.noise().values())
