@@ -51,6 +51,11 @@ def mean_log_probs(model, batch: dict) -> torch.Tensor:
     return token_log_probs(model, batch).sum(dim=1) / (batch["labels"] != IGNORE).sum(dim=1)
 
 
+def images_that_count(batch: dict) -> int:
+    """Images of a training batch with captions to learn from: all, but for one that only keeps a process busy."""
+    return int(batch["labels"].ne(IGNORE).view(len(batch["image_ids"]), -1).any(dim=1).sum())
+
+
 class CrossEntropy:
     """The objective of supervised fine-tuning."""
 

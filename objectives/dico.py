@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from collator import IGNORE
 from common.sharding import gathered
 from models.vision import has_gradients
-from objectives.cross_entropy import target_logits
+from objectives.cross_entropy import images_that_count, target_logits
 from objectives.policy import SAMPLING, draw, facts, switch_off_dropout
 
 
@@ -80,7 +80,7 @@ class Dico:
 
     def items(self, batch: dict) -> int:
         """The number of items that the loss is a mean over: images, instead of target tokens."""
-        return len(batch["image_ids"])
+        return images_that_count(batch)
 
     def __call__(self, model, batch: dict, num_items_in_batch=None) -> dict:
         encoded = self.captioner.encode(batch)

@@ -24,7 +24,7 @@ from metrics.clip_scores import clip_scores
 from metrics.names import SCORES
 from models.families import base_model
 from models.loading import load_weights
-from objectives.cross_entropy import caption_loss
+from objectives.cross_entropy import caption_loss, images_that_count
 from training.order import TrainingBatches
 from training.sharding import adopt, fill_in_states, whole_state
 from training.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
@@ -136,12 +136,12 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = self.objective(model, inputs, num_items_in_batch)
-        images = inputs["labels"].ne(IGNORE).reshape(len(inputs["image_ids"]), -1).any(dim=1).sum()
+        images = images_that_count(inputs)
+        loss = result["loss"] * (images > 0)
         for name, value in result.items():
             if name != "loss":
-                value = torch.as_tensor(value, device=images.device).detach()
-                self._scalars.setdefault(name, []).append(torch.stack([(value * images).nan_to_num(), images]))
-        loss = result["loss"]
+                value = torch.as_tensor(value, device=loss.device, dtype=torch.float32).detach()
+                self._scalars.setdefault(name, []).append(torch.stack([images * value.nan_to_num(), value.new_tensor(images)]))
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the images "

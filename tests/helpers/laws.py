@@ -18,6 +18,7 @@ SPLITS = {
     name: "validation" if number in (4, 10) else "test" if number == 1 else "train"
     for number, name in enumerate(CAPTIONS)
 }
+FROM_A_MODEL = {"model_config": None, "tokenizer_vocab": None}
 AUGMENTED = {"augment": ["random_resized_crop:0.5:1.0", "flip"], "augment_text": ["synonym:0.5"]}
 
 
@@ -40,7 +41,8 @@ class Runs:
         record.mkdir(parents=True)
         values = {"per_device_train_batch_size": 4 // processes, "report": "false", "report_to": "none"}
         words = small_run.flags(self.folder, self.dataset, output, **(values | {"bootstrap_samples": 0} | changed))
-        words = [one for word in words for one in (word if isinstance(word, list) else [word])]
+        pairs = [(flag, value) for flag, value in zip(words[::2], words[1::2], strict=True) if value is not None]
+        words = [word for flag, value in pairs for word in (flag, *(value if isinstance(value, list) else [value]))]
         asked = {"RECORD": str(record), **({"MOMENT": moment, "SIGNAL": signal} if moment else {})}
         config = config or (DDP if processes > 1 else None)
         options = {"processes": processes, "config": config, "code": code, "script": "tests/helpers/recorded_train"}
@@ -73,6 +75,12 @@ class Run:
                 assert all(sample in step["samples"] for sample in before), f"step {number} was done again otherwise"
             steps |= again
         return steps
+
+    def samples(self, epoch: int) -> list[dict]:
+        return [row for step in self.steps().values() if step["epoch"] == epoch for row in step["samples"]]
+
+    def images(self, epoch: int) -> list[str]:
+        return sorted(row["image"] for row in self.samples(epoch))
 
     def noise(self) -> dict[int, list[str]]:
         """{step: the random state of each process at each of its batches}."""

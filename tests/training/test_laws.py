@@ -26,9 +26,8 @@ def unbroken(runs):
 def test_every_epoch_has_each_pair_once_and_is_augmented_anew(unbroken):
     pixels = []
     for epoch in range(3):
-        samples = [sample for step in unbroken.steps().values() if step["epoch"] == epoch for sample in step["samples"]]
-        assert sorted(sample["image"] for sample in samples) == sorted(laws.training_pairs())
-        pixels += [sample["pixels"] for sample in samples]
+        assert unbroken.images(epoch) == sorted(laws.training_pairs())
+        pixels += [sample["pixels"] for sample in unbroken.samples(epoch)]
     assert len(set(pixels)) > 0.95 * len(pixels)
 
 
@@ -67,3 +66,17 @@ def test_processes_draw_their_own_noise(runs):
     flags = {"num_train_epochs": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
     run, _ = runs.run("noise", processes=2, **flags)
     assert all(one != other for one, other in run.noise().values())
+
+
+@pytest.mark.parametrize("objective", ["dico", "scst"])
+def test_rewards_are_of_each_image_once_in_any_number_of_processes(objective, runs, unbroken):
+    """DiCO's candidates are of a beam search. SCST's samples are drawn, by each process for itself."""
+    flags = laws.FROM_A_MODEL | {"model_name_or_path": unbroken.output, "objective": objective, "reward": "cider:1.0"}
+    flags |= {"num_train_epochs": 2, "logging_steps": 100, "ce_weight": 0.2, "dico_candidates": 2, "num_beams": 2}
+    one, _ = runs.run(f"{objective} one", **flags)
+    two, _ = runs.run(f"{objective} two", processes=2, **flags)
+    assert two.steps() == one.steps()
+    assert len(one.images(0)) == len(set(one.images(0))) == 13
+    if objective == "dico":
+        for name in ("loss", "reward", "eval_loss"):
+            assert two.logged(name) == pytest.approx(one.logged(name), abs=1e-5), name
