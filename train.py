@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import dataclasses
 import logging
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import set_seed
 
 import data
 from common.errors import UserError
@@ -31,6 +31,7 @@ from reports.plots import plot_curves, training_panels
 from reports.score_split import score_split
 from training.building import as_loaded, build_collator, build_datasets, load_augmentations, load_captioner, plan_memory
 from training.checkpoints import find_checkpoint, record_run
+from training.patience import Patience
 from training.sharding import check_sharding
 from training.trainer import CaptionTrainer
 
@@ -73,7 +74,7 @@ def main():
         validation=validation,
         scorers=scorers,
         caption_language=metric_args.caption_language,
-        callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
+        callbacks=[Patience(args.patience)] if args.patience else None,
     )
 
     # Train, save, evaluate, push

@@ -83,7 +83,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         # The checkpoint of a run that was stopped before the evaluation of its last step: evaluate now.
         self._late = Path(resume_from_checkpoint or "", EVALUATION_DUE).is_file()
         self.args.eval_on_start |= self._late
-        if self.args.process_index:  # the weights were made of the same random numbers everywhere; noise is each one's own
+        if (
+            self.args.process_index
+        ):  # the weights were made of the same random numbers everywhere; noise is each one's own
             set_seed(self.args.seed + self.args.process_index)
         outcome = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.load_best_model_at_end and self._replicated():
@@ -111,7 +113,8 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _run_epoch(self, *, epoch, **kwargs):
         # accelerate tells the data set its epoch in a single process only, and in a resumed epoch not at all.
         self.train_dataset.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, **kwargs)
+        if not self.control.should_training_stop:  # the library looks after a step
+            super()._run_epoch(epoch=epoch, **kwargs)
 
     def _load_best_model(self):
         # With several machines, only the first one's disk has checkpoints (transformers 5 writes them in process 0
@@ -141,7 +144,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         for name, value in result.items():
             if name != "loss":
                 value = torch.as_tensor(value, device=loss.device, dtype=torch.float32).detach()
-                self._scalars.setdefault(name, []).append(torch.stack([images * value.nan_to_num(), value.new_tensor(images)]))
+                self._scalars.setdefault(name, []).append(
+                    torch.stack([images * value.nan_to_num(), value.new_tensor(images)])
+                )
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the images "

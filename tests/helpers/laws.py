@@ -36,17 +36,17 @@ class Runs:
 
     def run(self, name: str, *, config=None, processes=1, moment="", signal="SIGKILL", code=0, **changed):
         """Starts or resumes the run `name`; returns (its Run, each process's log)."""
-        output = self.folder / name
-        record = self.folder / f"{name}.record" / str(len(list(self.folder.glob(f"{name}.record/*"))))
+        run = Run(self.folder / name)
+        record = run.record / str(len(list(run.record.glob("*"))))
         record.mkdir(parents=True)
         values = {"per_device_train_batch_size": 4 // processes, "report": "false", "report_to": "none"}
-        words = small_run.flags(self.folder, self.dataset, output, **(values | {"bootstrap_samples": 0} | changed))
+        words = small_run.flags(self.folder, self.dataset, run.output, **(values | {"bootstrap_samples": 0} | changed))
         pairs = [(flag, value) for flag, value in zip(words[::2], words[1::2], strict=True) if value is not None]
         words = [word for flag, value in pairs for word in (flag, *(value if isinstance(value, list) else [value]))]
         asked = {"RECORD": str(record), **({"MOMENT": moment, "SIGNAL": signal} if moment else {})}
         config = config or (DDP if processes > 1 else None)
         options = {"processes": processes, "config": config, "code": code, "script": "tests/helpers/recorded_train"}
-        return Run(output, record.parent), self.ranks.run(*words, **options, **asked)
+        return run, self.ranks.run(*words, **options, **asked)
 
 
 def recorded(folder: Path) -> list[dict]:
@@ -55,8 +55,8 @@ def recorded(folder: Path) -> list[dict]:
 
 
 class Run:
-    def __init__(self, output: Path, record: Path):
-        self.output, self.record = output, record
+    def __init__(self, output: Path):
+        self.output, self.record = output, output.with_name(f"{output.name}.record")
 
     def steps(self) -> dict[int, dict]:
         """{step: {"epoch", "learning_rate", "samples" of all processes, sorted}}. A step that a killed process began and

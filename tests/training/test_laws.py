@@ -80,3 +80,38 @@ def test_rewards_are_of_each_image_once_in_any_number_of_processes(objective, ru
     if objective == "dico":
         for name in ("loss", "reward", "eval_loss"):
             assert two.logged(name) == pytest.approx(one.logged(name), abs=1e-5), name
+
+
+# The loss, of which a high one is wanted here, falls from the first evaluation on.
+PATIENT = {"num_train_epochs": 12, "patience": 5, "metric_for_best_model": "loss", "greater_is_better": "true"}
+PATIENT |= {"learning_rate": 1e-4, "save_total_limit": 20}
+
+
+@pytest.fixture(scope="module")
+def patient(runs):
+    return runs.run("patient", **PATIENT)[0]
+
+
+MOMENTS = [("save 4", "SIGKILL", -9), ("epoch 4", "SIGTERM", 130), ("evaluation 5", "SIGTERM", 130)]
+MOMENTS += [("evaluation 6", "SIGTERM", 130)]
+
+
+@pytest.mark.parametrize(("moment", "signal", "code"), MOMENTS)
+def test_patience_is_kept_by_a_resumed_run(moment, signal, code, runs, patient):
+    assert list(patient.logged("eval_loss")) == [4 * epoch for epoch in range(1, 7)]
+    name = f"patient, {signal} in {moment}"
+    runs.run(name, **PATIENT, moment=moment, signal=signal, code=code)
+    other, _ = runs.run(name, **PATIENT)
+    assert other.logged("eval_loss") == patient.logged("eval_loss")
+    assert other.steps() == patient.steps()
+    assert equal_weights(other.output, patient.output)
+
+
+def test_a_run_that_patience_ended_is_not_trained_further(runs):
+    flags = PATIENT | {"patience": 1}
+    ended, _ = runs.run("ended", **flags)
+    weights, steps = (ended.output / "model.safetensors").read_bytes(), ended.logged("loss")
+    again, _ = runs.run("ended", **flags)
+    assert (again.output / "model.safetensors").read_bytes() == weights
+    assert again.logged("loss") == steps
+    assert max(steps) == 8
