@@ -3,6 +3,7 @@
 import ast
 import base64
 import binascii
+import functools
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from data.images import ENDINGS, is_image
 from data.rows import Options, Row, split_in, split_name
 
 logger = logging.getLogger(__name__)
+say_once = functools.cache(logger.warning)  # a source may be read more than once
 
 IMAGE_COLUMNS = (
     *(
@@ -123,7 +125,7 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
     columns = [usual[name] for name in dict.fromkeys([*([first] if first else []), *sorted(numbered, key=_number)])]
     others = [usual[name] for name in present[1:] if usual[name] not in columns]
     if others:
-        logger.warning(
+        say_once(
             "%s: captions are read from %s, not from %s; --caption_column names another",
             *(source, " and ".join(columns), " or ".join(others)),
         )
@@ -142,7 +144,7 @@ def _image_by_content(examples: dict, captions: list[str], is_file, source: str)
     columns = [name for name, text in texts.items() if is_file is not None and is_file(text)]
     columns = [name for name in columns if usual_name(name) in ID_COLUMNS] or columns
     if len(columns) == 1:
-        logger.warning("%s: images are named by column %s, whose names are those of files", source, columns[0])
+        say_once("%s: images are named by column %s, whose names are those of files", source, columns[0])
         return columns[0]
     inside = [name for name in captions if _image_of_turns(examples[name]) is not None]
     if inside:
@@ -180,7 +182,7 @@ def _split_column(examples: dict, usual: dict, source: str) -> str | None:
         if name in usual and isinstance(examples[usual[name]], str):
             if split_in(examples[usual[name]]) is not None:
                 return usual[name]
-            logger.warning("%s: column %s (%.40r) names no splits", source, usual[name], examples[usual[name]])
+            say_once("%s: column %s (%.40r) names no splits", source, usual[name], examples[usual[name]])
     return column
 
 

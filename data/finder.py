@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from common.errors import DataError
 from common.remote import is_remote, local_copy
 from data.images import ENDINGS, ImageError
 from data.walk import walk
@@ -38,32 +39,38 @@ class Finder:
         self.folders, self.names = [str(folder) for folder in folders], names
         self.files: dict[str, list[str]] | None = None
         self.named: set[str] = set()  # real paths of files that the source names exactly
-        self.taken: dict[str, str] = {}  # real path of another file -> the name that it is found by
+        self.taken: dict[str, str] = {}  # path of a file -> the name that it was found by
 
     def __call__(self, name: str) -> str:
-        """Raises ImageError: several files fit, or another name has the only one."""
+        """
+        Raises:
+            ImageError: several files fit. DataError: two names have the same file.
+        """
         if is_remote(name):
             return str(local_copy(name))
         path = self.exact(name)
-        if path is not None:
-            return path
-        if self.files is None:
-            self._search()
-        fitting = self._fitting(name)
-        if len(fitting) > 1:
-            raise ImageError(
-                f"{name}: found in {len(fitting)} places: {' and '.join(fitting[:3])}. Give the folder that the names are "
-                "relative to with --image_dir"
+        if path is None:
+            if self.files is None:
+                self._search()
+            fitting = self._fitting(name)
+            if len(fitting) > 1:
+                raise ImageError(
+                    f"{name}: found in {len(fitting)} places: {' and '.join(fitting[:3])}. Give the folder that the names "
+                    "are relative to with --image_dir"
+                )
+            if not fitting:
+                return os.path.normpath(os.path.join(self.folders[0], name))
+            path = fitting[0]
+        other = self.taken.setdefault(path, name)
+        if other != name and self._full(other) != self._full(name):
+            raise DataError(
+                f"{other} and {name} would both be {path}. Give the folder that the names are relative to with --image_dir"
             )
-        if not fitting:
-            return os.path.normpath(os.path.join(self.folders[0], name))
-        other = self.taken.setdefault(os.path.realpath(fitting[0]), name)
-        if other != name:
-            raise ImageError(
-                f"{other} and {name} would both be {fitting[0]}, the only file of that name. Give the folder that the "
-                "names are relative to with --image_dir"
-            )
-        return fitting[0]
+        return path
+
+    def _full(self, name: str) -> str:
+        path = os.path.abspath(os.path.join(self.folders[0], name.replace("\\", "/")))
+        return unicodedata.normalize("NFC", path)
 
     def exact(self, name: str) -> str | None:
         for form in forms(name):

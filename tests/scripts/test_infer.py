@@ -161,7 +161,7 @@ def test_a_bad_image_is_named_or_written_down_as_told(model, tmp_path):
         ([], "Name what to caption"),
         (["nowhere.jpg"], "there is no such file"),
         (["EMPTY"], "there is no image in this folder"),
-        (["LIST.jsonl"], 'line 1: expected an object with image and captions'),
+        (["LIST.jsonl"], "line 1: expected an object with image and captions"),
         (["--num_beam", "3"], "unrecognized argument: --num_beam. Did you mean --num_beams?"),
     ],
 )
