@@ -313,7 +313,7 @@ def stream_split(
     image_name, caption_names, extra_names = columns
     for shard in shards:
         record = digest = None
-        for number, row in enumerate(shard):
+        for number, row in enumerate(rows_in(shard)):
             own = row.get("split")
             if own is not None and split_name(own, f"row {number}") != table_split:
                 raise DataError(
