@@ -115,7 +115,14 @@ class DataArguments:
     image_dir: str | None = flag(None, "Folder of the images, if not that of the captions.")
     image_column: str | None = flag(None, "Column of the images, if its name is unusual.")
     caption_column: str | None = flag(None, "Column of the captions, if its name is unusual.")
-    split_seed: int = flag(42, "Seed of the random 90/5/5 split over images, used where a dataset has no splits.")
+    split_seed: int = flag(42, "Seed of the random split over images, used where a dataset has no splits.")
+    split_shares: str | None = flag(
+        None, "Shares of train, validation and test where a split is drawn. Default: 0.9,0.05,0.05."
+    )
+    group_column: str | None = flag(
+        None,
+        "Where a split is drawn: images of the same value in this column (patient, video, scene) are in one split.",
+    )
     draw_splits_from: str | None = flag(
         None,
         "For a dataset without a train split: draw train, validation and test (90/5/5 over images) from this split, "

@@ -62,12 +62,12 @@ class Source:
         """Rows with their keys; an image named by its file has the file's path, or an ImageError if two files fit."""
         find = find or self.finder(part)
         for row in rows:
+            row.key = key_of(row.image, row.name, self.root)
             if isinstance(row.image, str) and self.options.images:
                 try:
                     row.image = find(row.image)
                 except ImageError as error:
                     row.image = error
-            row.key = key_of(row.image, row.name, self.root)
             yield row
 
     def finder(self, part: Part) -> Callable[[str], str]:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 from collections import Counter
 
 import datasets
@@ -24,7 +23,6 @@ from data.images import ImageError
 from data.rows import SPLITS, Record
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 0.05  # share of images in the validation and in the test split when we draw them
 
 
 def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> list[Record]:
@@ -202,38 +200,6 @@ def splits_of_source(records: list[Record]) -> tuple[bool, bool]:
         without = next(record for record in records if record.split is None)
         raise DataError(f"{without.where}: image {without.name} has no split, others do. Give one to each, or to none")
     return bool(present - {None, "train"}), bool(present - {None, "train", "test"}) or present == {"test"}
-
-
-def draw_splits(records: list[Record], seed: int, official: bool, complete: bool) -> str:
-    """Give images a split where the source has none, in place. Returns a phrase for the log line.
-
-    90/5/5 over images sorted by id, seeded; with train and test only, 5 % of the training images become validation.
-
-    Args:
-        official, complete: from `splits_of_source`.
-    """
-    if complete:
-        return "splits of the source"
-    with_test = not official
-    pool = sorted((record for record in records if record.split != "test"), key=lambda record: record.image_id)
-    if len(pool) < 3:
-        raise DataError(
-            f"{len(pool)} images are too few to draw train, validation and test splits from. "
-            'Add images, or give the split of each (a "split" column, or files called train, validation, test)'
-        )
-    held_out = max(1, round(HELD_OUT * len(pool)))
-    order = list(range(len(pool)))
-    random.Random(seed).shuffle(order)
-    for rank, index in enumerate(order):
-        if rank < held_out:
-            pool[index].split = "validation"
-        elif with_test and rank < 2 * held_out:
-            pool[index].split = "test"
-        else:
-            pool[index].split = "train"
-    # The order of a drawn split is that of its ids, not of the source's rows.
-    records[:] = pool + [record for record in records if record.split == "test" and not with_test]
-    return f"90/5/5 drawn over images, seed {seed}" if with_test else f"validation drawn from train, seed {seed}"
 
 
 def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> datasets.DatasetDict:

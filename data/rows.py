@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,14 +101,14 @@ class Options:
 
 
 def key_of(image, name: str | None, root: str) -> str | None:
-    """The key of an image: its path below `root`, the folder of the source; of an image inside a source its content."""
+    """The key of an image: its name as the source writes it, from the source's folder `root` on where it is absolute; of
+    an image inside a source its content."""
     if isinstance(image, dict) and image.get("bytes") is not None:
         return xxhash.xxh3_128_hexdigest(image["bytes"])
-    if not isinstance(image, str):
-        return name
-    path, folder = os.path.abspath(image), os.path.join(os.path.abspath(root), "")
-    inside = path[len(folder) :] if path.startswith(folder) else name or path
-    return inside.replace("\\", "/")
+    written = unicodedata.normalize("NFC", str(image if isinstance(image, str) else name).replace("\\", "/"))
+    folder = os.path.join(os.path.abspath(root), "").replace("\\", "/")
+    inside = os.path.abspath(written).replace("\\", "/")
+    return inside[len(folder) :] if os.path.isabs(written) and inside.startswith(folder) else written.removeprefix("./")
 
 
 def split_name(name: str, where: str) -> str:

@@ -17,6 +17,7 @@ from common.errors import DataError
 from common.processes import in_threads
 from common.remote import is_remote, local_copy
 from data import records as rec
+from data import splits as splitting
 from data.checks import check_captions, drop_missing
 from data.finder import Finder
 from data.formats import karpathy
@@ -41,6 +42,8 @@ def load(
     image_column: str | None = None,
     caption_column: str | None = None,
     split_seed: int = 42,
+    split_shares: str | None = None,
+    group_column: str | None = None,
     draw_splits_from: str | None = None,
     streaming: bool = False,
     skip_bad_samples: bool = False,
@@ -60,7 +63,9 @@ def load(
         data_format: the name of one of data.formats; `auto` recognizes it from the path.
         image_dir: folder of the images, if they are not next to the annotations.
         image_column, caption_column: for columns with unusual names.
-        split_seed: seed of the 90/5/5 split over images, for a source without splits.
+        split_seed: seed of the split over images that is drawn for a source without splits.
+        split_shares: shares of train, validation and test, such as "0.8,0.1,0.1"; default 90/5/5.
+        group_column: images of the same value in this column are in one split.
         draw_splits_from: draw these splits from the images of this split of the source, such as `test`, or from `all`.
         streaming: return an IterableDatasetDict. Parquet, WebDataset and Hub sets are then read as they are needed;
             `stream_records` says what cannot be checked then. Other formats are loaded as usual (they are only
@@ -119,7 +124,13 @@ def load(
     rec.name_records(records)
     how = f"no splits in the source, so all images are {all_as}"
     if official or not all_as:
-        how = rec.draw_splits(records, split_seed, official, complete)
+        near = _near_pairs(records, table, options) if require_images else []
+        how = "splits of the source"
+        if official:
+            splitting.say_near_pairs_across_splits(records, near)
+        if not complete:
+            groups = splitting.groups_of(records, group_column, near)
+            how = splitting.draw_splits(records, split_seed, splitting.parse_shares(split_shares), official, groups)
     dataset = choose(rec.to_dataset(records, table), splits, max_samples, dataset_name)
     kind = source.format.NAME + (" detected" if data_format == "auto" else "")
     logger.info("%s (%s): %s; %s%s", dataset_name, kind, counts(dataset), how, in_words(options.dropped))
@@ -134,6 +145,20 @@ def check_split_names(wanted: list[str]) -> None:
 
 def _is_karpathy(tables: dict) -> bool:
     return karpathy.is_karpathy(next(iter(tables.values())).column_names or ())
+
+
+def _near_pairs(records: list[Record], table, options: Options) -> list[tuple[int, int]]:
+    """Records whose pictures look the same, where several splits share them or will."""
+    if len({record.split for record in records} | {None}) == 2 and records[0].split is not None:
+        return []
+    if table is not None:
+        stamps = [f"{table._fingerprint} {record.image}" for record in records]
+        return splitting.near_pairs(
+            len(records), lambda index: table[records[index].image]["image"], stamps, options.cache_dir
+        )
+    files = [os.stat(record.image) for record in records]
+    stamps = [f"{r.image} {file.st_size} {file.st_mtime_ns}" for r, file in zip(records, files, strict=True)]
+    return splitting.near_pairs(len(records), lambda index: records[index].image, stamps, options.cache_dir)
 
 
 def _are_annotations(tables: dict, options: Options) -> bool:

@@ -18,6 +18,7 @@ from data.images import ImageError
 from data.rows import SPLIT_NAMES, Options, Part, Row, split_in, split_name
 from data.walk import files_below
 
+HELD_OUT = 0.05
 ALL = "all"  # of draw_splits_from: every split there is
 
 
@@ -258,14 +259,14 @@ def stream_records(tables: dict, options: Options, seed: int, source: str, all_a
     Returns:
         IterableDatasetDict; its shards are those of the source, so that workers and processes share them.
     """
-    held_out = {"validation": (0.0, rec.HELD_OUT), "test": (rec.HELD_OUT, 2 * rec.HELD_OUT)}
+    held_out = {"validation": (0.0, HELD_OUT), "test": (HELD_OUT, 2 * HELD_OUT)}
     if set(tables) == {"train"} and all_as:
         plan = {all_as: ("train", 0.0, 1.0)}
     elif set(tables) == {"train"}:
-        plan = {"train": ("train", 2 * rec.HELD_OUT, 1.0)}
+        plan = {"train": ("train", 2 * HELD_OUT, 1.0)}
         plan |= {split: ("train", *bounds) for split, bounds in held_out.items()}
     elif set(tables) == {"train", "test"}:
-        plan = {"train": ("train", rec.HELD_OUT, 1.0), "validation": ("train", *held_out["validation"])}
+        plan = {"train": ("train", HELD_OUT, 1.0), "validation": ("train", *held_out["validation"])}
         plan["test"] = ("test", 0.0, 1.0)
     else:
         plan = {split: (split, 0.0, 1.0) for split in tables}

@@ -35,7 +35,7 @@ def parts(path: Path, options: Options) -> list[Part]:
         if file.with_suffix(".jsonl") in files[: files.index(file)]:
             raise DataError(f"{file.parent}: metadata.jsonl and metadata.csv are both there. Remove one")
     split = [None if file.parent == path else SPLIT_NAMES[file.parent.name.lower()] for file in files]
-    return [Part(NAME, str(file), split=s, folders=(str(file.parent),)) for file, s in zip(files, split, strict=True)]
+    return [Part(NAME, str(file), split=s, folders=(str(path),)) for file, s in zip(files, split, strict=True)]
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:
@@ -46,4 +46,5 @@ def read(part: Part, options: Options) -> Iterator[Row]:
             row.split = SPLIT_NAMES.get(folder[0].lower())
         if part.split is not None and row.name:
             row.name = f"{file.parent.name}/{row.name}"
+            row.image = f"{file.parent.name}/{row.image}" if isinstance(row.image, str) else row.image
         yield row

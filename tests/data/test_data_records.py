@@ -3,7 +3,6 @@ import io
 import json
 import logging
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +10,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import xxhash
 from conftest import ROOT
 from PIL import Image
 
 import data
+from common.errors import UserError
 from data import DataError, ImageError, check_images, fingerprint
 
 
@@ -69,21 +70,77 @@ def test_rows_of_one_image_are_one_record_wherever_they_stand(tmp_path):
             assert row["captions"] == [f"{row['image_id']} {i}" for i in range(5)]
 
 
-def test_the_random_split_is_90_5_5_over_sorted_ids_whatever_the_order_of_rows(tmp_path):
+def drawn(names: list[str], seed: int = 42) -> dict[str, list[str]]:
+    """The split as docs/data.md says it: by the hash of each image's key."""
+    split = {"train": [], "validation": [], "test": []}
+    for name in sorted(names):
+        place = xxhash.xxh3_64_intdigest(name.encode(), seed=seed) / 2**64
+        split["validation" if place < 0.05 else "test" if place < 0.1 else "train"].append(name)
+    return split
+
+
+def test_a_drawn_split_is_by_the_hash_of_each_key_whatever_the_order_of_rows(tmp_path):
     (tmp_path / "a").mkdir()
     file = Path(plain_set(tmp_path / "a", 60))
     first = data.load(str(file))
-    assert {split: len(rows) for split, rows in first.items()} == {"train": 54, "validation": 3, "test": 3}
-    assert all(names == sorted(names) for names in ids(first).values())
+    # Pinned, so that a published score stays comparable: every version must draw the same.
+    assert ids(first) == drawn([f"{i:02d}.jpg" for i in range(60)])
+    assert ids(first)["test"] == ["31.jpg"]
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join(reversed(lines)) + "\n", encoding="utf-8")
     assert ids(data.load(str(file))) == ids(first)
     assert ids(data.load(str(file), split_seed=1)) != ids(first)
-    # Pinned, so that a published score stays comparable: every version must draw the same.
-    order = list(range(60))
-    random.Random(42).shuffle(order)
-    assert ids(first)["validation"] == sorted(f"{i:02d}.jpg" for i in order[:3])
-    assert ids(first)["test"] == sorted(f"{i:02d}.jpg" for i in order[3:6]) == ["11.jpg", "16.jpg", "20.jpg"]
+
+
+@pytest.mark.parametrize("number", [3, 4, 10, 200])
+def test_a_row_more_or_less_moves_no_other_image_but_where_a_split_would_be_empty(tmp_path, number):
+    for folder, count in (("a", number), ("b", number + 1)):
+        (tmp_path / folder).mkdir()
+        plain_set(tmp_path / folder, count)
+    before, after = (ids(data.load(str(tmp_path / folder))) for folder in ("a", "b"))
+    assert all(before.values())
+    assert all(after.values())
+    held_out = {name for split in ("validation", "test") for name in before[split]}
+    moved = held_out & set(after["train"])
+    assert len(moved) <= (1 if number < 200 else 0)
+    if number == 200:
+        assert {name: split for split, names in before.items() for name in names}.items() <= {
+            name: split for split, names in after.items() for name in names
+        }.items()
+
+
+def test_shares_and_groups_of_a_drawn_split(tmp_path):
+    images = {f"{i:02d}.jpg": jpeg(i) for i in range(60)}
+    rows = [{"image": name, "caption": name, "patient": int(name[:2]) % 12} for name in images]
+    file = write_set(tmp_path, rows, images)
+    dataset = data.load(file, split_shares="0.5,0.2,0.3", group_column="patient")
+    patients = [set(rows["patient"]) for rows in dataset.values()]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 12
+    assert len(dataset["train"]) < 54
+    with pytest.raises(UserError, match="split_shares 1,2: write the shares of train, validation and test"):
+        data.load(file, split_shares="1,2")
+    with pytest.raises(DataError, match=r"no column 'scene' \(--group_column\)"):
+        data.load(file, group_column="scene")
+
+
+def test_the_same_picture_in_two_files_is_in_one_split(tmp_path, test_data, caplog):
+    photos = sorted((test_data / "flickr8k/Flicker8k_Dataset").glob("*.jpg"))[:60]
+    for number, photo in enumerate(photos):
+        content = photo.read_bytes()
+        (tmp_path / f"{number:02d}.jpg").write_bytes(content)
+        (tmp_path / f"{number:02d}_comment.jpg").write_bytes(content[:2] + b"\xff\xfe\x00\x06abcd" + content[2:])
+        Image.open(photo).save(tmp_path / f"{number:02d}_again.jpg", quality=88)
+    names = [f"{number:02d}{kind}.jpg" for number in range(60) for kind in ("", "_comment", "_again")]
+    rows = [{"image": name, "caption": name} for name in names]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    dataset = data.load(str(tmp_path / "all.jsonl"))
+    numbers = [{name[:2] for name in rows["image_id"]} for rows in dataset.values()]
+    assert sum(map(len, numbers)) == 60  # no picture is in two splits, and none was taken for another
+    assert len(dataset["train"]) > 120
+    rows = [row | {"split": "test" if "again" in row["image"] else "train"} for row in rows]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data.load(str(tmp_path / "all.jsonl"))
+    assert "look the same and are in two splits of the source" in caplog.text
 
 
 def test_renamed_copies_are_one_image_and_in_one_split(tmp_path, caplog):
@@ -143,7 +200,7 @@ def test_train_and_test_only_get_a_validation_split_out_of_train(tmp_path, caplo
     rows = [{"image": n, "caption": n, "split": "test" if n < "05" else "train"} for n in images]
     with caplog.at_level(logging.INFO, "data"):
         dataset = data.load(write_set(tmp_path, rows, images))
-    assert {split: len(rows) for split, rows in dataset.items()} == {"train": 38, "validation": 2, "test": 5}
+    assert {split: len(rows) for split, rows in dataset.items()} == {"train": 35, "validation": 5, "test": 5}
     assert ids(dataset)["test"] == [f"{i:02d}.jpg" for i in range(5)]
     assert "validation drawn from train" in caplog.text
     assert ids(data.load(str(tmp_path / "all.jsonl"), splits=("validation",))) == {
@@ -267,10 +324,12 @@ def test_white_space_in_captions_is_collapsed_and_half_characters_are_replaced(t
 
 
 def test_the_fingerprint_is_of_ids_and_captions_and_the_same_everywhere(tmp_path):
-    file = plain_set(tmp_path, 40)
+    file = plain_set(tmp_path, 60)
     first = data.load(file)
     assert fingerprint(first) == fingerprint(data.load(file))
-    assert fingerprint(first["test"]) == fingerprint(data.load(file)["test"].select([1, 0]))  # the order says nothing
+    assert fingerprint(first["validation"]) == fingerprint(
+        data.load(file)["validation"].select([5, 4, 3, 2, 1, 0])
+    )  # the order says nothing
     assert len({fingerprint(first), *(fingerprint(rows) for rows in first.values())}) == 4
     code = f"import data; print(data.fingerprint(data.load({file!r})))"
     run = subprocess.run(
@@ -279,7 +338,7 @@ def test_the_fingerprint_is_of_ids_and_captions_and_the_same_everywhere(tmp_path
     assert run.stdout.strip() == fingerprint(first)
     moved = tmp_path / "elsewhere"
     moved.mkdir()
-    assert fingerprint(data.load(plain_set(moved, 40))) == fingerprint(first)
+    assert fingerprint(data.load(plain_set(moved, 60))) == fingerprint(first)
     rows = Path(file).read_text(encoding="utf-8").replace("once more 07", "once  more 08")
     Path(file).write_text(rows, encoding="utf-8")
     assert fingerprint(data.load(file)) != fingerprint(first)

@@ -83,7 +83,7 @@ def flickr_token_file(folder: Path, names=FLICKR_NAMES) -> None:
 def test_flickr8k_as_published(test_data, caplog):
     with caplog.at_level(logging.INFO, "data"):
         dataset = data.load(str(test_data / "flickr8k"))
-    assert sizes(dataset) == {"train": 720, "validation": 40, "test": 40}
+    assert sizes(dataset) == {"train": 718, "validation": 50, "test": 32}  # 90/5/5 by hash: pinned
     assert all(len(captions) == 5 for rows in dataset.values() for captions in rows["captions"])
     assert len({name for names in ids(dataset).values() for name in names}) == 800
     row = dataset["train"][0]
@@ -92,7 +92,7 @@ def test_flickr8k_as_published(test_data, caplog):
     assert data.open_image(row["image"]).mode == "RGB"
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("data")]
     assert len(messages) == 1
-    for part in ("flickr8k detected", "800 images", "4,000 captions", "train 720 / 3,600", "seed 42"):
+    for part in ("flickr8k detected", "800 images", "4,000 captions", "train 718 / 3,590", "seed 42"):
         assert part in messages[0]
     captions = {row["image_id"]: row["captions"] for rows in dataset.values() for row in rows}
     assert captions["1000268201_693b08cb0e.jpg"][1] == "A girl going into a wooden building ."
@@ -103,7 +103,7 @@ def test_flickr8k_image_folders(tmp_path, images):
     put(tmp_path / images, FLICKR_NAMES)
     flickr_token_file(tmp_path)
     dataset = data.load(str(tmp_path))
-    assert sizes(dataset) == {"train": 36, "validation": 2, "test": 2}
+    assert sizes(dataset) == {"train": 32, "validation": 3, "test": 5}  # wherever the images are
     check(dataset)
 
 
@@ -196,7 +196,7 @@ def pairs(numbers, named: bool) -> datasets.Dataset:
 def test_the_hubs_flickr8k_one_row_a_pair_becomes_one_record_an_image(tmp_path, named, scattered):
     rows = pairs(range(40), named)
     dataset = data.load(hub_folder(tmp_path, train=rows.shuffle(seed=1) if scattered else rows))
-    assert sizes(dataset) == {"train": 36, "validation": 2, "test": 2}
+    assert sizes(dataset) == {"train": 37, "validation": 2, "test": 1}
     check(dataset)
     for split in dataset.values():
         assert split.column_names == ["image_id", "image", "captions"]

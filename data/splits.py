@@ -1,0 +1,172 @@
+"""Splits over images: the source's own, or drawn by a hash of each image's key, so that no row moves another image."""
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from common.caches import cache_folder
+from common.errors import DataError, UserError
+from common.files import whole
+from common.limits import cpus
+from common.processes import in_threads
+from data.images import ImageError, open_image
+from data.rows import SPLITS, Record
+
+logger = logging.getLogger(__name__)
+
+SHARES = (0.9, 0.05, 0.05)  # of the images: train, validation, test
+SIDE = 16  # of the picture's gradients that are compared
+NEAR = 24  # of the 256 gradients may differ: photographs re-saved at JPEG quality 80 differ in 25 at most, others in 71 at least
+STRUCTURE = 64  # gradients that a picture must have to be compared: plain colours are all alike
+
+
+def parse_shares(text: str | None) -> tuple[float, float, float]:
+    """ "0.8,0.1,0.1" or "80,10,10": the shares of train, validation and test."""
+    if text is None:
+        return SHARES
+    try:
+        numbers = [float(number) for number in text.replace("/", ",").split(",")]
+    except ValueError:
+        numbers = []
+    total = sum(numbers)
+    if (
+        len(numbers) != 3
+        or min(numbers) < 0
+        or numbers[0] == 0
+        or (total not in (1.0, 100.0) and abs(total - 1) > 1e-6)
+    ):
+        raise UserError(
+            f"--split_shares {text}: write the shares of train, validation and test, such as 0.9,0.05,0.05."
+        )
+    return tuple(number / total for number in numbers)
+
+
+def draw_splits(records: list[Record], seed: int, shares, official: bool, groups: list[list[Record]]) -> str:
+    """Give images a split where the source has none, in place; returns a phrase for the log line.
+
+    An image's place between 0 and 1 is the hash of its group's least key and the seed; below the share of validation it
+    is validation, behind that test. Where a split would be empty, the group with the lowest place makes it.
+
+    Args:
+        official: the source has a test split, and validation is drawn from train.
+        groups: records that must stay together, each in one group.
+    """
+    groups = [[record for record in group if record.split != "test" or not official] for group in groups]
+    groups = [group for group in groups if group]
+    if len(groups) < (2 if official else 3):
+        raise DataError(
+            f"{sum(map(len, groups))} images are too few to draw train, validation and test splits from. "
+            'Add images, or give the split of each (a "split" column, or files called train, validation, test)'
+        )
+    drawn = ("validation",) if official else ("validation", "test")
+    place = {id(group): _place(min(record.key for record in group), seed) for group in groups}
+    order = sorted(groups, key=lambda group: place[id(group)])
+    _, validation, test = shares
+    of_group = {}
+    for group in order:
+        below = place[id(group)]
+        of_group[id(group)] = (
+            "validation" if below < validation else "test" if below < validation + test and not official else "train"
+        )
+    for split in drawn:  # a few images: none fell below the share
+        if split not in of_group.values() and shares[SPLITS.index(split)] > 0:
+            first = next(group for group in order if of_group[id(group)] == "train")
+            of_group[id(first)] = split
+    for group in groups:
+        for record in group:
+            record.split = of_group[id(group)]
+    # The order of a drawn split is that of its ids, not of the source's rows.
+    records.sort(key=lambda record: (record.split == "test" and official, record.image_id or ""))
+    percent = "/".join(f"{100 * share:g}" for share in shares)
+    return f"validation drawn from train, seed {seed}" if official else f"{percent} drawn over images, seed {seed}"
+
+
+def _place(key: str, seed: int) -> float:
+    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"), seed=seed) / 2**64
+
+
+def groups_of(records: list[Record], column: str | None, near: list[tuple[int, int]]) -> list[list[Record]]:
+    """Records that must be in one split: of equal values in `column`, or nearly equal pictures (pairs of indices)."""
+    leader = list(range(len(records)))
+
+    def find(index: int) -> int:
+        while leader[index] != index:
+            leader[index] = leader[leader[index]]
+            index = leader[index]
+        return index
+
+    first_of: dict[str, int] = {}
+    for index, record in enumerate(records if column else ()):
+        if column not in record.extras:
+            raise DataError(
+                f"{record.where}: no column {column!r} (--group_column). Columns: {', '.join(record.extras)}"
+            )
+        leader[find(index)] = find(first_of.setdefault(str(record.extras[column]), index))
+    for one, other in near:
+        leader[find(one)] = find(other)
+    groups = defaultdict(list)
+    for index, record in enumerate(records):
+        groups[find(index)].append(record)
+    return list(groups.values())
+
+
+def near_pairs(number: int, image_of: Callable, stamps: list[str], cache_dir=None) -> list[tuple[int, int]]:
+    """Pairs of pictures that are the same picture: re-saved, or with another comment.
+
+    The brightness gradients of the pictures at 17 x 16 pixels are compared (the difference hash); pictures without
+    structure, such as plain colours, are not.
+
+    Args:
+        image_of: from 0 ... number - 1 to what data.open_image takes.
+        stamps: what changes when an image does; the gradients are kept in the cache by all of them.
+    """
+    kept = (
+        cache_folder(cache_dir)
+        / "gradients"
+        / f"{xxhash.xxh3_128_hexdigest(chr(10).join(stamps).encode('utf-8', 'surrogateescape'))}.npy"
+    )
+    if kept.exists():
+        packed = np.load(kept)
+    else:
+        packed = np.stack(
+            in_threads(lambda index: _gradients(image_of(index)), range(number), cpus(), "comparing images")
+        )
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with whole(kept) as temporary, open(temporary, "wb") as file:
+            np.save(file, packed)
+    buckets: dict = defaultdict(list)
+    for index in np.flatnonzero(packed.any(axis=1)):
+        for place, piece in enumerate(packed[index].view(np.uint16)):
+            buckets[place, int(piece)].append(int(index))
+    pairs = set()
+    for bucket in buckets.values():
+        for position, one in enumerate(bucket if len(bucket) < 100 else ()):
+            others = bucket[position + 1 :]
+            apart = np.bitwise_count(packed[others] ^ packed[one]).sum(axis=1)
+            pairs.update((one, other) for other, differ in zip(others, apart, strict=True) if differ <= NEAR)
+    return sorted(pairs)
+
+
+def _gradients(image) -> np.ndarray:
+    """32 bytes: whether each of 256 steps to the right is brighter; zeros for what cannot be compared."""
+    try:
+        small = open_image(image, size=(4 * SIDE, 4 * SIDE)).convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
+    except (ImageError, OSError):
+        return np.zeros(SIDE * SIDE // 8, np.uint8)
+    steps = np.diff(np.asarray(small, np.int16))
+    return np.packbits((steps > 0).ravel() & (np.sum(np.abs(steps) > 1) >= STRUCTURE))
+
+
+def say_near_pairs_across_splits(records: list[Record], near: list[tuple[int, int]]) -> None:
+    across = [(records[one], records[other]) for one, other in near if records[one].split != records[other].split]
+    if across:
+        one, other = across[0]
+        logger.warning(
+            "%d pairs of pictures look the same and are in two splits of the source, such as %s (%s) and %s (%s)",
+            *(len(across), os.path.basename(str(one.name)), one.split, os.path.basename(str(other.name)), other.split),
+        )
