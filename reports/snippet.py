@@ -18,7 +18,11 @@ def snippet(name: str, captioner, precision: str) -> str:
     if collator.pixels.decoded_size:
         height, width = collator.pixels.decoded_size
         image = [f"image.draft(None, ({width}, {height}))", *image]
-    shown = f"{_literal(collator.words + ' ')} + caption" if captioner.keep_prompt and collator.words else "caption"
+    shown = (
+        f"({_literal(collator.words + ' ')} + caption).strip()"
+        if captioner.keep_prompt and collator.words
+        else "caption"
+    )
     if captioner.filtered:
         shown += "  # without the characters that metrics/coco_caption/text_checks.py removes"
     return "\n".join(

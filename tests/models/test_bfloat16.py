@@ -1,10 +1,14 @@
 """Captioning with bfloat16 weights: where it is the default, and that it says what float32 says to its rounding."""
 
+import json
+
 import families
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from small_run import flags
 from transformers import BlipForConditionalGeneration
 
 import evaluate as evaluate_script
@@ -42,9 +46,9 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
-@pytest.mark.parametrize("flags", ["avx2", "avx2 avx512_bf16 amx_bf16"])
-def test_on_every_processor_every_script_has_one_precision(flags, asked, model_folder, tmp_path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+@pytest.mark.parametrize("named", ["avx2", "avx2 avx512_bf16 amx_bf16"])
+def test_on_every_processor_every_script_has_one_precision(named, asked, model_folder, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {named}\n")
     monkeypatch.setattr(processes, "CPUINFO", tmp_path / "cpuinfo")
     words = [] if asked is None else ["--bf16", str(asked)]
     words = ["--model_name_or_path", model_folder, "--device", "cpu", *words]
@@ -71,6 +75,33 @@ def test_captions_are_those_of_the_librarys_bfloat16_model(model_folder):
     settings = {"num_beams": 3, "max_new_tokens": 8, "early_stopping": True}
     expected = theirs.generate(pixel_values=batch["pixel_values"].bfloat16(), **settings)
     assert torch.equal(ours.generate_tokens(batch), expected[:, 1:])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_in_bfloat16_captions_as_all_scripts_do_in_bfloat16(lora, model_folder, dataset, tmp_path):
+    """Trained under autocast with float32 weights; captioned, as by the others, with bfloat16 weights."""
+    out, given = tmp_path / "out", ("--bf16", "true")
+    values = flags(tmp_path, dataset, out, num_train_epochs=1, use_peft=lora, model_name_or_path=model_folder)
+    values = [word for word in values if word not in ("--model_config", tmp_path / "tiny.json")]
+    values = [word for word in values if word not in ("--tokenizer_vocab", tmp_path / "vocab.txt")]
+    tiny.run("train.py", *values, *given, "--report", "false")
+    expected = {row["image_id"]: row["caption"] for row in json.loads((out / "predictions.json").read_text())}
+    assert json.loads((out / "coco_metrics.json").read_text())["generation"]["precision"] == "bfloat16"
+    images = [dataset.parent / name for name in expected]
+    said = tiny.run("infer.py", *images, "--model_name_or_path", out, *given).stdout
+    assert [line.partition("\t")[2] for line in said.splitlines()] == list(expected.values())
+    saved = load_file(next(out.glob("*model.safetensors")))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+# Kernels for a processor with AVX2 and no more.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def test_another_processor_writes_the_same_captions(model_folder, dataset):
+    images = sorted(dataset.parent.glob("*.png"))
+    command = ("infer.py", *images, "--model_name_or_path", model_folder, "--num_beams", 3, "--max_new_tokens", 8)
+    assert tiny.run(*command, **AVX2).stdout == tiny.run(*command).stdout
 
 
 @pytest.mark.parametrize("name", families.NAMES)

@@ -170,8 +170,12 @@ def test_the_two_parts_of_the_loss_are_weighed_and_accumulate(captioner):
 
 
 def test_samples_are_of_the_models_own_distribution_whatever_the_captioner_is_set_to(captioner):
-    """generate's default top_k of 50 and the settings of evaluation would make the samples another policy's."""
-    captioner.settings |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 3}
+    """generate's default top_k of 50, the settings of evaluation, and what else a checkpoint's generation_config.json holds
+    would make the samples another policy's."""
+    leftovers = {"typical_p": 0.5, "epsilon_cutoff": 0.05, "min_length": 4, "bad_words_ids": [[5]], "temperature": 0.3}
+    for module in (captioner.model, captioner.model.text_decoder):
+        module.generation_config.update(**leftovers)
+    captioner = captioner.with_settings(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=3)
     batch = batch_of(captioner, ["0"])
     drawn = draw(captioner, batch, **SAMPLING, num_return_sequences=4000)
     captions = list(all_captions(captioner))

@@ -55,9 +55,9 @@ def test_what_people_said_stays_in_its_cell_of_the_table():
     assert not re.search(r"(?<!\\)[<>`*\[\]]", row)
 
 
-def run_snippet(folder, text):
+def run_snippet(folder, text, picture=None):
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-    Image.new("RGB", (50, 40), "red").save(folder.parent / "photo.jpg")
+    (picture or Image.new("RGB", (50, 40), "red")).save(folder.parent / "photo.jpg", "PNG")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, env=environment, check=False
@@ -86,6 +86,40 @@ def test_export_of_a_run_keeps_its_scores(trained, tmp_path):
     tiny.run("export.py", trained, "--output_dir", tmp_path / "exported")
     assert ModelCard.load(tmp_path / "exported" / "README.md").data.eval_results
     run_snippet(tmp_path / "exported", (tmp_path / "exported" / "README.md").read_text())
+
+
+AWKWARD = 'a "red" `x` | <b>\n'
+
+
+def test_the_card_of_an_adapter_from_a_stream_is_true(dataset, tmp_path):
+    base = tiny.build_folder(tmp_path)
+    values = {
+        "model_name_or_path": base, "dataset_name": dataset, "output_dir": tmp_path / "out", "use_peft": "true",
+        "streaming": "true", "max_steps": 2, "caption_language": "de", "prompt": AWKWARD, "eval_strategy": "no",
+        "save_steps": 1, "save_strategy": "steps", "save_total_limit": 1, "load_best_model_at_end": "false",
+        "num_beams": 3, "no_repeat_ngram_size": 2, "early_stopping": "false", "max_new_tokens": 8, "meteor": "false",
+        "spice": "false", "bootstrap_samples": 0, "report": "false", "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    tiny.run("train.py", *[word for name, value in values.items() for word in (f"--{name}", value)])
+    folder = tmp_path / "out"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.language == "de"
+    assert card.text.lstrip().startswith("# out\n")
+    assert "More Information Needed" not in card.text
+    assert not list(folder.glob("checkpoint-*/README.md"))
+    assert "No image is in two splits" not in card.text
+    assert "not checked" in card.text
+    rows = [line for line in card.text.splitlines() if line.startswith(("| prompt |", "| no_repeat"))]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    outside = re.sub(r"```.*?\n```", "", card.text, flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<b", outside)
+    predictions = json.loads((folder / "predictions.json").read_text())
+    for number, row in enumerate(predictions):
+        picture = Image.open(dataset.parent / row["image_id"])
+        assert run_snippet(folder, card.text, picture) == row["caption"], number
+    tiny.run("export.py", folder)  # in place: it stays an adapter
+    assert (folder / "adapter_config.json").is_file()
+    assert ModelCard.load(folder / "README.md").text == card.text
 
 
 def test_what_is_no_model_is_not_exported(tmp_path):
