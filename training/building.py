@@ -1,6 +1,5 @@
 """Builds the parts of a train.py run from its flags: the model, the collator, the datasets; and plans its memory."""
 
-import torch
 from peft import PeftModel
 
 import data
@@ -9,8 +8,8 @@ from collator import CaptionCollator, input_size
 from common.processes import captions_in_bfloat16, device_memory
 from common.sharding import strategy
 from data.tokens import check_captions_can_be_written
-from models.families import vision_encoder
-from models.loading import build_model, load_model, make_trainable
+from models.families import base_model, family_of, vision_encoder
+from models.loading import build_model, load_model, make_trainable, without_weights
 from training.feature_cache import keep_features
 from training.memory import plan
 from training.sharding import shard
@@ -55,9 +54,13 @@ def as_loaded(captioner: Captioner, model_args, args) -> Captioner:
     if getattr(model, "is_quantized", False):
         return captioner
     rounded = args.bf16 or (args.fp16 and captions_in_bfloat16(args.device)) or model_args.dtype == "bfloat16"
+    like = without_weights(family_of(model.config).model_class, model.config, "bfloat16" if rounded else "float32")
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:  # a merge adds these to the rounded weights
-            parameter.data = parameter.data.to(torch.bfloat16 if rounded else torch.float32)
+            parameter.data = parameter.data.to(like.dtype)
+    of_like = dict(like.named_buffers())  # some are in the precision of the weights, and some are not
+    for name, buffer in base_model(model).named_buffers():
+        buffer.data = buffer.data.to(of_like.get(name, buffer).dtype)
     if isinstance(model, PeftModel):
         model.merge_adapter()
     captioner.autocast = None

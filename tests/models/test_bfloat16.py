@@ -1,6 +1,7 @@
 """Captioning with bfloat16 weights: where it is the default, and that it says what float32 says to its rounding."""
 
 import json
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -17,7 +18,10 @@ from arguments import EVALUATE_GROUPS, INFER_GROUPS
 from captioner import Captioner
 from common import processes
 from common.cli import parse
+from models.adapters import add_adapter
+from models.loading import load_model
 from objectives.cross_entropy import mean_log_probs
+from training.building import as_loaded
 
 IMAGES = [Image.effect_noise((48, 40), 90 + 60 * number).convert("RGB") for number in range(3)]
 
@@ -77,14 +81,10 @@ def test_captions_are_those_of_the_librarys_bfloat16_model(model_folder):
     assert torch.equal(ours.generate_tokens(batch), expected[:, 1:])
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_run_in_bfloat16_captions_as_all_scripts_do_in_bfloat16(lora, model_folder, dataset, tmp_path):
+def test_a_run_in_bfloat16_captions_as_all_scripts_do_in_bfloat16(dataset, tmp_path):
     """Trained under autocast with float32 weights; captioned, as by the others, with bfloat16 weights."""
     out, given = tmp_path / "out", ("--bf16", "true")
-    values = flags(tmp_path, dataset, out, num_train_epochs=1, use_peft=lora, model_name_or_path=model_folder)
-    values = [word for word in values if word not in ("--model_config", tmp_path / "tiny.json")]
-    values = [word for word in values if word not in ("--tokenizer_vocab", tmp_path / "vocab.txt")]
-    tiny.run("train.py", *values, *given, "--report", "false")
+    tiny.run("train.py", *flags(tmp_path, dataset, out, num_train_epochs=1), *given, "--report", "false")
     expected = {row["image_id"]: row["caption"] for row in json.loads((out / "predictions.json").read_text())}
     assert json.loads((out / "coco_metrics.json").read_text())["generation"]["precision"] == "bfloat16"
     images = [dataset.parent / name for name in expected]
@@ -92,6 +92,30 @@ def test_a_run_in_bfloat16_captions_as_all_scripts_do_in_bfloat16(lora, model_fo
     assert [line.partition("\t")[2] for line in said.splitlines()] == list(expected.values())
     saved = load_file(next(out.glob("*model.safetensors")))
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_trained_adapter_becomes_what_is_loaded_of_it_to_the_bit(name, rounded, tmp_path):
+    model, processor = families.build(name)
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    model, processor = load_model(str(tmp_path / "base"))
+    trained = Captioner(add_adapter(model, r=4, alpha=8, dropout=0.0), processor, autocast=torch.bfloat16)
+    for parameter_name, parameter in trained.model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained.model.save_pretrained(tmp_path / "adapter")
+    args = SimpleNamespace(bf16=rounded, fp16=False, device=torch.device("cpu"))
+    trained = as_loaded(trained, SimpleNamespace(dtype="float32"), args)
+    loaded = Captioner.from_pretrained(str(tmp_path / "adapter"), device="cpu", bf16=rounded, prompt=trained.prompt)
+    batch = trained.collator([{"image": image, "image_id": ""} for image in IMAGES])
+    words = trained.model.config.get_text_config().vocab_size - 3  # special tokens are at the front
+    rows = [[words, words + 1, words + 2]] * len(IMAGES)
+    with torch.inference_mode():
+        scores = [mean_log_probs(one.model.eval(), one.training_batch(batch, rows)) for one in (trained, loaded)]
+    assert scores[0].equal(scores[1])
+    assert trained.description() == loaded.description()
 
 
 # Kernels for a processor with AVX2 and no more.
