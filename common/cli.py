@@ -9,6 +9,7 @@ import difflib
 import gc
 import importlib.util
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -92,6 +93,9 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
         values, found = vars(namespace), []
         for cls in dataclasses_:
             names = {f.name for f in dataclasses.fields(cls) if f.init}
+            for name in names:
+                if isinstance(values[name], float) and not math.isfinite(values[name]):
+                    raise UserError(f"--{name} {values[name]}: name a finite number.")
             found.append(cls(**{name: values[name] for name in names}))
         words = getattr(namespace, positional) if positional else []
         for group in found:

@@ -10,6 +10,8 @@ N-gram rewards count that end as a word: without it, "a man with a" is as good a
 self-critical training learns to stop too early.
 """
 
+from fractions import Fraction
+
 import torch
 
 from common.caches import cache_folder
@@ -137,7 +139,7 @@ def parse_rewards(text: str) -> dict[str, float]:
         if name in weights:
             raise UserError(f"reward: {name} is named twice in '{text}'.")
         try:
-            weights[name] = float(weight or 1)
+            weights[name] = float(Fraction(weight or 1))  # of "nan" and "inf" it makes no number
         except ValueError:
             raise UserError(f"reward: the weight of {name} is '{weight}', not a number.") from None
     if not any(weights.values()):

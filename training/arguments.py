@@ -1,5 +1,6 @@
 """The Trainer's arguments: the flags of arguments.TrainFlags, with defaults for this machine and transformers."""
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +23,12 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
         if self.use_cpu:
             use_device("cpu")
         check_gpus()
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+        if tasks > 1 and "RANK" not in os.environ:
+            raise UserError(
+                f"srun started {tasks} tasks, and each would train all of it in the same folder. Start one per machine, "
+                "and torchrun in it: srun --ntasks-per-node 1 torchrun ... train.py ..."
+            )
         if self.metric_for_best_model is None:
             self.metric_for_best_model = BEST[self.objective]
         self.use_cpu = self.use_cpu or not on_accelerator()  # else torchrun on CPUs runs unconnected processes

@@ -1,18 +1,37 @@
 """Builds the parts of a train.py run from its flags: the model, the collator, the datasets; and plans its memory."""
 
+import difflib
+
 from peft import PeftModel
 
 import data
 from captioner import Captioner
 from collator import CaptionCollator, input_size
+from common.errors import UserError
 from common.processes import captions_in_bfloat16, device_memory
 from common.sharding import strategy
 from data.tokens import check_captions_can_be_written
+from metrics.clip_scores import NAMES
+from metrics.names import SCORES
 from models.families import base_model, family_of, vision_encoder
 from models.loading import build_model, load_model, make_trainable, without_weights
 from training.feature_cache import keep_features
 from training.memory import plan
 from training.sharding import shard
+
+
+def check_best(args, clip_metrics: list[str]) -> None:
+    """UserError, before anything is loaded, if no evaluation in training will have the score that selects the best
+    checkpoint."""
+    names = ["loss", *(name for name, score in SCORES.items() if score.in_training)]
+    names += [f"{prefix}{NAMES.get(metric, metric)}" for metric in clip_metrics for prefix in ("", "Ref")]
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in names:
+        near = difflib.get_close_matches(best.lower(), by_lower := {name.lower(): name for name in names}, n=1)
+        raise UserError(
+            f"--metric_for_best_model {best}: evaluations in training compute {', '.join(names)}."
+            + "".join(f" Did you mean {by_lower[name]}?" for name in near)
+        )
 
 
 def load_augmentations(data_args, seed: int) -> dict:

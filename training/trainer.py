@@ -27,7 +27,7 @@ from models.loading import load_weights
 from objectives.cross_entropy import caption_loss, images_that_count
 from training.order import TrainingBatches
 from training.sharding import adopt, fill_in_states, whole_state
-from training.sigterm import EVALUATION_DUE, EvaluationStopped, StopOnSigterm
+from training.signals import EVALUATION_DUE, EvaluationStopped, StopOnSignal
 from training.special_tokens import KeepSpecialTokens
 from training.tracker_images import log_samples
 
@@ -63,8 +63,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._scalars: dict[str, list] = {}
         self._batches: TrainingBatches | None = None
         self.args.logging_nan_inf_filter = False  # it would hide NaN from the log; here NaN stops the run
-        self._sigterm, self._late = StopOnSigterm(), False
-        self.add_callback(self._sigterm)
+        self._stopping, self._late = StopOnSignal(), False
+        self.add_callback(self._stopping)
         self.add_callback(KeepSpecialTokens(self.model))
 
     def create_accelerator_and_postprocess(self):
@@ -198,10 +198,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         try:
             # Random numbers in training (dropout, samples) are the same with or without an evaluation in between.
-            with fork_rng(self.args.device), self._sigterm.breaking_off():
+            with fork_rng(self.args.device), self._stopping.breaking_off():
                 metrics, predictions = self._evaluate_now(pairs)
         except EvaluationStopped:
-            self._sigterm.stop(self.args, self.state, self.control, evaluation_due=True)
+            self._stopping.stop(self.args, self.state, self.control, evaluation_due=True)
             self._save_checkpoint(self.model, trial=None)
             self.callback_handler.on_save(self.args, self.state, self.control)
         if self.is_world_process_zero():

@@ -75,13 +75,13 @@ class Moment:
 def main() -> None:
     check(TRAIN_GROUPS)
     from captioner import Captioner
-    from training.sigterm import StopOnSigterm
+    from training.signals import StopOnSignal
     from training.trainer import CaptionTrainer
 
     moment = Moment()
     before(CaptionTrainer, "compute_loss", lambda trainer, model, batch, **_: write_down(trainer, batch))
     before(CaptionTrainer, "compute_loss", lambda trainer, *_, **__: moment.come("step", trainer.state.global_step + 1))
-    before(StopOnSigterm, "on_epoch_end", lambda *_, **__: moment.come("epoch"))
+    before(StopOnSignal, "on_epoch_end", lambda *_, **__: moment.come("epoch"))
     before(CaptionTrainer, "_save_optimizer_and_scheduler", lambda *_: moment.come("save"))
     in_evaluation = []
     before(CaptionTrainer, "_evaluate_now", lambda *_: in_evaluation.append(True))

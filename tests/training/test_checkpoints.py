@@ -24,6 +24,7 @@ def resume(folder, recorded: dict, *more: str):
     """Where the command would resume in a folder whose run recorded these flags."""
     (folder / "checkpoint-40").mkdir()
     (folder / "checkpoint-40/trainer_state.json").write_text('{"global_step": 40}', encoding="utf-8")
+    (folder / "checkpoint-40/optimizer.pt").touch()
     (folder / "run.json").write_text(json.dumps({"flags": recorded}), encoding="utf-8")
     return find_checkpoint(folder, flags_of(*COMMAND, "--output_dir", str(folder), *more), None)
 
@@ -62,6 +63,7 @@ def test_a_run_that_lacks_any_one_flag_is_resumed_by_a_command_that_leaves_it_al
     """As if that flag had come with this release: of this repo, or of transformers (activation_checkpointing, in 5.20)."""
     (tmp_path / "checkpoint-40").mkdir()
     (tmp_path / "checkpoint-40/trainer_state.json").write_text('{"global_step": 40}', encoding="utf-8")
+    (tmp_path / "checkpoint-40/optimizer.pt").touch()
     flags = flags_of("--output_dir", str(tmp_path), "--gradient_checkpointing", "true")
     refused = set()
     for name in flags:

@@ -1,4 +1,5 @@
-"""SIGTERM in the middle of training: spot machines and batch systems send it some time before they kill a job."""
+"""SIGTERM and SIGUSR1 in the middle of training: spot machines and batch systems (Slurm's --signal=USR1@120) send one some
+time before they kill a job."""
 
 import contextlib
 import logging
@@ -9,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has one of them
 EVALUATION_DUE = "evaluation_due"  # a file in a checkpoint that was saved before the evaluation of its step
 
 
@@ -16,8 +18,8 @@ class EvaluationStopped(BaseException):
     """Raised by the signal handler in the middle of an evaluation. No `except Exception` on the way may catch it."""
 
 
-class StopOnSigterm(TrainerCallback):
-    """On SIGTERM the step in progress is finished, a checkpoint saved, and the run ended as by Ctrl-C: the same command
+class StopOnSignal(TrainerCallback):
+    """On one of SIGNALS the step in progress is finished, a checkpoint saved, and the run ended as by Ctrl-C: the same command
     resumes from there, to the same weights.
 
     Several processes stop after the same step. An evaluation that is due first is left to the next start, which finds
@@ -27,15 +29,17 @@ class StopOnSigterm(TrainerCallback):
 
     def __init__(self):
         self.asked = self.stopping = self.may_break_off = False
+        self.heard = "a signal to another process"
         self.group = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         if args.world_size > 1:  # on the host: asking through the GPU would make every step wait for it
             self.group = torch.distributed.new_group(backend="gloo")
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.epoch != int(state.epoch):  # else on_epoch_end, which knows whether an evaluation is due, comes next
@@ -47,7 +51,7 @@ class StopOnSigterm(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not self.stopping:
             return
-        logger.warning("SIGTERM: saved checkpoint-%d", state.global_step)
+        logger.warning("%s: saved checkpoint-%d", self.heard, state.global_step)
         if self.group is not None:
             torch.distributed.barrier(self.group)  # until the checkpoint is written
             torch.distributed.destroy_process_group()
@@ -55,7 +59,7 @@ class StopOnSigterm(TrainerCallback):
 
     @contextlib.contextmanager
     def breaking_off(self):
-        """Inside, SIGTERM raises EvaluationStopped, at once if it came before."""
+        """Inside, a signal raises EvaluationStopped, at once if it came before."""
         self.may_break_off = signal.getsignal(signal.SIGTERM) == self._ask and self.group is None
         try:
             if self.may_break_off and self.asked:
@@ -64,8 +68,8 @@ class StopOnSigterm(TrainerCallback):
         finally:
             self.may_break_off = False
 
-    def _ask(self, *_):
-        self.asked = True
+    def _ask(self, number, _):
+        self.asked, self.heard = True, signal.Signals(number).name
         if self.may_break_off:
             self.may_break_off = False
             raise EvaluationStopped
