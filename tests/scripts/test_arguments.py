@@ -1,5 +1,6 @@
 """The command line: --help and mistakes answer at once, and the flags are those of the dataclasses and of transformers."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -175,6 +176,22 @@ def test_flags_reach_the_trainer(tmp_path):
     assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("cosine", {"num_cycles": 2})
     default, same = arguments.TrainArguments(output_dir=str(tmp_path)), cli.parse((arguments.AllTrainFlags,), words[:2])
     assert same[0].to_dict() == default.to_dict()
+
+
+GROUPS = [getattr(arguments, name) for name in dir(arguments) if name.endswith("_GROUPS")]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("groups", GROUPS, ids=lambda groups: groups[-1].__name__)
+def test_no_flag_takes_a_number_that_is_not_finite(groups, number, capsys):
+    fields = [field for group in groups for field in dataclasses.fields(group) if field.init]
+    names = [field.name for field in fields if field.type in (float, float | None, "float", "float | None")]
+    assert len(names) >= (10 if groups is arguments.TRAIN_GROUPS else 0)
+    for name in names:
+        with pytest.raises(SystemExit) as ended:
+            cli._read(groups, [f"--{name}={number}"], None)
+        assert ended.value.code == 2
+        assert f"--{name} {float(number)}: name a finite number." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "ariG23498/flickr8k", "org/model-1.5", "s3://bucket/a.csv", "*.toml"])

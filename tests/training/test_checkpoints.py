@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import tiny
 from conftest import ROOT
 
 from arguments import TRAIN_GROUPS
 from common.cli import parse
 from common.errors import UserError
+from training.building import check_best
 from training.checkpoints import find_checkpoint
 
 # What run.json of commit 2ee57a4 recorded with transformers 5.23 for the command below.
@@ -74,6 +77,50 @@ def test_a_run_that_lacks_any_one_flag_is_resumed_by_a_command_that_leaves_it_al
         except UserError:
             refused.add(name)
     assert refused <= DERIVED
+
+
+CHANGED = {
+    "report": (["--report", "false"], True),
+    "CLIP scores": (["--clip_metrics", "clip-s", "--clip_model", "clip"], True),
+    "CLIP scores that select": (["--clip_metrics", "clip-s", "--metric_for_best_model", "RefCLIP-S"], False),
+    "language": (["--caption_language", "zh"], False),
+    "features": (["--feature_cache", "off"], False),
+    "batch": (["--per_device_train_batch_size", "4"], False),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_flag_may_change_if_it_does_not_alter_what_is_learnt(name, tmp_path):
+    more, may = CHANGED[name]
+    same = ["--metric_for_best_model", "RefCLIP-S"] if "RefCLIP-S" in more else []
+    recorded = flags_of(*COMMAND, "--output_dir", str(tmp_path), *same)
+    recorded = json.loads(json.dumps(recorded, default=str))
+    if may:
+        assert resume(tmp_path, recorded, *more)
+    else:
+        with pytest.raises(UserError, match="holds another run: "):
+            resume(tmp_path, recorded, *more)
+
+
+def test_a_score_that_no_evaluation_has_cannot_select_the_best_checkpoint(tmp_path):
+    nowhere = ["--model_name_or_path", "nowhere/nothing", "--output_dir", tmp_path / "out"]
+    for name, hint in (
+        ("cider", "Did you mean CIDEr?"),
+        ("METEOR", "ROUGE_L, sacrebleu"),
+        ("CLIP-S", "compute loss, "),
+    ):
+        said = tiny.run("train.py", *nowhere, "--metric_for_best_model", name, fails=True).stderr
+        assert f"--metric_for_best_model {name}: evaluations in training compute" in said
+        assert hint in said
+    assert not (tmp_path / "out").exists()
+    for name, metrics in (
+        ("eval_CIDEr", []),
+        ("loss", []),
+        ("RefPAC-S", ["pac-s"]),
+        ("CLIP-S", ["clip-s"]),
+        (None, []),
+    ):
+        check_best(SimpleNamespace(metric_for_best_model=name), metrics)
 
 
 def test_a_changed_flag_is_another_run(tmp_path):

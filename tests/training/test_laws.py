@@ -1,6 +1,7 @@
 """What a run learns from is the same in every way of running it: the samples of each step, how they are augmented, the
 learning rate, and the loss. benchmarks/quality/laws.py makes the whole table of ways and options."""
 
+import json
 import os
 
 import laws
@@ -46,6 +47,22 @@ def test_all_ways_see_the_same(way, runs, unbroken):
     assert other.steps() == unbroken.steps()
     for name in ("loss", "eval_loss"):
         assert other.logged(name) == pytest.approx(unbroken.logged(name), abs=1e-5)
+
+
+def test_similar_lengths_come_together_and_in_the_same_order_everywhere(runs):
+    flags = {
+        "train_sampling_strategy": "group_by_length",
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    one, _ = runs.run("lengths", **flags)
+    assert one.images(0) == one.images(1) == sorted(laws.training_pairs())
+    assert [step["samples"] for step in one.steps().values()][:4] != [s["samples"] for s in one.steps().values()][4:8]
+    two, _ = runs.run("lengths in two processes", processes=2, **flags)
+    runs.run("lengths after a kill", **flags, moment="step 6", code=-9)
+    resumed, _ = runs.run("lengths after a kill", **flags)
+    assert two.steps() == resumed.steps() == one.steps()
 
 
 @pytest.mark.parametrize(("processes", "moment"), [(1, "step 6"), (2, "step 7"), (1, "save 2")])
@@ -115,3 +132,37 @@ def test_a_run_that_patience_ended_is_not_trained_further(runs):
     assert (again.output / "model.safetensors").read_bytes() == weights
     assert again.logged("loss") == steps
     assert max(steps) == 8
+
+
+def refusal(logs: list[str]) -> str:
+    """The one line that every process ended with."""
+    lines = [[line for line in log.splitlines() if line.startswith("train.py: ")] for log in logs]
+    assert [len(of_one) for of_one in lines] == [1] * len(logs), logs
+    assert "Traceback" not in "".join(logs)
+    return lines[0][0]
+
+
+def test_another_number_of_processes_is_refused_unless_told_and_then_sees_the_same(runs, unbroken):
+    flags = laws.AUGMENTED | {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+    runs.run("fewer", processes=2, **flags, moment="step 7", code=-9)
+    told = {"allow_other_processes": "true"}
+    assert "written by 2 process(es), and here are 1. Start as many" in refusal(
+        runs.run("fewer", **flags, per_device_train_batch_size=2, code=2)[1]
+    )
+    assert "keep 8 images a step, which are now 4" in refusal(
+        runs.run("fewer", **flags, **told, per_device_train_batch_size=2, code=2)[1]
+    )
+    fewer, _ = runs.run("fewer", **flags, **told)
+    assert fewer.steps() == unbroken.steps()
+    assert fewer.logged("loss") == pytest.approx(unbroken.logged("loss"), abs=1e-5)
+    assert json.loads((fewer.output / "run.json").read_text())["processes"] == {"from step 0": 2, "from step 6": 1}
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(runs):
+    flags = {"save_only_model": "true", "eval_strategy": "no"}
+    runs.run("weights", **flags, moment="step 6", code=-9)
+    assert "checkpoint-4 has weights and no optimizer (--save_only_model)" in refusal(
+        runs.run("weights", **flags, code=2)[1]
+    )
+    named = {"resume_from_checkpoint": runs.folder / "weights/checkpoint-4"}
+    assert "has weights and no optimizer" in refusal(runs.run("elsewhere", **flags, **named, code=2)[1])

@@ -1,4 +1,4 @@
-"""train.py told to stop by SIGTERM, in a step and in an evaluation, and started again."""
+"""train.py told to stop by SIGTERM or SIGUSR1, in a step and in an evaluation, and started again."""
 
 import json
 import signal
@@ -32,11 +32,11 @@ def unbroken(dataset, config, tmp_path_factory):
     return folder / "out"
 
 
-def stop_at(words, line: str, stream: str = "stdout", **options):
-    """A started train.py, sent SIGTERM as soon as it prints `line`; its log and exit code."""
+def stop_at(words, line: str, stream: str = "stdout", number=signal.SIGTERM, **options):
+    """A started train.py, sent a signal as soon as it prints `line`; its log and exit code."""
     process = tiny.start("train.py", *words, **options)
     next(text for text in getattr(process, stream) if line in text)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     start = time.perf_counter()
     log = process.communicate(timeout=100)[1]
     assert time.perf_counter() - start < 15
@@ -48,13 +48,13 @@ def evaluations(out):
     return [(row["step"], row["eval_CIDEr"], row["eval_sacrebleu"]) for row in history if "eval_CIDEr" in row]
 
 
-def test_a_run_stopped_twice_by_sigterm_ends_with_the_weights_of_an_unbroken_one(dataset, config, unbroken, tmp_path):
+def test_a_run_stopped_by_either_signal_ends_with_the_weights_of_an_unbroken_one(dataset, config, unbroken, tmp_path):
     out = tmp_path / "out"
     words = command(tmp_path, dataset, config, out)
-    for epoch in ("'epoch': '2.", "'epoch': '6."):
-        log, code = stop_at(words, epoch)
+    for number, epoch in ((signal.SIGTERM, "'epoch': '2."), (signal.SIGUSR1, "'epoch': '6.")):
+        log, code = stop_at(words, epoch, number=number)
         assert code == 130, log
-        assert "SIGTERM: saved checkpoint-" in log
+        assert f"{number.name}: saved checkpoint-" in log
         assert "Traceback" not in log
     tiny.run("train.py", *words)
     assert equal_weights(unbroken, out)
