@@ -19,6 +19,7 @@ SPLITS = {
     for number, name in enumerate(CAPTIONS)
 }
 FROM_A_MODEL = {"model_config": None, "tokenizer_vocab": None}
+OFTEN = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3, "save_steps": 3, "save_total_limit": 20}
 AUGMENTED = {"augment": ["random_resized_crop:0.5:1.0", "flip"], "augment_text": ["synonym:0.5"]}
 
 
@@ -52,6 +53,14 @@ class Runs:
 def recorded(folder: Path) -> list[dict]:
     """What the processes of one start wrote, one after the other."""
     return [json.loads(line) for file in sorted(folder.iterdir()) for line in file.open(encoding="utf-8")]
+
+
+def refusal(logs: list[str]) -> str:
+    """The one line that every process ended with."""
+    lines = [[line for line in log.splitlines() if line.startswith("train.py: ")] for log in logs]
+    assert [len(of_one) for of_one in lines] == [1] * len(logs), logs
+    assert "Traceback" not in "".join(logs), logs
+    return lines[0][0].removeprefix("train.py: ")
 
 
 class Run:
@@ -88,6 +97,10 @@ class Run:
         for line in recorded(min(self.record.iterdir())):
             noise.setdefault(line["step"], []).append(line["noise"])
         return noise
+
+    def weights(self) -> dict[str, bytes]:
+        """{file: its bytes} of the weights that the run ended with."""
+        return {file.name: file.read_bytes() for file in self.output.glob("*.safetensors")}
 
     def logged(self, name: str) -> dict[int, float]:
         """{step: value} of a number in the Trainer's log."""

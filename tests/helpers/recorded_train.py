@@ -4,7 +4,7 @@
 
 Each process appends a JSON line per batch to folder/RANK.jsonl. A moment is 'step N' (in its first batch), 'epoch N' (after
 its last step), 'evaluation N' (while captions are written) or 'save N' (while a checkpoint is written), counted from the
-start of this process.
+start of this process, or 'seconds N'. Of several processes all get a SIGKILL, and the last one any other signal.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +64,13 @@ class Moment:
     def __init__(self):
         self.word, _, self.number = os.environ.get("MOMENT", "never 0").partition(" ")
         self.signal, self.count = getattr(signal, os.environ.get("SIGNAL", "SIGKILL")), 0
+        is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        if self.signal != signal.SIGKILL and not is_last:
+            self.word = "never"
+        if self.word == "seconds":
+            timer = threading.Timer(float(self.number), os.kill, (os.getpid(), self.signal))
+            timer.daemon = True
+            timer.start()
 
     def come(self, word: str, number: int | None = None) -> None:
         if word == self.word:

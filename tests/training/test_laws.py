@@ -134,22 +134,14 @@ def test_a_run_that_patience_ended_is_not_trained_further(runs):
     assert max(steps) == 8
 
 
-def refusal(logs: list[str]) -> str:
-    """The one line that every process ended with."""
-    lines = [[line for line in log.splitlines() if line.startswith("train.py: ")] for log in logs]
-    assert [len(of_one) for of_one in lines] == [1] * len(logs), logs
-    assert "Traceback" not in "".join(logs)
-    return lines[0][0]
-
-
 def test_another_number_of_processes_is_refused_unless_told_and_then_sees_the_same(runs, unbroken):
-    flags = laws.AUGMENTED | {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+    flags = laws.AUGMENTED | laws.OFTEN
     runs.run("fewer", processes=2, **flags, moment="step 7", code=-9)
     told = {"allow_other_processes": "true"}
-    assert "written by 2 process(es), and here are 1. Start as many" in refusal(
+    assert "written by 2 process(es), and here are 1. Start as many" in laws.refusal(
         runs.run("fewer", **flags, per_device_train_batch_size=2, code=2)[1]
     )
-    assert "keep 8 images a step, which are now 4" in refusal(
+    assert "keep 8 images a step, which are now 4" in laws.refusal(
         runs.run("fewer", **flags, **told, per_device_train_batch_size=2, code=2)[1]
     )
     fewer, _ = runs.run("fewer", **flags, **told)
@@ -161,8 +153,8 @@ def test_another_number_of_processes_is_refused_unless_told_and_then_sees_the_sa
 def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(runs):
     flags = {"save_only_model": "true", "eval_strategy": "no"}
     runs.run("weights", **flags, moment="step 6", code=-9)
-    assert "checkpoint-4 has weights and no optimizer (--save_only_model)" in refusal(
+    assert "checkpoint-4 has weights and no optimizer (--save_only_model)" in laws.refusal(
         runs.run("weights", **flags, code=2)[1]
     )
     named = {"resume_from_checkpoint": runs.folder / "weights/checkpoint-4"}
-    assert "has weights and no optimizer" in refusal(runs.run("elsewhere", **flags, **named, code=2)[1])
+    assert "has weights and no optimizer" in laws.refusal(runs.run("elsewhere", **flags, **named, code=2)[1])
