@@ -101,7 +101,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         )  # fmt: skip
         args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
         loader = super().get_train_dataloader()
-        loader.timeout = TIMEOUT if args.dataloader_num_workers else 0
+        inner = loader.base_dataloader  # what accelerate's asks for batches
+        inner.timeout = TIMEOUT if args.dataloader_num_workers else 0
+        # Workers are seeded by it. From the global one, persistent workers would take other numbers than none.
+        inner.generator = torch.Generator().manual_seed(args.seed)
         return loader
 
     def _get_train_sampler(self, train_dataset=None):

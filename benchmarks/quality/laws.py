@@ -30,7 +30,7 @@ REWARDED = laws.FROM_A_MODEL | {"reward": "cider:1.0", "num_train_epochs": 6, "m
 OPTIONS = {
     "plain": {},
     "augmentation": laws.AUGMENTED,
-    "LoRA": laws.FROM_A_MODEL | {"use_peft": "true", "lora_r": 4, "lora_dropout": 0.1},
+    "LoRA": laws.FROM_A_MODEL | {"use_peft": "true", "lora_r": 4, "lora_dropout": 0.1, "feature_cache": "off"},
     "SCST": REWARDED | {"objective": "scst", "scst_samples": 2},
     "DiCO": REWARDED | {"objective": "dico", "dico_candidates": 2},
     "captions_per_image 2": {"captions_per_image": 2},

@@ -79,9 +79,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(processes, moment, runs, unb
     assert equal_weights(other.output, whole.output)
 
 
+def test_noise_does_not_depend_on_workers(runs):
+    flags = {"num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no"}
+    none, _ = runs.run("noise", **flags)
+    two, _ = runs.run("noise of workers", **flags, **WAYS["two workers"])
+    assert two.noise() == none.noise()
+
+
 def test_processes_draw_their_own_noise(runs):
     flags = {"num_train_epochs": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
-    run, _ = runs.run("noise", processes=2, **flags)
+    run, _ = runs.run("noise of two", processes=2, **flags)
     assert all(one != other for one, other in run.noise().values())
 
 
