@@ -60,13 +60,13 @@ def main():
     folder = output_folder(args.output_dir)
     with claimed(folder, args):
         checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint, args.world_size)
+        outputs.warn_of_missing_scores(metric_args)
         fine_tune(groups, reward_metrics, flags, folder, checkpoint)
 
 
 def fine_tune(groups, reward_metrics, flags, folder, checkpoint):
     """Load, train from `checkpoint` or from the start, evaluate, and write everything to `folder`."""
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
-    outputs.warn_of_missing_scores(metric_args)
     scorers = load_scorers(metric_args, args.device, reward_metrics)
     augmentations = load_augmentations(data_args, args.seed)
     set_seed(args.seed)
