@@ -13,6 +13,7 @@ Writes benchmarks/results/laws.json, and prints the table of docs/training.md.
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -167,6 +168,7 @@ def table(found: dict[str, dict[str, str]]) -> str:
     refusals: list[str] = []
 
     def cell(verdict: str) -> str:
+        verdict = re.sub(r"\S+/(checkpoint-)", r"\1", verdict)
         if verdict.startswith("refused: "):
             refusals.extend({verdict} - {*refusals})
             return f"refused [{refusals.index(verdict) + 1}]"

@@ -9,6 +9,8 @@ import pytest
 from ranks import ROOT
 from small_run import equal_weights
 
+from benchmarks.quality.laws import table
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks of one process, to spare their imports")
 
 
@@ -36,7 +38,6 @@ WAYS = {
     "two workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": "true"},
     "more accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "two processes": {"processes": 2},
-    "two processes, two workers": {"processes": 2, "dataloader_num_workers": 2},
     "FSDP2": {"processes": 2, "config": ROOT / "recipes/accelerate/fsdp2.yaml"},
 }
 
@@ -116,8 +117,7 @@ def patient(runs):
     return runs.run("patient", **PATIENT)[0]
 
 
-MOMENTS = [("save 4", "SIGKILL", -9), ("epoch 4", "SIGTERM", 130), ("evaluation 5", "SIGTERM", 130)]
-MOMENTS += [("evaluation 6", "SIGTERM", 130)]
+MOMENTS = [("save 4", "SIGKILL", -9), ("evaluation 6", "SIGTERM", 130)]
 
 
 @pytest.mark.parametrize(("moment", "signal", "code"), MOMENTS)
@@ -165,3 +165,12 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(runs):
     )
     named = {"resume_from_checkpoint": runs.folder / "weights/checkpoint-4"}
     assert "has weights and no optimizer" in laws.refusal(runs.run("elsewhere", **flags, **named, code=2)[1])
+
+
+def test_the_table_in_docs_is_what_the_results_say():
+    results = json.loads((ROOT / "benchmarks/results/laws.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- laws -->\n")[2].partition("<!-- /laws -->")[0]
+    assert shown.strip() == table(results["table"])
+    assert "DIFFERENT" not in shown
+    assert results["random_kills"]["same_sequence_and_bits"] == results["random_kills"]["kills"] == 20
