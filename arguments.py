@@ -671,6 +671,9 @@ class RewriteArguments(ShardArguments):
     image_dir: str | None = flag(None, "Folder of the images, if not that of the captions.")
     image_column: str | None = flag(None, "Column of the images, if its name is unusual.")
     caption_column: str | None = flag(None, "paragraph: column of the captions, if its name is unusual.")
+    skip_bad_samples: bool = flag(
+        False, "Leave out missing and empty captions, but never of the data's own validation and test splits."
+    )
     raw_column: str | None = flag(None, "fuse: column of the raw caption. Default: laion_2b, raw, alt_text, text, ...")
     synthetic_column: str | None = flag(None, "fuse: column of the synthetic caption. Default: laion_coco, synthetic.")
     synthetic_file: str | None = flag(

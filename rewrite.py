@@ -37,7 +37,7 @@ from rewriting import results as res
 from rewriting.backends import load_tokenizer, open_backend
 from rewriting.checks import Checker
 from rewriting.prompts import Prompt, Tokens, load_prompt
-from rewriting.rows import Source, open_source, tables, told_from
+from rewriting.rows import Source, open_source, plain_row, tables, told_from
 
 logger = logging.getLogger("rewrite")
 
@@ -50,11 +50,13 @@ def main():
     prompt = load_prompt(task, args.prompt_file)
     share = own_share()
     source = open_source(task, name, args)
+    check_columns(args, source)
     if args.dry_run:
         print(res.estimate(source, prompt, counting_tokens(args.llm, llm_args), args, llm_args))
         return
 
-    folder = check_output(args, source)
+    folder = ShardFolder(args.output, single=args.output.endswith(".jsonl"))
+    folder.check()
     args.on_reject = args.on_reject or res.FALLBACKS[task]
     first = lambda limit: itertools.islice(source.read(source.columns), limit)  # noqa: E731
     args.rows_per_file = args.rows_per_file or folder.size(10_000, queue.sharing(args, share), first)
@@ -119,13 +121,13 @@ class RewriteShards:
             tick(len(answers.rows))
 
 
-def check_output(args, source: Source) -> ShardFolder:
-    for column in (args.output_column, "rewrite"):
-        if column in next(source.read(None)):
+def check_columns(args, source: Source) -> None:
+    """UserError where the output could not hold the rows, before any answer is paid for."""
+    for row in itertools.islice(source.read(None), 100):
+        for column in {args.output_column, "rewrite"} & set(row):
             raise UserError(f"{source.name} already has a column {column!r}. Rename it, or choose --output_column.")
-    folder = ShardFolder(args.output, single=args.output.endswith(".jsonl"))
-    folder.check()
-    return folder
+        if (args.output or "").endswith(".jsonl"):
+            plain_row(row)
 
 
 def source_features(source: Source, folder: ShardFolder):

@@ -5,11 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+from common.locks import Busy, hold
 
 
 class JournalInUse(UserError):
@@ -25,13 +21,10 @@ def whole_lines(path: Path) -> Iterator[str]:
 
 def open_journal(path: Path):
     """The file, opened to append to, without a line that a kill cut short. JournalInUse if another run has it."""
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - the caller's `with` closes it
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however that happens
-        except OSError:
-            file.close()
-            raise JournalInUse(f"{path}: another run is writing it. Let it finish, or stop it.") from None
+    try:
+        file, _ = hold(path)  # released when the process ends, however that happens
+    except Busy:
+        raise JournalInUse(f"{path}: another run is writing it. Let it finish, or stop it.") from None
     with open(path, "r+b") as lines:
         lines.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
     return file

@@ -106,9 +106,13 @@ def mark_of(shard: Shard) -> str:
 def failures(folder: ShardFolder, shards: list[Shard]) -> list[str]:
     """What is wrong with each shard that was given up, if no shard is left to other processes: the last one reports it,
     since torchrun stops all processes as soon as one of them ends with an error."""
-    there = set(folder.files())
-    failed = [mark for mark in map(mark_of, shards) if mark in there]
-    if len(folder.done(shards)) + len(failed) < len(shards):
+    done = folder.done(shards)
+    marks = {mark_of(shard): shard in done for shard in shards}
+    there = [mark for mark in folder.files() if mark in marks]
+    failed = [mark for mark in there if not marks[mark]]
+    for mark in set(there) - set(failed):  # another process has finished the shard
+        folder.remove(mark)
+    if len(done) + len(failed) < len(shards):
         return []
     for mark in failed:
         logger.error("failed: %s", (folder.read_json(mark) or {}).get("error"))

@@ -6,6 +6,7 @@ All finished rows are yielded before an error is raised.
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import logging
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 import torch
 
@@ -25,6 +27,8 @@ from rewriting.prompt_cache import prompt_cache
 from rewriting.prompts import Tokens
 
 logger = logging.getLogger(__name__)
+WITHOUT_TEXT = "answered without text"
+TOLD_WAIT, LONGEST_WAIT = 120.0, 600.0  # seconds that a server may ask to wait: more than the first are said
 WINDOW = 32  # batches of rows that are sorted by length together
 
 
@@ -87,10 +91,10 @@ class Stopped(Exception):
 class OpenAIBackend:
     """Chat completions, `concurrency` rows at a time, each in its own thread.
 
-    Transient errors (no connection, a timeout, 408, 409, 429, 5xx, an answer without choices) are retried `max_retries`
-    times, after the delay that the server asks for, else with exponential backoff up to a minute, with jitter. Permanent
+    Transient errors (no connection, a timeout, 408, 409, 429, 5xx, an answer without a message) are retried
+    `max_retries` times, after the delay that the server asks for (up to ten minutes), else with exponential backoff up to a minute, with jitter. Permanent
     errors (a wrong key, no such model, no credit) end the run with a ValueError. A prompt that the server refuses (400,
-    413, 422) counts as that row's fault, unless no other prompt is answered either.
+    413, 422), or always answers without a message, counts as that row's fault, unless no other prompt is answered either.
     """
 
     def __init__(self, model: str, args):
@@ -158,7 +162,8 @@ class OpenAIBackend:
                 outcome.reason = "server_refused"
                 break
             choice = answer.choices[0]
-            outcome.text = tidy(choice.message.content or "")
+            content = choice.message.content
+            outcome.text = tidy(content if isinstance(content, str) else "")
             if answer.usage:
                 outcome.tokens_in += answer.usage.prompt_tokens or 0
                 outcome.tokens_out += answer.usage.completion_tokens or 0
@@ -183,15 +188,16 @@ class OpenAIBackend:
             self.volume.wait(len(job.ids) + self.args.max_new_tokens)
             if self.stop.is_set():
                 raise Stopped
-            wait = None
+            wait = 0.0
             try:
                 answer = self.client.chat.completions.create(
                     messages=[{"role": "user", "content": job.prompt}], **options
                 )
-                if getattr(answer, "choices", None):
+                choice = next(iter(getattr(answer, "choices", None) or []), None)
+                if hasattr(getattr(choice, "message", None), "content"):
                     self.answered.set()
                     return answer
-                trouble = "answered without text"
+                trouble = WITHOUT_TEXT
             except self.openai.APITimeoutError:
                 trouble = f"did not answer in {self.args.timeout:g} s"
             except self.openai.APIConnectionError as error:
@@ -206,12 +212,16 @@ class OpenAIBackend:
                         f"the server of {self.model} answers {code}: {message}. {ADVICE.get(code, '')}"
                     ) from None
                 trouble, wait = f"answered {code}", retry_after(error.response.headers)
-                if code == 429 and wait:
+                if wait > TOLD_WAIT:
+                    trouble += f" and asks to wait {wait / 60:.0f} minutes"
+                if code == 429:
                     self.not_before = max(self.not_before, time.monotonic() + wait)
             except ValueError as error:
                 trouble = f"sent invalid JSON ({type(error).__name__})"
             self.note(trouble)
-            self.stop.wait(min(60, 0.5 * 2**trial) * random.uniform(0.5, 1) if wait is None else wait)
+            self.stop.wait(wait or min(60, 0.5 * 2**trial) * random.uniform(0.5, 1))
+        if trouble == WITHOUT_TEXT and self.answered.is_set():  # it answers other prompts
+            return None
         raise UserError(
             f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. Finished rows are kept; "
             "the same command resumes from there."
@@ -242,14 +252,16 @@ def server_message(error) -> str:
     return str(body.get("message") or body.get("detail") or error.message)[:300]
 
 
-def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait, at most two minutes; None if it does not say."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            return min(120.0, max(0.0, float(headers.get(name, "")) / unit))
-        except ValueError:  # absent, or a date
-            continue
-    return None
+def retry_after(headers) -> float:
+    """Seconds that the server asks to wait, as a number or until a date, at most LONGEST_WAIT; 0 if it does not say."""
+    for seconds in (
+        lambda: float(headers["retry-after-ms"]) / 1000,
+        lambda: float(headers["retry-after"]),
+        lambda: parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(),
+    ):
+        with contextlib.suppress(KeyError, ValueError):
+            return min(LONGEST_WAIT, max(0.0, seconds()))
+    return 0.0
 
 
 # ---------------------------------------------------------------- a local model

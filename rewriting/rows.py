@@ -1,10 +1,12 @@
-"""Rows in: every source of captions as a stream of rows, with the captions to rewrite. Rows out: JSONL or Parquet."""
+"""Rows in: what data.reader reads of a source, as streams of rows, with the captions to rewrite. Rows out: JSONL or
+Parquet."""
 
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,32 +16,34 @@ import pyarrow.parquet as pq
 
 import data
 from common.errors import DataError
-from common.text import open_text
 from data import reader
 from data.caption_files import load_predictions
-from data.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, captions_of
-from data.formats.annotations import files_of
-from data.reader import find_format
+from data.columns import LOOKED_AT, captions_of, find_columns, is_missing, usual_name
+from data.formats.parquet import file_rows
 from data.rows import Options
 from data.sources import open_rows, require_splits
-from data.text_rows import csv_rows, jsonl_rows
-from jobs.shards import group_starts
+from data.text_rows import first_character, table_objects
 
 # CapsFusion's example file and CapsFusion-120M call them laion_2b and laion_coco.
 RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "txt", "caption", "captions")
 SYNTHETIC_COLUMNS = ("laion_coco", "synthetic", "synthetic_caption", "blip_caption")
-FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+TYPED = ("hub", "saved", "webdataset")  # formats that are read as tables of `datasets`
 
 
 @dataclass
 class Part:
-    """A file, or a split, of a source."""
+    """A file, or a split, of a source, whose rows come in the same order on every call."""
 
     label: str
-    # read_from(columns, start) -> (number of the first row, rows), from row `start` or an earlier one on, in the same order
-    # on every call; formats that support it read these columns only
-    read_from: Callable[..., tuple[int, Iterator[dict]]]
+    # open_at(columns, start) -> (number of the first row, rows), from row `start` or an earlier one on; formats that
+    # support it read these columns only
+    open_at: Callable[..., tuple[int, Iterator[dict]]]
+    split: str | None = None  # that rows are given as a column, if they have none
     parquet: Path | None = None
+
+    def read_from(self, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+        first, rows = self.open_at(columns, start)
+        return first, rows if self.split is None else ({**row, "split": row.get("split", self.split)} for row in rows)
 
 
 @dataclass
@@ -50,108 +54,167 @@ class Source:
     parts: list[Part]
     features: datasets.Features | None  # types of the columns, if the source declares them
     inputs: Callable[[dict], dict]  # row -> {"captions": [...]} or {"raw": ..., "synthetic": ...}, stripped
-    columns: list[str] | None  # those that `inputs` needs
+    columns: list[str]  # those that `inputs` needs
 
     def read(self, columns: list[str] | None) -> Iterator[dict]:
-        return itertools.chain.from_iterable(part.read_from(columns, 0)[1] for part in self.parts)
+        return rows_in(self.parts, columns)
+
+
+def rows_in(parts: list[Part], columns: list[str] | None = None) -> Iterator[dict]:
+    return itertools.chain.from_iterable(part.read_from(columns, 0)[1] for part in parts)
 
 
 def open_source(task: str, name: str, args) -> Source:
     """INPUT as rows. `args` are RewriteArguments.
 
-    `fuse` reads tables (JSON, JSONL, CSV, Parquet, a Hub set, ...) row by row. `paragraph` needs all captions of an
+    `fuse` reads tables (JSON, JSONL, CSV, Parquet, tars, a Hub set, ...) row by row. `paragraph` needs all captions of an
     image together, so it reads as train.py does (data.load), except for tables without images, where each row is an image.
 
     Raises:
         DataError: no such source, or no caption column; the message lists the columns present.
     """
-    source_format = find_format(name, args.data_format)[0].NAME
-    tabular = source_format in ("annotations", "parquet", "hub", "saved", "webdataset")
-    if tabular and not is_coco(Path(name).expanduser()):
-        parts, features = open_table(name, source_format, args)
-        first = first_row(parts)
-        if task == "fuse" or (first is not None and not holds_images(first, args)):
-            return with_inputs(task, name, parts, features, first, args)
-    parts, features = open_records(name, source_format, args)
-    return with_inputs(task, name, parts, features, first_row(parts), args, records=True)
+    options = Options(
+        args.dataset_config_name, args.image_dir, args.image_column, args.caption_column, streaming=args.streaming,
+        format=args.data_format,
+    )  # fmt: skip
+    source = reader.Source(name, options)
+    as_rows, raw_column = is_table(source), args.raw_column
+    if as_rows:
+        parts, features = table_parts(source, args.split)
+        examples = examples_of(parts, features, name)
+        as_rows = task == "fuse" or not holds_images(source, examples, features)
+    if not as_rows:
+        parts, features = record_parts(name, source.format.NAME, args)
+        examples = examples_of(parts, features, name)
+        raw_column, options = "captions", Options(caption_column="captions")
+    columns = find_columns(examples, replace(options, images=False, captions=task == "paragraph"), name)
+    if task == "paragraph":
+        return Source(name, parts, features, paragraph_inputs(columns.captions, name), columns.captions)
+    raw = find_column(examples, raw_column, RAW_COLUMNS, "raw_column", name)
+    if args.synthetic_file:
+        names = list(filter(None, (columns.image_id, columns.image)))
+        inputs = matched_inputs(raw, names, source.root, args.synthetic_file)
+        return Source(name, parts, features, inputs, [raw, *names])
+    synthetic = find_column(examples, args.synthetic_column, SYNTHETIC_COLUMNS, "synthetic_column", name)
+    return Source(name, parts, features, fuse_inputs(raw, synthetic), [raw, synthetic])
 
 
-def first_row(parts: list[Part]) -> dict | None:
-    return next(itertools.chain.from_iterable(part.read_from(None, 0)[1] for part in parts), None)
+def examples_of(parts: list[Part], features, name: str) -> dict:
+    """{column: one of its first values} of all columns: as many rows are read as are needed to know them."""
+    rows = list(itertools.islice(rows_in(parts), 1 if features is not None else LOOKED_AT))
+    if not rows:
+        raise DataError(f"{name}: there are no rows")
+    values = {column: value for row in reversed(rows) for column, value in row.items() if value is not None}
+    return dict.fromkeys(itertools.chain.from_iterable(rows)) | values
 
 
-def holds_images(row: dict, args) -> bool:
-    image = row.get(args.image_column or next((c for c in IMAGE_COLUMNS if c in row), None))
-    return isinstance(image, dict | bytes) or (isinstance(image, str) and not image.startswith(("http://", "https://")))
+def holds_images(source: reader.Source, examples: dict, features) -> bool:
+    """Whether the rows of a table have images, as data.load finds them, and not their addresses."""
+    images = tuple(column for column in features or () if isinstance(features[column], datasets.Image))
+    try:
+        options = source.looking(source.finder(source.parts[0]))
+        image = examples[find_columns(examples, options, source.name, images).image]
+    except DataError:
+        return False
+    return image is not None and not re.match("https?://", str(image))
 
 
 # ---------------------------------------------------------------- rows of a source
 
 
-def open_table(name: str, source_format: str, args):
-    """(parts, features or None) of rows as they are."""
-    path = Path(name).expanduser()
-    if source_format == "parquet" or (source_format == "annotations" and path.exists()):
-        files = table_files(path)
-        if args.split:
-            raise DataError(f"{name}: --split is for data sets with splits; all rows of a table are rewritten")
-        labels = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
-        if all(file.suffix == ".parquet" for file in files):
-            features = undecoded(datasets.Features.from_arrow_schema(pq.read_schema(files[0])))
-            return [Part(n, partial(parquet_rows, f), f) for n, f in zip(labels, files, strict=True)], features
-        return [Part(n, partial(all_text_rows, f)) for n, f in zip(labels, files, strict=True)], None
-    tables = load_tables(name, source_format, args)
-    if args.split:
-        require_splits([args.split], list(tables), name)
-        tables = {args.split: tables[args.split]}
-    features = undecoded(next(iter(tables.values())).features)
-    named = len(tables) > 1 and "split" not in features
-    tables = {split: table.cast(features) for split, table in tables.items()}
-    if named:
-        features = datasets.Features({**features, "split": datasets.Value("string")})
-    return [
-        Part(split, partial(table_rows, table, split if named else None)) for split, table in tables.items()
-    ], features
+def is_table(source: reader.Source) -> bool:
+    """Whether its captions are in columns. JSON that is one object has them elsewhere: COCO's for example."""
+    if source.format.NAME != "annotations":
+        return source.format.NAME in ("parquet", *TYPED)
+    files = [Path(part.place) for part in source.parts if part.place.lower().endswith(".json")]
+    return set(map(first_character, files)) <= {"["}
 
 
-def table_rows(table, split: str | None, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-    if columns and not set(columns) - set(table.column_names or ()):
-        table = table.select_columns(columns)
-    rows = table.skip(start) if start else table
-    return start, (row if split is None else {**row, "split": split} for row in rows)
+def table_parts(source: reader.Source, split: str | None) -> tuple[list[Part], datasets.Features | None]:
+    """(parts, types of their columns or None) of rows as they are, those of `split` or of all splits."""
+    features = None
+    if source.format.NAME in TYPED:
+        tables = open_rows(source, source.name)[1]
+        features = undecoded(next(iter(tables.values())).features)
+        parts = [Part(name, partial(table_rows, table.cast(features)), name) for name, table in tables.items()]
+    elif source.format.NAME == "parquet":
+        features = undecoded(datasets.Features.from_arrow_schema(pq.read_schema(source.parts[0].place)))
+        parts = [Part(*label_and_rows(source, part, parquet_rows), Path(part.place)) for part in source.parts]
+    else:
+        parts = [Part(*label_and_rows(source, part, text_rows)) for part in source.parts]
+    parts = of_split(parts, split, source.name)
+    return parts, with_split(features, parts)
 
 
-def load_tables(name: str, source_format: str, args) -> dict:
-    options = Options(config=args.dataset_config_name, streaming=args.streaming, format=source_format)
-    return open_rows(reader.Source(name, options), name)[1]
+def label_and_rows(source: reader.Source, part, rows: Callable) -> tuple[str, Callable, str | None]:
+    label = os.path.relpath(part.place, source.root).replace(os.sep, "/")
+    return label, partial(rows, part.place), part.split
 
 
-def open_records(name: str, source_format: str, args):
-    """(parts, features) of what train.py trains on: one record per image, with all its captions and its split."""
+def of_split(parts: list[Part], split: str | None, name: str) -> list[Part]:
+    """The parts of a split, or all of them. Where these are of one split, rows need not say so."""
+    by_split: dict = {}
+    for part in parts:
+        by_split.setdefault(part.split, []).append(part)
+    if split:
+        require_splits([split], list(filter(None, by_split)), name)
+        by_split = {split: by_split[split]}
+    if len(by_split) > 1:
+        return parts
+    return [replace(part, split=None) for part in next(iter(by_split.values()))]
+
+
+def record_parts(name: str, data_format: str, args) -> tuple[list[Part], datasets.Features | None]:
+    """(parts, types) of what train.py trains on: one record per image, with all its captions and its split."""
     splits = data.load(
         name,
         dataset_config_name=args.dataset_config_name,
-        data_format=source_format,
+        data_format=data_format,
         image_dir=args.image_dir,
         image_column=args.image_column,
         caption_column=args.caption_column,
         streaming=args.streaming,
+        skip_bad_samples=args.skip_bad_samples,
         splits=(args.split,) if args.split else None,
         require_images=False,
     )
-    features = next(iter(splits.values())).features
-    features = datasets.Features({**features, "split": datasets.Value("string")}) if features is not None else None
-    return [Part(split, partial(record_rows, rows, split)) for split, rows in splits.items()], features
+    parts = [Part(split, partial(record_rows, table), split) for split, table in splits.items()]
+    return parts, with_split(next(iter(splits.values())).features, parts)
 
 
-def record_rows(table, split: str, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+def table_rows(table, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+    table = table.select_columns(columns) if columns else table
+    return start, iter(table.skip(start) if start else table)
+
+
+def record_rows(table, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+    first, rows = table_rows(table, columns, start)
+    return first, map(with_whole_path, rows)
+
+
+def with_whole_path(row: dict) -> dict:
+    image = row.get("image", {})
+    if os.path.exists(image.get("path") or ""):
+        image["path"] = os.path.abspath(image["path"])  # OUTPUT may be in another folder
+    return row
+
+
+def parquet_rows(place: str, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
     def rows():
-        for row in table_rows(table, split, columns, start)[1]:
-            if isinstance(row.get("image"), dict) and os.path.exists(row["image"]["path"] or ""):
-                row["image"]["path"] = os.path.abspath(row["image"]["path"])  # OUTPUT may be in another folder
-            yield row
+        with pq.ParquetFile(place) as file:
+            yield from file_rows(file, start, columns=columns)
 
     return start, rows()
+
+
+def text_rows(place: str, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
+    def rows():
+        for row, where in table_objects(Path(place)):
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected an object, got {row!r:.80}")
+            yield row
+
+    return 0, rows()
 
 
 def undecoded(features: datasets.Features) -> datasets.Features:
@@ -161,150 +224,66 @@ def undecoded(features: datasets.Features) -> datasets.Features:
     )
 
 
-def table_files(path: Path) -> list[Path]:
-    """A file, or the files of one kind in a folder, sorted by name."""
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in FILE_KINDS and _is_data(file.relative_to(path)))
-    kinds = {file.suffix for file in files}
-    if len(kinds) != 1:
-        raise DataError(f"{path}: expected files of one kind ({' '.join(FILE_KINDS)}), found {sorted(kinds) or 'none'}")
-    return files
-
-
-def _is_data(file: Path) -> bool:
-    """Whether a file in a folder is data, not a program's own file such as _settings.json."""
-    return not any(part.startswith((".", "_")) for part in file.parts)
-
-
-def parquet_rows(file: Path, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-    groups = group_starts(pq.read_metadata(file))
-    behind = [(group, first) for group, first in groups if first > start]
-    before = groups[: len(groups) - len(behind)][-1:]  # the row group that `start` is in
-
-    def rows():
-        with pq.ParquetFile(file) as table:
-            wanted = [group for group, _ in before + behind]
-            for batch in table.iter_batches(batch_size=1000, row_groups=wanted, columns=columns):
-                yield from batch.to_pylist()
-
-    return before[0][1] if before else 0, rows()
-
-
-def all_text_rows(file: Path, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-    return 0, text_rows(file)
-
-
-def text_rows(file: Path) -> Iterator[dict]:
-    """Rows of a JSON list, of JSONL or of CSV, one in memory at a time."""
-    if file.suffix in (".csv", ".tsv"):
-        rows = csv_rows(file)
-    elif file.suffix == ".json" and first_character(file) == "[":
-        rows = ((row, f"{file.name} entry {number}") for number, row in enumerate(json_list(file)))
-    else:
-        rows = ((row, f"{file.name} line {number}") for number, row in jsonl_rows(file))
-    for row, where in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, got {row!r:.80}")
-        yield row
-
-
-def is_coco(path: Path) -> bool:
-    """COCO's annotation JSON, with captions and images in separate lists."""
-    files = [file for file, _ in files_of(path)] if path.exists() else []
-    return bool(files) and files[0].suffix == ".json" and first_character(files[0]) == "{"
-
-
-def first_character(file: Path) -> str:
-    with open_text(file) as text:
-        return text.read(1024).lstrip()[:1]
-
-
-def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
-    """The entries of a JSON list, read piece by piece."""
-    decoder, text, number = json.JSONDecoder(), "", 0
-    with open_text(file) as content:
-        text = content.read(chunk).lstrip()[1:]
-        while True:
-            text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
-            if text.startswith("]"):
-                return
-            try:
-                entry, end = decoder.raw_decode(text)
-                if end == len(text):  # 12 may continue as 123
-                    raise json.JSONDecodeError("the list has no end", text, end)
-            except json.JSONDecodeError as error:
-                more = content.read(chunk)
-                if not more:
-                    raise DataError(f"{file} entry {number}: not valid JSON: {error.msg}") from None
-                text += more
-                continue
-            yield entry
-            text, number = text[end:], number + 1
+def with_split(features: datasets.Features | None, parts: list[Part]) -> datasets.Features | None:
+    if features is None or parts[0].split is None:
+        return features
+    return datasets.Features({**features, "split": features.get("split", datasets.Value("string"))})
 
 
 # ---------------------------------------------------------------- the captions of a row
 
 
-def with_inputs(task: str, name: str, parts, features, first: dict | None, args, records: bool = False) -> Source:
-    """The source of rows, with the columns that hold its captions; `records` have them under data.load's names."""
-    if first is None:
-        raise DataError(f"{name}: there are no rows")
-    columns = list(first)
-    if task == "paragraph":
-        wanted = ["captions"] if records else find_captions(columns, args.caption_column, name)
+def paragraph_inputs(columns: list[str], name: str) -> Callable[[dict], dict]:
+    def inputs(row):
+        captions = map(clean, captions_of(row, columns, name))
+        return {"captions": list(dict.fromkeys(filter(None, captions)))}
 
-        def inputs(row):
-            captions = (clean(caption) for caption in captions_of(row, wanted, name))
-            return {"captions": list(dict.fromkeys(filter(None, captions)))}
+    return inputs
 
-        return Source(name, parts, features, inputs, wanted)
 
-    synthetic_of = read_synthetic(args.synthetic_file) if args.synthetic_file else None
-    raw = "captions" if records else find_column(columns, args.raw_column, RAW_COLUMNS, "raw_column", name)
-    if synthetic_of is None:
-        synthetic = find_column(columns, args.synthetic_column, SYNTHETIC_COLUMNS, "synthetic_column", name)
-        wanted = [raw, synthetic]
-    else:
-        given = None if records else args.image_column
-        image = given or next((c for c in IMAGE_COLUMNS if c in columns), None)
-        wanted = [raw, *(column for column in ("image_id", image) if column in columns)]
-    folder = Path(name).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
+def fuse_inputs(raw: str, synthetic: str) -> Callable[[dict], dict]:
+    return lambda row: {"raw": first_of(row.get(raw)), "synthetic": first_of(row.get(synthetic))}
+
+
+def matched_inputs(raw: str, names: list[str], root: str, synthetic_file: str) -> Callable[[dict], dict]:
+    """Synthetic captions are those of the file: by what the columns `names` say, as it is or as a path in folder `root`."""
+    synthetic_of = read_synthetic(synthetic_file)
 
     def inputs(row):
-        values = row[raw] if isinstance(row[raw], list) else [row[raw]]
-        own = clean(next(iter(values), None))
-        if synthetic_of is None:
-            return {"raw": own, "synthetic": clean(row[synthetic])}
-        place = row.get(image)
-        place = place["path"] if isinstance(place, dict) else place
-        keys = [str(row.get("image_id")), str(place), os.path.abspath(folder / str(place))]
-        return {"raw": own, "synthetic": clean(next((synthetic_of[key] for key in keys if key in synthetic_of), None))}
+        keys = [str(place_of(row.get(name))) for name in names]
+        keys += [os.path.abspath(os.path.join(root, key)) for key in keys]
+        synthetic = next(filter(None, map(synthetic_of.get, keys)), None)
+        return {"raw": first_of(row.get(raw)), "synthetic": clean(synthetic)}
 
-    return Source(name, parts, features, inputs, wanted)
+    return inputs
+
+
+def place_of(image):
+    return image["path"] if isinstance(image, dict) else image
+
+
+def first_of(value) -> str:
+    """A caption of `fuse`: text from the web, taken as it is, or the first of a list."""
+    return clean(next(iter(value), None) if isinstance(value, list) else value)
 
 
 def clean(caption) -> str:
-    """A caption with white space collapsed, so that it cannot break a prompt's lines; "" if it is not text."""
-    if not isinstance(caption, str):
+    """A caption with white space collapsed, so that it cannot break a prompt's lines; "" if it is missing or no text."""
+    if not isinstance(caption, str) or is_missing(caption):
         return ""
     return " ".join(caption.encode("utf-8", "replace").decode().split())
 
 
-def find_captions(columns: list[str], given: str | None, name: str) -> list[str]:
-    numbered = sorted(column for column in columns if NUMBERED_CAPTION.fullmatch(column))
-    if given is None and numbered and not {"captions", "caption"} & set(columns):
-        return numbered
-    return [find_column(columns, given, CAPTION_COLUMNS, "caption_column", name)]
-
-
-def find_column(columns: list[str], given: str | None, usual: Iterable[str], option: str, name: str) -> str:
-    found = given if given in columns else next((c for c in usual if c in columns), None) if given is None else None
-    if found is None:
-        what = f"no column {given!r}" if given else f"none of the columns {', '.join(usual)}"
-        raise DataError(f"{name}: {what}. Columns present: {', '.join(columns)}. Name it with --{option}")
-    return found
+def find_column(columns, name: str | None, usual: tuple[str, ...], option: str, source: str) -> str:
+    """The column called `name`, or else as is usual, in any case."""
+    by_usual_name = {usual_name(column): column for column in reversed(columns)}
+    column = name or next(filter(None, map(by_usual_name.get, usual)), None)
+    if column not in columns:
+        raise DataError(
+            f"{source}: there is no column {name or ' or '.join(usual)}. Columns present: {', '.join(columns)}. Name it "
+            f"with --{option}"
+        )
+    return column
 
 
 def read_synthetic(path: str) -> dict[str, str]:
@@ -344,7 +323,7 @@ def tables(rows: Iterator[dict], features: datasets.Features | None, column: str
             yield pa.table({"line": lines}, schema=LINES)
             continue
         try:
-            for name in {name for row in group for name in row} - set(schema.names):
+            for name in set().union(*group) - set(schema.names):
                 raise DataError(f"column {name} is not in the first 1,000 rows, nor in the Parquet schema. Write JSONL")
             yield pa.Table.from_pylist(group, schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -355,7 +334,7 @@ def tables(rows: Iterator[dict], features: datasets.Features | None, column: str
 
 def told_from(rows: list[dict]) -> datasets.Features:
     """Column types inferred from some of the input's rows; a column without values is text."""
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
     table = pa.table({name: [row.get(name) for row in rows] for name in names})
     types = datasets.Features.from_arrow_schema(table.schema)
     return datasets.Features(

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from common.errors import DataError
+from data.text_rows import json_list
 from metrics.coco_caption.text_checks import (
     illegal_characters,
     remove_illegal_characters,
@@ -17,7 +18,7 @@ from metrics.coco_caption.text_checks import (
 )
 from rewriting.checks import Checker, copied, tidy
 from rewriting.prompts import Prompt, Tokens, fill, fit, load_prompt
-from rewriting.rows import json_list, open_source
+from rewriting.rows import open_source
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_loops_are_repetition_and_parallel_phrases_are_not():
 def flags(**values):
     names = (
         "data_format dataset_config_name split streaming image_dir image_column caption_column raw_column "
-        "synthetic_column synthetic_file"
+        "synthetic_column synthetic_file skip_bad_samples"
     )
     return SimpleNamespace(**{**dict.fromkeys(names.split()), "data_format": "auto", "streaming": False, **values})
 
