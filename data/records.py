@@ -216,16 +216,13 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
         columns = {key: _column(values) for key, values in columns.items()}
         image_type = datasets.Image(decode=False)
         image = pa.array([_image_value(str(record.image)) for record in records], image_type.pa_type)
-        full = datasets.Dataset(
-            pa.table(
-                {
-                    "image_id": pa.array([record.image_id for record in records], pa.string()),
-                    "image": image,
-                    "captions": pa.array([record.captions for record in records], captions_type),
-                    **columns,
-                }
-            )
-        ).cast_column("image", image_type)
+        own = {
+            "image_id": pa.array([record.image_id for record in records], pa.string()),
+            "image": image,
+            "captions": pa.array([record.captions for record in records], captions_type),
+        }
+        # Columns of the source that are called like ours, such as captions beside --caption_column caption, give way.
+        full = datasets.Dataset(pa.table(own | columns | own)).cast_column("image", image_type)
         rows = dict(zip(map(id, records), range(len(records)), strict=True))
     else:
         ids: list = [None] * len(table)

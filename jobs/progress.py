@@ -7,6 +7,7 @@ import sys
 import time
 
 from common.errors import Unreachable, UserError
+from jobs.journal import JournalInUse
 from jobs.queue import Patient
 from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable
 
@@ -154,8 +155,8 @@ class Progress:
             self.say()
 
     def finished(self, outcome) -> None:
-        """A shard is done, or given up."""
-        if outcome.error:
+        """A shard is done, or given up, or left to another run."""
+        if outcome.error and not isinstance(outcome.raised, JournalInUse):  # else it is the other run's
             self.failed += 1
             write = functools.partial(self.folder.write_json, mark_of(outcome.shard), {"error": str(outcome)})
             Patient(write, functools.partial(reachable, self.folder.name))()

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from conftest import ROOT
 from llm_server import LLMServer, fused, write_rows
+from random_trees import picture, write
 
 import data
 
@@ -394,3 +395,53 @@ def test_what_cannot_be_rewritten_is_one_clear_message(rewrite, arguments, said,
     arguments = [tmp_path / names[word] if word in names else word for word in arguments]
     result = rewrite(*arguments, fails=True)
     assert said in result
+
+
+def test_an_answer_without_a_message_is_asked_for_again_and_one_that_never_has_one_is_that_rows_fault(
+    rewrite, tmp_path
+):
+    source, output = write_rows(tmp_path, 6), tmp_path / "out.jsonl"
+    turns = {}
+
+    def answer(prompt, request):
+        turns[prompt] = turns.get(prompt, 0) + 1
+        if "Shop 5 " in prompt or turns[prompt] == 1:
+            choice = {"index": 0, "message": None, "finish_reason": "stop"}
+            return 200, {"id": "1", "object": "chat.completion", "choices": [choice]}, {}
+        return fused(prompt)
+
+    with LLMServer(answer) as server:
+        said = rewrite(*command(source, output, server, "--max_retries", 2))
+    assert [row["rewrite"]["reason"] for row in rows(output)] == [None] * 5 + ["server_refused"]
+    assert "answered without text" in said
+    assert "Traceback" not in said
+
+
+def test_images_that_jsonl_cannot_hold_are_refused_before_anything_is_asked(rewrite, tmp_path):
+    files = {f"{n}.png": picture(n, ".png") for n in range(4)}
+    source = write("tar", tmp_path, files, {name: ["a dog runs"] for name in files})
+    with LLMServer(lambda prompt, request: "A dog runs.") as server:
+        for more in ((), ("--dry_run",)):
+            said = rewrite(*command(source, tmp_path / "out.jsonl", server, *more, task="paragraph"), fails=True)
+            assert "holds images or other bytes, which JSONL cannot hold" in said
+        assert not server.requests
+
+
+def test_two_runs_at_once_leave_no_shard_failed(rewrite, tmp_path):
+    source, output = write_rows(tmp_path, 60), tmp_path / "out.jsonl"
+
+    def answer(prompt, request):
+        time.sleep(0.05)
+        return fused(prompt)
+
+    with LLMServer(answer) as server:
+        arguments = command(source, output, server, "--concurrency", 1, "--rows_per_file", 20)
+        runs = [tiny.start("rewrite.py", *arguments) for _ in range(2)]
+        errors = [run.communicate(timeout=200)[1] for run in runs]
+        assert any("another run is writing it" in error for error in errors)  # else nothing was tried here
+        assert [row["key"] for row in rows(output)] == list(range(60))
+        said = rewrite(*arguments)
+        assert "failed" not in said
+        assert server.paid.total() == 60
+    assert not list((tmp_path / "out.jsonl.shards").glob("_failed*"))
+    assert [run.returncode for run in runs] == [0, 0], errors
