@@ -91,10 +91,10 @@ class Stopped(Exception):
 class OpenAIBackend:
     """Chat completions, `concurrency` rows at a time, each in its own thread.
 
-    Transient errors (no connection, a timeout, 408, 409, 429, 5xx, an answer without a message) are retried
-    `max_retries` times, after the delay that the server asks for (up to ten minutes), else with exponential backoff up to a minute, with jitter. Permanent
-    errors (a wrong key, no such model, no credit) end the run with a ValueError. A prompt that the server refuses (400,
-    413, 422), or always answers without a message, counts as that row's fault, unless no other prompt is answered either.
+    Transient errors (no connection, a timeout, 408, 409, 429, 5xx, an answer without a message) are retried `max_retries`
+    times, after the delay that the server asks for, up to ten minutes, else with exponential backoff up to a minute, with
+    jitter. Permanent errors (a wrong key, no such model, no credit) end the run with a ValueError. A prompt that the server
+    refuses (400, 413, 422) or never answers with a message counts as that row's fault, unless no other is answered either.
     """
 
     def __init__(self, model: str, args):
