@@ -134,17 +134,23 @@ def check_images(
     return datasets.DatasetDict(clean), bad
 
 
-def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path) -> list[dict]:
+def stamp(rows: datasets.Dataset) -> bytes:
+    """What changes when an image of `rows` does: the table, and each file's path, size and time."""
     column = pa.chunked_array(
         [pc.struct_field(chunk, "path") for chunk in rows.data.column("image").chunks], pa.string()
     )
     if rows._indices is not None:
         column = column.take(rows._indices.column(0))
-    key = hashlib.sha256(f"{split} {max_pixels} {rows._fingerprint}".encode())
+    lines = [rows._fingerprint]
     for path in column.to_pylist():
         if path is not None and os.path.isfile(path):
             stat = os.stat(path)
-            key.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            lines.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
+    return "\n".join(lines).encode()
+
+
+def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path) -> list[dict]:
+    key = hashlib.sha256(f"{split} {max_pixels} ".encode() + stamp(rows))
     kept = folder / f"{key.hexdigest()[:32]}.json"
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))

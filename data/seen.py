@@ -1,0 +1,204 @@
+"""What a model has seen: train.py records every image of a run beside the model, and evaluate.py looks there.
+
+An image is recognized by the bytes of its file, and where those were written anew by its id and captions together. So it
+does not matter how a source is named, what else it holds and in which order. Ids and captions are kept as hashes.
+"""
+
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from common.caches import cache_folder
+from common.errors import UserError
+from common.files import whole
+from common.processes import in_threads
+from data.checks import stamp
+from data.rows import SPLITS
+
+logger = logging.getLogger(__name__)
+NAME = "seen.parquet"
+UNREADABLE = bytes(16)  # in place of the hash of an image that cannot be read, which `check_images` reports
+SCHEMA = pa.schema(
+    [("id", pa.uint64()), ("captions", pa.uint64()), ("content", pa.binary(16)), ("split", pa.string()), ("earlier", pa.bool_())]
+)  # fmt: skip
+
+
+class Seen:
+    """The record of a model: a row for each image, with the hashes of its id, of its captions and of its file (xxh3), its
+    split, and whether an earlier run saw it, from whose model this one started."""
+
+    def __init__(self, table: pa.Table, model: str):
+        self.table, self.model = table, model
+        ids, captions, contents, splits, _ = (column.to_pylist() for column in table.columns)
+        nearest_last = sorted(zip(splits, contents, ids, captions, strict=True), key=lambda row: -SPLITS.index(row[0]))
+        self.of_content = {content: split for split, content, _, _ in nearest_last if content != UNREADABLE}
+        self.of_texts = {(id_, texts): split for split, _, id_, texts in nearest_last}
+        self.has_train = "train" in splits  # a stream's training images are not known in advance
+
+    def splits_of(self, rows: datasets.Dataset) -> list[str | None]:
+        """The split that each image was in, train before validation before test; None for images it has not seen."""
+        texts = zip(map(_hash, rows["image_id"][:]), map(_captions, rows["captions"][:]), strict=True)
+        return [self._split_of(*image) for image in zip(contents(rows), texts, strict=True)]
+
+    def _split_of(self, content: bytes, texts: tuple[int, int]) -> str | None:
+        return self.of_content.get(content) or self.of_texts.get(texts)
+
+    def held_out(self, splits, split: str):
+        """(splits, phrase for the log line) of a source without splits, whose images are all in `split`: those that
+        training had there; if none of them is in the source, those it has not seen. UserError if it has seen all."""
+        if isinstance(splits, datasets.IterableDatasetDict):
+            return self._held_out_of_stream(splits, split)
+        rows = splits[split]
+        before = self.splits_of(rows)
+        if not any(before):
+            return splits, f"no splits in the source, so all images are {split}; the model has seen none of them"
+        parts = {name: [row for row, part in enumerate(before) if part == name] for name in (*SPLITS, None)}
+        new = parts.pop(None)
+        phrase = f"the split of {self.model}'s training; {len(new):,} images that it has not seen are left out"
+        if not parts[split]:
+            parts[split], phrase = new, f"the images that {self.model} has not seen, as none was its {split} split"
+        if not parts[split]:
+            raise UserError(
+                f"{self.model} has seen all of these {len(rows)} images in training, and none as its {split} split. "
+                "Name images it has not seen, or pass --score_trained_images to score them all the same."
+            )
+        chosen = {name: rows.select(indices) for name, indices in parts.items() if indices}
+        return datasets.DatasetDict(chosen), phrase
+
+    def _held_out_of_stream(self, streams, split: str):
+        def was_held_out(row):
+            return self._split_of(_content(row["image"]), (_hash(row["image_id"]), _captions(row["captions"]))) == split
+
+        chosen = streams[split].filter(was_held_out)
+        if next(iter(chosen), None) is None:
+            return streams, f"no splits in the source, so all images are {split}; none was {self.model}'s {split} split"
+        return datasets.IterableDatasetDict({split: chosen}), f"the split of {self.model}'s training"
+
+    def overlap(self, rows: datasets.Dataset) -> dict:
+        """How many of the images the model was trained on (None where it cannot be known), and how many chose its
+        checkpoint or its settings, as validation split."""
+        before = self.splits_of(rows)
+        trained = before.count("train") if self.has_train or None not in before else None
+        return {"images": len(before), "trained_on": trained, "validated_on": before.count("validation")}
+
+    def changes(self, now: "Seen") -> str:
+        """What differs between the data of a run and `now`, in words; "" if nothing that it learns from does."""
+        was, is_ = self._learnt_from(), now._learnt_from()
+        both = was.keys() & is_.keys()
+        numbers = {
+            "images added": len(is_.keys() - was.keys()),
+            "images removed": len(was.keys() - is_.keys()),
+            "images replaced": sum(was[key][1] != is_[key][1] for key in both),
+            "images with other captions": sum(was[key][0] != is_[key][0] for key in both),
+            "images in another split": sum(was[key][2] != is_[key][2] for key in both),
+        }
+        return ", ".join(f"{number:,} {words}" for words, number in numbers.items() if number)
+
+    def _learnt_from(self) -> dict:
+        rows = zip(*(column.to_pylist() for column in self.table.columns), strict=True)
+        return {id_: values for id_, *values, earlier in rows if not earlier and values[2] != "test"}
+
+
+class Unrecorded:
+    """A run without record, begun by an earlier version, which drew other splits than this one does."""
+
+    def __init__(self, model: str):
+        self.model = model
+
+    def held_out(self, splits, split: str):
+        raise UserError(
+            f"{self.model} was trained on this source by an earlier version, which recorded no images and drew other splits, "
+            f"so that its {split} split is not known. --score_trained_images scores the split that is drawn now."
+        )
+
+
+UNKNOWN = {"trained_on": None, "validated_on": None}  # the overlap of a model without record
+
+
+def find(model: str | Path) -> Seen | None:
+    """The record of a model's folder or, for a checkpoint, of its run's; None if there is none (models from elsewhere)."""
+    for folder in (Path(model), Path(model).parent):
+        if (folder / NAME).is_file():
+            return Seen(pq.read_table(folder / NAME, schema=SCHEMA), str(model))
+    return None
+
+
+def begin(folder: Path, splits, start: str | None, checkpoint: str | None) -> None:
+    """Record the images of a run in `folder`. UserError if it resumes from a checkpoint of other data.
+
+    Args:
+        splits: records by split; those of a stream are unknown.
+        start: the model that training starts from, whose record becomes part of this one. None: random weights.
+        checkpoint: the one to resume from.
+    """
+    table = describe(splits)
+    resumed = find(checkpoint) if checkpoint else None
+    if resumed and (changes := resumed.changes(Seen(table, str(folder)))):
+        raise UserError(
+            f"the data changed since {folder} was begun: {changes}. Restore the data to resume it, or name another "
+            "--output_dir."
+        )
+    if checkpoint and not resumed:
+        logger.warning(
+            "%s was begun by an earlier version, which did not record its data: whether they changed is not known, and a "
+            "split that was drawn is drawn in another way now, so that images it was trained on may be scored",
+            folder,
+        )
+    if earlier := find(start) if start else None:
+        flags = pa.array([True] * len(earlier.table))
+        table = pa.concat_tables([table, earlier.table.set_column(4, "earlier", flags)])
+    with whole(folder / NAME) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def describe(splits) -> pa.Table:
+    """The rows of a record: of all splits but streams."""
+    parts = [
+        pa.table(
+            [
+                pa.array(map(_hash, rows["image_id"][:]), pa.uint64()),
+                pa.array(map(_captions, rows["captions"][:]), pa.uint64()),
+                pa.array(contents(rows), pa.binary(16)),
+                pa.array([split] * len(rows), pa.string()),
+                pa.array([False] * len(rows)),
+            ],
+            schema=SCHEMA,
+        )
+        for split, rows in splits.items()
+        if isinstance(rows, datasets.Dataset)
+    ]
+    return pa.concat_tables([SCHEMA.empty_table(), *parts])
+
+
+def contents(rows: datasets.Dataset) -> list[bytes]:
+    """The hash of each image's file, or of its bytes in the table. Kept in the cache, by the size and time of the files."""
+    kept = cache_folder() / "contents" / f"{xxhash.xxh3_128_hexdigest(stamp(rows))}.npy"
+    if kept.exists():
+        return list(map(bytes, np.load(kept)))
+    images = rows.select_columns(["image"])
+    hashes = in_threads(lambda row: _content(images[row]["image"]), range(len(images)), 16)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with whole(kept) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16))
+    return hashes
+
+
+def _content(image: dict) -> bytes:
+    try:
+        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    except (OSError, ValueError, TypeError):  # `check_images` says what is wrong with it
+        return UNREADABLE
+    return xxhash.xxh3_128_digest(content)
+
+
+def _captions(captions: list[str]) -> int:
+    return _hash("\n".join(sorted(captions)))  # sorted: a source whose rows were moved says the same
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
