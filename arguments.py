@@ -471,6 +471,9 @@ class EvaluateArguments:
     seen_in_training: bool = flag(
         False, "Load the training split too, and report the share of captions that occur in it word for word."
     )
+    score_trained_images: bool = flag(
+        False, "Score images that the model was trained on too; without this flag a split that has any is refused."
+    )
     corrupt: list[str] = flag(
         [],
         "Corrupt the images before captioning, to measure how robust a model is: gaussian_noise:STD (of 255), "

@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.files import output_folder, write_json, write_text
 from common.processes import processes
 from common.provenance import environment
+from data import seen
 from data.caption_files import find_images, load_predictions, read_references
 from metrics.clip_scores import load_scorers
 from metrics.coco_caption.text_checks import remove_illegal_characters
@@ -53,8 +54,8 @@ def main():
     # Load the data and the model
     state = processes()
     with state.main_process_first():
-        splits = load_splits(model_args, data_args, args)
-    records = data.in_memory(splits[args.split], args.split)
+        splits, overlap = load_splits(model_args, data_args, args)
+    records = splits[args.split]
     scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
     captioner = load_captioner(model_args, generation_args, args)
 
@@ -78,7 +79,7 @@ def main():
         if args.seen_in_training:
             looking["training_captions"] = (text for row in splits["train"] for text in row["captions"])
         model, name = model_args.model_name_or_path, data_args.dataset_name
-        source = {"split": args.split, "dataset_name": name, "model": model}
+        source = {"split": args.split, "dataset_name": name, "model": model, "seen": overlap}
         showing = {"captioner": captioner, "sweep": sweep}
         scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **showing, **looking)
         check_gate(args.fail_under, scored.scores)
@@ -132,23 +133,35 @@ def check_gate(fail_under: str | None, scores: dict) -> None:
         raise UserError(f"fail_under: {'; '.join(below)}.")
 
 
-def load_splits(model_args, data_args, args):
-    return data.load(
-        **data_args.source(),
-        splits=(args.split, "train") if args.seen_in_training else (args.split,),
-        max_samples={args.split: args.max_samples} if args.max_samples is not None else None,
-        all_as=None if args.seen_in_training or trained_on(model_args, data_args) else args.split,
+def load_splits(model_args, data_args, args) -> tuple:
+    """(splits of records; how many of the scored ones the model has seen). UserError if it was trained on some of them."""
+    name = model_args.model_name_or_path
+    record = seen.find(name)
+    drawn = data_args.draw_splits_from is not None
+    if record is None and trained_on(name, data_args):
+        drawn, record = args.score_trained_images, None if args.score_trained_images else seen.Unrecorded(name)
+    options = {
+        "splits": (args.split, "train") if args.seen_in_training else (args.split,),
+        "max_samples": {args.split: args.max_samples} if args.max_samples is not None else None,
+    }
+    splits = data.load(
+        **data_args.source(), **options, all_as=None if record is None and drawn else args.split, seen=record
     )
+    records = data.in_memory(splits[args.split], args.split)
+    overlap = record.overlap(records) if isinstance(record, seen.Seen) else {"images": len(records), **seen.UNKNOWN}
+    if overlap["trained_on"] and args.split != "train" and not args.score_trained_images:
+        raise UserError(
+            f"{name} was trained on {overlap['trained_on']:,} of these {len(records):,} images ({args.split} split of "
+            f"{data_args.dataset_name}). Name others, or pass --score_trained_images to score them all the same."
+        )
+    return {**splits, args.split: records}, overlap
 
 
-def trained_on(model_args, data_args) -> bool:
-    """Whether train.py trained this model on this dataset. If so, and the dataset has no splits, the split drawn for
-    training is scored; else all of it, unless --draw_splits_from is given."""
-    model = Path(model_args.model_name_or_path)
-    records = [folder / "run.json" for folder in (model, model.parent) if (folder / "run.json").is_file()]
-    names = [json.loads(record.read_text(encoding="utf-8"))["flags"].get("dataset_name") for record in records]
-    same = [name for name in names if name and os.path.abspath(name) == os.path.abspath(data_args.dataset_name)]
-    return bool(same) or data_args.draw_splits_from is not None
+def trained_on(model: str, data_args) -> bool:
+    """Whether train.py trained this model on a data set of this name."""
+    runs = [folder / "run.json" for folder in (Path(model), Path(model).parent) if (folder / "run.json").is_file()]
+    names = [json.loads(run.read_text(encoding="utf-8"))["flags"].get("dataset_name") for run in runs]
+    return any(name and os.path.abspath(name) == os.path.abspath(data_args.dataset_name) for name in names)
 
 
 def load_captioner(model_args, generation_args, args) -> Captioner:

@@ -19,6 +19,7 @@ from captioner import Captioner
 from common.errors import UserError
 from common.files import output_folder, share_weights
 from common.publish import upload
+from data import seen
 from models.loading import load_model
 from reports.model_card import read_run, write_card
 
@@ -44,6 +45,8 @@ def main():
             if (run_folder / name).is_file() and run_folder == source:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(run_folder / name, folder / name)
+        if (run_folder / seen.NAME).is_file():  # for evaluate.py; it is not uploaded
+            shutil.copyfile(run_folder / seen.NAME, folder / seen.NAME)
         exported, _ = load_model(str(folder), merge=merge)
         for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
             if not torch.equal(one, other):

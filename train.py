@@ -23,6 +23,7 @@ import data
 from common.errors import UserError
 from common.files import output_folder
 from common.sharding import gathered
+from data import seen
 from metrics.clip_scores import load_scorers
 from objectives import build_objective, check_objective
 from reports import outputs
@@ -73,6 +74,9 @@ def fine_tune(groups, reward_metrics, flags, folder, checkpoint):
 
     # Load the data and the model
     splits, bad_samples = load_splits(data_args, args)
+    if args.process_index == 0:
+        start = None if scratch_args.model_config else model_args.model_name_or_path
+        seen.begin(folder, splits, start, checkpoint)
     captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args)
 
     # Build the trainer
@@ -148,6 +152,7 @@ def evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folde
             if not trainer.is_world_process_zero():
                 continue
             source = {"split": name, "dataset_name": data_args.dataset_name, "model": str(folder)}
+            source["seen"] = seen.find(folder).overlap(records)
             where = folder if name == "test" or "test" not in splits else output_folder(folder / name)
             looks = {"captioner": captioner, "curves": training_panels(trainer.state)}
             options = {"training_captions": known, "scorers": scorers, "num_workers": workers}

@@ -120,6 +120,14 @@ class Unrecorded:
 UNKNOWN = {"trained_on": None, "validated_on": None}  # the overlap of a model without record
 
 
+def in_words(overlap: dict) -> str:
+    """What `Seen.overlap` says, as a sentence."""
+    if overlap["trained_on"] is None:
+        return "Whether the model was trained on any of these images is not known."
+    selected = f", and {overlap['validated_on']:,} selected its checkpoint" if overlap["validated_on"] else ""
+    return f"{overlap['trained_on']:,} of these {overlap['images']:,} images were trained on{selected}."
+
+
 def find(model: str | Path) -> Seen | None:
     """The record of a model's folder or, for a checkpoint, of its run's; None if there is none (models from elsewhere)."""
     for folder in (Path(model), Path(model).parent):

@@ -51,6 +51,7 @@ def load(
     splits: tuple[str, ...] | None = None,
     max_samples: dict[str, int] | None = None,
     all_as: str | None = None,
+    seen=None,
     bad_samples: list | None = None,
     require_images: bool = True,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
@@ -76,6 +77,8 @@ def load(
         splits: these splits only. Images of other splits are then neither fetched (COCO-Karpathy) nor compared.
         max_samples: at most this many records per split, e.g. {"train": 1000}: the first ones.
         all_as: if the source has no splits, all images are this split, and no split is drawn.
+        seen: with `all_as`, a data.seen.Seen: of a source without splits, the images of the split that this model's
+            training had, if it has seen any of the source.
         bad_samples: a list that receives {"image_id", "image", "reason"} for each row skipped.
         require_images: False for callers that read captions only: image files may then be missing, and are not fetched.
 
@@ -97,6 +100,8 @@ def load(
     rows, tables = open_rows(source, dataset_name, draw_splits_from)
     if options.streaming and tables is not None and not _are_annotations(tables, options):
         streams = stream_records(tables, options, split_seed, dataset_name, all_as)
+        if seen and set(tables) == {"train"}:
+            streams, _ = seen.held_out(streams, all_as)
         dataset = choose(streams, splits, max_samples, dataset_name)
         logger.info(NOT_CHECKED, dataset_name, source.format.NAME, ", ".join(dataset))
         return dataset
@@ -113,7 +118,9 @@ def load(
         for record in records:
             record.split = all_as
         complete = True
-    if complete and (official or all_as):  # before images are looked for: those of unwanted splits need not be there
+    if complete and (
+        official or (all_as and not seen)
+    ):  # before images are looked for: those of unwanted splits need not be there
         records = _only_wanted(records, splits, max_samples, dataset_name)
     if require_images:
         karpathy.fetch_missing(records, options)
@@ -131,7 +138,10 @@ def load(
         if not complete:
             groups = splitting.groups_of(records, group_column, near)
             how = splitting.draw_splits(records, split_seed, splitting.parse_shares(split_shares), official, groups)
-    dataset = choose(rec.to_dataset(records, table), splits, max_samples, dataset_name)
+    dataset = rec.to_dataset(records, table)
+    if seen and not official:
+        dataset, how = seen.held_out(dataset, all_as)
+    dataset = choose(dataset, splits, max_samples, dataset_name)
     kind = source.format.NAME + (" detected" if data_format == "auto" else "")
     logger.info("%s (%s): %s; %s%s", dataset_name, kind, counts(dataset), how, in_words(options.dropped))
     return as_streams(dataset) if streaming else dataset

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common.files import write_text
 from common.publish import without_local_paths
+from data.seen import in_words
 from metrics.names import SCORES
 from models.families import base_model, family_of
 from reports.snippet import snippet
@@ -210,7 +211,8 @@ def _scores(reported: list[dict]) -> str:
         generation = ", ".join(f"{k} {v}" for k, v in scores["generation"].items() if v not in (None, ""))
         parts.append(
             f"On the {scores['split']} split of `{_shown(scores['dataset_name'])}` ({scores['counts']['images']} images, one "
-            f"caption each, all references; no reference is ever shown to the model).\n\n"
+            f"caption each, all references; no reference is ever shown to the model)."
+            f"{' ' + in_words(scores['seen']) if 'seen' in scores else ''}\n\n"
             "| metric | score | 95 % interval over images |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
             f"Generated with: {_cell(generation)}. sacreBLEU signature: `{scores.get('sacrebleu_signature')}`. "
             f"Dataset fingerprint: `{scores.get('dataset_fingerprint')}`."

@@ -9,6 +9,7 @@ from common.caches import cache_folder
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.provenance import environment
+from data.seen import in_words
 from drawn_scenes.facts import scene_facts, score_scene_facts
 from metrics.chair import chair_scores, read_instances
 from metrics.clip_scores import clip_scores
@@ -189,6 +190,8 @@ def summary(metrics: dict) -> str:
     shares = ("distinct", "bad_endings", "repeated_words", "empty")
     corpus = ", ".join(f"{name} {metrics['corpus'][name]:.3f}" for name in shares)
     lines.append(f"  captions   {metrics['corpus']['mean_length']:.1f} words on average; shares: {corpus}")
+    if "seen" in metrics:
+        lines.append(f"  {in_words(metrics['seen'])}")
     for name, part in metrics.get("subsets", {}).items():
         had = [score for score in (*names, *metrics.get("clip_weights", ())) if part.get(score) is not None]
         scores = ", ".join(f"{score} {part[score]:.4f}" for score in had)

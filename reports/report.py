@@ -23,6 +23,7 @@ from PIL import Image
 from common.files import write_text
 from common.limits import cpus
 from data.images import ImageError, open_image
+from data.seen import in_words
 from metrics import names
 from metrics.coco_caption.coco import ends_badly
 from metrics.coco_caption.text_checks import contradictions, illegal_characters, repetition
@@ -84,6 +85,7 @@ def write_comparison_report(folder: Path, runs: dict[str, dict], comparison: dic
 def _template():
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["last_part"] = lambda path: Path(path).name if Path(path).exists() else path
+    environment.filters["in_words"] = in_words
     environment.globals |= {"shown": names.shown, "score_named": names.score_named, "explanations": _explanations()}
     return environment.get_template("report.html.jinja")
 
