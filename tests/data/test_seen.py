@@ -87,7 +87,7 @@ def test_the_name_of_the_source_does_not_matter(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(table.parent)
     assert scored("captions.csv", model)[0] == ids["test"]
     (tmp_path / "renamed").mkdir()
-    with open(tmp_path / "renamed" / "list.jsonl", "w") as file:
+    with open(tmp_path / "renamed" / "list.jsonl", "w", encoding="utf-8") as file:
         for number in range(PHOTOS):
             shutil.copy(table.parent / f"{number}.png", tmp_path / "renamed" / f"other{number}.png")
             file.write(json.dumps({"image": f"other{number}.png", "caption": "another caption"}) + "\n")
