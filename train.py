@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import logging
+from pathlib import Path
 
 from transformers import set_seed
 
@@ -73,10 +74,7 @@ def fine_tune(groups, reward_metrics, flags, folder, checkpoint):
     set_seed(args.seed)
 
     # Load the data and the model
-    splits, bad_samples = load_splits(data_args, args)
-    if args.process_index == 0:
-        start = None if scratch_args.model_config else model_args.model_name_or_path
-        seen.begin(folder, splits, start, checkpoint)
+    splits, bad_samples = load_splits(groups, checkpoint)
     captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args)
 
     # Build the trainer
@@ -110,8 +108,10 @@ def fine_tune(groups, reward_metrics, flags, folder, checkpoint):
         trainer.push_to_hub()
 
 
-def load_splits(data_args, args) -> tuple:
-    """(splits of records, bad training samples that were left out); ValueError if a required split is missing."""
+def load_splits(groups, checkpoint) -> tuple:
+    """(splits of records, bad training samples that were left out), recorded in the output folder. ValueError if a required
+    split is missing, or if the data are not those of the checkpoint."""
+    model_args, scratch_args, _, data_args, *_, args = groups
     bad_rows = []
     with args.main_process_first(desc="preparing the dataset"):
         splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
@@ -120,7 +120,11 @@ def load_splits(data_args, args) -> tuple:
     if "validation" not in splits and args.eval_strategy != "no":
         raise UserError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
     held_out = {name: data.in_memory(splits[name], name) for name in ("validation", "test") if name in splits}
-    return {"train": splits["train"], **held_out}, bad_rows + bad_images
+    splits = {"train": splits["train"], **held_out}
+    if args.process_index == 0:
+        start = scratch_args.model_config or model_args.model_name_or_path
+        seen.begin(Path(args.output_dir), splits, start, checkpoint)
+    return splits, bad_rows + bad_images
 
 
 def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:

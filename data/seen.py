@@ -1,7 +1,7 @@
 """What a model has seen: train.py records every image of a run beside the model, and evaluate.py looks there.
 
-An image is recognized by the bytes of its file, and where those were written anew by its id and captions together. So it
-does not matter how a source is named, what else it holds and in which order. Ids and captions are kept as hashes.
+An image is recognized by the bytes of its file. So it does not matter how a source is named, what else it holds and in which
+order. Ids and captions, which say what changed in a run's data, are kept as hashes.
 """
 
 import logging
@@ -37,16 +37,12 @@ class Seen:
         ids, captions, contents, splits, _ = (column.to_pylist() for column in table.columns)
         nearest_last = sorted(zip(splits, contents, ids, captions, strict=True), key=lambda row: -SPLITS.index(row[0]))
         self.of_content = {content: split for split, content, _, _ in nearest_last if content != UNREADABLE}
-        self.of_texts = {(id_, texts): split for split, _, id_, texts in nearest_last}
+        self.trained_texts = {(id_, texts) for split, _, id_, texts in nearest_last if split == "train"}
         self.has_train = "train" in splits  # a stream's training images are not known in advance
 
     def splits_of(self, rows: datasets.Dataset) -> list[str | None]:
         """The split that each image was in, train before validation before test; None for images it has not seen."""
-        texts = zip(map(_hash, rows["image_id"][:]), map(_captions, rows["captions"][:]), strict=True)
-        return [self._split_of(*image) for image in zip(contents(rows), texts, strict=True)]
-
-    def _split_of(self, content: bytes, texts: tuple[int, int]) -> str | None:
-        return self.of_content.get(content) or self.of_texts.get(texts)
+        return [self.of_content.get(content) for content in contents(rows)]
 
     def held_out(self, splits, split: str):
         """(splits, phrase for the log line) of a source without splits, whose images are all in `split`: those that
@@ -71,10 +67,7 @@ class Seen:
         return datasets.DatasetDict(chosen), phrase
 
     def _held_out_of_stream(self, streams, split: str):
-        def was_held_out(row):
-            return self._split_of(_content(row["image"]), (_hash(row["image_id"]), _captions(row["captions"]))) == split
-
-        chosen = streams[split].filter(was_held_out)
+        chosen = streams[split].filter(lambda row: self.of_content.get(_content(row["image"])) == split)
         if next(iter(chosen), None) is None:
             return streams, f"no splits in the source, so all images are {split}; none was {self.model}'s {split} split"
         return datasets.IterableDatasetDict({split: chosen}), f"the split of {self.model}'s training"
@@ -83,6 +76,13 @@ class Seen:
         """How many of the images the model was trained on (None where it cannot be known), and how many chose its
         checkpoint or its settings, as validation split."""
         before = self.splits_of(rows)
+        texts = zip(map(_hash, rows["image_id"][:]), map(_captions, rows["captions"][:]), strict=True)
+        if alike := sum(not part and text in self.trained_texts for part, text in zip(before, texts, strict=True)):
+            logger.warning(
+                "%d images have other bytes than images that %s was trained on, but their ids and captions: if they are these "
+                "images written anew (resized, say), their scores are those of trained images",
+                *(alike, self.model),
+            )
         trained = before.count("train") if self.has_train or None not in before else None
         return {"images": len(before), "trained_on": trained, "validated_on": before.count("validation")}
 
@@ -136,12 +136,12 @@ def find(model: str | Path) -> Seen | None:
     return None
 
 
-def begin(folder: Path, splits, start: str | None, checkpoint: str | None) -> None:
+def begin(folder: Path, splits, start: str, checkpoint: str | None) -> None:
     """Record the images of a run in `folder`. UserError if it resumes from a checkpoint of other data.
 
     Args:
         splits: records by split; those of a stream are unknown.
-        start: the model that training starts from, whose record becomes part of this one. None: random weights.
+        start: the model that training starts from, whose record, if it has one, becomes part of this one.
         checkpoint: the one to resume from.
     """
     table = describe(splits)
@@ -157,7 +157,7 @@ def begin(folder: Path, splits, start: str | None, checkpoint: str | None) -> No
             "split that was drawn is drawn in another way now, so that images it was trained on may be scored",
             folder,
         )
-    if earlier := find(start) if start else None:
+    if earlier := find(start):
         flags = pa.array([True] * len(earlier.table))
         table = pa.concat_tables([table, earlier.table.set_column(4, "earlier", flags)])
     with whole(folder / NAME) as temporary:

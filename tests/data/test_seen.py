@@ -13,7 +13,7 @@ import data
 from common.errors import UserError
 from data import seen
 
-PHOTOS = 300
+PHOTOS = 1000
 
 
 def write(folder, numbers, name="captions.csv"):
@@ -30,12 +30,12 @@ def write(folder, numbers, name="captions.csv"):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(table, {split: ids}, folder of a model) of a run on 300 images."""
+    """(table, {split: ids}, folder of a model) of a run on 1,000 images."""
     folder = tmp_path_factory.mktemp("run")
     table = write(folder / "set", range(PHOTOS))
     splits = data.load(str(table))
     (folder / "model").mkdir()
-    seen.begin(folder / "model", splits, None, None)
+    seen.begin(folder / "model", splits, "none", None)
     return table, {name: set(rows["image_id"]) for name, rows in splits.items()}, folder / "model"
 
 
@@ -59,12 +59,12 @@ def shuffled(table, numbers):
 
 
 @pytest.mark.parametrize("change", [appended, removed, shuffled])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_rows_that_come_go_or_move_bring_no_trained_image_to_the_score(trained, tmp_path, change, seed):
     table, ids, model = trained
     shutil.copytree(table.parent, tmp_path / "set")
     numbers = random.Random(seed).sample(
-        range(PHOTOS, 2 * PHOTOS) if change is appended else range(PHOTOS), 1 + 20 * seed
+        range(PHOTOS, 2 * PHOTOS) if change is appended else range(PHOTOS), 1 + 40 * seed
     )
     table = change(tmp_path / "set" / table.name, numbers)
     for split in ("test", "validation"):
@@ -94,23 +94,16 @@ def test_the_name_of_the_source_does_not_matter(trained, tmp_path, monkeypatch):
     assert scored(tmp_path / "renamed" / "list.jsonl", model)[0] == {f"other{name}" for name in ids["test"]}
 
 
-def test_images_of_the_same_names_are_other_images(trained, tmp_path):
-    _, _, model = trained
-    table = write(tmp_path / "set", range(1000, 1040))
+def test_other_pictures_under_the_same_names_are_other_images_and_a_line_says_how_many(trained, tmp_path, caplog):
+    _, ids, model = trained
+    table = write(tmp_path / "set", range(2000, 2040))
     for number in range(40):
-        (tmp_path / "set" / f"{1000 + number}.png").rename(tmp_path / "set" / f"{number}.png")
-    table.write_text("file_name,caption\n" + "".join(f"{n}.png,a caption of another set\n" for n in range(40)))
+        (tmp_path / "set" / f"{2000 + number}.png").rename(tmp_path / "set" / f"{number}.png")
+    table.write_text("file_name,caption\n" + "".join(f"{n}.png,picture {n}\n" for n in range(40)))
     images, overlap = scored(table, model)
     assert len(images) == 40
     assert overlap == {"images": 40, "trained_on": 0, "validated_on": 0}
-
-
-def test_pictures_written_anew_are_recognized_by_name_and_captions(trained, tmp_path):
-    table, ids, model = trained
-    shutil.copytree(table.parent, tmp_path / "set")
-    for file in (tmp_path / "set").glob("*.png"):
-        Image.open(file).resize((16, 16)).save(file)
-    assert scored(tmp_path / "set" / table.name, model)[0] == ids["test"]
+    assert f"{len(images & ids['train'])} images have other bytes" in caplog.text
 
 
 def test_a_source_of_trained_images_is_refused_and_new_ones_are_scored(trained, tmp_path):
@@ -118,22 +111,22 @@ def test_a_source_of_trained_images_is_refused_and_new_ones_are_scored(trained, 
     numbers = [int(name.removesuffix(".png")) for name in sorted(ids["train"])[:10]]
     with pytest.raises(UserError, match="has seen all of these 10 images"):
         scored(write(tmp_path / "a", numbers), model)
-    images, overlap = scored(write(tmp_path / "b", [*numbers, 400, 401]), model)
-    assert images == {"400.png", "401.png"}
+    images, overlap = scored(write(tmp_path / "b", [*numbers, 2400, 2401]), model)
+    assert images == {"2400.png", "2401.png"}
     assert overlap["trained_on"] == 0
 
 
 def test_official_splits_are_counted(trained, tmp_path):
     _, ids, model = trained
     train, validation = (sorted(int(name.removesuffix(".png")) for name in ids[s])[:3] for s in ("train", "validation"))
-    write(tmp_path, [*train, *validation, 500], "test.csv")
-    write(tmp_path, range(600, 610), "train.csv")
+    write(tmp_path, [*train, *validation, 2500], "test.csv")
+    write(tmp_path, range(2600, 2610), "train.csv")
     assert scored(tmp_path, model)[1] == {"images": 7, "trained_on": 3, "validated_on": 3}
 
 
 def test_a_later_stage_has_seen_what_the_first_one_saw(trained, tmp_path):
     table, ids, model = trained
-    splits = data.load(str(write(tmp_path / "set", range(700, 760))))
+    splits = data.load(str(write(tmp_path / "set", range(2700, 2760))))
     (tmp_path / "second").mkdir()
     seen.begin(tmp_path / "second", splits, str(model), None)
     rows = data.load(str(table), splits=("test",), all_as="test")["test"]
@@ -146,7 +139,7 @@ def test_a_run_is_not_resumed_on_other_data_and_the_line_says_what_changed(train
     folder, checkpoint = tmp_path / "model", tmp_path / "model" / "checkpoint-5"
     shutil.copytree(model, folder)
     checkpoint.mkdir()
-    seen.begin(folder, data.load(str(shuffled(tmp_path / "set" / table.name, [3]))), None, str(checkpoint))
+    seen.begin(folder, data.load(str(shuffled(tmp_path / "set" / table.name, [3]))), "none", str(checkpoint))
     before = (folder / seen.NAME).read_bytes()
     table = appended(tmp_path / "set" / table.name, range(PHOTOS, PHOTOS + 30))
     splits = data.load(str(table))
@@ -154,12 +147,12 @@ def test_a_run_is_not_resumed_on_other_data_and_the_line_says_what_changed(train
         int(name.removesuffix(".png")) >= PHOTOS for s in ("train", "validation") for name in splits[s]["image_id"]
     )
     with pytest.raises(UserError, match=rf"was begun: {new} images added\. Restore"):
-        seen.begin(folder, splits, None, str(checkpoint))
+        seen.begin(folder, splits, "none", str(checkpoint))
     table = removed(table, range(5))
     table.write_text(table.read_text().replace("picture 1", "zebra 1"))
     splits = data.load(str(table))
     with pytest.raises(UserError, match=r"was begun: \d images removed, \d+ images with other captions\. Restore"):
-        seen.begin(folder, splits, None, str(checkpoint))
+        seen.begin(folder, splits, "none", str(checkpoint))
     assert (folder / seen.NAME).read_bytes() == before
     assert not any(name.encode() in before for name in ("1.png", "picture", "captions.csv"))
 
@@ -167,5 +160,5 @@ def test_a_run_is_not_resumed_on_other_data_and_the_line_says_what_changed(train
 def test_a_run_of_an_earlier_version_is_told(trained, tmp_path, caplog):
     table, _, _ = trained
     (tmp_path / "checkpoint-1").mkdir()
-    seen.begin(tmp_path, data.load(str(table)), None, str(tmp_path / "checkpoint-1"))
+    seen.begin(tmp_path, data.load(str(table)), "none", str(tmp_path / "checkpoint-1"))
     assert "begun by an earlier version" in caplog.text
