@@ -114,7 +114,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def _run_epoch(self, *, epoch, **kwargs):
-        # accelerate tells the data set its epoch in a single process only, and in a resumed epoch not at all.
+        # Not left to accelerate, which tells the data set only where it finds no sampler to tell.
         self.train_dataset.set_epoch(epoch)
         if not self.control.should_training_stop:  # the library looks after a step
             super()._run_epoch(epoch=epoch, **kwargs)

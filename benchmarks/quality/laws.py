@@ -2,6 +2,8 @@
 
     python -m benchmarks.quality.laws [--options plain patience] [--kills 20] [--folder FOLDER]
 
+With --options the rows of the others stay as they are in the results file.
+
 Runs of train.py on tiny pictures and models write down all that they learn from (tests/helpers/recorded_train.py): of each step
 the epoch, learning rate, images, captions and pixels after augmentation. Each way is compared with one process that is left
 alone. A killed or stopped run is started again, and its losses and weights must be the same in bits; those of other numbers of
@@ -185,19 +187,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     args = parser.parse_args()
+    results = RESULTS / "laws.json"
+    record = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"table": {}}
     with tempfile.TemporaryDirectory() as folder:
         judge = Laws(args.folder or Path(folder))
-        found: dict[str, dict[str, str]] = {}
         for option in args.options:
-            found[option] = {}
+            record["table"][option] = {}
             for way, verdict in judge.row(option):
-                found[option][way] = verdict
+                record["table"][option][way] = verdict
                 print(f"{option:<22} {way:<50} {verdict}", flush=True)
-        record = {"table": found, "random_kills": judge.kills(args.kills) if args.kills else None, **environment()}
+            write_json(results, record | environment())
+        if args.kills:
+            record["random_kills"] = judge.kills(args.kills)
+            print(json.dumps(record["random_kills"]))
+            write_json(results, record | environment())
         judge.runs.ranks.close()
-    print(json.dumps(record["random_kills"]))
-    write_json(RESULTS / "laws.json", record)
-    print(table(found))
+    print(table({option: record["table"][option] for option in OPTIONS if option in record["table"]}))
 
 
 if __name__ == "__main__":
