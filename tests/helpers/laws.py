@@ -68,7 +68,7 @@ class Run:
         self.output, self.record = output, output.with_name(f"{output.name}.record")
 
     def steps(self) -> dict[int, dict]:
-        """{step: {"epoch", "learning_rate", "samples" of all processes, sorted}}. A step that a killed process began and
+        """{step: {"learning_rate", "samples" of all processes, sorted}}. A step that a killed process began and
         the next one did again is there once; both must have seen the same."""
         steps: dict[int, dict] = {}
         for start in sorted(self.record.iterdir()):
@@ -86,7 +86,7 @@ class Run:
         return steps
 
     def samples(self, epoch: int) -> list[dict]:
-        return [row for step in self.steps().values() if step["epoch"] == epoch for row in step["samples"]]
+        return [row for step in self.steps().values() for row in step["samples"] if row["epoch"] == epoch]
 
     def images(self, epoch: int) -> list[str]:
         return sorted(row["image"] for row in self.samples(epoch))

@@ -30,6 +30,7 @@ def write_down(trainer, batch) -> None:
     tokenizer = trainer.processing_class.tokenizer
     rows = [
         {
+            "epoch": int(trainer.train_dataset.epoch),  # a stream may begin its next one inside a step
             "image": image,
             "captions": [tokenizer.decode(row[row != -100]) for row in rows if (row != -100).any()],
             "pixels": hashlib.blake2b(pixels.cpu().numpy().tobytes(), digest_size=6).hexdigest(),
@@ -38,7 +39,6 @@ def write_down(trainer, batch) -> None:
     ]
     line = {
         "step": trainer.state.global_step + 1,
-        "epoch": int(trainer.train_dataset.epoch),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "noise": hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=6).hexdigest(),
         "samples": [row for row in rows if row["captions"]],
