@@ -192,13 +192,13 @@ class GenerationArguments:
     """Unset flags take the settings that the checkpoint was trained with (its generation_config.json)."""
 
     prompt: str | None = flag(None, "Words that every caption continues. Default: the checkpoint's own, else none.")
-    keep_prompt: bool | None = flag(
-        None, "Keep the prompt's words at the front of the captions. Default: the checkpoint's, else false."
+    keep_prompt: bool = flag(
+        False, "Keep the prompt's words at the front of the captions; always, if the checkpoint was trained with it."
     )
-    remove_illegal_characters: bool | None = flag(
-        None,
+    remove_illegal_characters: bool = flag(
+        False,
         "Remove characters from the captions that no text has, such as incomplete letters, which BLIP-2 with OPT "
-        "sometimes writes. Default: the checkpoint's, else false.",
+        "sometimes writes; always, if the checkpoint was trained with it.",
     )
     num_beams: int | None = flag(None, "Beams of the beam search. Default: the checkpoint's, else 5.")
     max_new_tokens: int | None = flag(None, "Longest caption in tokens. Default: the checkpoint's, else 30.")

@@ -48,10 +48,9 @@ class Captioner:
 
     `settings` are those of `generate`; one that is None or absent is taken from the checkpoint (its
     generation_config.json), else from DEFAULTS. Nothing else of that file counts: models.decoding.drop_leftovers takes it
-    out of the model. `prompt` None is the prompt that the checkpoint was trained with. The
-    prompt's words are left out of the captions, unless `keep_prompt`; `remove_illegal_characters` removes those of
-    metrics.coco_caption.text_checks from every caption; both are the checkpoint's if None. `fast_jpeg` and `corruption` are
-    ImageCollator's.
+    out of the model. `prompt` None is the prompt that the checkpoint was trained with. The prompt's words are left out of
+    the captions, unless `keep_prompt`; `remove_illegal_characters` removes those of metrics.coco_caption.text_checks from
+    every caption; both also if the checkpoint was trained with it. `fast_jpeg` and `corruption` are ImageCollator's.
     """
 
     def __init__(
@@ -60,19 +59,18 @@ class Captioner:
         processor,
         *,
         prompt=None,
-        keep_prompt=None,
+        keep_prompt=False,
         autocast=None,
         fast_jpeg=False,
         corruption=None,
-        remove_illegal_characters=None,
+        remove_illegal_characters=False,
         **settings,
     ):
         self.model, self.processor, self.autocast = model, processor, autocast
         self.fast_jpeg, self.corruption = fast_jpeg, corruption
         own = getattr(model.config, "caption_text", {})
-        self.keep_prompt = own.get("keep_prompt", False) if keep_prompt is None else keep_prompt
-        asked = remove_illegal_characters
-        self.filtered = own.get("remove_illegal_characters", False) if asked is None else asked
+        self.keep_prompt = keep_prompt or own.get("keep_prompt", False)
+        self.filtered = remove_illegal_characters or own.get("remove_illegal_characters", False)
         default = getattr(model.config, "caption_prompt", family_of(model.config).default_words)
         self.prompt = default if prompt is None else prompt
         self.collator = ImageCollator(
