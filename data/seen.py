@@ -34,11 +34,12 @@ class Seen:
 
     def __init__(self, table: pa.Table, model: str):
         self.table, self.model = table, model
-        ids, captions, contents, splits, _ = (column.to_pylist() for column in table.columns)
+        ids, captions, contents, splits, earlier = (column.to_pylist() for column in table.columns)
         nearest_last = sorted(zip(splits, contents, ids, captions, strict=True), key=lambda row: -SPLITS.index(row[0]))
         self.of_content = {content: split for split, content, _, _ in nearest_last if content != UNREADABLE}
         self.trained_texts = {(id_, texts) for split, _, id_, texts in nearest_last if split == "train"}
-        self.has_train = "train" in splits  # a stream's training images are not known in advance
+        # A stream's training images are not known in advance, and may be among those held out, too.
+        self.has_train = ("train", False) in zip(splits, earlier, strict=True)
 
     def splits_of(self, rows: datasets.Dataset) -> list[str | None]:
         """The split that each image was in, train before validation before test; None for images it has not seen."""
@@ -83,7 +84,7 @@ class Seen:
                 "images written anew (resized, say), their scores are those of trained images",
                 *(alike, self.model),
             )
-        trained = before.count("train") if self.has_train or None not in before else None
+        trained = before.count("train") if self.has_train else None
         return {"images": len(before), "trained_on": trained, "validated_on": before.count("validation")}
 
     def changes(self, now: "Seen") -> str:

@@ -162,3 +162,11 @@ def test_a_run_of_an_earlier_version_is_told(trained, tmp_path, caplog):
     (tmp_path / "checkpoint-1").mkdir()
     seen.begin(tmp_path, data.load(str(table)), "none", str(tmp_path / "checkpoint-1"))
     assert "begun by an earlier version" in caplog.text
+
+
+def test_of_a_stream_it_is_not_known_which_images_were_trained_on(trained, tmp_path):
+    table, _, model = trained
+    splits = data.load(str(table))
+    splits["train"] = splits["train"].to_iterable_dataset()
+    seen.begin(tmp_path, splits, str(model), None)
+    assert seen.find(tmp_path).overlap(splits["test"])["trained_on"] is None
