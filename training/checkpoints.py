@@ -31,7 +31,6 @@ LIBRARY_FREE = {
 }  # fmt: skip
 FIELDS = [field for group in TRAIN_GROUPS for field in dataclasses.fields(group)]
 FREE = LIBRARY_FREE | {field.name for field in FIELDS if isinstance(field.metadata.get("help"), Free)}
-UNSET_WAS_FALSE = ("keep_prompt", "remove_illegal_characters")  # in runs of earlier versions
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 OF_CLIP = ("clip_metrics", "clip_model", "pac_checkpoint")
 
@@ -116,7 +115,6 @@ def record_run(folder: Path, flags: dict, **facts) -> dict:
 
 def _check_flags(folder: Path, flags: dict) -> None:
     before, now = (_without_free(one, flags) for one in (_read(folder / "run.json")["flags"], _binding(flags)))
-    before |= {name: None for name in UNSET_WAS_FALSE if before.get(name) is False}
     differ = _differences(before, now)
     if differ:
         what = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:5])
