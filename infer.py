@@ -37,6 +37,7 @@ from captioning.sources import image_rows, left_out
 from common.errors import UserError
 from common.processes import default_workers, own_share, show_progress
 from common.remote import is_remote
+from common.weights import fingerprint
 from data.rows import Options
 from jobs import progress, queue
 from jobs.shards import reachable
@@ -56,8 +57,12 @@ def main():
     failed = []
     if form in (None, "txt"):
         rows = functools.partial(image_rows, paths, options(args))
-        next(rows(), None)  # reports bad paths before the model is loaded
-        print_captions(load(), rows, args) if form is None else write_texts(load(), rows, args, share)
+        if form is None:
+            next(rows(), None)  # reports bad paths before the model is loaded
+            print_captions(load(), rows, args)
+        else:
+            texts = plan_texts(rows, args)
+            write_texts(load(), rows, texts, args, share)
     else:
         failed = write_output(load, args, form, paths, share)
     if share[0] == 0:
@@ -76,8 +81,9 @@ def load_captioner(model_args, generation_args, args) -> tuple[Captioner, dict]:
         loading=model_args.loading(),
         **vars(generation_args),
     )
-    named = {"model": model_args.model_name_or_path, "revision": model_args.model_revision}
-    return captioner, named | captioner.description()
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    settings = {"model": name, "revision": revision, "weights": fingerprint(name, revision or "main")}
+    return captioner, settings | captioner.description()
 
 
 def options(args) -> Options:
@@ -101,32 +107,37 @@ def say_left_out(paths: list[str]) -> None:
 
 
 def print_captions(loaded, rows, args) -> None:
-    for row in show_progress(caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args), None):
-        print(f"{row['image']}\t{row.get('caption', 'error: ' + row.get('error', ''))}", flush=True)
+    captions = caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args)
+    for row, outcome in show_progress(captions, None):
+        print(f"{row['name']}\t{outcome.get('caption', 'error: ' + outcome.get('error', ''))}", flush=True)
 
 
-def write_texts(loaded, rows, args, share: tuple[int, int]) -> None:
-    """Write a .txt next to each image, or below --output. Existing ones are kept, so a stopped run resumes."""
-    folder = Path(args.output) if args.output else None
+def plan_texts(rows, args) -> writers.Texts:
+    """Where the .txt files go: next to the images, or below --output."""
     if args.output and is_remote(args.output):
         raise UserError("--output_format txt writes next to local images or into a local folder.")
-    written, there = 0, Counter()
+    texts = writers.Texts(rows(), Path(args.output) if args.output else None)
+    if texts.shared:
+        logger.warning("some images share their name up to its ending: their texts are called x.jpg.txt and x.png.txt")
+    return texts
+
+
+def write_texts(loaded, rows, texts: writers.Texts, args, share: tuple[int, int]) -> None:
+    """Write a .txt for each image. Existing ones are kept, so a stopped run resumes."""
+    written = 0
 
     def left():
         for row in itertools.islice(rows(), share[0], None, share[1]):
-            if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
-                raise UserError(f"{row['name']} is inside a source: name a folder for the .txt files with --output.")
-            if writers.text_of(row["image"], row["relative"], folder).exists():
-                there["before"] += 1
-            else:
-                yield row
+            target = texts.of(row)
+            if not target.exists():
+                yield row | {"target": str(target)}
 
-    for row in show_progress(caption(loaded[0], ImageRows(left, args.per_device_eval_batch_size), args), None):
-        if "caption" in row:
-            target = writers.text_of(row["place"], row["relative"], folder)
-            written += writers.write_text_beside(target, row["caption"])
+    captions = caption(loaded[0], ImageRows(left, args.per_device_eval_batch_size), args)
+    for row, outcome in show_progress(captions, None):
+        if "caption" in outcome:
+            written += writers.write_text_beside(Path(row["target"]), outcome["caption"])
         else:
-            logger.warning("%s", row["error"])
+            logger.warning("%s", outcome["error"])
     logger.info("%d .txt files written; existing ones are left as they are", written)
 
 
@@ -135,10 +146,13 @@ def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]
     folder = caption_output.shard_folder(args.output, form)
     folder.check()
     source = ImageSource(paths, options(args))
+    caption_output.check_names(args.output, form, source, paths)
     size = args.shard_size or folder.size(1000, queue.sharing(args, share), source.first)
     shards = source.shards(size)
-    work = CaptionShards(load, args, source, folder, caption_output.stale_files(folder, shards))
-    begin = functools.partial(progress.begin, folder, shards, size, "images", share)
+    earlier = caption_output.Earlier(folder, caption_output.stale_files(folder, shards))
+    work = CaptionShards(load, args, source, folder, earlier)
+    carried = functools.partial(earlier.count, source.listed)
+    begin = functools.partial(progress.begin, folder, shards, size, "images", share, carried=carried)
     there = functools.partial(reachable, folder.name)
     queue.run(work, begin, there, args, len(shards))
     queue.Patient(functools.partial(caption_output.finish, folder, shards, form, source, paths), there)()
@@ -148,9 +162,8 @@ def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]
 class CaptionShards:
     """Captions a shard and writes its file. Each worker has one of these."""
 
-    def __init__(self, load, args, source: ImageSource, folder, stale: list[str]):
-        self.load, self.args, self.source, self.folder = load, args, source, folder
-        self.earlier = caption_output.Earlier(folder, stale)
+    def __init__(self, load, args, source: ImageSource, folder, earlier: caption_output.Earlier):
+        self.load, self.args, self.source, self.folder, self.earlier = load, args, source, folder, earlier
 
     def start(self) -> dict:
         """Load the model; returns the settings that must stay the same during a run."""
@@ -160,20 +173,21 @@ class CaptionShards:
         return self.settings
 
     def __call__(self, shard, tick) -> dict:
-        started, known, captioned = time.time(), {}, []
+        started, listed, known, captioned = time.time(), [], {}, {}
         rows = functools.partial(self.source.rows, shard)
         if shard.kind == "rows" and (self.earlier.stale or self.args.dataloader_num_workers):
             listed = list(rows())  # else each DataLoader worker would read the source up to here
-            known = self.earlier.rows([row["key"] for row in listed])
+            known = self.earlier.outcomes(listed)
             rows = lambda: (row for row in listed if row["key"] not in known)  # noqa: E731
-        for row in caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args):
-            row.pop("relative"), row.pop("place")
-            captioned.append(row)
+        for row, outcome in caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args):
+            captioned[row["key"]] = (row, outcome)
             tick(len(captioned))
         if known:
-            found = known | {row["key"]: row for row in captioned}
-            captioned = [found[row["key"]] for row in listed]
-        return caption_output.write_shard(self.folder, shard, captioned, time.time() - started, self.settings)
+            captioned = {row["key"]: captioned.get(row["key"]) or (row, known[row["key"]]) for row in listed}
+        output = [caption_output.row_of(row, outcome) for row, outcome in captioned.values()]
+        sources = {row["source"] for row, _ in captioned.values()}
+        seconds = time.time() - started
+        return caption_output.write_shard(self.folder, shard, output, seconds, self.settings, sources)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Below, `name` is the value of --output (a path or an address) and `form` a key o
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -18,28 +17,18 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioning import writers
-from captioning.shards import ImageSource
+from captioning.shards import ImageSource, short
 from captioning.sources import source_files
+from common.existence import exists, may_be_on_hub
 from common.files import whole
+from common.locks import Busy, hold
 from common.remote import is_remote, upload
 from data.formats import webdataset
 from jobs.shards import REPORT, Shard, ShardFolder
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 logger = logging.getLogger(__name__)
-OWN = (
-    "key",
-    "image",
-    "caption",
-    "error",
-    "relative",
-    "place",
-    "columns",
-)  # a source's columns with these names are renamed
+TEXTS = ("key", "image", "version", "caption", "error")
+OWN = (*TEXTS, "relative", "place", "columns")  # a source's columns with these names are renamed
 
 
 def shard_folder(name: str, form: str) -> ShardFolder:
@@ -47,19 +36,24 @@ def shard_folder(name: str, form: str) -> ShardFolder:
     return ShardFolder(name, single=not (form == "parquet" and writers.is_folder(name, form)))
 
 
-def short(key: str) -> bytes:
-    """A stand-in for a key, so that a million of them fit in little memory."""
-    return hashlib.blake2b(os.fsencode(key), digest_size=12).digest()
+def row_of(row: dict, outcome: dict) -> dict:
+    """A row of a shard's output: {"key", "image", "version", columns ..., "caption" or "error"}, of a source's row and its
+    {"caption"} or {"error"}."""
+    columns = {f"source_{name}" if name in OWN else name: value for name, value in row["columns"].items()}
+    return {"key": row["key"], "image": row["name"], "version": row["version"]} | columns | outcome
 
 
-def write_shard(folder: ShardFolder, shard: Shard, rows: list[dict], seconds: float, settings: dict) -> dict:
-    """Write a shard's rows, {"key", "image", columns ..., "caption" or "error"}; returns the counts of its footer."""
+def write_shard(
+    folder: ShardFolder, shard: Shard, rows: list[dict], seconds: float, settings: dict, sources=()
+) -> dict:
+    """Write a shard's rows, as `row_of` makes them; returns the counts of its footer. `sources` are the paths that named
+    its images."""
     errors = sum("error" in row for row in rows)
-    counts = {"source": str(shard), "kind": shard.kind, "label": shard.label, "rows": len(rows), "errors": errors}
+    counts = {"source": str(shard), "rows": len(rows), "errors": errors, "sources": sorted(sources)}
     counts |= {"seconds": round(seconds, 3), "finished": time.time(), "settings": settings}
     if folder.single:  # columns keep their types until the output is made from them
         rows = [
-            {name: row[name] for name in ("key", "image", "caption", "error") if name in row}
+            {name: row[name] for name in TEXTS if name in row}
             | {"columns": json.dumps({k: v for k, v in row.items() if k not in OWN}, ensure_ascii=False, default=str)}
             for row in rows
         ]
@@ -69,33 +63,47 @@ def write_shard(folder: ShardFolder, shard: Shard, rows: list[dict], seconds: fl
 
 
 class Earlier:
-    """Rows of outputs whose shards no longer match the source, since it grew; they are found by their key.
+    """Captions in outputs whose shards no longer match the source, since it changed, of images that are the same.
 
     Args:
         stale: names of their files.
     """
 
     def __init__(self, folder: ShardFolder, stale: list[str]):
-        self.folder, self.stale, self.places = folder, stale, None
+        self.folder, self.stale = folder, stale
 
-    def rows(self, keys: list[str]) -> dict[str, dict]:
-        """{key: row} for those that are there, rows as `write_shard` takes them."""
-        if self.places is None:
-            self.places = {}
-            for number, name in enumerate(self.stale):
-                column = (key for batch in self.folder.read(name, ["key"]) for key in batch["key"].to_pylist())
-                self.places.update({short(key): (number, row) for row, key in enumerate(column)})
-        wanted: dict[int, set[int]] = {}
-        for key in keys if self.places else ():
-            if short(key) in self.places:
-                number, row = self.places[short(key)]
-                wanted.setdefault(number, set()).add(row)
-        found = {}
-        for number, numbers in wanted.items():
-            for place, row in enumerate(rows_in(self.folder, self.stale[number])):
-                if place in numbers:
-                    found[row["key"]] = row
-        return found
+    @functools.cached_property
+    def places(self) -> dict[bytes, tuple[str, int]]:
+        """{identity: (file, row)} of each image, its identity made of key and version."""
+        return {
+            short(key, version): (name, number)
+            for name in self.stale
+            for number, (key, version) in enumerate(_columns(self.folder, name, "key", "version"))
+        }
+
+    def count(self, listed: dict[int, list[bytes]], shards: list[Shard]) -> int:
+        """How many images of the shards have a caption here; `listed` has the identities of each shard's images."""
+        if not self.stale:
+            return 0
+        return sum(identity in self.places for shard in shards for identity in listed.get(shard.position, ()))
+
+    def outcomes(self, rows: list[dict]) -> dict[str, dict]:
+        """{key: {"caption"} or {"error"}} of the source's rows that have one here."""
+        files: dict[str, set[int]] = {}
+        for row in rows if self.stale else ():
+            if place := self.places.get(short(row["key"], row["version"])):
+                files.setdefault(place[0], set()).add(place[1])
+        earlier = ((files[name], row) for name in files for row in enumerate(rows_in(self.folder, name)))
+        return {
+            row["key"]: {name: row[name] for name in ("caption", "error") if name in row}
+            for numbers, (number, row) in earlier
+            if number in numbers
+        }
+
+
+def _columns(folder: ShardFolder, name: str, *columns: str) -> Iterator[tuple]:
+    for batch in folder.read(name, list(columns)):
+        yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
 
 
 def rows_in(folder: ShardFolder, name: str) -> Iterator[dict]:
@@ -104,31 +112,31 @@ def rows_in(folder: ShardFolder, name: str) -> Iterator[dict]:
         for row in batch.to_pylist():
             row = {column: value for column, value in row.items() if value is not None}
             columns = json.loads(row.pop("columns")) if folder.single else {}
-            said = {column: row.pop(column) for column in ("caption", "error") if column in row}
-            yield row | columns | said
+            outcome = {column: row.pop(column) for column in ("caption", "error") if column in row}
+            yield row | columns | outcome
 
 
 def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSource, paths: list[str]) -> bool:
     """Make the output from the shards' files, if all are there; returns whether they are."""
     done = folder.done(shards)
-    if len(done) < len(shards):
-        left = len(shards) - len(done)
+    contents = folder.whole_files(list(done.values()))
+    if len(contents) < len(shards):
+        left = len(shards) - len(contents)
         logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
         return False
-    with _alone(folder) as free:
-        if not free:  # another process sees the same, and is doing it
+    with _alone(folder) as alone:
+        if not alone:  # another process sees the same, and is doing it
             return True
-        names = [done[shard] for shard in shards]
-        besides = _leave_out_what_is_replaced(folder, shards, names)
+        if form != "tar":  # which has no images of other sources
+            contents |= _keep_other_sources(folder, stale_files(folder, shards), list(contents), paths)
         if folder.single:
-            _bring_together(folder, form, shards, names + besides, source, paths)
+            _bring_together(folder, form, shards, list(contents), source, paths)
         else:
-            _give_one_schema(folder, names + besides)
-        counts = [counts for _, counts in folder.footers(names + besides)]
-        total = {name: sum(each.get(name, 0) for each in counts) for name in ("rows", "errors", "seconds")}
-        folder.write_json(
-            REPORT, {"shards": len(counts), **total, "settings": counts[0].get("settings") if counts else {}}
-        )
+            _give_one_schema(folder, contents)
+        counts = [counts for _, counts in contents.values()]
+        total = {name: sum(shard.get(name, 0) for shard in counts) for name in ("rows", "errors", "seconds")}
+        settings = counts[0].get("settings") if counts else {}
+        folder.write_json(REPORT, {"shards": len(counts), **total, "settings": settings})
     logger.info(
         "%d captions in %s, %d images without one", total["rows"] - total["errors"], folder.output, total["errors"]
     )
@@ -137,76 +145,73 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
 
 @contextlib.contextmanager
 def _alone(folder: ShardFolder):
-    """Whether this is the only process here that is finishing the output."""
-    if folder.remote or fcntl is None:
+    """Whether this is the only process here that is finishing the output, as far as the file system has locks."""
+    if folder.remote:
         yield True
         return
-    with open(Path(folder.path) / "_lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
+    lock = Path(folder.path) / "_lock"
+    try:
+        file, _ = hold(lock)
+    except Busy:
+        yield False
+        return
+    with file:
         yield True
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(Path(folder.path) / "_lock")
-
-
-def _leave_out_what_is_replaced(folder: ShardFolder, shards: list[Shard], names: list[str]) -> list[str]:
-    """Files of earlier shards that hold rows that no file of `names` has, reduced to those rows."""
-    stale = stale_files(folder, shards)
-    if not stale:
-        return []
-    present = {short(key) for name in names for batch in folder.read(name, ["key"]) for key in batch["key"].to_pylist()}
-    labels = {(shard.kind, shard.label) for shard in shards if shard.kind != "rows"}
-    kept = []
-    for name, (schema, counts) in zip(stale, folder.footers(stale), strict=True):
-        table = pa.Table.from_batches(folder.read(name), schema)
-        left = [short(key) not in present for key in table["key"].to_pylist()]
-        if (counts.get("kind"), counts.get("label")) in labels or not any(left):
-            folder.remove(name)
-            continue
-        kept.append(name)
-        if not all(left):
-            table = table.filter(pa.array(left))
-            errors = len(table) - table["error"].null_count
-            folder.write(name, iter([table]), lambda c=counts, t=table, e=errors: c | {"rows": len(t), "errors": e})
-    return kept
+    lock.unlink(missing_ok=True)
 
 
 def stale_files(folder: ShardFolder, shards: list[Shard]) -> list[str]:
-    """Files of shards that the source no longer has."""
+    """Files of shards that the source no longer has; damaged ones are removed."""
     planned = {shard.id + shard.digest for shard in shards}
-    return [name for key, name in folder.outputs().items() if key not in planned]
+    return list(folder.whole_files([name for key, name in folder.outputs().items() if key not in planned]))
 
 
-def _give_one_schema(folder: ShardFolder, names: list[str]) -> None:
+def _keep_other_sources(folder: ShardFolder, stale: list[str], names: list[str], paths: list[str]) -> dict:
+    """{name: (schema, counts)} of the stale files with rows of other sources than `paths`, reduced to the rows that no
+    file of `names` has. What left a source leaves the output: files of sources that are named again, or gone, go."""
+    if not stale:
+        return {}
+    here = {os.path.realpath(path) for path in paths} | set(paths)
+    present = {short(key) for name in names for (key,) in _columns(folder, name, "key")}
+    kept = []
+    for name, (schema, counts) in folder.footers(stale).items():
+        table = pa.Table.from_batches(folder.read(name), schema)
+        table = table.filter(pa.array([short(key) not in present for key in table["key"].to_pylist()], pa.bool_()))
+        others = [
+            path for path in counts.get("sources", ()) if path not in here and (exists(path) or may_be_on_hub(path))
+        ]
+        if not others or not len(table):
+            folder.remove(name)
+            continue
+        counts |= {"rows": len(table), "errors": len(table) - table["error"].null_count}
+        folder.write(name, iter([table]), functools.partial(dict, counts))
+        kept.append(name)
+    return folder.footers(kept)
+
+
+def _give_one_schema(folder: ShardFolder, contents: dict) -> None:
     """Rewrite files whose columns or types differ from the common schema: readers take the first file's."""
-    found = [
-        (name, schema.remove_metadata(), counts)
-        for name, (schema, counts) in zip(names, folder.footers(names), strict=True)
-    ]
-    schema = writers.common_schema([schema for _, schema, _ in found])
-    for name, own, counts in found:
-        if own != schema:
-            rows = [row for batch in folder.read(name) for row in batch.to_pylist()]
-            folder.write(name, iter([writers.table_of(rows, schema)]), lambda counts=counts: counts)
+    schemas = {name: schema.remove_metadata() for name, (schema, _) in contents.items()}
+    schema = writers.common_schema(list(schemas.values()))
+    for name in (name for name, own in schemas.items() if own != schema):
+        rows = [row for batch in folder.read(name) for row in batch.to_pylist()]
+        folder.write(name, iter([writers.table_of(rows, schema)]), functools.partial(dict, contents[name][1]))
 
 
 def _bring_together(folder: ShardFolder, form: str, shards, names: list[str], source, paths: list[str]) -> None:
     """Make one output of all shards, in their order."""
     output = folder.output
-    several = len({piece for piece in source.pieces if piece[0] == "parquet"}) > 1
+    repeated = len(shards) > 1 and any(shard.kind == "parquet" for shard in shards)  # what two files or shards may name
 
     def rows():
         found = (row for name in names for row in rows_in(folder, name))
-        for row in _numbered(found, "image") if several else found:
-            row.pop("key")
+        for row in _each_once(found, "image") if repeated else found:
+            row.pop("key"), row.pop("version", None)
             yield row
 
     def images():
         found = (row for shard in shards for row in source.rows(shard))
-        yield from _numbered(found, "name") if several else found
+        return _each_once(found, "name") if repeated else found
 
     writer = _writer(output, form, paths)
     if is_remote(output):
@@ -224,23 +229,37 @@ def _bring_together(folder: ShardFolder, form: str, shards, names: list[str], so
             writer(rows, temporary, images)
 
 
-def _numbered(rows: Iterator[dict], column: str) -> Iterator[dict]:
-    """Rows with a number appended to names that another file of the source also has."""
-    seen = set()
+def _each_once(rows: Iterator[dict], column: str) -> Iterator[dict]:
+    """The rows of different images, with a number appended to names that another one of them has."""
+    seen, different = set(), writers.Different(short)
     for row in rows:
-        name, number = row[column], 1
-        while short(row[column]) in seen:
-            number += 1
-            row[column] = f"{name}#{number}"
-        seen.add(short(row[column]))
-        yield row
+        image = short(row[column], row.get("version", row["key"]))
+        if image not in seen:
+            seen.add(image)
+            name = row[column]
+            yield row | {column: different(name, lambda number, name=name: f"{name}#{number}")}
 
 
 def _writer(output: str, form: str, paths: list[str]):
     """The function of captioning.writers for a form of output."""
     if form == "metadata":
-        return functools.partial(writers.write_metadata, folder=Path(output).parent, kind=os.path.splitext(output)[1])
+        return functools.partial(writers.write_metadata, folder=Path(output).parent, ending=os.path.splitext(output)[1])
     if form == "tar" and writers.is_folder(output, form):
-        return functools.partial(writers.write_tars, tars=source_files(paths, webdataset.TARS))
+        return functools.partial(writers.write_tars, tars=tars_of(paths))
     forms = {"jsonl": writers.write_jsonl, "csv": writers.write_csv, "parquet": writers.write_parquet}
     return (forms | {"coco": writers.write_coco, "tar": writers.write_tar})[form]
+
+
+def tars_of(paths: list[str]) -> list[str]:
+    """The tars of a source whose copies have captions. DataError if two have one name, or a path is something else."""
+    return writers.check_tars(source_files(paths, webdataset.TARS))
+
+
+def check_names(output: str, form: str, source: ImageSource, paths: list[str]) -> None:
+    """DataError, before anything is captioned, where a form of output has no name for an image."""
+    if form == "metadata":
+        writers.check_folder(output)
+        for row in source.stream():
+            writers.check_below(row, Path(output).parent)
+    elif form == "tar" and writers.is_folder(output, form):
+        tars_of(paths)

@@ -4,7 +4,6 @@ import json
 
 import torch
 
-from captioning.output import OWN
 from data.images import ImageError
 
 
@@ -16,17 +15,17 @@ class ImageRows(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
+        # Each worker reads all rows and takes its own; `datasets` would divide them among the workers a second time.
+        torch.utils.data._utils.worker._worker_info = None
         for number, row in enumerate(self.rows()):
             if worker is None or number // self.batch_size % worker.num_workers == worker.id:
                 # The id carries the row from a worker process to the output.
-                place = row["image"] if isinstance(row["image"], str) else None
-                row_id = json.dumps([row.get("key"), row["name"], row["columns"], row["relative"], place], default=str)
-                yield {"image": row["image"], "image_id": row_id}
+                carried = {name: value for name, value in row.items() if name != "image"}
+                yield {"image": row["image"], "image_id": json.dumps(carried, default=str)}
 
 
 def caption(captioner, rows: ImageRows, args):
-    """{"key", "image", "relative", "place", the columns, "caption" or "error"} for each image in order; errors only if
-    they are to be skipped."""
+    """(row without its image, {"caption"} or {"error"}) for each image in order; errors only if they are to be skipped."""
     stream = captioner.stream(
         rows,
         batch_size=args.per_device_eval_batch_size,
@@ -34,13 +33,9 @@ def caption(captioner, rows: ImageRows, args):
         skip_bad_images=args.skip_bad_images,
     )
     try:
-        for row_id, captions in stream:
-            key, name, columns, relative, place = json.loads(row_id)
+        for row, captions in stream:
             failed = isinstance(captions, ImageError)
-            taken = {"key": key, "image": name, "relative": relative, "place": place} | {
-                f"source_{column}" if column in OWN else column: value for column, value in columns.items()
-            }
-            yield taken | ({"error": str(captions)} if failed else {"caption": captions[0]})
+            yield json.loads(row), {"error": str(captions)} if failed else {"caption": captions[0]}
     except ImageError as error:
         # A DataLoader worker passes its error on as text with the whole traceback.
         reason = str(error).strip().splitlines()[-1].removeprefix("data.images.ImageError: ")

@@ -8,23 +8,30 @@ Rows are streamed; what is written appears complete or not at all, since the cal
 """
 
 import csv
+import functools
 import io
 import json
+import logging
 import os
 import re
 import tarfile
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
-from common.errors import DataError
+from captioning.shards import short
+from common.errors import DataError, UserError
 from common.files import write_text
 from common.remote import is_remote, open_remote
 from data.formats import webdataset
-from data.images import ImageError
+from data.images import ENDINGS, ImageError
 
+logger = logging.getLogger(__name__)
 BATCH = 5_000
 
 
@@ -51,55 +58,82 @@ def write_parquet(rows, target: Path, images) -> None:
 
 def write_coco(rows, target: Path, images) -> None:
     """COCO's results, as evaluate.py --predictions and other scorers read them. The id is the source's, else COCO's
-    number in the file's name, else that name."""
+    number in the file's name, else that name; where two images have one id, all have the whole names of `image`."""
+    ids = [short(str(_coco_id(row))) for row in rows() if "caption" in row]
+    names = len(set(ids)) < len(ids)
+    if names:
+        logger.warning(
+            "%d images share their image_id with another: the ids are the images' whole names", len(ids) - len(set(ids))
+        )
     with open(target, "w", encoding="utf-8", newline="\n") as file:
         for number, row in enumerate(row for row in rows() if "caption" in row):
-            entry = {"image_id": _coco_id(row), "caption": row["caption"]}
+            entry = {"image_id": row["image"] if names else _coco_id(row), "caption": row["caption"]}
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(entry, ensure_ascii=False))
         file.write("[]\n" if file.tell() == 0 else "\n]\n")
 
 
-def write_metadata(rows, target: Path, images, folder: Path, kind: str) -> None:
+def write_metadata(rows, target: Path, images, folder: Path, ending: str) -> None:
     """metadata.jsonl or metadata.csv of `load_dataset("imagefolder")`: `file_name`, relative to `folder`, which holds the
     images; those that are inside a source are written there."""
-    copies = {row["name"]: row for row in _inside(images)} if _any_inside(rows) else {}
-    names: dict[str, str] = {}
-    for name in copies:
-        names[name] = f"images/{_safe(name)}"
-    for row in images() if copies else ():
-        if row["name"] in names:
-            _copy(row["image"], folder / names[row["name"]])
+    copies: dict[str, str] = {}
+    if any(not os.path.exists(row["image"]) for row in rows() if "caption" in row):
+        different = Different()
+        for row in images():
+            if not (isinstance(row["image"], ImageError) or os.path.exists(row["name"])):
+                copies[row["name"]] = _copy(row["image"], folder, f"images/{_safe(row['name'])}", different)
 
     def entries():
         for row in rows():
             if "caption" in row:
-                name = names.get(row["image"]) or _below(row["image"], folder)
-                yield {"file_name": name} | {
-                    key: value for key, value in row.items() if key not in ("image", "file_name")
-                }
+                columns = {key: value for key, value in row.items() if key not in ("image", "file_name")}
+                yield {"file_name": copies.get(row["image"]) or _below(row["image"], folder)} | columns
 
-    (write_csv if kind == ".csv" else write_jsonl)(entries, target, images)
+    (write_csv if ending == ".csv" else write_jsonl)(entries, target, images)
+
+
+def check_folder(output: str) -> None:
+    if is_remote(output):
+        raise DataError(f"--output {output}: metadata.jsonl and metadata.csv are written into a local folder of images")
+
+
+def check_below(row: dict, folder: Path) -> None:
+    """DataError if an image is a file that a metadata file in `folder` cannot name."""
+    if isinstance(row["image"], str) and os.path.exists(row["name"]):
+        _below(row["name"], folder)
 
 
 def write_tar(rows, target: Path, images) -> None:
-    """One tar file of all samples: each image, its caption as .txt, and its row as .json."""
-    captions = rows()
+    """One tar file of all samples: each image, its caption as .txt, and its row as .json, which has its own name. The
+    images' endings are made the same where they differ, as `datasets` wants them."""
+    endings = {_stem(row["image"])[1] for row in rows() if "caption" in row}
+    ending = endings.pop() if len(endings) == 1 else ".jpg"
+    captions, different = rows(), Different()
     with tarfile.open(target, "w") as tar:
-        for row, image in zip(captions, _matching(rows, images), strict=True):
-            if "caption" not in row:
-                continue
-            stem, ending = os.path.splitext(inside(image["relative"]))
-            stem = stem.replace(".", "_")  # a sample's name ends at its first dot
-            _add(tar, stem + (ending.lower() or ".jpg"), _content(image["image"]))
-            _add(tar, f"{stem}.txt", row["caption"].encode())
-            _add(tar, f"{stem}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
+        for row, image in zip(captions, images(), strict=True):
+            if row["image"] != image["name"]:
+                raise DataError(
+                    f"{image['name']}: the source has changed while this was running. Start the same command again"
+                )
+            if "caption" in row:
+                # A sample's name ends at its first dot, and `datasets` leaves out names that begin with a dot or __.
+                key = re.sub(r"(^|/)__+", r"\1_", _stem(inside(image["relative"]))[0].replace(".", "_"))
+                key = different(key, lambda number, key=key: f"{key}-{number}")
+                _add(tar, f"{key}{ending}", _content(image["image"]))
+                _add(tar, f"{key}.txt", row["caption"].encode())
+                _add(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
+
+
+def check_tars(tars: list[str]) -> list[str]:
+    """The tars. DataError if two have one name."""
+    names = Counter(map(os.path.basename, tars))
+    if twice := next((name for name in names if names[name] > 1), None):
+        raise DataError(f"{twice} is the name of more than one tar of the source: caption each folder separately")
+    return tars
 
 
 def write_tars(rows, target: Path, images, tars: list[str]) -> None:
     """The tar files of the source again, each sample with its caption as .txt; one it had is kept as .source.txt."""
-    names = [os.path.basename(tar) for tar in tars]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{twice[0]} is the name of more than one tar of the source: caption each folder separately")
+    check_tars(tars)
     target.mkdir()
     captions = rows()
     row = next(captions, None)
@@ -119,9 +153,68 @@ def write_tars(rows, target: Path, images, tars: list[str]) -> None:
             opened.close()
 
 
-def text_of(image: str | None, relative: str, folder: Path | None) -> Path:
-    """Where the text of an image goes: x.txt next to x.jpg, or below `folder`."""
-    return (Path(image) if folder is None else folder / inside(relative)).with_suffix(".txt")
+class Texts:
+    """Where the text of each image goes: x.txt for x.jpg, next to it or below `folder`; x.jpg.txt where another image would
+    have x.txt too, or x.txt is one of the images.
+
+    Args:
+        rows: those of all images, with a name or a place of their own.
+
+    Raises:
+        UserError: an image is inside a source, and there is no `folder`; two images would have the same text; or a folder
+            cannot be written to.
+    """
+
+    def __init__(self, rows: Iterator[dict], folder: Path | None):
+        self.folder, self.images, self.stems, self.shared = folder, set(), set(), set()
+        self.real = functools.lru_cache(maxsize=1000)(os.path.realpath)
+        writable = set()
+        for row in rows:
+            if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
+                raise UserError(f"{row['name']} is inside a source: name a folder for the .txt files with --output.")
+            image, text = self._place(row), text_of(self._place(row))
+            if short(image) in self.images:
+                if folder is None:  # the same file by another name
+                    continue
+                raise UserError(
+                    f"{row['name']}: another image has this name in its source, and both would have the text {text}. "
+                    "Caption each source into a folder of its own, or name a table: --output captions.jsonl."
+                )
+            self.images.add(short(image))
+            (self.shared if _same(text) in self.stems else self.stems).add(_same(text))
+            if text.parent not in writable and not text.exists():
+                check_writable(text.parent)
+                writable.add(text.parent)
+
+    def _place(self, row: dict) -> str:
+        """The path of the image, or of its copy in the folder."""
+        place = row["image"] if self.folder is None else str(self.folder / inside(row["relative"]))
+        return os.path.join(self.real(os.path.dirname(place)), os.path.basename(place))
+
+    def of(self, row: dict) -> Path:
+        """The path of the text of an image."""
+        image = self._place(row)
+        usual, whole_name = str(text_of(image)), f"{image}.txt"
+        if _same(usual) not in self.shared and not {short(usual), short(usual.removesuffix(".txt"))} & self.images:
+            return Path(usual)
+        if short(whole_name) in self.images:
+            raise UserError(
+                f"{whole_name} is an image, and would be the text of another. Name a table: --output x.jsonl."
+            )
+        return Path(whole_name)
+
+
+def check_writable(folder: Path) -> bool:
+    """UserError if no file can be made in the folder, or where it will be."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} cannot be written to. Name another folder for the .txt files with --output FOLDER.")
+    return True
+
+
+def text_of(image: str) -> Path:
+    """The usual place of the text of an image: x.txt next to x.jpg."""
+    return Path(os.path.splitext(image)[0] + ".txt")
 
 
 def write_text_beside(target: Path, caption: str) -> bool:
@@ -257,16 +350,6 @@ def _coco_id(row: dict):
     return int(image_id) if isinstance(image_id, str) and re.fullmatch(r"[1-9]\d{0,17}|0", image_id) else image_id
 
 
-def _any_inside(rows) -> bool:
-    return any(not os.path.exists(row["image"]) for row in rows() if "caption" in row)
-
-
-def _inside(images) -> Iterator[dict]:
-    for row in images():
-        if isinstance(row["image"], dict) or is_remote(row["image"]):
-            yield {"name": row["name"]}
-
-
 def _below(image: str, folder: Path) -> str:
     try:
         return Path(os.path.abspath(image)).relative_to(os.path.abspath(folder)).as_posix()
@@ -284,8 +367,14 @@ def inside(name: str) -> str:
 
 
 def _safe(name: str) -> str:
-    name = inside(re.sub(r"[^\w.\-/\\]+", "_", name))
-    return name if os.path.splitext(name)[1] else f"{name}.jpg"
+    return "".join(_stem(inside(re.sub(r"[^\w.\-/\\]+", "_", name))))
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """(stem, ending) of the name of an image; all of a name that has no image's ending is its stem. The number that makes
+    a name differ from others is no part of its ending."""
+    stem, ending = os.path.splitext(re.sub(r"(#\d+)+$", "", name))
+    return (stem, ending.lower()) if ending.lower() in ENDINGS else (name, ".jpg")
 
 
 def _content(image) -> bytes:
@@ -296,23 +385,44 @@ def _content(image) -> bytes:
         return file.read()
 
 
-def _copy(image, target: Path) -> None:
-    if isinstance(image, ImageError) or target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(_content(image))
+def _copy(image, folder: Path, name: str, different: "Different") -> str:
+    """Writes an image into the folder, under a name that no other image of the run has, nor a file that is there and is
+    another. Returns the name."""
+    content, (stem, ending) = _content(image), os.path.splitext(name)
+    while True:
+        free = different(name, lambda number: f"{stem}-{number}{ending}")
+        target = folder / free
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        if target.read_bytes() == content:
+            return free
 
 
-def _matching(rows, images) -> Iterator[dict]:
-    """The images of the rows, in their order: rows that are no longer in the source have none."""
-    wanted = rows()
-    row = next(wanted, None)
-    for image in images():
-        if row is not None and image["name"] == row["image"]:
-            yield image
-            row = next(wanted, None)
-    if row is not None:
-        raise DataError(f"{row['image']} was captioned before and is no longer in the source. Name another --output")
+def _same(name) -> int:
+    """Equal for names that some file system takes for the same."""
+    folded = unicodedata.normalize("NFC", str(name)).casefold()
+    return xxhash.xxh3_64_intdigest(folded.encode("utf-8", "surrogateescape"))
+
+
+class Different:
+    """Makes names differ from each other.
+
+    Args:
+        same: equal for names that are the same; by default in any case and Unicode form, as some file systems have it.
+    """
+
+    def __init__(self, same: Callable = _same):
+        self.same, self.taken = same, {}
+
+    def __call__(self, name: str, numbered: Callable[[int], str]) -> str:
+        """The name, or if it is taken what `numbered` makes of the first free number."""
+        free = name
+        while self.same(free) in self.taken:
+            self.taken[self.same(name)] += 1
+            free = numbered(self.taken[self.same(name)])
+        self.taken[self.same(free)] = 1
+        return free
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -16,6 +16,8 @@ from common.errors import UserError
 from common.limits import cpus, free_memory
 
 CPUINFO = Path("/proc/cpuinfo")
+# Variables of MPI's launchers, srun among them, which are also set around a script that is started alone.
+OF_MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -35,6 +37,8 @@ def check_gpus() -> None:
 def own_share() -> tuple[int, int]:
     """(number, count) of this process among those that were started together, for independent work: it does not join
     them, so that none waits for another, and runs on the GPU of its own number."""
+    for name in [name for name in os.environ if name.startswith(OF_MPI)]:  # accelerate would join by them
+        del os.environ[name]
     number, count, local = (int(os.environ.pop(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if count > 1 and on_accelerator():
         torch.accelerator.set_device_index(local % torch.accelerator.device_count())

@@ -1,12 +1,14 @@
 """Weight files: safetensors, or the tensors of a .bin, and nothing else; every weight must be found and used."""
 
 import contextlib
+import json
 import logging
 import os
 import pickle
 import re
 from pathlib import Path
 
+import xxhash
 from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
@@ -21,6 +23,13 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 BUFFERS = re.compile(
     r"(.*\.)?(position_ids|inv_freq|original_inv_freq|rotary_emb\.\w+|masked_bias|attn\.bias|relative_position_index|"
     r"embed_positions\._float_tensor|embed_positions\.weights|num_batches_tracked|qk_rel_pos_index)"
+)
+
+# Those that captions depend on.
+MODEL_FILES = re.compile(
+    r"(?!training_args).*\.(safetensors|bin|model|jinja)|merges\.txt|vocab\.\w+|"
+    r"((adapter_|generation_|preprocessor_|processor_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens|"
+    r"chat_template)\.json"
 )
 
 
@@ -87,6 +96,26 @@ def check_keys(source, model: str, missing, unexpected, unread: str = "") -> Non
             f"{source} holds {len(unexpected)} weights that {model} has no place for (first: {unexpected[0]}): its "
             "config.json describes another model than its weights."
         )
+
+
+def fingerprint(source, revision: str = "main") -> str:
+    """16 hex digits of a model's files, weights and what belongs to them, and of an adapter's base model: the same
+    wherever the model lies, and others once it is trained further. `source` is a local folder or an id of the Hub."""
+    configs = ("config.json", "adapter_config.json")
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    folder, digest = Path(source), xxhash.xxh3_64()
+    if not folder.is_dir():
+        cached = filter(None, (cached_file(str(source), name, revision=revision, **options) for name in configs))
+        folder = Path(next(cached, source)).parent
+    for file in sorted(file for file in folder.glob("*") if MODEL_FILES.fullmatch(file.name)):
+        digest.update(f"{file.name} {file.stat().st_size}\n")
+        with open(file, "rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    if (folder / "adapter_config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        digest.update(fingerprint(adapter["base_model_name_or_path"], adapter.get("revision") or "main"))
+    return digest.hexdigest()
 
 
 def _has(source, revision: str, name: str) -> bool:

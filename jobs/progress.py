@@ -24,11 +24,10 @@ class Watch:
     def update(self, keys: set[str] | None = None) -> dict:
         """{"shards", "rows", "errors", "last", "recent_rows"}: finished shards (of `keys`, else all), their rows, those
         without a caption, the time of the last one, and the rows finished since the run was last started."""
-        there = self.folder.outputs()
-        there = {key: name for key, name in there.items() if keys is None or key in keys}
-        new = [name for name in there.values() if name not in self.footers]
-        self.footers.update(zip(new, (counts for _, counts in self.folder.footers(new)), strict=True))
-        found = [self.footers[name] for name in there.values()]
+        names = [name for key, name in self.folder.outputs().items() if keys is None or key in keys]
+        new = [name for name in names if name not in self.footers]
+        self.footers |= {name: counts for name, (_, counts) in self.folder.footers(new).items()}
+        found = [self.footers[name] for name in names if name in self.footers]
         started = (self.folder.read_json(SETTINGS) or {}).get("started", 0)
         recent = [counts for counts in found if counts.get("finished", 0) >= started]
         return {
@@ -82,14 +81,18 @@ def status(name: str, unit: str) -> str:
     return "\n".join(lines + [f"failed: {shard['error']}" for shard in failed if shard])
 
 
-def begin(folder: ShardFolder, shards: list[Shard], size: int, unit: str, share: tuple[int, int], settings: dict):
+def begin(
+    folder: ShardFolder, shards: list[Shard], size: int, unit: str, share: tuple[int, int], settings: dict, carried=None
+):
     """(shards that are left for this process, Progress) of a run that begins, or resumes; `share` is (number, count) of
-    this process, which takes every count-th shard."""
+    this process, which takes every count-th shard. `carried(left)` is how many rows of the shards that are left have been
+    done before all the same."""
     folder.begin(settings, shards, size)
     number, count = share
+    folder.whole_files(list(folder.done(shards[number::count]).values()))
     progress = Progress(folder, shards, unit, others=count > 1, quiet=number > 0)
     if number == 0:
-        logger.info("%s", progress.begun())
+        logger.info("%s", progress.begun(carried(progress.left) if carried else 0))
     left = set(progress.left)
     mine = [shard for shard in shards[number::count] if shard in left]
     there = set(folder.files())
@@ -143,9 +146,9 @@ class Progress:
         self.keys = {shard.id + shard.digest for shard in shards}
         self.terminal = sys.stderr.isatty()
 
-    def begun(self) -> str:
+    def begun(self, carried: int) -> str:
         what = f"{self.total:,} {self.unit}" if self.total is not None else f"{len(self.shards):,} shards"
-        before = f"{self.rows:,}" if self.total is not None else f"{self.before:,} shards"
+        before = f"{self.rows + carried:,}" if self.total is not None else f"{self.before:,} shards"
         return f"{what}, {before} of them done before"
 
     def tick(self, current: int) -> None:

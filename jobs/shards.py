@@ -1,12 +1,12 @@
 """Shards: the units of work, and the folder where the output of each appears, complete or not at all.
 
-A shard is a tar, some row groups of a Parquet file, or a number of rows of a folder, a list or another source. Its output
-is a file of its own, whose name identifies what was in the shard; a run resumes from these files alone.
+A shard is a tar, or a number of rows of a Parquet file, a folder, a list or another source. Its output is a file of its own, whose name identifies what was in the shard; a run resumes from these files alone.
 """
 
 import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -25,8 +25,11 @@ from common.errors import UserError
 from common.files import whole
 from common.remote import file_system, is_remote, reaching
 
+logger = logging.getLogger(__name__)
 FILE = re.compile(r"\d{5,}-([0-9a-f]{12})([0-9a-f]{8})\.parquet")
 SETTINGS, REPORT = "_settings.json", "_report.json"
+NAMES = {"model", "revision"}  # settings that may differ if those that they stand for, the `weights`, are the same
+DAMAGED = (json.JSONDecodeError, UnicodeDecodeError)
 FOOTER = b"image_captioning"  # key of a shard's counts in its file's metadata
 
 
@@ -110,18 +113,31 @@ def group_starts(metadata) -> list[tuple[int, int]]:
     return list(zip(range(len(sizes)), itertools.accumulate(sizes, initial=0), strict=False))
 
 
-def parquet_ranges(metadata, size: int) -> Iterator[tuple[int, int, int, str]]:
-    """(first row, one past the last, rows, digest) of as many row groups as make up `size` rows."""
-    start = rows = 0
-    digest = Digest()
+def parquet_ranges(metadata, size: int, version: str) -> Iterator[tuple[int, int, str]]:
+    """(first row, one past the last, digest) of at most `size` rows each. As few of them as possible begin within a row
+    group, which has to be read from its beginning. `version` is the file's."""
+    start = 0
     for group, first in group_starts(metadata):
-        content = metadata.row_group(group)
-        digest.add(content.num_rows, content.total_byte_size)
-        rows += content.num_rows
-        if rows >= size or group == metadata.num_row_groups - 1:
-            if rows:
-                yield start, first + content.num_rows, rows, str(digest)
-            start, rows, digest = first + content.num_rows, 0, Digest()
+        end = first + metadata.row_group(group).num_rows
+        if end - start >= size or group == metadata.num_row_groups - 1:
+            for row in range(start, end, size):
+                yield row, min(row + size, end), digest_of(version, row, min(row + size, end))
+            start = end
+
+
+def version_of(place: str) -> str:
+    """What changes when a file does: its size and time, at an address its size and tag. OSError if there is none."""
+    if not is_remote(place):
+        about = os.stat(place)
+        return f"{about.st_size}-{about.st_mtime_ns}"
+    system, path = file_system(place)
+    return tag_of(system.info(path))
+
+
+def tag_of(info: dict) -> str:
+    """The version of a file that fsspec lists."""
+    marks = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "created")
+    return f"{info.get('size')}-{next((info[mark] for mark in marks if info.get(mark)), '')}"
 
 
 class ShardFolder:
@@ -166,13 +182,15 @@ class ShardFolder:
         Raises:
             UserError: it was started with other settings.
         """
-        before = self.read_json(SETTINGS)
-        differ = {k: v for k, v in settings.items() if before and before["settings"].get(k) != v}
-        if differ:
-            what = "; ".join(
-                f"{name} was {before['settings'].get(name)!r}, is {value!r}" for name, value in differ.items()
+        before = (self.read_json(SETTINGS) or {"settings": settings})["settings"]
+        differ = {name for name, value in settings.items() if before.get(name, "not recorded") != value}
+        if differ - NAMES or ("weights" not in settings and differ):
+            changes = (
+                f"{n} was {before.get(n, 'not recorded')!r}, is {settings[n]!r}" for n in settings if n in differ
             )
-            raise UserError(f"{self.output} was started with other settings: {what}. Name another --output.")
+            raise UserError(
+                f"{self.output} was started with other settings: {'; '.join(changes)}. Name another --output."
+            )
         if not self.remote:
             os.makedirs(self.path, exist_ok=True)
         rows = [shard.rows for shard in shards]
@@ -250,10 +268,12 @@ class ShardFolder:
 
     def read_json(self, name: str):
         try:
-            with reaching(self.name, FileNotFoundError), self.open(name) as file:
+            with reaching(self.name, FileNotFoundError, *DAMAGED), self.open(name) as file:
                 return json.load(file)
         except FileNotFoundError:
             return None
+        except DAMAGED:
+            raise UserError(f"{self.name}/{name} is damaged. Delete {self.name} to start again.") from None
 
     def write(self, name: str, batches: Iterator[pa.Table], counts: Callable[[], dict]) -> None:
         """A shard's file; `counts()`, called when all batches are written, is kept in its footer."""
@@ -265,19 +285,35 @@ class ShardFolder:
                 writer.add_key_value_metadata({FOOTER: json.dumps(counts()).encode()})
 
     def read(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        with reaching(self.name), self.open(name) as file:
-            yield from pq.ParquetFile(file).iter_batches(columns=columns)
+        try:
+            with reaching(self.name, pa.ArrowException), self.open(name) as file:
+                yield from pq.ParquetFile(file).iter_batches(columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self.name}/{name} is damaged ({str(error).splitlines()[0]}). Delete it, and the same command makes it again."
+            ) from None
 
-    def footers(self, names: list[str]) -> list[tuple[pa.Schema, dict]]:
-        """(schema, counts) of files, in their order."""
+    def footers(self, names: list[str]) -> dict[str, tuple[pa.Schema, dict]]:
+        """{name: (schema, counts)} of the files that are whole, in their order."""
 
         def footer(name):
-            with reaching(self.name), self.open(name) as file:
-                found = pq.read_metadata(file)
-            return found.schema.to_arrow_schema(), json.loads((found.metadata or {}).get(FOOTER, b"{}"))
+            try:
+                with reaching(self.name, pa.ArrowException, FileNotFoundError), self.open(name) as file:
+                    metadata = pq.read_metadata(file)
+            except (pa.ArrowException, FileNotFoundError):
+                return None
+            return metadata.schema.to_arrow_schema(), json.loads((metadata.metadata or {}).get(FOOTER, b"{}"))
 
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(footer, names))
+            return {name: content for name, content in zip(names, pool.map(footer, names), strict=True) if content}
+
+    def whole_files(self, names: list[str]) -> dict[str, tuple[pa.Schema, dict]]:
+        """`footers`, and the damaged files are removed, so that they are made again."""
+        contents = self.footers(names)
+        for name in set(names) - contents.keys():
+            logger.warning("%s/%s is damaged, and is made again", self.name, name)
+            self.remove(name)
+        return contents
 
 
 def reachable(folder: str, shard: Shard | None) -> bool:

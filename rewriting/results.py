@@ -16,7 +16,7 @@ from common.caches import cache_folder
 from common.errors import UserError
 from common.files import whole
 from jobs.journal import open_journal, whole_lines, write_row
-from jobs.shards import Cursor, Digest, Shard, ShardFolder, digest_of, parquet_ranges
+from jobs.shards import Cursor, Digest, Shard, ShardFolder, digest_of, parquet_ranges, version_of
 from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
 from rewriting.prompts import Prompt, Tokens, fit
@@ -104,8 +104,11 @@ def plan(source: Source, size: int, limit: int | None, *settings) -> list[Shard]
     shards: list[Shard] = []
     left = math.inf if limit is None else limit
     for part in source.parts:
-        found = _parquet_plan(part, size) if part.parquet else _counted(part, source, size)
-        for start, stop, content in found:
+        if part.parquet:
+            ranges = parquet_ranges(pq.read_metadata(part.parquet), size, version_of(part.parquet))
+        else:
+            ranges = _counted(part, source, size)
+        for start, stop, content in ranges:
             rows = min(stop - start, left)
             if not rows:
                 return shards
@@ -113,12 +116,6 @@ def plan(source: Source, size: int, limit: int | None, *settings) -> list[Shard]
             content = digest_of(content, rows, *settings)
             shards.append(Shard(len(shards), "table", "", part.label, start, start + rows, rows, content))
     return shards
-
-
-def _parquet_plan(part, size: int) -> Iterator[tuple[int, int, str]]:
-    for start, stop, _, content in parquet_ranges(pq.read_metadata(part.parquet), size):
-        for first in range(start, stop, size):
-            yield first, min(first + size, stop), content
 
 
 def _counted(part, source: Source, size: int) -> Iterator[tuple[int, int, str]]:

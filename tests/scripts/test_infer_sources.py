@@ -26,7 +26,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
 from captioning.sources import image_rows
-from captioning.writers import inside, text_of, write_tars
+from captioning.writers import Texts, inside, write_tars
 from common.errors import UserError
 from common.remote import local_copy
 from data.rows import Options
@@ -578,7 +578,8 @@ def test_a_name_of_the_source_leads_out_of_no_folder(name, tmp_path):
         assert (tmp_path / found).resolve().is_relative_to(tmp_path.resolve())
         assert (tmp_path / found).resolve() != tmp_path.resolve()
         assert not PureWindowsPath(found).drive
-    assert text_of(None, name, tmp_path).resolve().is_relative_to(tmp_path.resolve())
+    rows = [{"name": name, "image": {}, "relative": name}]
+    assert Texts(iter(rows), tmp_path).of(rows[0]).resolve().is_relative_to(tmp_path.resolve())
 
 
 def test_tars_of_one_name_are_not_written_over_each_other(tmp_path):
