@@ -81,9 +81,8 @@ def load_captioner(model_args, generation_args, args) -> tuple[Captioner, dict]:
         loading=model_args.loading(),
         **vars(generation_args),
     )
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    settings = {"model": name, "revision": revision, "weights": fingerprint(name, revision or "main")}
-    return captioner, settings | captioner.description()
+    named = {"model": model_args.model_name_or_path, "revision": model_args.model_revision}
+    return captioner, named | captioner.description()
 
 
 def options(args) -> Options:
@@ -168,6 +167,7 @@ class CaptionShards:
     def start(self) -> dict:
         """Load the model; returns the settings that must stay the same during a run."""
         self.captioner, self.settings = self.load()
+        self.settings["weights"] = fingerprint(self.settings["model"], self.settings["revision"] or "main")
         if self.args.dataloader_num_workers is None:
             self.args.dataloader_num_workers = default_workers()
         return self.settings

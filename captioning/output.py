@@ -127,8 +127,8 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
     with _alone(folder) as alone:
         if not alone:  # another process sees the same, and is doing it
             return True
-        if form != "tar":  # which has no images of other sources
-            contents |= _keep_other_sources(folder, stale_files(folder, shards), list(contents), paths)
+        others = _keep_other_sources(folder, stale_files(folder, shards), list(contents), paths)
+        contents |= others if form != "tar" else {}  # which would need their images
         if folder.single:
             _bring_together(folder, form, shards, list(contents), source, paths)
         else:

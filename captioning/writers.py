@@ -168,7 +168,7 @@ class Texts:
     def __init__(self, rows: Iterator[dict], folder: Path | None):
         self.folder, self.images, self.stems, self.shared = folder, set(), set(), set()
         self.real = functools.lru_cache(maxsize=1000)(os.path.realpath)
-        writable = set()
+        writable, called_txt = set(), []
         for row in rows:
             if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
                 raise UserError(f"{row['name']} is inside a source: name a folder for the .txt files with --output.")
@@ -185,6 +185,12 @@ class Texts:
             if text.parent not in writable and not text.exists():
                 check_writable(text.parent)
                 writable.add(text.parent)
+            if image.endswith(".txt"):
+                called_txt.append(image)
+        if clash := next((image for image in called_txt if short(image.removesuffix(".txt")) in self.images), None):
+            raise UserError(
+                f"{clash} is an image, in the place of another's text. Name a table: --output captions.jsonl."
+            )
 
     def _place(self, row: dict) -> str:
         """The path of the image, or of its copy in the folder."""
@@ -194,14 +200,9 @@ class Texts:
     def of(self, row: dict) -> Path:
         """The path of the text of an image."""
         image = self._place(row)
-        usual, whole_name = str(text_of(image)), f"{image}.txt"
-        if _same(usual) not in self.shared and not {short(usual), short(usual.removesuffix(".txt"))} & self.images:
-            return Path(usual)
-        if short(whole_name) in self.images:
-            raise UserError(
-                f"{whole_name} is an image, and would be the text of another. Name a table: --output x.jsonl."
-            )
-        return Path(whole_name)
+        usual = str(text_of(image))
+        alone = _same(usual) not in self.shared and not {short(usual), short(usual.removesuffix(".txt"))} & self.images
+        return Path(usual if alone else f"{image}.txt")
 
 
 def check_writable(folder: Path) -> bool:

@@ -108,13 +108,14 @@ def fingerprint(source, revision: str = "main") -> str:
         cached = filter(None, (cached_file(str(source), name, revision=revision, **options) for name in configs))
         folder = Path(next(cached, source)).parent
     for file in sorted(file for file in folder.glob("*") if MODEL_FILES.fullmatch(file.name)):
-        digest.update(f"{file.name} {file.stat().st_size}\n")
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with open(file, "rb") as content:
             while block := content.read(2**24):
                 digest.update(block)
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        digest.update(fingerprint(adapter["base_model_name_or_path"], adapter.get("revision") or "main"))
+        base = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+        digest.update(fingerprint(*base).encode())
     return digest.hexdigest()
 
 
