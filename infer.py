@@ -125,13 +125,12 @@ def write_texts(loaded, rows, texts: writers.Texts, args, share: tuple[int, int]
     """Write a .txt for each image. Existing ones are kept, so a stopped run resumes."""
     written = 0
 
-    def left():
+    def mine():
         for row in itertools.islice(rows(), share[0], None, share[1]):
-            target = texts.of(row)
-            if not target.exists():
-                yield row | {"target": str(target)}
+            yield row | {"target": str(texts.of(row))}
 
-    captions = caption(loaded[0], ImageRows(left, args.per_device_eval_batch_size), args)
+    left = ImageRows(mine, args.per_device_eval_batch_size, lambda row: not os.path.exists(row["target"]))
+    captions = caption(loaded[0], left, args)
     for row, outcome in show_progress(captions, None):
         if "caption" in outcome:
             written += writers.write_text_beside(Path(row["target"]), outcome["caption"])

@@ -118,8 +118,7 @@ def rows_in(folder: ShardFolder, name: str) -> Iterator[dict]:
 
 def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSource, paths: list[str]) -> bool:
     """Make the output from the shards' files, if all are there; returns whether they are."""
-    done = folder.done(shards)
-    contents = folder.whole_files(list(done.values()))
+    contents = folder.whole_files(list(folder.done(shards).values()))
     if len(contents) < len(shards):
         left = len(shards) - len(contents)
         logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))

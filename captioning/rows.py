@@ -8,17 +8,19 @@ from data.images import ImageError
 
 
 class ImageRows(torch.utils.data.IterableDataset):
-    """The rows that `rows()` yields, in batches that DataLoader workers take in turn."""
+    """The rows that `rows()` yields, in batches that DataLoader workers take in turn, and of them those that `left(row)`
+    says are left to do. Workers ask it at different times, so it has no say in who takes which rows."""
 
-    def __init__(self, rows, batch_size: int):
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(self, rows, batch_size: int, left=bool):
+        self.rows, self.batch_size, self.left = rows, batch_size, left
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         # Each worker reads all rows and takes its own; `datasets` would divide them among the workers a second time.
         torch.utils.data._utils.worker._worker_info = None
         for number, row in enumerate(self.rows()):
-            if worker is None or number // self.batch_size % worker.num_workers == worker.id:
+            mine = worker is None or number // self.batch_size % worker.num_workers == worker.id
+            if mine and self.left(row):
                 # The id carries the row from a worker process to the output.
                 carried = {name: value for name, value in row.items() if name != "image"}
                 yield {"image": row["image"], "image_id": json.dumps(carried, default=str)}

@@ -10,6 +10,7 @@ Rows are streamed; what is written appears complete or not at all, since the cal
 import csv
 import functools
 import io
+import itertools
 import json
 import logging
 import os
@@ -332,14 +333,7 @@ def table_of(rows: list[dict], schema: pa.Schema) -> pa.Table:
 
 
 def _batches(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
-    batch = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    return iter(lambda: list(itertools.islice(rows, size)), [])
 
 
 def _coco_id(row: dict):

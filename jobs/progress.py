@@ -9,7 +9,7 @@ import time
 from common.errors import Unreachable, UserError
 from jobs.journal import JournalInUse
 from jobs.queue import Patient
-from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable
+from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable, rows_of
 
 logger = logging.getLogger(__name__)
 FAILED = "_failed-"
@@ -95,10 +95,8 @@ def begin(
         logger.info("%s", progress.begun(carried(progress.left) if carried else 0))
     left = set(progress.left)
     mine = [shard for shard in shards[number::count] if shard in left]
-    there = set(folder.files())
-    for mark in map(mark_of, mine):
-        if mark in there:  # from an earlier run: the shard is tried again
-            folder.remove(mark)
+    for mark in {mark_of(shard) for shard in mine} & set(folder.files()):  # from an earlier run: they are tried again
+        folder.remove(mark)
     return mine, progress
 
 
@@ -138,8 +136,7 @@ class Progress:
         done = folder.done(shards)
         self.left = [shard for shard in shards if shard not in done]
         self.before, self.began = len(done), time.time()
-        rows = [shard.rows for shard in shards]
-        self.total = None if None in rows else sum(rows)
+        self.total = rows_of(shards)
         self.rows = self.rows_before = sum(shard.rows or 0 for shard in done)
         self.finished_shards, self.errors, self.failed, self.current = len(done), 0, 0, 0
         self.said, self.watched, self.watch = time.monotonic(), time.monotonic(), Watch(folder)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -58,6 +59,12 @@ class Shard:
     def __str__(self) -> str:
         rows = f"rows {self.start} to {self.stop}" if self.stop is not None else "all rows"
         return f"{self.label}, {rows}" if self.kind != "tar" else self.label
+
+
+def rows_of(shards: list[Shard]) -> int | None:
+    """How many rows shards have together, if known."""
+    rows = [shard.rows for shard in shards]
+    return None if None in rows else sum(rows)
 
 
 class Digest:
@@ -152,7 +159,8 @@ class ShardFolder:
         self.output, self.single = output.rstrip("/\\"), single
         self.name = f"{self.output}.shards" if single else self.output
         self.remote = is_remote(output)
-        self.system, self.path = file_system(self.name) if self.remote else (None, str(Path(self.name).absolute()))
+        local = (fsspec.filesystem("file"), str(Path(self.name).absolute()))
+        self.system, self.path = file_system(self.name) if self.remote else local
 
     def __getstate__(self) -> dict:
         return {"output": self.output, "single": self.single, "path": self.path}
@@ -193,8 +201,7 @@ class ShardFolder:
             )
         if not self.remote:
             os.makedirs(self.path, exist_ok=True)
-        rows = [shard.rows for shard in shards]
-        about = {"settings": settings, "size": size, "shards": len(shards), "rows": None if None in rows else sum(rows)}
+        about = {"settings": settings, "size": size, "shards": len(shards), "rows": rows_of(shards)}
         self.write_json(SETTINGS, about | {"started": time.time(), "done_before": len(self.done(shards))})
 
     def check(self) -> None:
@@ -219,8 +226,6 @@ class ShardFolder:
 
     def files(self) -> list[str]:
         """Names of all files in the folder, sorted."""
-        if not self.remote:
-            return sorted(entry.name for entry in os.scandir(self.path)) if os.path.isdir(self.path) else []
         self.system.invalidate_cache()
         try:
             with reaching(self.name, FileNotFoundError):
@@ -249,18 +254,15 @@ class ShardFolder:
             return
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / name
-            self._put(Path(folder) / name, name)
-
-    def _put(self, file: Path, name: str) -> None:
-        with reaching(self.name):
-            self.system.put_file(str(file), f"{self.path}/{name}")
+            with reaching(self.name):
+                self.system.put_file(str(Path(folder) / name), f"{self.path}/{name}")
 
     def open(self, name: str):
-        return open(Path(self.path) / name, "rb") if not self.remote else self.system.open(f"{self.path}/{name}")
+        return self.system.open(f"{self.path}/{name}")
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), reaching(self.name, FileNotFoundError):
-            os.unlink(Path(self.path) / name) if not self.remote else self.system.rm_file(f"{self.path}/{name}")
+            self.system.rm_file(f"{self.path}/{name}")
 
     def write_json(self, name: str, value) -> None:
         with self.whole(name) as temporary, open(temporary, "w", encoding="utf-8") as file:

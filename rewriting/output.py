@@ -22,15 +22,15 @@ logger = logging.getLogger("rewrite")
 def finish(source: Source, folder: ShardFolder, shards: list, args, llm_args) -> None:
     """Write the report, and the output if it is a single file, once all shards are done. The answers are kept: the same
     command with more rows or another --on_reject does not ask for them again."""
-    done = folder.done(shards)
-    if len(done) < len(shards):
-        left = len(shards) - len(done)
+    contents = folder.whole_files(list(folder.done(shards).values()))
+    if len(contents) < len(shards):
+        left = len(shards) - len(contents)
         logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
         return
-    names = [done[shard] for shard in shards]
+    names = list(contents)
     for name in set(folder.outputs().values()) - set(names):  # left by fewer rows, or another --on_reject
         folder.remove(name)
-    counts = [counts for _, counts in folder.footers(names)]
+    counts = [counts for _, counts in contents.values()]
     if [each["rows"] for each in counts] != [shard.rows for shard in shards]:
         raise UserError(f"{folder.name}: a file does not have the rows of its shard. Delete it and start again.")
     if folder.single:

@@ -529,7 +529,17 @@ def model(tmp_path_factory) -> Path:
 
 def script(model, *words, **options):
     return tiny.run(
-        "infer.py", *words, "--model_name_or_path", model, "--num_beams", 1, "--max_new_tokens", 6, **options
+        "infer.py",
+        *words,
+        "--model_name_or_path",
+        model,
+        "--num_beams",
+        1,
+        "--max_new_tokens",
+        6,
+        "--bf16",
+        "false",
+        **options,
     )
 
 
