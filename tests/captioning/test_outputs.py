@@ -109,7 +109,7 @@ STEMS = (
     "x.jpg",
     "1",
     "000000000001",
-    ".h",
+    "h",
 )
 ENDINGS = (".jpg", ".png", ".PNG", ".jpeg", ".webp", "", ".dat", ".txt")
 FOLDERS = ("", "", "d", "D", "d.e", "d e/#f", "é é/x.png.d")
