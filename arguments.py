@@ -468,9 +468,6 @@ class EvaluateArguments:
     )
     split: str = flag("test", "Split to caption and score.")
     max_samples: int | None = flag(None, "Use only the first N images of the split.")
-    common: bool = flag(
-        False, "Score the images that have both a prediction and references, and say how many of either have not."
-    )
     seen_in_training: bool = flag(
         False, "Load the training split too, and report the share of captions that occur in it word for word."
     )

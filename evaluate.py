@@ -110,9 +110,7 @@ def compare_runs(folder, args, metric_args) -> None:
 def score_predictions(folder, data_args, generation_args, metric_args, args) -> None:
     """Score existing captions, from any system."""
     found = read_references(args.references, args.split)
-    predictions, references = load_predictions(args.predictions, found, data_args.caption_column), found.captions
-    if args.common:
-        predictions, references = common_images(predictions, references)
+    predictions, references = load_predictions(args.predictions, found), found.captions
     if generation_args.remove_illegal_characters:
         predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
     scorers = load_scorers(metric_args, processes().device)
@@ -127,18 +125,6 @@ def score_predictions(folder, data_args, generation_args, metric_args, args) -> 
     records = datasets.Dataset.from_dict(columns)
     scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)
     check_gate(args.fail_under, scored.scores)
-
-
-def common_images(predictions: dict, references: dict) -> tuple[dict, dict]:
-    """Both, reduced to the images that both have."""
-    both = [image for image in references if image in predictions]
-    logger.info(
-        "%d images have a prediction and references; left out: %d without a prediction, %d without references",
-        *(len(both), len(references) - len(both), len(predictions) - len(both)),
-    )
-    if not both:
-        raise UserError("--common: no image has both a prediction and references. Do their ids or file names differ?")
-    return {image: predictions[image] for image in both}, {image: references[image] for image in both}
 
 
 def check_gate(fail_under: str | None, scores: dict) -> None:

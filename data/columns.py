@@ -217,9 +217,9 @@ def is_image_name(value: str) -> bool:
     return len(value) < 1000 and "\n" not in value and os.path.splitext(value.strip())[1].lower() in ENDINGS
 
 
-def captions_of(row: dict, names: list[str], where: str, literal: bool = False) -> list:
+def captions_of(row: dict, names: list[str], where: str) -> list:
     """The raw captions of a row, in one column or several: text, a list, a list or an object written as text, a struct
-    with the text in it, a conversation, or WebDataset's json. With `literal` text is a caption as it stands."""
+    with the text in it, a conversation, or WebDataset's json."""
     captions = []
     for name in names:
         value = row.get(name)
@@ -229,7 +229,7 @@ def captions_of(row: dict, names: list[str], where: str, literal: bool = False) 
             if inner is None:
                 raise DataError(f"{where}: the json of this sample has no caption. Its keys: {', '.join(value or {})}")
             value = value[inner]
-        captions += _captions(value, where, inside=literal)
+        captions += _captions(value, where)
     return captions
 
 
@@ -421,11 +421,7 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         image = str(image)
     name = image if isinstance(image, str) else os.path.basename((image or {}).get("path") or "") or None
     image_id, own_split = content.get(columns.image_id), content.get(columns.split)
-    names = [name for name in columns.captions if name in content or name == "json"]
-    names = names or [
-        name for name in content if columns.captions and _base(usual_name(name)) == _base(columns.captions[0])
-    ]
-    captions = captions_of(content, names, where, literal=options.literal)
+    captions = captions_of(content, columns.captions, where)
     if len(columns.captions) > 1:  # empty cells of a table are no captions
         captions = [caption for caption in captions if not is_missing(caption)] or captions[:1]
     return Row(
@@ -433,7 +429,7 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         image,
         captions,
         name=os.path.basename(name) if name and os.path.isabs(name) else name,
-        image_id=None if image_id is None else as_id(image_id, place),
+        image_id=None if image_id is None else as_id(image_id),
         split=split if own_split is None else split_name(own_split, place),
         columns=content,
         used=columns.used,
@@ -446,8 +442,6 @@ def is_missing(caption) -> bool:
     return caption is None or (isinstance(caption, str) and caption.strip().lower() in MISSING)
 
 
-def as_id(value, place: str = "") -> str:
-    """An id as text: 6, 6.0 and "6" are the same. DataError for what is no id."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{place}: an id is text or a number, not {value!r:.80}")
+def as_id(value) -> str:
+    """An id as text: 6, 6.0 and "6" are the same."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

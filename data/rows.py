@@ -95,7 +95,6 @@ class Options:
     captions: bool = True  # False for callers that read images only
     images: bool = True  # False for callers that read captions only: an id is enough
     predictions: bool = False  # captions are a model's
-    literal: bool = False  # a caption is text as it stands, also if it looks like a list
     is_file: Callable[[str], bool] | None = None  # whether a text names an image that is there; set by the reader
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line
     bad_samples: list = field(default_factory=list)

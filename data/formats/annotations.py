@@ -16,7 +16,7 @@ from common.text import TextError, read_text
 from data.columns import as_id, caption_key, object_rows
 from data.finder import folders_beside
 from data.rows import SPLIT_NAMES, Options, Part, Row, split_in
-from data.text_rows import ENDINGS, LINES, TABLES, first_character, table_objects
+from data.text_rows import ENDINGS, first_character, table_objects
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,7 @@ YIELDS_TO = ("flickr8k", "karpathy", "imagefolder")
 
 
 def matches(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix.lower() in ENDINGS or (path.suffix.lower() == ".txt" and first_character(path) in ("{", "["))
-    return path.is_dir() and bool(files_of(path))
+    return path.suffix.lower() in ENDINGS if path.is_file() else path.is_dir() and bool(files_of(path))
 
 
 def parts(path: Path, options: Options) -> list[Part]:
@@ -68,14 +66,14 @@ def files_of(path: Path) -> list[tuple[Path, str | None]]:
 def read(part: Part, options: Options) -> Iterator[Row]:
     file = Path(part.place)
     try:
-        if file.suffix.lower() in (*LINES, *TABLES) or first_character(file) == "[":
+        if file.suffix.lower() != ".json" or first_character(file) == "[":
             yield from object_rows(table_objects(file), str(file), options, part.split)
             return
         text = read_text(file)
     except TextError as error:
         raise DataError(str(error)) from None
     try:
-        content = json.loads(text or "[]")
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         if "\n{" not in text:
             raise DataError(f"{file}: not valid JSON: {error}. One object per line belongs in a .jsonl file") from None
@@ -85,12 +83,12 @@ def read(part: Part, options: Options) -> Iterator[Row]:
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         yield from coco_rows(content, file, part.split, options)
         return
-    for split, objects in lists_in(content, file, options.images).items():
+    for split, objects in lists_in(content, file).items():
         entries = ((entry, f"{file.name} entry {number}") for number, entry in enumerate(objects))
         yield from object_rows(entries, str(file), options, split or part.split)
 
 
-def lists_in(content, file: Path, images: bool = True) -> dict[str | None, list]:
+def lists_in(content, file: Path) -> dict[str | None, list]:
     """{split or None: rows} of a JSON file: its list, the only list of objects in it, a list per split, a map of image
     names to captions or to objects, or the object itself."""
     if isinstance(content, list):
@@ -108,8 +106,6 @@ def lists_in(content, file: Path, images: bool = True) -> dict[str | None, list]
         return {None: [{"image": name, "captions": captions} for name, captions in content.items()]}
     if content and all(isinstance(value, dict) and caption_key(value) for value in content.values()):
         return {None: [{"image": name, **value} for name, value in content.items()]}
-    if not images and len(lists) != 1:  # whatever is no caption is named with its place
-        return {None: [{"image": name, "captions": captions} for name, captions in content.items()]}
     raise DataError(
         f"{file}: an object with the keys {', '.join(list(content)[:8])}. Expected a list of objects, or "
         "COCO annotations (keys images and annotations)"
@@ -158,10 +154,8 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
             },
             used=("image", *(key for key in image if key not in ("text_detected", "domain"))),
         )
-    if captions.keys() - names.keys() and options.images:
+    if captions.keys() - names.keys():
         raise DataError(f"{file}: captions of image id {min(captions)}, which is not among its images")
-    for image_id, texts in captions.items():
-        yield Row(f"{file.name} image {image_id}", image_id, texts, image_id=image_id, split=split)
 
 
 def is_rejected(annotation: dict) -> bool:
