@@ -493,7 +493,11 @@ class EvaluateArguments:
     save_best_sweep: bool = flag(
         False, "Write the sweep's best setting into generation_config.json of the model folder, as its default."
     )
-    predictions: str | None = flag(None, "Score this file of captions instead of captioning; needs references.")
+    predictions: str | None = flag(
+        None,
+        "Score this file or folder of captions instead of captioning; needs references. image_column and caption_column are "
+        "its columns, if their names are unusual.",
+    )
     compare: list[str] = flag(
         [],
         "Compare the scores in these folders, of the same images, with those in the first: which differences are real "
@@ -503,8 +507,11 @@ class EvaluateArguments:
     )
     references: str | None = flag(
         None,
-        "Reference captions for predictions: COCO's or Karpathy's JSON (of the latter, the images of split), JSONL, "
-        "CSV, Parquet or {id: [captions]}. Predictions are matched by image id, file name, or base name.",
+        "Reference captions for predictions: a file or folder of any format of a data set, or {id: [captions]}; of one "
+        "that has splits, the images of split. Predictions are matched by image id and file name together.",
+    )
+    common: bool = flag(
+        False, "Score the images that both predictions and references have, and say how many are left out on each side."
     )
     fail_under: str | None = flag(
         None,

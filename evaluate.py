@@ -110,7 +110,11 @@ def compare_runs(folder, args, metric_args) -> None:
 def score_predictions(folder, data_args, generation_args, metric_args, args) -> None:
     """Score existing captions, from any system."""
     found = read_references(args.references, args.split)
-    predictions, references = load_predictions(args.predictions, found), found.captions
+    columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
+    predictions = load_predictions(args.predictions, found, args.common, **columns)
+    references = found.captions
+    if args.common:
+        predictions, references = in_both(predictions, references)
     if generation_args.remove_illegal_characters:
         predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
     scorers = load_scorers(metric_args, processes().device)
@@ -125,6 +129,17 @@ def score_predictions(folder, data_args, generation_args, metric_args, args) -> 
     records = datasets.Dataset.from_dict(columns)
     scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)
     check_gate(args.fail_under, scored.scores)
+
+
+def in_both(predictions: dict, references: dict) -> tuple[dict, dict]:
+    """The images that both have, in the references' order; how many are left out is logged."""
+    common = [image for image in references if image in predictions]
+    if not common:
+        first = f"{next(iter(predictions), None)!r} and {next(iter(references))!r}"
+        raise UserError(f"--common: predictions and references have no image in common, such as {first}.")
+    left_out = len(predictions) - len(common), len(references) - len(common)
+    logger.info("%d images in common; left out %d predictions and %d images with references", len(common), *left_out)
+    return {image: predictions[image] for image in common}, {image: references[image] for image in common}
 
 
 def check_gate(fail_under: str | None, scores: dict) -> None:

@@ -217,7 +217,7 @@ def is_image_name(value: str) -> bool:
     return len(value) < 1000 and "\n" not in value and os.path.splitext(value.strip())[1].lower() in ENDINGS
 
 
-def captions_of(row: dict, names: list[str], where: str) -> list:
+def captions_of(row: dict, names: list[str], where: str, literal: bool = False) -> list:
     """The raw captions of a row, in one column or several: text, a list, a list or an object written as text, a struct
     with the text in it, a conversation, or WebDataset's json."""
     captions = []
@@ -229,7 +229,7 @@ def captions_of(row: dict, names: list[str], where: str) -> list:
             if inner is None:
                 raise DataError(f"{where}: the json of this sample has no caption. Its keys: {', '.join(value or {})}")
             value = value[inner]
-        captions += _captions(value, where)
+        captions += _captions(value, where, inside=literal)
     return captions
 
 
@@ -421,7 +421,8 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         image = str(image)
     name = image if isinstance(image, str) else os.path.basename((image or {}).get("path") or "") or None
     image_id, own_split = content.get(columns.image_id), content.get(columns.split)
-    captions = captions_of(content, columns.captions, where)
+    image_id = None if isinstance(image_id, bool) else image_id
+    captions = captions_of(content, columns.captions, where, options.literal)
     if len(columns.captions) > 1:  # empty cells of a table are no captions
         captions = [caption for caption in captions if not is_missing(caption)] or captions[:1]
     return Row(

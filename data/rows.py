@@ -95,6 +95,7 @@ class Options:
     captions: bool = True  # False for callers that read images only
     images: bool = True  # False for callers that read captions only: an id is enough
     predictions: bool = False  # captions are a model's
+    literal: bool = False  # and text among them is no list written out, whatever it looks like
     is_file: Callable[[str], bool] | None = None  # whether a text names an image that is there; set by the reader
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line
     bad_samples: list = field(default_factory=list)

@@ -16,7 +16,7 @@ from common.text import TextError, read_text
 from data.columns import as_id, caption_key, object_rows
 from data.finder import folders_beside
 from data.rows import SPLIT_NAMES, Options, Part, Row, split_in
-from data.text_rows import ENDINGS, first_character, table_objects
+from data.text_rows import ENDINGS, LINES, TABLES, first_character, jsonl_rows, table_objects
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +66,20 @@ def files_of(path: Path) -> list[tuple[Path, str | None]]:
 def read(part: Part, options: Options) -> Iterator[Row]:
     file = Path(part.place)
     try:
-        if file.suffix.lower() != ".json" or first_character(file) == "[":
+        if file.suffix.lower() in (*LINES, *TABLES) or first_character(file) == "[":
             yield from object_rows(table_objects(file), str(file), options, part.split)
             return
         text = read_text(file)
     except TextError as error:
         raise DataError(str(error)) from None
+    if not text.strip():
+        raise DataError(f"{file} is empty")
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if "\n{" not in text:
             raise DataError(f"{file}: not valid JSON: {error}. One object per line belongs in a .jsonl file") from None
-        content = [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = [row for _, row in jsonl_rows(file)]
     if not isinstance(content, dict | list):
         raise DataError(f"{file} holds a {type(content).__name__}, not a list or an object of captions")
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
@@ -113,8 +115,11 @@ def lists_in(content, file: Path) -> dict[str | None, list]:
 
 
 def is_captions(value) -> bool:
+    """Also of an image without any, which is then named as such."""
     texts = value if isinstance(value, list) else [value]
-    return bool(texts) and all(isinstance(text, str) for text in texts)
+    return all(
+        text is None or isinstance(text, str) or (isinstance(text, dict) and caption_key(text)) for text in texts
+    )
 
 
 def coco_rows(content: dict, file: Path, split: str | None, options: Options) -> Iterator[Row]:
@@ -130,7 +135,7 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
             continue
         captions.setdefault(as_id(annotation["image_id"]), []).append(annotation[caption_key(annotation)])
     images = content.get("images")
-    if images is None:
+    if not images:
         images = [{"id": image_id} for image_id in captions]
     names: dict = {}
     for image in images:
