@@ -156,10 +156,11 @@ def _matched(rows: list[tuple[Row, str]], references: References) -> list[str]:
     for image, names in references.aliases.items():
         for form, table in zip(FORMS, tables, strict=True):
             for name in names:
-                table[form(name)].add(image)
+                for text in form(name):
+                    table[text].add(image)
     called = [_called(row, place) for row, place in rows]
     names = [[row.image_id, row.image if isinstance(row.image, str) else row.name] for row, _ in rows]
-    exact = [tables[0].get(_plain(name), set()) for of_row in names for name in of_row if name]
+    exact = [tables[0].get(*_whole(name), set()) for of_row in names for name in of_row if name]
     taken = {image for images in exact if len(images) == 1 for image in images}
     matched = []
     for own, of_row, (_, place) in zip(called, names, rows, strict=True):
@@ -173,7 +174,7 @@ def _matched(rows: list[tuple[Row, str]], references: References) -> list[str]:
             )
         if len(both) > 1:
             raise DataError(
-                f"{place}: {_base(of_row[1] or of_row[0])!r} is the name of several images of the references. Give the "
+                f"{place}: {_tails(of_row[1] or of_row[0])[-1]!r} is the name of several images of the references. Give the "
                 "predictions the references' own image ids or whole paths."
             )
         matched.append(both.pop())
@@ -183,33 +184,36 @@ def _matched(rows: list[tuple[Row, str]], references: References) -> list[str]:
 def _fitting(name: str, tables: list[dict[str, set[str]]], taken: set[str]) -> set[str]:
     """The images of the references that a name may mean."""
     for form, table in zip(FORMS, tables, strict=True):
-        images = table.get(form(name), set())
-        if len(images) == 1 and form is not _plain:
-            images = images - taken
-        if images:
-            return images
+        for text in form(name):
+            images = table.get(text, set())
+            if len(images) == 1 and form is not _whole:
+                images = images - taken
+            if images:
+                return images
     return set()
 
 
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+def _whole(name: str) -> list[str]:
+    return [unicodedata.normalize("NFC", name.replace("\\", "/"))]
 
 
-def _base(name: str) -> str:
-    return PurePosixPath(_plain(name)).name
+def _tails(name: str) -> list[str]:
+    """a/b/1.jpg, b/1.jpg, 1.jpg: as much of the name as distinguishes the images."""
+    parts = PurePosixPath(*_whole(name)).parts
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _stem(name: str) -> str:
-    return re.sub(r"\.[A-Za-z]{2,5}$", "", _base(name))
+def _stems(name: str) -> list[str]:
+    return [re.sub(r"\.[A-Za-z]{2,5}$", "", tail) for tail in _tails(name)]
 
 
-def _number(name: str) -> str:
+def _numbers(name: str) -> list[str]:
     """COCO's file names end in the image id: COCO_val2014_000000000042.jpg is 42."""
-    number = re.search(r"(?:^|_)(\d{12})$", _stem(name))
-    return str(int(number[1])) if number else _stem(name)
+    number = re.search(r"(?:^|[_/])(\d{12})$", _stems(name)[0])
+    return [str(int(number[1]))] if number else _stems(name)[-1:]
 
 
-FORMS = (_plain, _base, _stem, _number)
+FORMS = (_whole, _tails, _stems, _numbers)
 
 
 def find_images(image_dir: str | os.PathLike | None, references: dict, names: dict | None = None) -> list[Path]:
@@ -222,10 +226,9 @@ def find_images(image_dir: str | os.PathLike | None, references: dict, names: di
     found: dict[str, Path | None] = {}
     for image, of_one in calls.items():
         try:
-            paths = [Path(path) for path in map(find, of_one) if os.path.isfile(path)]
+            found[image] = next((Path(path) for path in map(find, of_one) if os.path.isfile(path)), None)
         except ImageError as error:
             raise DataError(str(error)) from None
-        found[image] = paths[0] if paths else None
     if absent := [image for image, path in found.items() if path is None]:
         raise DataError(
             f"{image_dir} lacks {len(absent)} of the {len(references)} images (first: {absent[0]!r}). A file must be "

@@ -6,7 +6,7 @@ import pandas
 import pytest
 
 from common.errors import DataError
-from data.caption_files import load_predictions, load_references
+from data.caption_files import load_predictions, load_references, read_references
 
 
 def write(path, content) -> str:
@@ -164,5 +164,60 @@ def test_an_image_without_reference_captions_is_refused(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="none.json: no such file"):
+    with pytest.raises(DataError, match=r"none\.json: no such file"):
         load_predictions(tmp_path / "none.json")
+
+
+REFERENCES = {"images": [{"id": n, "file_name": f"{c}/{n}.jpg"} for c in "ab" for n in (ord(c), ord(c) + 10)],
+              "annotations": [{"image_id": ord(c) + n, "caption": c} for c in "ab" for n in (0, 10)]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.json", "p.parquet", "folder"])
+def test_a_prediction_is_matched_by_id_and_name_together(tmp_path, name):
+    references = read_references(write(tmp_path / "r.json", REFERENCES))
+
+    def read(**columns) -> dict:
+        table = pandas.DataFrame(columns)
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        path = tmp_path / name
+        if name == "p.csv":
+            table.to_csv(path, index=False)
+        elif name.startswith("p.json"):
+            table.to_json(path, orient="records", lines=name == "p.jsonl")
+        else:
+            table.to_parquet(path / "part-0.parquet" if name == "folder" else path)
+        return load_predictions(path, references)
+
+    files = ["/x/b/98.jpg", "b\\108.png", "97"]
+    right = {"98": "x", "108": "y", "97": "z"}
+    assert read(image=files, caption=["x", "y", "z"]) == right
+    assert read(image_id=[98, 108, 97], image=files, caption=["x", "y", "z"]) == right
+    assert read(id=[97, 98, 108], image=files, caption=["x", "y", "z"]) == right  # a running number
+    with pytest.raises(
+        DataError, match="id '97' is image '97' of the references, and file '/x/b/98.jpg' is image '98'"
+    ):
+        read(image_id=[97], image=files[:1], caption=["x"])
+    for other in ("prediction", "generated_caption"):
+        with pytest.raises(DataError, match=f"could be {other} or caption. Say which with --caption_column"):
+            read(image=files[:1], caption=["x"], **{other: ["y"]})
+
+
+def test_an_image_that_a_prediction_names_is_no_others(tmp_path):
+    references = read_references(write(tmp_path / "r.json", {"cam1/1.jpg": "a", "cam1/2.jpg": "b"}))
+    path = write(tmp_path / "p.json", {"cam2/1.jpg": "wrong", "cam1/1.jpg": "right"})
+    assert load_predictions(path, references) == {"cam2/1.jpg": "wrong", "cam1/1.jpg": "right"}
+
+
+@pytest.mark.parametrize("word", ["", "nan", "N/A", None])
+def test_a_reference_that_is_missing_is_refused_and_a_prediction_is_what_it_says(tmp_path, word):
+    path = write(tmp_path / "r.json", [{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": word}])
+    with pytest.raises(DataError, match=r"r\.json, entry 1: a caption of image '2' is empty"):
+        load_references(path)
+    if word is not None:
+        assert load_predictions(path) == {"1": "a", "2": word}
+
+
+def test_half_an_emoji_is_text(tmp_path):
+    path = write(tmp_path / "p.json", '[{"image_id": 1, "caption": "a dog \\ud83d"}]')
+    assert load_predictions(path) == {"1": "a dog ?"}
+    assert load_references(path) == {"1": ["a dog ?"]}

@@ -419,9 +419,16 @@ def test_evaluate_prints_clip_scores_and_what_they_were_computed_with(clip_folde
 def test_images_are_found_by_name_stem_and_coco_number(tmp_path):
     for name in ("COCO_val2014_000000391895.jpg", "dog.png", "000000000042.jpg"):
         (tmp_path / name).touch()
-    found = find_images(tmp_path, {"391895": [], "dog": [], "dog.png": [], "42": [], "000000000042.jpg": []})
-    names = [path.name for path in found]
-    assert names == ["COCO_val2014_000000391895.jpg", "dog.png", "dog.png", "000000000042.jpg", "000000000042.jpg"]
+    names = ["COCO_val2014_000000391895.jpg", "dog.png", "000000000042.jpg"]
+    for images in (["391895", "dog", "42"], ["391895", "dog.png", "000000000042.jpg"]):
+        assert [path.name for path in find_images(tmp_path, dict.fromkeys(images))] == names
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").touch()
+    found = find_images(tmp_path, {"7": [], "8": []}, {"7": "b/1.jpg", "8": "x/a/1.jpg"})
+    assert found == [tmp_path / "b/1.jpg", tmp_path / "a/1.jpg"]
+    with pytest.raises(ValueError, match="1: found in 2 places"):
+        find_images(tmp_path, {"1": []})
     with pytest.raises(ValueError, match="lacks 1 of the 2 images"):
         find_images(tmp_path, {"dog": [], "cat": []})
     with pytest.raises(ValueError, match="pass --image_dir"):
