@@ -280,7 +280,8 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
         raise MismatchedImages(
             f"Predictions ({len(predictions)} images) and references ({len(references)} images) do not match. "
             + "; ".join(parts)
-            + ". Every image of the references needs exactly one prediction, and no other image may have one."
+            + ". Every image of the references needs exactly one prediction, and no other image may have one. "
+            "evaluate.py --common scores those that both have."
         )
     for image, captions in references.items():
         if isinstance(captions, str):

@@ -194,7 +194,7 @@ def test_a_prediction_is_matched_by_id_and_name_together(tmp_path, name):
     assert read(image_id=[98, 108, 97], image=files, caption=["x", "y", "z"]) == right
     assert read(id=[97, 98, 108], image=files, caption=["x", "y", "z"]) == right  # a running number
     with pytest.raises(
-        DataError, match="id '97' is image '97' of the references, and file '/x/b/98.jpg' is image '98'"
+        DataError, match=r"id '97' is image '97' of the references, and file '/x/b/98\.jpg' is image '98'"
     ):
         read(image_id=[97], image=files[:1], caption=["x"])
     for other in ("prediction", "generated_caption"):

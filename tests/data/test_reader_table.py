@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import data
+from common.errors import DataError
 from data.caption_files import load_predictions, read_references
 
 NAMES = [f"a/{number}.jpg" for number in range(6)] + [f"b/{number}.jpg" for number in range(4)]
@@ -112,6 +113,18 @@ def test_references_are_what_a_data_set_says(name, tmp_path):
     (tmp_path / "p.jsonl").write_text(lines([{"image": f"/photos/{n}", "caption": CAPTIONS[n][0]} for n in NAMES]))
     predictions = load_predictions(tmp_path / "p.jsonl", everything)
     assert all(caption in everything.captions[image] for image, caption in predictions.items())
+
+
+def test_references_of_a_folder_with_a_file_per_split_obey_the_split(tmp_path):
+    notes = coco()
+    for split, first, last in (("train", 0, 6), ("val", 6, 10)):
+        images = notes["images"][first:last]
+        ids = {image["id"] for image in images}
+        content = {"images": images, "annotations": [n for n in notes["annotations"] if n["image_id"] in ids]}
+        (tmp_path / f"captions_{split}2014.json").write_text(json.dumps(content))
+    assert said_by(read_references(tmp_path, "validation").captions) == sorted(sorted(CAPTIONS[n]) for n in NAMES[6:])
+    with pytest.raises(DataError, match="no image of split 'test'; it has train, validation: pass --split"):
+        read_references(tmp_path, "test")
 
 
 @pytest.mark.skipif("CAPTION_TEST_DATA" not in os.environ, reason="needs CAPTION_TEST_DATA")

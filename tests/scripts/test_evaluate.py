@@ -197,6 +197,16 @@ def test_predictions_that_do_not_fit_are_one_clear_message(predictions, said, tm
     assert not (tmp_path / "out/coco_metrics.json").exists()
 
 
+def test_the_images_that_both_have_are_scored_on_request(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"a": "a dog", "b": "a cat", "x": "a ball"}))
+    (tmp_path / "r.json").write_text(json.dumps({name: ["a dog", "the dog"] for name in "abcd"}))
+    command = ["evaluate.py", "--predictions", tmp_path / "p.json", "--references", tmp_path / "r.json", "--output_dir"]
+    assert "--common" in tiny.run(*command, tmp_path / "all", *NO_JAVA, fails=True).stderr
+    result = tiny.run(*command, tmp_path / "out", *NO_JAVA, "--common")
+    assert "2 images in common; left out 1 predictions and 2 images with references" in result.stderr
+    assert json.loads((tmp_path / "out/coco_metrics.json").read_text())["counts"]["images"] == 2
+
+
 def test_a_wrong_split_lists_the_right_ones(model, dataset, tmp_path):
     result = tiny.run(
         "evaluate.py", "--model_name_or_path", model, "--dataset_name", dataset, "--split", "tset",
