@@ -18,7 +18,7 @@ from common.loaders import TIMEOUT, data_loader, fit_workers
 from common.processes import fork_rng, peak_memory
 from common.publish import upload
 from common.sharding import gathered, strategy
-from data import CaptionPairs
+from data import CaptionPairs, CaptionStream
 from metrics import score
 from metrics.clip_scores import clip_scores
 from metrics.names import SCORES
@@ -112,6 +112,14 @@ class CaptionTrainer(Seq2SeqTrainer):
             self._batches = TrainingBatches(self.train_dataset, self.args, self._train_batch_size)
             return self._batches
         return super()._get_train_sampler(train_dataset)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        passes, batches = super()._init_training_state(max_steps, *args, **kwargs)
+        if isinstance(self.train_dataset, CaptionStream) and self.state.epoch:
+            # A stream does not tell its length, and the library counts max_steps as one pass.
+            passes = int(self.state.epoch)
+            batches = round((self.state.epoch - passes) * max_steps * self.args.gradient_accumulation_steps)
+        return passes, batches
 
     def _run_epoch(self, *, epoch, **kwargs):
         # Not left to accelerate, which tells the data set only where it finds no sampler to tell.
@@ -329,7 +337,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
 # The Trainer's methods that are overridden above: if one were renamed, its override would silently not be called.
 _OVERRIDDEN = (
-    "_get_train_sampler", "_run_epoch", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
+    "_get_train_sampler", "_init_training_state", "_run_epoch", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
     "create_model_card", "get_batch_samples",
 )  # fmt: skip
 if missing := [name for name in _OVERRIDDEN if not hasattr(Seq2SeqTrainer, name)]:
