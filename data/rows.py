@@ -103,9 +103,11 @@ class Options:
 
 def key_of(image, name: str | None, root: str) -> str | None:
     """The key of an image: its name as the source writes it, from the source's folder `root` on where it is absolute; of
-    an image inside a source its content."""
+    an image inside a source its content; None of a row without an image."""
     if isinstance(image, dict) and image.get("bytes") is not None:
         return xxhash.xxh3_128_hexdigest(image["bytes"])
+    if name is None and not isinstance(image, str):
+        return None
     written = unicodedata.normalize("NFC", str(image if isinstance(image, str) else name).replace("\\", "/"))
     folder = os.path.join(os.path.abspath(root), "").replace("\\", "/")
     inside = os.path.abspath(written).replace("\\", "/")

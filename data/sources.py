@@ -127,7 +127,7 @@ def load(
     if not records:
         raise DataError(f"{dataset_name}: no captioned image found{in_words(options.dropped)}")
 
-    records = _each_image_once(records, table, options, official, require_images)
+    records = _each_image_once(records, table, options, official, complete, require_images)
     rec.name_records(records)
     how = f"no splits in the source, so all images are {all_as}"
     if official or not all_as:
@@ -198,14 +198,16 @@ def _only_wanted(records: list[Record], splits, max_samples: dict[str, int] | No
     return first_of_each_split(records, max_samples) if max_samples else records
 
 
-def _each_image_once(records: list[Record], table, options: Options, official: bool, require_images: bool):
+def _each_image_once(
+    records: list[Record], table, options: Options, official: bool, complete: bool, require_images: bool
+):
     """The records without those whose image is missing, and records of equal images merged."""
     if table is None:
         sizes, read = rec.file_sizes(records), rec.read_file
     else:
         sizes, _, read = rec.table_images(table)
         sizes = [sizes[record.image] for record in records]
-        if not official:  # a split is drawn by key, which of an image inside a table is its content
+        if not (official and complete):  # a split is drawn by key, which of an image inside a table is its content
             inside = [record for record, size in zip(records, sizes, strict=True) if size is not None]
             contents = in_threads(lambda r: xxhash.xxh3_128_hexdigest(read(r.image, 0, None)), inside, 16)
             for record, content in zip(inside, contents, strict=True):

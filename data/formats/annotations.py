@@ -135,7 +135,7 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
             continue
         captions.setdefault(as_id(annotation["image_id"]), []).append(annotation[caption_key(annotation)])
     images = content.get("images")
-    if not images:
+    if images is None or not (images or options.images):
         images = [{"id": image_id} for image_id in captions]
     names: dict = {}
     for image in images:

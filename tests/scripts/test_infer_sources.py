@@ -523,8 +523,14 @@ def test_what_infer_py_writes_is_scored_by_evaluate_py_as_its_own_captions_are(m
         evaluate("--model_name_or_path", model, "--dataset_name", references, "--output_dir", tmp_path / "own", *how)
     assert "no splits in the source, so all images are test" in caplog.text
     own = json.loads((tmp_path / "own" / "coco_metrics.json").read_text(encoding="utf-8"))
-    for name in ("o.jsonl", "results.json"):
-        infer(model, sources / "photos", "--output", tmp_path / name)
+    for name in ("o.jsonl", "results.json", "folder"):
+        infer(
+            model,
+            sources / "photos",
+            "--output",
+            tmp_path / name,
+            *(["--output_format", "parquet"] * (name == "folder")),
+        )
         scored = ["--predictions", tmp_path / name, "--references", references]
         evaluate(*scored, "--output_dir", tmp_path / "of")
         found = json.loads((tmp_path / "of" / "coco_metrics.json").read_text(encoding="utf-8"))
