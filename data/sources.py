@@ -99,7 +99,12 @@ def load(
     source = Source(str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name, options)
     rows, tables = open_rows(source, dataset_name, draw_splits_from)
     if options.streaming and tables is not None and not _are_annotations(tables, options):
-        streams = stream_records(tables, options, split_seed, dataset_name, all_as)
+        if group_column:
+            raise DataError(
+                f"{dataset_name}: a stream does not know its groups beforehand. Leave out --streaming or --group_column"
+            )
+        shares = splitting.parse_shares(split_shares)
+        streams = stream_records(tables, options, split_seed, shares, dataset_name, all_as)
         if seen and set(tables) == {"train"}:
             streams, _ = seen.held_out(streams, all_as)
         dataset = choose(streams, splits, max_samples, dataset_name)

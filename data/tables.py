@@ -18,7 +18,6 @@ from data.images import ImageError
 from data.rows import SPLIT_NAMES, Options, Part, Row, split_in, split_name
 from data.walk import files_below
 
-HELD_OUT = 0.05
 ALL = "all"  # of draw_splits_from: every split there is
 
 
@@ -248,10 +247,10 @@ def _generate(read, extras: list[str], key: dict) -> Iterator[dict]:
 # ---------------------------------------------------------------- streams
 
 
-def stream_records(tables: dict, options: Options, seed: int, source: str, all_as: str | None = None):
+def stream_records(tables: dict, options: Options, seed: int, shares: tuple, source: str, all_as: str | None = None):
     """Records of tables that are read as they are needed, with the columns that `load` gives.
 
-    A source without splits gets 90/5/5 by a hash of the image's bytes (of its path, where there are none), so that
+    A source without splits gets `shares` by a hash of the image's bytes (of its path, where there are none), so that
     equal images are in the same split wherever they lie. What a stream cannot see: rows of one image merge only where
     they are adjacent, so an image may come as several records (of one split); images that are in two official
     splits are not found; nor are duplicate ids, or images that cannot be read (these raise when they are reached).
@@ -259,14 +258,15 @@ def stream_records(tables: dict, options: Options, seed: int, source: str, all_a
     Returns:
         IterableDatasetDict; its shards are those of the source, so that workers and processes share them.
     """
-    held_out = {"validation": (0.0, HELD_OUT), "test": (HELD_OUT, 2 * HELD_OUT)}
+    _, validation, test = shares
+    held_out = {"validation": (0.0, validation), "test": (validation, validation + test)}
     if set(tables) == {"train"} and all_as:
         plan = {all_as: ("train", 0.0, 1.0)}
     elif set(tables) == {"train"}:
-        plan = {"train": ("train", 2 * HELD_OUT, 1.0)}
+        plan = {"train": ("train", validation + test, 1.0)}
         plan |= {split: ("train", *bounds) for split, bounds in held_out.items()}
     elif set(tables) == {"train", "test"}:
-        plan = {"train": ("train", HELD_OUT, 1.0), "validation": ("train", *held_out["validation"])}
+        plan = {"train": ("train", validation, 1.0), "validation": ("train", *held_out["validation"])}
         plan["test"] = ("test", 0.0, 1.0)
     else:
         plan = {split: (split, 0.0, 1.0) for split in tables}
