@@ -102,14 +102,26 @@ class ScratchArguments:
 @dataclass
 class AdapterArguments:
     use_peft: bool = flag(False, "Train a LoRA adapter (a new one, or that of model_name_or_path) and nothing else.")
-    lora_r: int = flag(16, "Rank of the adapter's matrices.")
-    lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = flag(0.05, "Dropout on the adapter's input.")
+    lora_r: int | None = flag(
+        None, "Rank of the adapter's matrices. Default: 16, or that of the adapter trained further."
+    )
+    lora_alpha: int | None = flag(
+        None,
+        "The adapter's output is scaled by lora_alpha / lora_r. Default: 32, or that of the adapter trained further.",
+    )
+    lora_dropout: float | None = flag(
+        None, "Dropout on the adapter's input. Default: 0.05, or that of the adapter trained further."
+    )
     lora_targets: str | None = flag(
         None,
-        "Regular expression for the names of the linear layers to adapt. Default: the family's (models/families.py).",
+        "Regular expression for the names of the linear layers to adapt. Default: the family's (models/families.py), or "
+        "those of the adapter trained further.",
     )
-    modules_to_save: list[str] = flag([], "Modules that are trained in full along with the adapter, and saved with it.")
+    modules_to_save: list[str] | None = flag(
+        None,
+        "Modules that are trained in full along with the adapter, and saved with it. Default: none, or those of the "
+        "adapter trained further.",
+    )
 
 
 @dataclass

@@ -26,6 +26,7 @@ from common.files import output_folder
 from common.sharding import gathered
 from data import seen
 from metrics.clip_scores import load_scorers
+from models.adapters import settle
 from objectives import build_objective, check_objective
 from reports import outputs
 from reports.model_card import run_facts, write_card
@@ -56,17 +57,24 @@ def main():
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     check_best(args, [*metric_args.clip_metrics, *reward_metrics])
     check_sharding(args, model_args, scratch_args)
+    flags = flags_of(groups)
+    settle(
+        adapter_args, None if scratch_args.model_config else model_args.model_name_or_path, model_args.model_revision
+    )
     if args.dry_run:
         return plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args)
-    flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
     folder = output_folder(args.output_dir)
     with claimed(folder, args):
         checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint, args.world_size)
         outputs.warn_of_missing_scores(metric_args)
-        fine_tune(groups, reward_metrics, flags, folder, checkpoint)
+        fine_tune(groups, reward_metrics, folder, checkpoint)
 
 
-def fine_tune(groups, reward_metrics, flags, folder, checkpoint):
+def flags_of(groups) -> dict:
+    return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
+
+
+def fine_tune(groups, reward_metrics, folder, checkpoint):
     """Load, train from `checkpoint` or from the start, evaluate, and write everything to `folder`."""
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
     scorers = load_scorers(metric_args, args.device, reward_metrics)
@@ -78,6 +86,7 @@ def fine_tune(groups, reward_metrics, flags, folder, checkpoint):
     captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args)
 
     # Build the trainer
+    flags = flags_of(groups)  # those that were left out are filled in
     collator = build_collator(captioner, augmentations, data_args, args)
     objective = build_objective(args, objective_args, captioner, splits["train"], scorers, metric_args.caption_language)
     train_dataset, validation = build_datasets(splits, captioner, collator, scratch_args, data_args, args)

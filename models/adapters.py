@@ -3,10 +3,12 @@
 import json
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +19,61 @@ from common.weights import check_keys, errors_in_one_line
 from models.families import family_of
 
 logger = logging.getLogger(__name__)
+
+# Flags of a new adapter that are left out, and their names in an adapter's own config.
+NEW = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "modules_to_save": []}
+SAVED_AS = {"lora_r": "r"}
+
+
+def settle(flags, model_name_or_path: str | None, revision: str = "main") -> None:
+    """Fill in the `flags` (AdapterArguments) that were left out, in place: an adapter that is trained further keeps its
+    own values, a new one has those of NEW. UserError if a flag contradicts the adapter."""
+    saved = find_adapter(model_name_or_path, revision) if flags.use_peft and model_name_or_path else None
+    for name, value in NEW.items():
+        asked = getattr(flags, name)
+        if saved:
+            value = saved.get(SAVED_AS.get(name, name)) or ([] if name == "modules_to_save" else 0)
+            if asked is not None and asked != value:
+                raise UserError(
+                    f"--{name} {asked}: the adapter of {model_name_or_path} has {value}, and keeps it when it is trained "
+                    "further. Leave the flag out."
+                )
+        setattr(flags, name, value if asked is None else asked)
+
+
+def check_targets(model: PeftModel, targets: str | None) -> None:
+    """UserError if `targets`, a regular expression as for add_adapter, does not name the layers that the adapter has."""
+    layers = {name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    names = {name.replace(".base_layer", "") for name, _ in _linear(model.get_base_model()) if ".lora_" not in name}
+    if targets and {name for name in names if re.fullmatch(targets, name)} != layers:
+        raise UserError(
+            f"--lora_targets {targets}: the adapter has the layers {', '.join(_layers(layers))}, and keeps them when it is "
+            "trained further. Leave the flag out."
+        )
+
+
+def describe(model) -> dict | None:
+    """What the adapter of `model` is: rank, alpha, dropout, {layers that have it: how many}, modules trained in full.
+    None if it has none."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.peft_config["default"]
+    layers = [name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    kept = ("r", "lora_alpha", "lora_dropout")
+    return {
+        **{name: getattr(config, name, None) for name in kept},
+        "layers": _layers(layers),
+        "modules_to_save": list(config.modules_to_save or []),
+    }
+
+
+def _linear(model) -> list[tuple]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+
+
+def _layers(names) -> dict[str, int]:
+    """How many of the layers are of each sort: their names with numbers left out."""
+    return dict(sorted(Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names).items()))
 
 
 def add_adapter(
@@ -31,21 +88,17 @@ def add_adapter(
     if not base:
         raise UserError("An adapter is for a trained model: give --model_name_or_path instead of --model_config.")
     targets = targets or family_of(model.config).lora_targets
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = [name for name, _ in _linear(model)]
     matched = [name for name in linear if re.fullmatch(targets, name)]
     if not matched:
-        some = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})[:12])
+        some = ", ".join([*_layers(linear)][:12])
         raise UserError(f"lora_targets '{targets}' matches no linear layer of {type(model).__name__}. It has: {some}.")
     names = {name for name, _ in model.named_modules()}
     for name in modules_to_save:
         if not any(module == name or module.endswith(f".{name}") for module in names):
             raise UserError(f"modules_to_save: {type(model).__name__} has no module {name}.")
-    kinds: dict[str, int] = {}
-    for name in matched:
-        kind = re.sub(r"\.\d+\.", ".*.", name)
-        kinds[kind] = kinds.get(kind, 0) + 1
-    for kind, count in sorted(kinds.items()):
-        logger.info("LoRA adapts %3d x %s", count, kind)
+    for name, count in _layers(matched).items():
+        logger.info("LoRA adapts %3d x %s", count, name)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

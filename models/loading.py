@@ -27,7 +27,7 @@ from transformers.utils import is_bitsandbytes_available
 from common.errors import UserError
 from common.text import read_text
 from common.weights import check_keys, read_weights
-from models.adapters import add_adapter, find_adapter, load_adapter, load_adapter_weights
+from models.adapters import add_adapter, check_targets, find_adapter, load_adapter, load_adapter_weights
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.families import base_model, family_of, vision_encoder
@@ -199,9 +199,11 @@ def build_model(
 
 def make_trainable(model, adapter_args, freeze_vision: bool):
     """The model with the weights to train trainable and in float32: all of them, or with `use_peft` those of its own
-    adapter or of a new one. `adapter_args` are AdapterArguments."""
-    if adapter_args.use_peft and not isinstance(model, PeftModel):
-        a = adapter_args
+    adapter or of a new one. `adapter_args` are AdapterArguments, settled (models.adapters.settle)."""
+    a = adapter_args
+    if a.use_peft and isinstance(model, PeftModel):
+        check_targets(model, a.lora_targets)
+    elif a.use_peft:
         modules = {"targets": a.lora_targets, "modules_to_save": a.modules_to_save}
         model = add_adapter(model, r=a.lora_r, alpha=a.lora_alpha, dropout=a.lora_dropout, **modules)
     elif getattr(model, "is_quantized", False):

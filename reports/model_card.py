@@ -11,6 +11,7 @@ from common.files import write_text
 from common.publish import without_local_paths
 from data.seen import in_words
 from metrics.names import SCORES
+from models.adapters import describe
 from models.families import base_model, family_of
 from reports.snippet import snippet
 
@@ -26,7 +27,7 @@ def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) 
     config = model.config
     model_facts = {
         "class": type(model).__name__.removeprefix("FSDP"),  # what torch prepends to a class whose weights are sharded
-        "adapter": model is not trainer.model,
+        "adapter": describe(trainer.model),
         "license": family_of(config).license,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -266,6 +267,13 @@ def _training(run: dict, flags: dict) -> str:
                 f"The checkpoint kept is that of step {training['best_step']}: the best {flags['metric_for_best_model']} "
                 f"on the validation split ({training['best_validation_score']:.4f})."
             )
+    if adapter := run.get("model", {}).get("adapter"):
+        layers = ", ".join(f"{count} x `{name}`" for name, count in adapter["layers"].items())
+        whole = f"; trained in full: {', '.join(adapter['modules_to_save'])}" if adapter["modules_to_save"] else ""
+        lines.append(
+            f"\n\nAn adapter (LoRA) of rank {adapter['r']}, alpha {adapter['lora_alpha']}, dropout "
+            f"{adapter['lora_dropout']}, on {layers}{whole}."
+        )
     if not flags:
         return "Not recorded."
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)

@@ -15,6 +15,7 @@ from common.files import write_json
 from common.locks import Busy, hold
 from common.provenance import environment
 from common.sharding import strategy
+from models.adapters import NEW
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ LIBRARY_FREE = {
 }  # fmt: skip
 FIELDS = [field for group in TRAIN_GROUPS for field in dataclasses.fields(group)]
 FREE = LIBRARY_FREE | {field.name for field in FIELDS if isinstance(field.metadata.get("help"), Free)}
+FILLED_IN = (*NEW,)
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 OF_CLIP = ("clip_metrics", "clip_model", "pac_checkpoint")
 
@@ -163,9 +165,11 @@ def _binding(flags: dict) -> dict:
 
 
 def _without_free(some: dict, flags: dict) -> dict:
-    """`some` flags without those that may differ when a run with `flags` is resumed."""
+    """`some` flags without those that may differ when a run with `flags` is resumed. One that is filled in where it is
+    left out (FILLED_IN) goes on as it was recorded."""
     learnt_from = f"{flags['metric_for_best_model']} {flags['reward']}".lower()
     free = {*FREE, *(OF_A_STEP if flags["allow_other_processes"] else ())}
+    free |= {name for name in FILLED_IN if flags[name] is None}
     free |= {*(OF_CLIP if not any(name in learnt_from for name in ("clip-s", "pac-s")) else ())}
     return {name: value for name, value in some.items() if name not in free}
 

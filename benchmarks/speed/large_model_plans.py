@@ -17,6 +17,7 @@ from arguments import AdapterArguments
 from benchmarks.harness import RESULTS, ROOT, write_result
 from captioner import Captioner
 from collator import CaptionCollator
+from models.adapters import settle
 from models.families import family_of
 from models.loading import make_trainable, ready, without_weights
 from training.memory import plan
@@ -67,7 +68,8 @@ def estimate(config, processor, processes, how, what, dtype, images):
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = (how or "")[-1:]
     model = ready(without_weights(family_of(config).model_class, config, dtype), processor)
     model.config.name_or_path = "published"
-    model = make_trainable(model, AdapterArguments(use_peft=what != "full"), freeze_vision=False)
+    settle(adapter := AdapterArguments(use_peft=what != "full"), None)
+    model = make_trainable(model, adapter, freeze_vision=False)
     prompt = Captioner(model, processor).prompt
     args = SimpleNamespace(
         world_size=processes, autocast_dtype=torch.bfloat16, optim="adamw_torch_fused", gradient_accumulation_steps=4,

@@ -1,5 +1,7 @@
 """What is said of adapters, precision and families that cannot be, and what old checkpoints lack."""
 
+import json
+
 import families
 import pytest
 import tiny
@@ -39,6 +41,59 @@ def test_modules_to_save_are_trained_whole(base, dataset, tmp_path):
     name = next(name for name in saved if name.endswith("transform.dense.weight"))
     before, _ = load_model(str(base))
     assert not before.text_decoder.cls.predictions.transform.dense.weight.equal(saved[name])
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """A folder of an adapter whose values are not those of a new one."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model, processor = load_model(str(base))
+    add_adapter(model, r=4, alpha=8, dropout=0.25, targets=".*(query|dense)").save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_that_is_trained_further_keeps_its_values_and_the_run_says_them(adapter, dataset, tmp_path):
+    train(adapter, dataset, tmp_path / "out", use_peft="true", num_train_epochs=1, lora_targets=".*(query|dense)")
+    own = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    values = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.25}
+    assert {name: own[name.replace("lora_r", "r")] for name in values} == values
+    assert {name: run["flags"][name] for name in values} == values
+    facts = run["model"]["adapter"]
+    assert (facts["r"], facts["lora_alpha"], facts["lora_dropout"], facts["modules_to_save"]) == (4, 8, 0.25, [])
+    assert sum(facts["layers"].values()) == len(own["target_modules"])
+    assert all(name.endswith(("query", "dense")) for name in facts["layers"])
+    card = (tmp_path / "out/README.md").read_text()
+    assert "An adapter (LoRA) of rank 4, alpha 8, dropout 0.25, on " in card
+    assert "| lora_r | 4 |" in card
+
+
+def test_a_run_says_the_values_of_a_new_adapter(base, dataset, tmp_path):
+    train(base, dataset, tmp_path / "out", use_peft="true", num_train_epochs=1, lora_alpha=64)
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    recorded = [run["flags"][name] for name in ("lora_r", "lora_alpha", "lora_dropout", "modules_to_save")]
+    assert recorded == [16, 64, 0.05, []]
+    assert (run["model"]["adapter"]["r"], run["model"]["adapter"]["lora_alpha"]) == (16, 64)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("lora_r", 16),
+        ("lora_alpha", 32),
+        ("lora_dropout", 0.05),
+        ("modules_to_save", ["cls"]),
+        ("lora_targets", ".*key"),
+    ],
+)
+def test_a_flag_that_contradicts_the_adapter_is_refused(adapter, dataset, tmp_path, flag, value):
+    words = value if isinstance(value, list) else [value]
+    command = ["--model_name_or_path", adapter, "--dataset_name", dataset, "--output_dir", tmp_path / "out"]
+    command += ["--use_peft", "true", "--meteor", "false", "--spice", "false"]
+    message = tiny.run("train.py", *command, f"--{flag}", *words, fails=True).stderr
+    assert f"--{flag} {value}: the adapter" in message
+    assert message.strip().endswith("Leave the flag out.")
 
 
 def test_an_adapter_needs_a_trained_model(dataset, tmp_path):
