@@ -102,10 +102,19 @@ def _why_not(model, splits: dict, augmentation) -> str | None:
         return "as augmentation changes an image differently each time"
     if any(isinstance(records, IterableDataset) for records in splits.values()):
         return "as the records of a stream have no index to keep them under"
-    dropout = any(module.p > 0 for module in vision.modules() if isinstance(module, torch.nn.Dropout))
-    if dropout or getattr(vision.config, "attention_dropout", 0) > 0:
+    if _drops(vision.config.to_dict()) or any(getattr(module, "p", 0) > 0 for module in vision.modules()):
         return "as dropout in the vision encoder makes different features each time"
     return None
+
+
+def _drops(config: dict) -> bool:
+    """Whether an encoder's config sets dropout of any sort, attention's and whole layers' (drop_path_rate) included."""
+    return any(
+        _drops(value)
+        if isinstance(value, dict)
+        else "drop" in str(name) and isinstance(value, int | float) and value > 0
+        for name, value in config.items()
+    )
 
 
 def in_memory(encoder, records) -> torch.Tensor:

@@ -10,6 +10,7 @@ import families
 import pytest
 import tiny
 import torch
+import transformers
 from small_run import SPLITS, flags, weights
 
 import data
@@ -17,8 +18,9 @@ from arguments import TrainArguments
 from captioner import Captioner
 from collator import CaptionCollator
 from models.families import vision_encoder
+from models.vision import take_encoded_images
 from objectives import CrossEntropy
-from training.feature_cache import image_keys, keep_features
+from training.feature_cache import _why_not, image_keys, keep_features
 
 
 def frozen(folder, **settings):
@@ -229,6 +231,37 @@ def test_augmentation_and_dropout_forbid_it_and_are_named(place, augment, dropou
     else:
         with pytest.raises(ValueError, match=said):
             keep_features(place, captioner, data.load(dataset), arguments(tmp_path), 1, augmentation)
+
+
+SIZES = {"image_size": 32, "patch_size": 8, "num_labels": 1}
+ONE_SIZE = {**SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+ENCODERS = {
+    "ViT": (transformers.ViTModel, transformers.ViTConfig, ONE_SIZE),
+    "BEiT": (transformers.BeitModel, transformers.BeitConfig, ONE_SIZE),
+    "DINOv2": (transformers.Dinov2Model, transformers.Dinov2Config, ONE_SIZE),
+    "Swin": (transformers.SwinModel, transformers.SwinConfig, SWIN),
+    "Donut": (transformers.DonutSwinModel, transformers.DonutSwinConfig, SWIN),
+}
+DROPPED = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+
+
+@pytest.mark.parametrize("drops", [None, *DROPPED])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_features_are_kept_only_of_encoders_that_give_the_same_in_training(name, drops):
+    """In training mode a frozen encoder gives what was kept, or nothing is."""
+    model, _ = families.build("vit-gpt2")
+    model_class, config_class, sizes = ENCODERS[name]
+    rates = [rate for rate in DROPPED if hasattr(config_class(), rate)]
+    config = config_class(**sizes, **{rate: 0.5 if rate == drops else 0.0 for rate in rates})
+    model.encoder = model_class(config).requires_grad_(False).train()
+    take_encoded_images(model)
+    pixels = torch.rand(32, 3, config.image_size, config.image_size)
+    with torch.no_grad():
+        one, other = (model.encoder(pixels).last_hidden_state for _ in range(2))
+    assert one.equal(other) == (drops not in rates)
+    refusal = _why_not(model, {}, None)
+    assert (refusal is None) == one.equal(other), refusal
 
 
 def test_auto_keeps_nothing_that_is_used_once_or_does_not_fit(dataset, tmp_path, caplog, monkeypatch):
