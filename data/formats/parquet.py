@@ -31,7 +31,7 @@ def parts(path: Path, options: Options) -> list[Part]:
     if (
         path.is_dir()
         and (path / "README.md").is_file()
-        and "data_files" in (path / "README.md").read_text(errors="replace")
+        and "data_files" in (path / "README.md").read_text(encoding="utf-8", errors="replace")
     ):
         try:
             config = datasets.load_dataset_builder(str(path), options.config, cache_dir=options.cache_dir).config

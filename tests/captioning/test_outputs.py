@@ -527,6 +527,11 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+def named(caption: str) -> str:
+    """The colour that a caption names."""
+    return next(name for name in ("red", "green", "blue", "yellow") if name in caption)
+
+
 def script(model, *words, **options):
     return tiny.run(
         "infer.py",
@@ -550,10 +555,10 @@ def test_the_model_is_known_by_its_weights(model, tmp_path):
         Image.new("RGB", (32, 32), of).save(tmp_path / "p" / name)
     mine = shutil.copytree(model, tmp_path / "mine")
     script(mine, tmp_path / "p", "--output", tmp_path / "o.jsonl", PMI_SIZE="2", PMI_RANK="0", OMPI_COMM_WORLD_SIZE="2")
-    expected = {name: f"a {of} square" for name, of in names.items()}
-    assert numbers(tmp_path / "o.jsonl") == expected
+    assert {name: named(caption) for name, caption in numbers(tmp_path / "o.jsonl").items()} == names
     script(mine, tmp_path / "p", "--output", tmp_path / "o.tar")
-    assert Counter(s["captions"][0] for s in webdataset.samples(str(tmp_path / "o.tar"))) == Counter(expected.values())
+    captions = [sample["captions"][0] for sample in webdataset.samples(str(tmp_path / "o.tar"))]
+    assert Counter(map(named, captions)) == Counter(names.values())
     copied = shutil.copytree(mine, tmp_path / "copied")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "p" / "more.png")
     result = script(copied, tmp_path / "p", "--output", tmp_path / "o.jsonl")

@@ -80,7 +80,7 @@ def test_every_test_that_the_corrections_name_exists():
 OF_OTHER_PROGRAMS = (
     "help shm photos config_file num_processes num_machines machine_rank main_process_ip main_process_port nproc_per_node "
     "nnodes rdzv_id rdzv_backend rdzv_endpoint nodes ntasks gpus cpus requeue array head port address working generate "
-    "recipe train instance_count environment"
+    "recipe train instance_count environment signal signals"
 )
 
 
