@@ -161,8 +161,11 @@ class DataArguments:
 
 @dataclass
 class TrainDataArguments(DataArguments):
-    max_txt_len: int = flag(
-        40, "Longest caption in tokens, including the prompt and the start and end tokens; longer ones are cut."
+    max_txt_len: int | None = flag(
+        None,
+        "Longest caption in tokens, including the prompt and the start and end tokens; longer ones are cut, without an end "
+        "token. Default: 40, as published, or if more than 1 % of the training captions are longer as long as 99 % need, "
+        "and the model has positions for.",
     )
     captions_per_image: int = flag(
         1,
@@ -213,7 +216,10 @@ class GenerationArguments:
         "sometimes writes; always, if the checkpoint was trained with it.",
     )
     num_beams: int | None = flag(None, "Beams of the beam search. Default: the checkpoint's, else 5.")
-    max_new_tokens: int | None = flag(None, "Longest caption in tokens. Default: the checkpoint's, else 30.")
+    max_new_tokens: int | None = flag(
+        None,
+        "Longest caption in tokens. Default: the checkpoint's, else 30. train.py raises it to the length of its captions.",
+    )
     min_new_tokens: int | None = flag(None, "Shortest caption in tokens. Default: the checkpoint's, else no limit.")
     length_penalty: float | None = flag(None, "Above 1 favours longer captions. Default: the checkpoint's, else 1.0.")
     early_stopping: bool | None = flag(
@@ -381,7 +387,8 @@ class TrainFlags:
     dry_run: bool = free(
         False,
         "Do not train: print how many weights are trained, and how much memory each process will need, from the "
-        "model's config alone. On a machine without the GPU, pass --bf16 true if the GPU has it.",
+        "model's config alone, with captions of max_txt_len tokens, or 40. On a machine without the GPU, pass --bf16 true if the "
+        "GPU has it.",
     )
     output_dir: str = free("blip-open-out", "Folder of the run: checkpoints, model, scores, curves, card.")
     num_train_epochs: float = flag(4.0, "Passes over the training captions.")

@@ -83,6 +83,17 @@ class Captioner:
         self.settings |= self.asked
         if self.settings["num_beams"] == 1:
             self.settings = {name: value for name, value in self.settings.items() if name not in WITHOUT_BEAMS}
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Begin to count captions: `written`, and those of them that were `cut` at max_new_tokens, without an end token."""
+        self.written = self.cut = 0
+
+    def say_cut(self) -> None:
+        """One line about the captions that were cut since the count began, if there are any."""
+        if self.cut:
+            numbers = (self.cut, self.written, self.settings["max_new_tokens"])
+            logger.info("%d of %d captions were cut at max_new_tokens, %d: they have no end of their own", *numbers)
 
     def with_settings(self, prompt: str | None = None, **settings) -> "Captioner":
         """A captioner with another prompt or other settings of `generate`, otherwise the same; the model is shared."""
@@ -148,6 +159,8 @@ class Captioner:
             by_setting = [captioner.caption_batch(encoded) for captioner in sweep]
             return [[captions[0] for captions in of_image] for of_image in zip(*by_setting, strict=True)]
         tokens = self.generate_tokens(batch)
+        self.written += len(tokens)
+        self.cut += int((tokens != self.collator.end).all(dim=1).sum())
         per_image = len(tokens) // len(batch["input_ids"])
         texts = self.texts(tokens)
         return [texts[i : i + per_image] for i in range(0, len(texts), per_image)]
@@ -267,12 +280,16 @@ class Captioner:
             settings: {image_id: texts[number] for image_id, texts in captions.items()}
             for number, settings in enumerate(different)
         }
+        for captioner in captioners:
+            captioner.cut = different[str(captioner.settings)].cut
         return [found[str(captioner.settings)] for captioner in captioners]
 
     def _captions(self, records, batch_size: int, num_workers: int, sweep=()) -> dict[str, list[str]]:
         state = processes()
         share = Subset(records, range(state.process_index, len(records), state.num_processes))
-        was_training = self.model.training
+        was_training, captioners = self.model.training, sweep or [self]
+        for captioner in captioners:
+            captioner.count_anew()
         self.model.eval()
         captions = dict(
             show_progress(self.stream(share, batch_size=batch_size, num_workers=num_workers, sweep=sweep), len(share))
@@ -282,4 +299,9 @@ class Captioner:
             release_graphs()
         if state.num_processes > 1:
             captions = {k: v for part in gather_object([captions]) for k, v in part.items()}
+            for captioner in captioners:
+                counts = zip(*gather_object([(captioner.written, captioner.cut)]), strict=True)
+                captioner.written, captioner.cut = map(sum, counts)
+        for captioner in captioners:
+            captioner.say_cut()
         return {image_id: captions[image_id] for image_id in records["image_id"]}

@@ -98,11 +98,10 @@ class CaptionCollator:
         return self._with_captions(self.images.prompts(len(captions)), captions, max(map(len, captions)))
 
     def _with_captions(self, inputs: dict, captions: list[list[str]], per_image: int) -> dict:
-        targets = [
-            self.images.target_ids(text)[: self.room] if text is not None else []
-            for group in captions
-            for text in [*group, *[None] * (per_image - len(group))]
-        ]
+        targets = []
+        for group in captions:
+            targets += [ids[: self.room] for ids in self.images.target_ids(group)]
+            targets += [[]] * (per_image - len(group))
         padded, lengths = pad_rows(targets, self.images.pad)
         if self.prompts_only:
             labels = padded.masked_fill(torch.arange(padded.shape[1]) >= lengths[:, None], IGNORE)
@@ -239,17 +238,14 @@ class ImageCollator:
             batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
         return batch
 
-    def target_ids(self, caption: str) -> list[int]:
-        """Token ids of a caption as it follows the prompt, and its end."""
-        tokenizer = self.processor.tokenizer
-        if self.joint:
-            caption = self.lead + caption
-        if self.joint or self.decoder_prompt is not None or not self.words:
-            return [*tokenizer(caption, add_special_tokens=False)["input_ids"], self.end]
-        # After a word, a caption's first word may be tokenized differently than at the start.
-        words = tokenizer(self.words, add_special_tokens=False)["input_ids"]
-        both = tokenizer(f"{self.words} {caption}", add_special_tokens=False)["input_ids"]
-        return [*both[len(words) :], self.end]
+    def target_ids(self, captions: list[str]) -> list[list[int]]:
+        """Token ids of each caption as it follows the prompt, and its end."""
+        tokenizer, before, lead = self.processor.tokenizer, 0, self.lead if self.joint else ""
+        if not self.joint and self.decoder_prompt is None and self.words:
+            # After a word, a caption's first word may be tokenized differently than at the start.
+            before, lead = len(tokenizer(self.words, add_special_tokens=False)["input_ids"]), f"{self.words} "
+        texts = [lead + caption for caption in captions]
+        return [[*ids[before:], self.end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 class Pixels:

@@ -109,6 +109,7 @@ def print_captions(loaded, rows, args) -> None:
     captions = caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args)
     for row, outcome in show_progress(captions, None):
         print(f"{row['name']}\t{outcome.get('caption', 'error: ' + outcome.get('error', ''))}", flush=True)
+    loaded[0].say_cut()
 
 
 def plan_texts(rows, args) -> writers.Texts:
@@ -137,6 +138,7 @@ def write_texts(loaded, rows, texts: writers.Texts, args, share: tuple[int, int]
         else:
             logger.warning("%s", outcome["error"])
     logger.info("%d .txt files written; existing ones are left as they are", written)
+    loaded[0].say_cut()
 
 
 def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]) -> list[str]:
@@ -173,6 +175,7 @@ class CaptionShards:
 
     def __call__(self, shard, tick) -> dict:
         started, listed, known, captioned = time.time(), [], {}, {}
+        self.captioner.count_anew()
         rows = functools.partial(self.source.rows, shard)
         if shard.kind == "rows" and (self.earlier.stale or self.args.dataloader_num_workers):
             listed = list(rows())  # else each DataLoader worker would read the source up to here
@@ -186,7 +189,8 @@ class CaptionShards:
         output = [caption_output.row_of(row, outcome) for row, outcome in captioned.values()]
         sources = {row["source"] for row, _ in captioned.values()}
         seconds = time.time() - started
-        return caption_output.write_shard(self.folder, shard, output, seconds, self.settings, sources)
+        cut = self.captioner.cut
+        return caption_output.write_shard(self.folder, shard, output, seconds, self.settings, sources, cut=cut)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from training.building import (
     plan_memory,
 )
 from training.checkpoints import claimed, find_checkpoint, processes_by_step, record_run
+from training.lengths import fit_lengths
 from training.patience import Patience
 from training.sharding import check_sharding
 from training.trainer import CaptionTrainer
@@ -57,7 +58,6 @@ def main():
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     check_best(args, [*metric_args.clip_metrics, *reward_metrics])
     check_sharding(args, model_args, scratch_args)
-    flags = flags_of(groups)
     settle(
         adapter_args, None if scratch_args.model_config else model_args.model_name_or_path, model_args.model_revision
     )
@@ -65,7 +65,7 @@ def main():
         return plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args)
     folder = output_folder(args.output_dir)
     with claimed(folder, args):
-        checkpoint = find_checkpoint(folder, flags, args.resume_from_checkpoint, args.world_size)
+        checkpoint = find_checkpoint(folder, flags_of(groups), args.resume_from_checkpoint, args.world_size)
         outputs.warn_of_missing_scores(metric_args)
         fine_tune(groups, reward_metrics, folder, checkpoint)
 
@@ -85,8 +85,10 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     splits, bad_samples = load_splits(groups, checkpoint)
     captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args)
 
+    lengths = fit_lengths(captioner, splits["train"], data_args, generation_args, checkpoint)
+    flags = flags_of(groups)  # with these lengths
+
     # Build the trainer
-    flags = flags_of(groups)  # those that were left out are filled in
     collator = build_collator(captioner, augmentations, data_args, args)
     objective = build_objective(args, objective_args, captioner, splits["train"], scorers, metric_args.caption_language)
     train_dataset, validation = build_datasets(splits, captioner, collator, scratch_args, data_args, args)
@@ -105,7 +107,7 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     )
 
     # Train, save, evaluate, push
-    train_metrics = train(trainer, checkpoint, folder, flags, bad_samples)
+    train_metrics = train(trainer, checkpoint, folder, flags, bad_samples, lengths)
     scored = evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folder)
     if trainer.is_world_process_zero():
         facts = run_facts(trainer, splits, train_metrics, scored[-1].examples() if scored else [])
@@ -136,10 +138,11 @@ def load_splits(groups, checkpoint) -> tuple:
     return splits, bad_rows + bad_images
 
 
-def train(trainer, checkpoint, folder, flags, bad_samples) -> dict:
+def train(trainer, checkpoint, folder, flags, bad_samples, lengths) -> dict:
     """Train, save the best model to `folder`, and return the Trainer's metrics."""
     if trainer.is_world_process_zero():
-        record_run(folder, flags, processes=processes_by_step(folder, checkpoint, trainer.args.world_size))
+        processes = processes_by_step(folder, checkpoint, trainer.args.world_size)
+        record_run(folder, flags, processes=processes, lengths=lengths)
         outputs.write_bad_samples(folder, bad_samples)
     trainer.accelerator.wait_for_everyone()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | trainer.peak_memory()

@@ -44,12 +44,12 @@ def row_of(row: dict, outcome: dict) -> dict:
 
 
 def write_shard(
-    folder: ShardFolder, shard: Shard, rows: list[dict], seconds: float, settings: dict, sources=()
+    folder: ShardFolder, shard: Shard, rows: list[dict], seconds: float, settings: dict, sources=(), cut: int = 0
 ) -> dict:
     """Write a shard's rows, as `row_of` makes them; returns the counts of its footer. `sources` are the paths that named
-    its images."""
+    its images; `cut` is how many captions ended at max_new_tokens."""
     errors = sum("error" in row for row in rows)
-    counts = {"source": str(shard), "rows": len(rows), "errors": errors, "sources": sorted(sources)}
+    counts = {"source": str(shard), "rows": len(rows), "errors": errors, "cut": cut, "sources": sorted(sources)}
     counts |= {"seconds": round(seconds, 3), "finished": time.time(), "settings": settings}
     if folder.single:  # columns keep their types until the output is made from them
         rows = [
@@ -133,12 +133,14 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
         else:
             _give_one_schema(folder, contents)
         counts = [counts for _, counts in contents.values()]
-        total = {name: sum(shard.get(name, 0) for shard in counts) for name in ("rows", "errors", "seconds")}
+        total = {name: sum(shard.get(name, 0) for shard in counts) for name in ("rows", "errors", "cut", "seconds")}
         settings = counts[0].get("settings") if counts else {}
         folder.write_json(REPORT, {"shards": len(counts), **total, "settings": settings})
-    logger.info(
-        "%d captions in %s, %d images without one", total["rows"] - total["errors"], folder.output, total["errors"]
-    )
+    captions = total["rows"] - total["errors"]
+    logger.info("%d captions in %s, %d images without one", captions, folder.output, total["errors"])
+    if total["cut"]:
+        most = settings.get("max_new_tokens")
+        logger.info("%d of %d captions were cut at max_new_tokens, %s", total["cut"], captions, most)
     return True
 
 

@@ -274,6 +274,8 @@ def _training(run: dict, flags: dict) -> str:
             f"\n\nAn adapter (LoRA) of rank {adapter['r']}, alpha {adapter['lora_alpha']}, dropout "
             f"{adapter['lora_dropout']}, on {layers}{whole}."
         )
+    if run.get("lengths"):
+        lines.append(f"\n\nLengths: {run['lengths']['in_words']}.")
     if not flags:
         return "Not recorded."
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)

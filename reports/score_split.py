@@ -57,6 +57,7 @@ def score_split(
     scores, rows = outputs.score_records(predictions, records, metric_args, seed, **options)
     source |= {"dataset_fingerprint": fingerprint(records)}
     if captioner:
+        scores["counts"]["cut_captions"] = captioner.cut
         source |= {"generation": captioner.description()}
     scores = outputs.write_scores(folder, scores, rows, **source)
     logger.info("scores of %d images, in %s:\n%s", len(predictions), folder, outputs.summary(scores))

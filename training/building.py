@@ -10,12 +10,12 @@ from collator import CaptionCollator, input_size
 from common.errors import UserError
 from common.processes import captions_in_bfloat16, device_memory
 from common.sharding import strategy
-from data.tokens import check_captions_can_be_written
 from metrics.clip_scores import NAMES
 from metrics.names import SCORES
 from models.families import base_model, family_of, vision_encoder
 from models.loading import build_model, load_model, make_trainable, without_weights
 from training.feature_cache import keep_features
+from training.lengths import PUBLISHED
 from training.memory import plan
 from training.sharding import shard
 
@@ -56,14 +56,11 @@ def open_model(model_args, scratch_args, adapter_args, captions, weights: bool =
 def load_captioner(model_args, scratch_args, adapter_args, generation_args, train_records, args) -> Captioner:
     """A pretrained captioner or one with random weights; only the weights to train are trainable, and the model is
     sharded across processes if they were launched that way."""
-    captions = lambda: (text for row in train_records for text in row["captions"])  # noqa: E731
-    model, processor = open_model(model_args, scratch_args, adapter_args, captions())
-    check_captions_can_be_written(processor.tokenizer, captions())
+    captions = (text for row in train_records for text in row["captions"])
+    model, processor = open_model(model_args, scratch_args, adapter_args, captions)
     model = shard(make_trainable(model, adapter_args, scratch_args.freeze_vision), args)
     how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
-    captioner = Captioner(model, processor, **how, **vars(generation_args))
-    captioner.save_settings()
-    return captioner
+    return Captioner(model, processor, **how, **vars(generation_args))
 
 
 def as_loaded(captioner: Captioner, model_args, args) -> Captioner:
@@ -119,6 +116,7 @@ def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_arg
     model, processor = open_model(model_args, scratch_args, adapter_args, words, weights=False)
     model = make_trainable(model, adapter_args, scratch_args.freeze_vision)
     captioner = Captioner(model, processor, fast_jpeg=model_args.fast_jpeg)
+    data_args.max_txt_len = data_args.max_txt_len or PUBLISHED
     no_augmentations = {"augmentation": None, "text_augmentation": None}
     collator = build_collator(captioner, no_augmentations, data_args, args).for_evaluation()
     drawn = {"scst": objective_args.scst_samples, "dico": objective_args.dico_candidates}

@@ -15,7 +15,6 @@ from common.files import write_json
 from common.locks import Busy, hold
 from common.provenance import environment
 from common.sharding import strategy
-from models.adapters import NEW
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,8 @@ LIBRARY_FREE = {
 }  # fmt: skip
 FIELDS = [field for group in TRAIN_GROUPS for field in dataclasses.fields(group)]
 FREE = LIBRARY_FREE | {field.name for field in FIELDS if isinstance(field.metadata.get("help"), Free)}
-FILLED_IN = (*NEW,)
+# Set by the data where they are left out (training.lengths).
+FILLED_IN = ("max_txt_len", "max_new_tokens")
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 OF_CLIP = ("clip_metrics", "clip_model", "pac_checkpoint")
 
@@ -106,7 +106,8 @@ def processes_by_step(folder: Path, checkpoint: str | None, processes: int) -> d
 def record_run(folder: Path, flags: dict, **facts) -> dict:
     """Write run.json, and return what it holds: the flags that define the run, its environment, and at its end
     the `facts` of reports.model_card.run_facts. Removes unfinished checkpoints."""
-    kept = {"processes": _read(folder / "run.json").get("processes", {}), "sharding": strategy()}
+    before = _read(folder / "run.json")
+    kept = {"processes": before.get("processes", {}), "lengths": before.get("lengths"), "sharding": strategy()}
     run = {"flags": _binding(flags), "license": flags["license"], **kept, **environment(), **facts}
     write_json(folder / "run.json", run)
     for path in folder.glob("checkpoint-*"):

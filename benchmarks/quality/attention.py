@@ -62,7 +62,7 @@ def main():
             continue  # a word does not say which of the two it means
         words, maps = attention_maps(captioner, row["image"], row["captions"][0])
         batch = captioner.collator([row])
-        tokens = captioner.collator.target_ids(row["captions"][0])[:-1]
+        tokens = captioner.collator.target_ids(row["captions"][:1])[0][:-1]
         batch = captioner.training_batch(batch, [tokens])
         every = cross_attention(captioner.model, batch)[:, :, 0, :, 1:].mean(1)  # layers, length, patches
         first = int((batch["labels"][0] != IGNORE).nonzero()[0, 0])

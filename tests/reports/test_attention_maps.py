@@ -26,7 +26,7 @@ def captioner(tmp_path):
 
 def eager_attentions(captioner, picture, caption) -> torch.Tensor:
     """(layers, heads, length, patches + 1) of transformers' own eager attention."""
-    tokens = captioner.collator.target_ids(caption)[:-1]
+    tokens = captioner.collator.target_ids([caption])[0][:-1]
     batch = captioner.training_batch(captioner.collator([{"image": picture, "image_id": "0"}]), [tokens])
     model = use_fast_attention(captioner.model, False)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -45,7 +45,7 @@ def test_probabilities_are_those_of_eager_attention(fast, prompt, captioner, pic
     captioner = Captioner(captioner.model, captioner.processor, prompt=prompt)
     expected = eager_attentions(captioner, picture, CAPTION)
     use_fast_attention(captioner.model, fast)
-    tokens = captioner.collator.target_ids(CAPTION)[:-1]
+    tokens = captioner.collator.target_ids([CAPTION])[0][:-1]
     batch = captioner.training_batch(captioner.collator([{"image": picture, "image_id": "0"}]), [tokens])
     found = cross_attention(captioner.model, batch)
     assert found.shape == (2, 2, 1, len(tokens) + 1 + len(prompt.split()), 17)

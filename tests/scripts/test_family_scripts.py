@@ -115,7 +115,7 @@ def test_eval_loss_is_the_mean_over_all_target_tokens(trained, dataset):
             batch = collator([{**record, "captions": [caption], "epoch": 0}])
             with torch.no_grad():
                 total += caption_loss(model.eval(), batch, num_items_in_batch=1).item()
-            tokens += len(collator.images.target_ids(caption))
+            tokens += len(collator.images.target_ids([caption])[0])
     (logged,) = [
         row["eval_loss"]
         for row in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
