@@ -252,7 +252,8 @@ class MetricArguments:
     caption_language: str = flag(
         "en",
         "Language of the captions, such as en, vi, zh, ja or th. Scripts without spaces between words (Chinese, Japanese, "
-        "Thai, Lao, Khmer, Burmese, Tibetan) are scored per character. METEOR and SPICE are for English only.",
+        "Thai, Lao, Khmer, Burmese, Tibetan) are scored per character. METEOR and SPICE are for English only. The flip "
+        "augmentation finds left and right in this language, and English ones.",
     )
     instances: str | None = free(
         None,

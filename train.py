@@ -78,7 +78,7 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     """Load, train from `checkpoint` or from the start, evaluate, and write everything to `folder`."""
     model_args, scratch_args, adapter_args, data_args, generation_args, objective_args, metric_args, args = groups
     scorers = load_scorers(metric_args, args.device, reward_metrics)
-    augmentations = load_augmentations(data_args, args.seed)
+    augmentations = load_augmentations(data_args, args.seed, metric_args.caption_language)
     set_seed(args.seed)
 
     # Load the data and the model

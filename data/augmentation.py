@@ -10,19 +10,20 @@ draws the same for your photos.
 
 import hashlib
 import io
+import logging
 import math
 import random
-import re
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from common.errors import UserError
 from data.images import open_image
+from data.left_right import left_right, names_a_side
 
+logger = logging.getLogger(__name__)
 GRAY = (128, 128, 128)  # what the official RandAugment fills exposed corners with
 NOISE = ("gaussian_noise", "blur", "jpeg")  # what a camera or a website does to a picture; its caption stays true
-LEFT_RIGHT = re.compile(r"\b(left|right)(most|ward|wards|-?hand|-?handed)?\b", re.IGNORECASE)
 
 
 class Augmentation:
@@ -36,7 +37,7 @@ class Augmentation:
             `random_resized_crop:LOW:HIGH`: a crop of that share of the area, aspect 3:4 to 4:3, resized (bicubic) to
             `size`; LOW and HIGH are .5 and 1 in BLIP's recipe.
             `flip`: mirrored with probability 1/2. The official recipe mirrors every image; ours skips those whose
-            captions mention left or right, which mirroring would make false.
+            captions mention left or right (data/left_right.py), which mirroring would make false.
             `randaugment:N:M`: N operations drawn (with repetition) from BLIP's ten, each applied with probability
             1/2 at magnitude M of 10.
             `rotation:DEGREES`: by an angle drawn from -DEGREES to DEGREES.
@@ -50,15 +51,22 @@ class Augmentation:
         size: (height, width) in pixels that crops and the result are resized to. None leaves resizing to a later
             step; BLIP's recipe resizes at the crop, so that translations are in pixels of the model's input.
         seed: the run's seed.
+        language: of the captions, for `flip`.
 
     Raises:
         ValueError: an unknown operation or wrong numbers; the message names it.
     """
 
-    def __init__(self, spec: list[str], size: tuple[int, int] | None = None, seed: int = 42):
-        self.size, self.seed = size, seed
+    def __init__(self, spec: list[str], size: tuple[int, int] | None = None, seed: int = 42, language: str = "en"):
+        self.size, self.seed, self.language = size, seed, language
         self.spec = list(spec)
         self.operations = [parse_operation(text) for text in spec]
+        if "flip" in dict(self.operations) and not left_right(language)[1]:
+            logger.warning(
+                "flip: the words for left and right in caption_language %s are not known here, so pictures whose captions say "
+                "them are mirrored too",
+                language,
+            )
 
     def __call__(self, image: Image.Image, epoch: int, image_id: str, captions: list[str] = ()) -> Image.Image:
         """Augment one RGB image of any size, and return an RGB image.
@@ -72,7 +80,7 @@ class Augmentation:
                 image = random_resized_crop(image, self.size, *numbers, rng)
             elif name == "flip":
                 mirrored = rng.random() < 0.5  # always drawn, so that the choices after it stay the same
-                if mirrored and not any(LEFT_RIGHT.search(caption) for caption in captions):
+                if mirrored and not any(names_a_side(caption, self.language) for caption in captions):
                     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             elif name == "randaugment":
                 image = randaugment(image, *numbers, rng)

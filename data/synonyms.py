@@ -57,7 +57,7 @@ NOUNS = """
     patio terrace
     rooftop > roof
     sea ocean
-    shore seashore
+    seashore > shore
     creek stream
     meadow > field
     pasture > field
@@ -211,7 +211,7 @@ OTHERS = """
     furry fuzzy
     sleepy drowsy
     tired weary
-    quick rapid
+    quick > rapid
     various > different
     assorted > various
     entire > whole
@@ -266,7 +266,7 @@ PHRASES = """
     wide open, wide eyed, wide mouthed, air plane, ski lift, chair lift, file cabinet, filing cabinet, washing machine, petting zoo, trying on,
     tries on, taxi cab, baby carrot, baby sitter, cell phone, smart phone, mobile phone, phone book, picture frame,
     picture book, gift card, gift shop, gift bag, gift box, gift wrap, card trick, metro station, snow man, smoke stack,
-    first lady, flower child, white house, fire house, full house, blood type, whole wheat, big top, big rig, looks like
+    first lady, water rapid, flower child, white house, fire house, full house, blood type, whole wheat, big top, big rig, looks like
 """
 COLOURS = (
     "beige black blond blonde blue bronze brown brunette colorful coloured colored crimson cyan gold golden gray green "

@@ -7,6 +7,7 @@ import logging
 import random
 import re
 
+from common.errors import UserError
 from data.augmentation import parse_operation, seeded
 from data.synonyms import PHRASES, TABLE, synonyms, wordnet
 
@@ -38,15 +39,21 @@ class TextAugmentation:
             `sentence_shuffle:P`: a caption of several sentences has them in an order drawn with probability P. It is
             for paragraphs that list what is seen; where a sentence refers to the one before, it may lose its sense.
         seed: the run's seed.
+        language: of the captions.
 
     Raises:
-        ValueError: an unknown operation or wrong numbers; the message names it.
+        ValueError: an unknown operation or wrong numbers, or `synonym` for another language than English; the message
+            names it.
     """
 
-    def __init__(self, spec: list[str], seed: int = 42):
+    def __init__(self, spec: list[str], seed: int = 42, language: str = "en"):
         self.seed = seed
         self.operations = [parse_operation(text, FORMS, "augment_text") for text in spec]
         if "synonym" in dict(self.operations):
+            if not re.fullmatch("en([-_].*)?", language.lower()):
+                raise UserError(
+                    f"--augment_text synonym: they are English, and caption_language is {language}. Leave it out."
+                )
             # Logged, since it depends on the machine, and another lexicon makes another run.
             also = (
                 ", and WordNet for other nouns, adjectives and adverbs" if wordnet() else "; nltk has no WordNet here"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def _limits(flags: dict, reported: list[dict]) -> str:
     said = ""
     if facts:
         said = (
-            f" On the {reported[0]['split']} split {facts['distinct']:.1%} of its captions are distinct and "
+            f" On the {reported[0]['split']} split {math.floor(1000 * facts['distinct']) / 1000:.1%} of its captions are distinct and "
             f"{facts['bad_endings']:.1%} end in the middle of a phrase."
         )
     return (

@@ -34,12 +34,13 @@ def check_best(args, clip_metrics: list[str]) -> None:
         )
 
 
-def load_augmentations(data_args, seed: int) -> dict:
-    """Augmentations of images and captions as CaptionCollator takes them; ValueError names an unknown operation."""
+def load_augmentations(data_args, seed: int, language: str) -> dict:
+    """Augmentations of images and captions as CaptionCollator takes them; ValueError names an unknown operation, or one
+    that is not for captions of `language`."""
     images, texts = data_args.augment, data_args.augment_text
     return {
-        "augmentation": data.Augmentation(images, seed=seed) if images else None,
-        "text_augmentation": data.TextAugmentation(texts, seed) if texts else None,
+        "augmentation": data.Augmentation(images, seed=seed, language=language) if images else None,
+        "text_augmentation": data.TextAugmentation(texts, seed, language) if texts else None,
     }
 
 

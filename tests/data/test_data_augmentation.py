@@ -2,6 +2,7 @@ import io
 import random
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from data import Augmentation, corruption
 from data.augmentation import GRAY, NOISE, RANDAUGMENT_OPERATIONS, randaugment, random_resized_crop
+from data.left_right import PARTS, names_a_side
 
 BLIP = ["random_resized_crop:0.5:1.0", "flip", "randaugment:2:5"]
 NOISY = ["gaussian_noise:20:0.5", "blur:2:0.5", "jpeg:10:0.5"]
@@ -104,6 +106,49 @@ def test_half_of_the_images_are_flipped_but_none_that_speaks_of_left_or_right(im
     assert 160 < sum(flipped) < 240
     for caption in ("a dog left of a cat", "The RIGHT hand.", "the leftmost door", "a right-handed man"):
         assert all(augment(image, 0, str(i), ["a dog", caption]).tobytes() == image.tobytes() for i in range(30))
+
+
+SIDES = {  # a caption of each language that says left or right, and one that does not
+    "de": ("ein Hund links von dem Ball", "ein Hund auf dem Rasen"), "fr": ("un chien à gauche", "un chien sur l'herbe"),
+    "vi": ("con chó bên trái", "con chó trên cỏ"), "zh": ("左边有一只狗", "草地上有一只狗"), "ja": ("右側の犬", "草の上の犬"),
+    "th": ("สุนัขทางซ้าย", "สุนัขบนหญ้า"), "ko": ("오른쪽에 있는 개", "잔디 위의 개"), "ru": ("собака слева", "собака на траве"),
+    "es": ("un perro a la derecha", "un perro en la hierba"), "it": ("un cane a destra", "un cane sull'erba"),
+    "pt": ("um cão à esquerda", "um cão na relva"), "nl": ("de linkerhand", "een hond in het gras"),
+    "pl": ("po lewej stronie", "pies na trawie"), "cs": ("pes vlevo", "pes na trávě"), "ar": ("كلب على اليسار", "كلب على العشب"),
+    "he": ("כלב בצד שמאל", "כלב על הדשא"), "hi": ("बाएं कुत्ता", "घास पर कुत्ता"), "tr": ("solda bir köpek", "çimde bir köpek"),
+    "fi": ("koira vasemmalla", "koira nurmella"), "sv": ("en hund till höger", "en hund på gräset"),
+    "uk": ("собака ліворуч", "собака на траві"), "el": ("σκύλος αριστερά", "σκύλος στο γρασίδι"),
+    "hu": ("kutya a bal oldalon", "kutya a füvön"), "da": ("en hund til venstre", "en hund på græsset"),
+    "id": ("anjing di sebelah kiri", "anjing di rumput"), "fa": ("سگ در سمت چپ", "سگ روی چمن"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", SIDES)
+def test_a_flip_is_withheld_by_left_and_right_in_the_captions_language(image, language, caplog):
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
+
+    def flips(caption, language):
+        augment = Augmentation(["flip"], language=language)
+        return sum(augment(image, epoch, "0", [caption]).tobytes() == mirrored for epoch in range(60))
+
+    side, neither = SIDES[language]
+    for code in (language, f"{language}-Xx", "en"):
+        assert flips(side, code) == 0
+        assert flips(unicodedata.normalize("NFD", side), code) == 0
+        assert 15 < flips(neither, code) < 45
+    assert flips("a dog on the left", language) == 0
+    assert not caplog.text
+
+
+def test_a_flip_says_that_it_does_not_know_a_language(caplog):
+    Augmentation(["flip"], language="quz")
+    assert "left and right in caption_language quz are not known" in caplog.text
+
+
+@pytest.mark.parametrize("language", PARTS)
+def test_words_of_scripts_without_borders_are_found_wherever_they_are(language):
+    assert all(names_a_side(f"犬{word}犬", language) for word in PARTS[language].split("|"))
+    assert not names_a_side("犬", language)
 
 
 def test_a_flip_withheld_changes_nothing_after_it(image):

@@ -37,6 +37,19 @@ def replaced(caption: str) -> str:
     return replace_words(caption, 1.0, All())
 
 
+def test_synonyms_are_for_english_captions(caplog):
+    for language in ("en", "en-GB"):
+        TextAugmentation(BOTH, language=language)
+    with pytest.raises(ValueError, match="--augment_text synonym: they are English, and caption_language is de"):
+        TextAugmentation(BOTH, language="de")
+    TextAugmentation(BOTH[1:], language="de")
+
+
+@pytest.mark.parametrize("caption", ["a white water rapid", "the shore of a lake", "white water rapids"])
+def test_these_stay_as_they_are(caption):
+    assert replaced(caption) == caption
+
+
 def words(caption: str) -> list[str]:
     return re.findall("[a-z]+", caption.lower())
 
