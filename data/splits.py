@@ -147,7 +147,7 @@ def near_pairs(number: int, image_of: Callable, stamps: list[str], cache_dir=Non
     for bucket in buckets.values():
         for position, one in enumerate(bucket if len(bucket) < 100 else ()):
             others = bucket[position + 1 :]
-            apart = np.bitwise_count(packed[others] ^ packed[one]).sum(axis=1)
+            apart = np.unpackbits(packed[others] ^ packed[one], axis=1).sum(axis=1)
             pairs.update((one, other) for other, differ in zip(others, apart, strict=True) if differ <= NEAR)
     return sorted(pairs)
 
