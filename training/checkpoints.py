@@ -15,6 +15,7 @@ from common.files import write_json
 from common.locks import Busy, hold
 from common.provenance import environment
 from common.sharding import strategy
+from models.adapters import NEW
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,7 @@ def _differences(before: dict, now: dict) -> list[str]:
     is set."""
     made = dataclasses.MISSING
     default = _binding({f.name: f.default if f.default_factory is made else f.default_factory() for f in FIELDS})
+    default |= NEW
     differ = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     differ |= {name for name in now.keys() - before.keys() if now[name] != default.get(name)}
     return sorted(differ | {name for name in before.keys() - now.keys() if before[name]})

@@ -34,7 +34,8 @@ def test_a_split_is_captioned_and_scored(model, dataset, tmp_path):
     scores = json.loads((tmp_path / "coco_metrics.json").read_text())
     predictions = json.loads((tmp_path / "predictions.json").read_text())
     assert [row["image_id"] for row in predictions] == ["photo2.png", "photo3.png"]
-    assert scores["counts"] == {"images": 2, "references": 4}
+    assert scores["counts"] == {"images": 2, "references": 4, "cut_captions": 2}
+    assert "2 of 2 captions were cut at max_new_tokens, 30" in result.stderr
     assert scores["generation"]["num_beams"] == 2
     assert scores["split"] == "test"
     assert scores["corpus"]["seen_in_training"] is not None

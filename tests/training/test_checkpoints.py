@@ -8,9 +8,10 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from arguments import TRAIN_GROUPS
+from arguments import TRAIN_GROUPS, AdapterArguments
 from common.cli import parse
 from common.errors import UserError
+from models.adapters import settle
 from training.building import check_best
 from training.checkpoints import find_checkpoint
 
@@ -35,6 +36,7 @@ def resume(folder, recorded: dict, *more: str):
 def flags_of(*command: str) -> dict:
     """As train.py takes them from a command line."""
     groups = parse(TRAIN_GROUPS, list(command))
+    settle(next(group for group in groups if isinstance(group, AdapterArguments)), None)
     return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
 
 

@@ -119,11 +119,30 @@ def test_paragraphs_are_learnt_to_their_end_without_a_flag(tmp_path):
         outcome = tiny.run("infer.py", tmp_path / f"photos/{name}.png", "--model_name_or_path", tmp_path / "run")
         assert outcome.stdout.split("\t")[1].strip() == text
         assert "were cut" not in outcome.stderr
-    outcome = tiny.run(
-        "infer.py", *[tmp_path / f"photos/{name}.png" for name in captions], "--model_name_or_path", tmp_path / "run",
-        "--max_new_tokens", 60,
-    )  # fmt: skip
-    assert "1 of 3 captions were cut at max_new_tokens, 60" in outcome.stderr
+    pictures = [tmp_path / f"photos/{name}.png" for name in captions]
+    model, short = ("--model_name_or_path", tmp_path / "run"), ("--max_new_tokens", 60)
+    for output in ((), ("--output", tmp_path / "o.jsonl", "--shard_size", 1), ("--output_format", "txt")):
+        outcome = tiny.run("infer.py", *pictures, *model, *short, *output)
+        assert "1 of 3 captions were cut at max_new_tokens, 60" in outcome.stderr
+    scoring = (
+        "--dataset_name",
+        source,
+        "--split",
+        "train",
+        "--meteor",
+        "false",
+        "--spice",
+        "false",
+        "--report",
+        "false",
+    )
+    scoring += ("--bootstrap_samples", 0, "--score_trained_images", "true")
+    for number, (cut, processes, more) in enumerate(
+        [(1, 1, short), (1, 2, short), (0, 1, ()), (0, 1, ("--sweep", "max_new_tokens=60,151,152"))]
+    ):
+        folder = tmp_path / f"scores{number}"
+        tiny.run("evaluate.py", *model, *scoring, *more, "--output_dir", folder, processes=processes)
+        assert json.loads((folder / "coco_metrics.json").read_text())["counts"]["cut_captions"] == cut
 
 
 def test_a_run_says_how_many_captions_it_cuts(dataset, tmp_path):
