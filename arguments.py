@@ -180,7 +180,8 @@ class TrainDataArguments(DataArguments):
     augment_text: list[str] = flag(
         [],
         "Caption augmentations of the training split: synonym:P replaces each word that has a synonym with probability "
-        "P, sentence_shuffle:P reorders the sentences of a paragraph.",
+        "P, sentence_shuffle:P reorders the sentences of a paragraph; clean makes all of them lower case, without "
+        "punctuation but commas and the like, and 30 words at most, as BLIP's own code does.",
     )
     max_train_samples: int | None = flag(None, "Use only the first N training images.")
     max_eval_samples: int | None = flag(None, "Use only the first N validation images.")

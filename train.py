@@ -84,7 +84,6 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     # Load the data and the model
     splits, bad_samples = load_splits(groups, checkpoint)
     captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args)
-
     lengths = fit_lengths(captioner, splits["train"], data_args, generation_args, checkpoint)
     flags = flags_of(groups)  # with these lengths
 
@@ -110,10 +109,8 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     train_metrics = train(trainer, checkpoint, folder, flags, bad_samples, lengths)
     scored = evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folder)
     if trainer.is_world_process_zero():
-        facts = run_facts(trainer, splits, train_metrics, scored[-1].examples() if scored else [])
-        write_card(
-            folder, record_run(folder, flags, **facts), [split.scores for split in reversed(scored)], trainer.captioner
-        )
+        run = record_run(folder, flags, **run_facts(trainer, splits, train_metrics, scored))
+        write_card(folder, run, [split.scores for split in reversed(scored)], captioner)
         logger.info("the model, its scores, captions, report, curves and card are in %s", folder)
     if args.push_to_hub:
         trainer.push_to_hub()

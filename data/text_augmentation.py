@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 FORMS = {
     "synonym": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
     "sentence_shuffle": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
+    "clean": ("", 0, lambda: True, ""),
 }
 WORD = re.compile(r"(?<![\w<\[#@&'’./-])[A-Za-z]+(?![\w>\]'’/-]|\.\w)")
 # Left as they are: quoted text, which is in the picture, and the names of other things.
@@ -38,6 +39,8 @@ class TextAugmentation:
             counts, positions, names, quoted text, special tokens, and "a" or "an" before the word stay as they are.
             `sentence_shuffle:P`: a caption of several sentences has them in an order drawn with probability P. It is
             for paragraphs that list what is seen; where a sentence refers to the one before, it may lose its sense.
+            `clean`: as BLIP's own code learns captions: in lower case, without . ! " ( ) * # : ; ~, the first 30 words.
+            Not drawn: every caption of the training split, each time.
         seed: the run's seed.
         language: of the captions.
 
@@ -62,10 +65,14 @@ class TextAugmentation:
 
     def __call__(self, captions: list[str], epoch: int, image_id: str) -> list[str]:
         rng = seeded(self.seed, epoch, image_id, "text")
-        for name, (probability,) in self.operations:
-            operation = replace_words if name == "synonym" else shuffle_sentences
-            captions = [operation(caption, probability, rng) for caption in captions]
+        for name, numbers in self.operations:
+            captions = [OPERATIONS[name](caption, *numbers, rng) for caption in captions]
         return captions
+
+
+def clean(caption: str, rng: random.Random | None = None) -> str:
+    """The caption as BLIP's own code learns it."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()[:30])
 
 
 def replace_words(caption: str, probability: float, rng: random.Random) -> str:
@@ -111,3 +118,6 @@ def shuffle_sentences(caption: str, probability: float, rng: random.Random) -> s
         sentences[-1] += "."
     rng.shuffle(sentences)
     return " ".join(sentences)
+
+
+OPERATIONS = {"synonym": replace_words, "sentence_shuffle": shuffle_sentences, "clean": clean}

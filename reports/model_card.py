@@ -22,8 +22,9 @@ CURVES = (
 )
 
 
-def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) -> dict:
-    """What is known at the end of a training run, for run.json: sizes, time, memory, best checkpoint, examples, language."""
+def run_facts(trainer, splits: dict, train_metrics: dict, scored: list) -> dict:
+    """What is known at the end of a training run, for run.json: sizes, time, memory, best checkpoint, examples of the last
+    split that was scored, language."""
     state, model = trainer.state, base_model(trainer.model)
     config = model.config
     model_facts = {
@@ -44,7 +45,12 @@ def run_facts(trainer, splits: dict, train_metrics: dict, examples: list[dict]) 
         **train_metrics,
     }
     sizes = {name: _sizes(split) for name, split in splits.items()}
-    facts = {"data": sizes, "model": model_facts, "training": training, "examples": examples}
+    facts = {
+        "data": sizes,
+        "model": model_facts,
+        "training": training,
+        "examples": scored[-1].examples() if scored else [],
+    }
     return facts | {"language": trainer.caption_language}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets import IterableDataset
 from PIL import Image
 
+from data.text_augmentation import clean
 from data.tokens import check_captions_can_be_written
 from training.memory import PICTURE
 
@@ -29,6 +30,8 @@ def fit_lengths(captioner, records, data_args, generation_args, checkpoint: str 
     longest training caption's, with prompt, start and end, in tokens; how many captions are cut, of how many that were
     looked at; and all this as a sentence. UserError if the tokenizer cannot write the captions."""
     captions = _captions(records)
+    if "clean" in data_args.augment_text:
+        captions = list(map(clean, captions))
     check_captions_can_be_written(captioner.processor.tokenizer, captions)
     images = captioner.collator
     counts = sorted(map(len, images.target_ids(captions)))

@@ -50,6 +50,12 @@ def test_these_stay_as_they_are(caption):
     assert replaced(caption) == caption
 
 
+def test_clean_captions_are_those_that_blips_own_code_learns():
+    caption = " A man, who's \"here\";  reads: (two) *books*!! It's 5~6 #pages.\n"
+    cleaned = TextAugmentation(["clean"])([caption, "w " * 40, "Éa?"], 3, "1")
+    assert cleaned == ["a man, who's here reads two books it's 5 6 pages", " ".join("w" * 30), "éa?"]
+
+
 def words(caption: str) -> list[str]:
     return re.findall("[a-z]+", caption.lower())
 

@@ -11,6 +11,7 @@ import tiny
 from conftest import ROOT
 
 import arguments
+from captioner import Captioner
 from common import cli
 
 # Those in recipes/accelerate are for accelerate launch: tests/training/test_sharding.py runs them.
@@ -27,18 +28,33 @@ def test_a_recipe_is_taken_and_says_what_it_needs_and_how_it_is_launched(recipe,
 
 
 def test_the_flickr8k_recipe_is_the_defaults_written_out(tmp_path):
+    from captioner import DEFAULTS
+    from training.lengths import PUBLISHED
+
     written = cli.parse(GROUPS, [str(ROOT / "recipes/blip/flickr8k.yaml"), "--output_dir", str(tmp_path)])
     default = cli.parse(GROUPS, ["--output_dir", str(tmp_path)])
     own = {"num_beams", "max_new_tokens", "length_penalty", "early_stopping"}  # their defaults: captioner
+    assert written[GROUPS.index(arguments.TrainDataArguments)].max_txt_len == PUBLISHED  # where the captions fit
     for one, other in zip(written, default, strict=True):
         for name, value in vars(other).items():
             # spice_samples: the published subsample of 1,500; by default all images where the references are cached.
-            if name not in own | {"distributed_state", "spice_samples"}:
+            if name not in own | {"distributed_state", "spice_samples", "max_txt_len"}:
                 assert getattr(one, name) == value, name
-    from captioner import DEFAULTS
-
     generation = written[GROUPS.index(arguments.GenerationArguments)]
     assert all(getattr(generation, name) == DEFAULTS[name] for name in own)
+
+
+def test_the_coco_recipe_learns_and_writes_the_lengths_of_the_official_code(tmp_path):
+    """There, min_length 5, max_length 20 and 40 tokens count the start token and the prompt; a caption has 30 words."""
+    groups = cli.parse(GROUPS, [str(ROOT / "recipes/blip/coco_karpathy.yaml"), "--output_dir", str(tmp_path)])
+    flags = {name: value for group in groups for name, value in vars(group).items()}
+    model, processor = tiny.build(tmp_path)
+    captioner = Captioner(model, processor, prompt=flags["prompt"])
+    prompt = captioner.collator.words_before
+    assert (prompt + flags["min_new_tokens"], prompt + flags["max_new_tokens"], flags["max_txt_len"]) == (5, 20, 40)
+    official = {"num_beams": 3, "max_grad_norm": 0, "weight_decay": 0.05, "label_smoothing_factor": 0.1}
+    official |= {"early_stopping": False, "learning_rate": 1e-5, "num_train_epochs": 5, "augment_text": ["clean"]}
+    assert {name: flags[name] for name in official} == official
 
 
 @pytest.mark.parametrize("control", [[], ["--dataset_config_name", "shuffled"]], ids=["scenes", "shuffled control"])
