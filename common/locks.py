@@ -1,6 +1,7 @@
 """Locks that are released when their process ends, however that happens."""
 
 import errno
+import os
 
 try:
     import fcntl
@@ -17,7 +18,10 @@ class Busy(Exception):
 
 def hold(path):
     """(file, locked): the file, made if needed and opened to append text, and whether this process holds its lock, until
-    the file is closed; false where there are no locks. Busy if another process has it."""
+    the file is closed; false where there are no locks. Busy if another process has it.
+
+    Children that this process forks let go of it: DataLoader workers outlive a killed process by seconds, in which nobody
+    could start it again."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - the caller closes it
     if fcntl is None:
         return file, False
@@ -30,4 +34,11 @@ def hold(path):
         if isinstance(error, BlockingIOError | PermissionError):
             raise Busy from None
         raise
+    os.register_at_fork(after_in_child=lambda: _let_go(file))
     return file, True
+
+
+def _let_go(file) -> None:
+    if not file.closed:  # nor closed here: that would write what the parent has yet to write
+        with open(os.devnull, "a", encoding="utf-8") as nothing:
+            os.dup2(nothing.fileno(), file.fileno(), inheritable=False)

@@ -1,5 +1,7 @@
 """From records to training data: a checked subset, in samples of an image and the captions that share its encoding."""
 
+import itertools
+
 import datasets
 import numpy as np
 import pyarrow.compute
@@ -106,12 +108,14 @@ class CaptionPairs(torch.utils.data.Dataset):
 
 
 class CaptionStream(torch.utils.data.IterableDataset):
-    """CaptionPairs of a streamed split, shuffled within a buffer."""
+    """CaptionPairs of a streamed split: one pass over it, in an order that is a function of the seed and the epoch (shards
+    shuffled, and records within a buffer). In DataLoader workers each yields a share of the pass.
+    """
 
     def __init__(self, records, captions_per_image: int, seed: int, buffer_size: int = 1000):
         self.records = records.shuffle(seed=seed, buffer_size=buffer_size)
         self.captions_per_image = captions_per_image
-        self.epoch = 0
+        self.epoch, self.starts = 0, []
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -120,5 +124,28 @@ class CaptionStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         for record in self.records:
             for start in range(0, len(record["captions"]), self.captions_per_image):
-                captions = record["captions"][start : start + self.captions_per_image]
-                yield {**record, "first_caption": start, "captions": captions, "epoch": self.epoch}
+                yield {
+                    "image_id": record["image_id"],
+                    "first_caption": start,
+                    "image": record["image"],
+                    "captions": record["captions"][start : start + self.captions_per_image],
+                    "epoch": self.epoch,
+                }
+
+    def passes(self):
+        """The samples of pass after pass, without end. `starts` are the numbers of the samples that begin one, as far as
+        they are known."""
+        self.starts, number = [], 0
+        for epoch in itertools.count():
+            self.set_epoch(epoch)
+            self.starts.append(number)
+            for sample in self:
+                yield sample
+                number += 1
+            if number == self.starts[-1]:
+                raise DataError("the stream has no captioned image in its train split")
+
+    def passes_in(self, samples: int) -> float | None:
+        """How many passes the first `samples` are. None within the first pass, whose length is not known."""
+        length = self.starts[1] if len(self.starts) > 1 else samples + 1
+        return samples / length if samples >= length else None

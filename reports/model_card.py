@@ -264,8 +264,9 @@ def _training(run: dict, flags: dict) -> str:
         device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']} ({hardware['cores']} cores)"
         gpu_memory = training.get("train_peak_gpu_memory_gib")
         peak = f"{gpu_memory} GiB on the GPU" if gpu_memory else f"{training['train_peak_host_memory_gib']} GiB"
+        epochs = f"{training['epochs']:.2f} epochs, " if training["epochs"] else ""  # unknown of a stream's first one
         lines.append(
-            f"{training['steps']} steps, {training['epochs']:.2f} epochs, {training['train_runtime'] / 3600:.2f} hours "
+            f"{training['steps']} steps, {epochs}{training['train_runtime'] / 3600:.2f} hours "
             f"(of the last start, if it was resumed) in {training['processes']} process(es) on {device}, "
             f"{training['precision']}, peak memory {peak}. "
         )

@@ -65,7 +65,7 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
                     f"report_to: {name} is not installed, or not a tracker. Here: {', '.join(trackers) or 'none'}."
                 )
         if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}  # for a stream: each process reads its own share
+            self.accelerator_config = {"dispatch_batches": False}  # each process reads its own batches
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # all are constants; autograd takes a broadcast for a change
         if self.ddp_find_unused_parameters is None:

@@ -107,7 +107,8 @@ def build_datasets(splits, captioner, collator, scratch_args, data_args, args) -
     if frozen and not strategy():
         used |= keep_features(scratch_args.feature_cache, captioner, used, args, per_image, collator.augmentation)
     if data_args.streaming:
-        return data.CaptionStream(splits["train"], data_args.captions_per_image, seed=args.seed), used["validation"]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return data.CaptionStream(splits["train"], data_args.captions_per_image, seed), used["validation"]
     return data.CaptionPairs(used["train"], per_image), used["validation"]
 
 

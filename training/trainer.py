@@ -29,6 +29,7 @@ from training.order import TrainingBatches
 from training.sharding import adopt, fill_in_states, whole_state
 from training.signals import EVALUATION_DUE, EvaluationStopped, StopOnSignal
 from training.special_tokens import KeepSpecialTokens
+from training.streams import AsTheyCome, PassEnds, StreamBatches
 from training.tracker_images import log_samples
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.label_smoother = None  # the objective's own
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
-        self._batches: TrainingBatches | None = None
+        self.batches: TrainingBatches | StreamBatches | None = None
         self.args.logging_nan_inf_filter = False  # it would hide NaN from the log; here NaN stops the run
         self._stopping, self._late = StopOnSignal(), False
-        self.add_callback(self._stopping)
+        if isinstance(self.train_dataset, CaptionStream):
+            self.add_callback(PassEnds(self))
+        self.add_callback(self._stopping)  # behind it: whether an evaluation is due is known by then
         self.add_callback(KeepSpecialTokens(self.model))
 
     def create_accelerator_and_postprocess(self):
@@ -100,7 +103,9 @@ class CaptionTrainer(Seq2SeqTrainer):
             args.dataloader_prefetch_factor, held=2 * args.gradient_accumulation_steps + 1,  # a step's, the last one's, the next
         )  # fmt: skip
         args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
-        loader = super().get_train_dataloader()
+        samples = AsTheyCome() if isinstance(self.train_dataset, CaptionStream) else self.train_dataset
+        batches = lambda _: self._get_train_sampler()  # noqa: E731
+        loader = self._get_dataloader(samples, "Training", self._train_batch_size, batches, is_training=True)
         inner = loader.base_dataloader  # what accelerate's asks for batches
         inner.timeout = TIMEOUT if args.dataloader_num_workers else 0
         # Workers are seeded by it. From the global one, persistent workers would take other numbers than none.
@@ -108,18 +113,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
-        if isinstance(self.train_dataset, CaptionPairs):
-            self._batches = TrainingBatches(self.train_dataset, self.args, self._train_batch_size)
-            return self._batches
-        return super()._get_train_sampler(train_dataset)
-
-    def _init_training_state(self, max_steps, *args, **kwargs):
-        passes, batches = super()._init_training_state(max_steps, *args, **kwargs)
-        if isinstance(self.train_dataset, CaptionStream) and self.state.epoch:
-            # A stream does not tell its length, and the library counts max_steps as one pass.
-            passes = int(self.state.epoch)
-            batches = round((self.state.epoch - passes) * max_steps * self.args.gradient_accumulation_steps)
-        return passes, batches
+        sampler = StreamBatches if isinstance(self.train_dataset, CaptionStream) else TrainingBatches
+        self.batches = sampler(self.train_dataset, self.args, self._train_batch_size)
+        return self.batches
 
     def _run_epoch(self, *, epoch, **kwargs):
         # Not left to accelerate, which tells the data set only where it finds no sampler to tell.
@@ -172,11 +168,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         start = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - start
-        if (
-            self._batches
-            and self._batches.ends_with_a_repeated_sample
-            and self.accelerator.gradient_state.end_of_dataloader
-        ):
+        if self.batches.ends_with_a_repeated_sample and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1]["labels"].fill_(IGNORE)
         if items is not None:
             # The Trainer skips each row's first label, which is a target if a decoder has no prompt (T5).
@@ -337,7 +329,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
 # The Trainer's methods that are overridden above: if one were renamed, its override would silently not be called.
 _OVERRIDDEN = (
-    "_get_train_sampler", "_init_training_state", "_run_epoch", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
+    "_get_train_sampler", "_run_epoch", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
     "create_model_card", "get_batch_samples",
 )  # fmt: skip
 if missing := [name for name in _OVERRIDDEN if not hasattr(Seq2SeqTrainer, name)]:

@@ -1,7 +1,6 @@
-"""A stream gives every row once per pass, in any number of workers and processes, and a resumed run goes on in its pass."""
+"""A stream gives every row once per pass, in any number of workers and processes that share it."""
 
 import io
-import json
 import shutil
 import tarfile
 from collections import Counter
@@ -10,7 +9,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
 from datasets.distributed import split_dataset_by_node
 from random_trees import picture
@@ -84,32 +82,3 @@ def test_a_stream_has_the_splits_of_a_set_that_is_loaded(tmp_path):
             assert {row["image_id"] for row in streamed[split]} == set(loaded[split]["image_id"])
     with pytest.raises(DataError, match="a stream does not know its groups beforehand"):
         data.load(str(tmp_path), streaming=True, group_column="caption")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_that_was_killed_in_any_pass_goes_on_as_an_unbroken_one(workers, tmp_path):
-    """Ten steps are a pass: stopped in the first, at its end, in the second and in the third."""
-    (tmp_path / "set").mkdir()
-    source, model = write(tmp_path / "set", "parquet"), tiny.build_folder(tmp_path)
-    command = [
-        "train.py", "--model_name_or_path", model, "--dataset_name", source, "--streaming", "--max_steps", 26,
-        "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--eval_strategy", "no", "--save_strategy", "steps",
-        "--save_steps", 5, "--save_total_limit", 20, "--load_best_model_at_end", "false", "--logging_steps", 1, "--meteor", "false",
-        "--spice", "false", "--report", "false", "--bootstrap_samples", 0, "--max_new_tokens", 4, "--num_beams", 1, "--report_to", "none",
-        "--augment", "random_resized_crop:0.5:1.0", "--dataloader_num_workers", workers,
-    ]  # fmt: skip
-    tiny.run(*map(str, command), "--output_dir", str(tmp_path / "whole"))
-    whole = losses(tmp_path / "whole")
-    assert len(whole) == 26
-    for step in (5, 10, 15, 25) if workers == 0 else (15,):
-        folder = tmp_path / f"from{step}"
-        folder.mkdir()
-        shutil.copy(tmp_path / "whole/run.json", folder)
-        shutil.copytree(tmp_path / f"whole/checkpoint-{step}", folder / f"checkpoint-{step}")
-        tiny.run(*map(str, command), "--output_dir", str(folder))
-        assert losses(folder) == whole, step
-
-
-def losses(folder) -> dict:
-    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return {entry["step"]: (entry["loss"], entry["epoch"]) for entry in log if "loss" in entry}

@@ -30,12 +30,14 @@ def write_down(trainer, batch) -> None:
     tokenizer = trainer.processing_class.tokenizer
     rows = [
         {
-            "epoch": int(trainer.train_dataset.epoch),  # a stream may begin its next one inside a step
+            "epoch": epoch,
             "image": image,
             "captions": [tokenizer.decode(row[row != -100]) for row in rows if (row != -100).any()],
             "pixels": hashlib.blake2b(pixels.cpu().numpy().tobytes(), digest_size=6).hexdigest(),
         }
-        for image, rows, pixels in zip(batch["image_ids"], labels, batch["pixel_values"], strict=True)
+        for epoch, image, rows, pixels in zip(
+            batch.pop("epochs"), batch["image_ids"], labels, batch["pixel_values"], strict=True
+        )
     ]
     line = {
         "step": trainer.state.global_step + 1,
@@ -56,6 +58,11 @@ def before(owner, name: str, action) -> None:
         return method(self, *args, **kwargs)
 
     setattr(owner, name, with_action)
+
+
+def with_epochs(collate):
+    """Batches have the epoch of each sample, too, which a stream may change inside a step."""
+    return lambda self, samples: collate(self, samples) | {"epochs": [sample["epoch"] for sample in samples]}
 
 
 class Moment:
@@ -83,13 +90,17 @@ class Moment:
 def main() -> None:
     check(TRAIN_GROUPS)
     from captioner import Captioner
+    from collator import CaptionCollator
     from training.signals import StopOnSignal
+    from training.streams import PassEnds
     from training.trainer import CaptionTrainer
 
     moment = Moment()
+    CaptionCollator.__call__ = with_epochs(CaptionCollator.__call__)
     before(CaptionTrainer, "compute_loss", lambda trainer, model, batch, **_: write_down(trainer, batch))
     before(CaptionTrainer, "compute_loss", lambda trainer, *_, **__: moment.come("step", trainer.state.global_step + 1))
     before(StopOnSignal, "on_epoch_end", lambda *_, **__: moment.come("epoch"))
+    before(PassEnds, "on_pass_end", lambda *_: moment.come("epoch"))
     before(CaptionTrainer, "_save_optimizer_and_scheduler", lambda *_: moment.come("save"))
     in_evaluation = []
     before(CaptionTrainer, "_evaluate_now", lambda *_: in_evaluation.append(True))

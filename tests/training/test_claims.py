@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import tiny
@@ -45,6 +46,31 @@ def test_a_lock_is_one_processs_until_it_is_closed_or_the_process_is_killed(tmp_
     process.kill()
     process.join()
     assert locks.hold(tmp_path / "lock")[1]
+
+
+def holder(path, told):
+    file, _ = locks.hold(path)
+    file.write("unwritten")
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    told.send(worker.pid)
+    time.sleep(60)
+
+
+def test_a_workers_life_does_not_prolong_the_lock_of_its_killed_parent(tmp_path):
+    context = multiprocessing.get_context("fork")
+    heard, told = context.Pipe(duplex=False)
+    process = context.Process(target=holder, args=(tmp_path / "lock", told))
+    process.start()
+    worker = heard.recv()
+    with pytest.raises(locks.Busy):
+        locks.hold(tmp_path / "lock")
+    process.kill()
+    process.join()
+    os.kill(worker, 0)  # it is still there
+    assert locks.hold(tmp_path / "lock")[1]
+    os.kill(worker, signal.SIGKILL)
+    assert (tmp_path / "lock").read_text() == ""
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
