@@ -290,7 +290,3 @@ def fingerprint(dataset) -> str | None:
         for image_id, captions in records:
             digest.update(json.dumps([image_id, list(captions)], ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
-
-
-def digest_of(*values) -> str:
-    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:32]

@@ -236,9 +236,13 @@ def open_rows(source: Source, name: str, draw_splits_from: str | None = None):
     stamps = [(part.place, os.stat(part.place).st_size, os.stat(part.place).st_mtime_ns) for part in source.parts]
     key = {"format": source.format.NAME, "path": source.name, "stamps": stamps}
     key |= {"image_column": options.image_column, "caption_column": options.caption_column}
-    table = spooled(rows, source.rows, key, options.cache_dir)
+    table = spooled(rows, _read_again, key, options.cache_dir)
     options.streaming = False
     return None, by_split(table, options, name, draw_splits_from)
+
+
+def _read_again(format, path, stamps, image_column, caption_column):
+    return Source(path, Options(format=format, image_column=image_column, caption_column=caption_column)).rows()
 
 
 def _only_paths(tables: dict, options: Options) -> bool:

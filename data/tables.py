@@ -212,12 +212,12 @@ def _with_splits(table, columns: Columns, splits: list[str], options: Options) -
         yield row_of(content, columns, f"{split} row {number}", "the data set", options, split)
 
 
-def spooled(rows: Iterator[Row], source, key: dict, cache_dir) -> dict:
+def spooled(rows: Iterator[Row], read, key: dict, cache_dir) -> dict:
     """{"train": table} of rows that hold their images, in base64 for example, kept in the cache of `datasets`.
 
     Args:
         rows: the first one says which columns there are.
-        source: called with nothing, yields the rows again; `key` determines them.
+        read: read(**key) yields the rows again; `key` determines them.
     """
     extras = list(next(rows).extras)
     texts = dict.fromkeys(["image_id", "split", *extras], datasets.Value("string"))
@@ -225,7 +225,7 @@ def spooled(rows: Iterator[Row], source, key: dict, cache_dir) -> dict:
     try:
         table = datasets.Dataset.from_generator(
             _generate, features=datasets.Features(features), cache_dir=cache_dir,
-            gen_kwargs={"read": source, "extras": extras, "key": key}, fingerprint=rec.digest_of(key, extras),
+            gen_kwargs={"read": read, "extras": extras, "key": key},
         )  # fmt: skip
     except Exception as error:
         raise could_not_load(str(key.get("path")), "annotations", error) from None
@@ -237,7 +237,7 @@ def spooled(rows: Iterator[Row], source, key: dict, cache_dir) -> dict:
 
 
 def _generate(read, extras: list[str], key: dict) -> Iterator[dict]:
-    for row in read():
+    for row in read(**key):
         image = row.image if isinstance(row.image, dict) else {"path": row.image, "bytes": None}
         values = {"image": image, "captions": clean_captions(row.captions, row.where, row.name or "")}
         values |= {"image_id": row.image_id, "split": row.split}
