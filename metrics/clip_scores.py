@@ -51,7 +51,7 @@ class ClipScorer:
         self.size = model.config.vision_config.image_size
         self.max_length = model.config.text_config.max_position_embeddings
         self.mean, self.std, self.source = mean, std, source or {}
-        self._images: dict[str, torch.Tensor] = {}
+        self._images: dict[tuple, torch.Tensor] = {}
         self._references: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -82,7 +82,7 @@ class ClipScorer:
         """(scores, reference scores) of each caption, (captions,) each; the second is None without `references`.
 
         Args:
-            image_ids: the images' names, under which their features are kept.
+            image_ids: what the images' features are kept under: their split and name, as splits may share names.
             images: as data.open_image takes them; not opened where the features are known.
             captions: k per image, grouped, in the images' order.
             references: the reference captions of each image.
@@ -110,7 +110,7 @@ class ClipScorer:
         total = torch.where(scores > 0, scores + nearest, 1)
         return scores.numpy(), torch.where(scores > 0, 2 * scores * nearest / total, 0 * scores).numpy()
 
-    def knows(self, image_id: str) -> bool:
+    def knows(self, image_id) -> bool:
         """Whether the image's features are kept."""
         return image_id in self._images
 
@@ -159,19 +159,29 @@ def load_scorers(metric_args, device="cpu", also=()) -> list[ClipScorer]:
 
 
 def clip_scores(
-    scorers: list[ClipScorer], predictions, references, images, *, bootstrap_samples: int, seed: int, num_workers=0
+    scorers: list[ClipScorer],
+    predictions,
+    references,
+    images,
+    *,
+    bootstrap_samples: int,
+    seed: int,
+    split: str = "",
+    num_workers=0,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """(metrics, per image) of one caption per image: each scorer's two scores, their 95 % bootstrap intervals over the
     resamples of metrics.score, and under "clip_weights" what they were computed with.
 
     predictions: {image id: caption}; references: {image id: captions}; images: one of each reference's images, in
-    their order.
+    their order; split: the one that they are of.
     """
     ids = list(references)
+    pictures = [(split, image_id) for image_id in ids]
     per_image, weights = {}, {}
     for scorer in scorers:
         captions = [predictions[image_id] for image_id in ids]
-        plain, with_references = scorer.score(ids, images, captions, list(references.values()), num_workers=num_workers)
+        of_images = list(references.values())
+        plain, with_references = scorer.score(pictures, images, captions, of_images, num_workers=num_workers)
         per_image |= {scorer.name: plain, f"Ref{scorer.name}": with_references}
         weights[scorer.name] = scorer.source
     metrics = {name: float(values.mean()) for name, values in per_image.items()}

@@ -65,10 +65,11 @@ class ClipReward:
         self.scorer, self.images, self.with_references = scorer, images, with_references
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
-        images = [None if self.scorer.knows(image_id) else self.images[image_id] for image_id in image_ids]
+        pictures = [("train", image_id) for image_id in image_ids]
+        images = [None if self.scorer.knows(of) else self.images[of[1]] for of in pictures]
         flat = [text for group in candidates for text in group]
         references = references if self.with_references else None
-        scores, with_references = self.scorer.score(image_ids, images, flat, references, prefix="", clip=False)
+        scores, with_references = self.scorer.score(pictures, images, flat, references, prefix="", clip=False)
         return torch.from_numpy(with_references if self.with_references else scores).view(len(image_ids), -1)
 
 

@@ -114,7 +114,16 @@ def _subset_scores(rows: list[dict], metric_args, seed: int) -> dict:
 
 
 def score_captions(
-    predictions, references, metric_args, seed: int, *, training_captions=None, scorers=(), images=(), num_workers=0
+    predictions,
+    references,
+    metric_args,
+    seed: int,
+    *,
+    training_captions=None,
+    scorers=(),
+    images=(),
+    split="",
+    num_workers=0,
 ) -> tuple[dict, list[dict]]:
     """Scores by metrics.score with the flags of MetricArguments, and by `scorers` (ClipScorer), which look at `images`,
     one for each of the references.
@@ -139,7 +148,8 @@ def score_captions(
     except InvalidCaptions as error:  # the metric's files import nothing of ours, so that evaluate.load can copy them
         raise UserError(str(error)) from None
     if scorers:
-        options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed, "num_workers": num_workers}
+        options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed}
+        options |= {"split": split, "num_workers": num_workers}
         found, clip_per_image = clip_scores(scorers, predictions, references, images, **options)
         metrics["intervals"] |= found.pop("intervals")
         metrics |= found

@@ -54,6 +54,7 @@ def score_split(
         options: for reports.outputs.score_records.
     """
     outputs.write_predictions(folder, predictions)
+    options |= {"split": source.get("split", "")}
     scores, rows = outputs.score_records(predictions, records, metric_args, seed, **options)
     source |= {"dataset_fingerprint": fingerprint(records)}
     if captioner:

@@ -248,6 +248,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 self.validation_records["image"],
                 bootstrap_samples=0,
                 seed=0,
+                split="validation",
                 num_workers=self.args.dataloader_num_workers,
             )
             metrics |= {name: value for name, value in found.items() if isinstance(value, float)}

@@ -1,15 +1,19 @@
 """CLIP-S, PAC-S and PAC-S++ against an independent float64 computation, on small random CLIPs of each published layout."""
 
+import io
 import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
 from PIL import Image
+from small_run import flags
 from tiny_clip import EMBED, HEADS, LAYERS, LENGTH, PATCH, SIDE, WIDTH, words, write_clip
-from transformers import CLIPImageProcessorPil, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from data.caption_files import find_images
 from metrics.clip_scores import OPENAI_MEAN, OPENAI_STD, ClipScorer, clip_scores, load_clip, load_scorers, preprocess
@@ -222,6 +226,37 @@ def test_candidates_of_an_image_stand_together(clip_folder):
             np.testing.assert_allclose(with_references[at], ref[0], atol=1e-5)
     with pytest.raises(ValueError, match="3 captions cannot be divided evenly among 2 images"):
         scorer.score("ab", images, CAPTIONS)
+
+
+def test_a_splits_scores_are_of_its_own_pictures_whatever_they_are_called(tmp_path):
+    """train.py scores validation and test with one scorer; in a stream the pictures of both may be 0.png and 1.png."""
+    rng = np.random.default_rng(2)
+    for split in ("train", "validation", "test"):
+        rows = []
+        for n in range(2):
+            picture = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((48, 48))
+            picture.save(file := io.BytesIO(), "PNG")
+            rows.append({"image": {"path": f"{n}.png", "bytes": file.getvalue()}, "text": "a dog runs near the grass"})
+        (tmp_path / "set").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    clip = CLIPModel.from_pretrained(write_clip(tmp_path / "clip"))
+    clip.visual_projection.weight.data.neg_()  # so that cosines are positive
+    clip.save_pretrained(tmp_path / "clip")
+    more = ("--clip_metrics", "clip-s", "--clip_model", tmp_path / "clip", "--streaming", "true")
+    values = {"max_steps": 1, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    tiny.run("train.py", *flags(tmp_path, tmp_path / "set", tmp_path / "out", **values), *more)
+    scores, names = {}, {}
+    for split, folder in (("validation", tmp_path / "out/validation"), ("test", tmp_path / "out")):
+        tiny.run(
+            "evaluate.py", "--model_name_or_path", tmp_path / "out", "--dataset_name", tmp_path / "set", "--split", split,
+            "--output_dir", tmp_path / split, "--meteor", "false", "--spice", "false", *more,
+        )  # fmt: skip
+        one, other = (json.loads((of / "coco_metrics.json").read_text()) for of in (folder, tmp_path / split))
+        assert one["CLIP-S"] == pytest.approx(other["CLIP-S"], abs=1e-6)
+        scores[split] = one["CLIP-S"]
+        names[split] = {row["image_id"] for row in json.loads((tmp_path / split / "predictions.json").read_text())}
+    assert names["validation"] == names["test"]
+    assert abs(scores["validation"] - scores["test"]) > 1e-4
 
 
 def test_images_and_references_are_encoded_once(clip_folder):
