@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor
 
-from common.processes import fork_rng, processes
+from common.processes import fork_rng
 from common.sharding import gathered
 from metrics import ends_badly, repeated_bigrams, tokenize
 
@@ -56,8 +56,7 @@ def draw(captioner, batch: dict, **settings) -> Candidates:
     not), decoded as in evaluation except for `settings`, without dropout or gradients."""
     model = captioner.model
     was_training = model.training
-    # Processes start with the same random state: without their number, all would draw the same samples.
-    seed = int(torch.randint(2**31, ())) + processes().process_index
+    seed = int(torch.randint(2**31, ()))  # of this process's own random state
     with fork_rng(model.device), gathered(model):
         torch.manual_seed(seed)
         model.eval()

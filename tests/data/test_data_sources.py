@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import logging
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -536,6 +537,27 @@ def test_a_broken_file_is_named_with_line_and_fault(tmp_path, name, content, say
 
 
 # ---- image folder
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_a_rewritten_file_of_equal_size_is_read_anew(tmp_path, form):
+    names = [f"{n}.png" for n in range(20)]
+    for n, name in enumerate(names):
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(tmp_path / name)
+    file, sizes = tmp_path / f"data.{form}", []
+    for time, caption in enumerate(("a red square", "the red roof")):
+        rows = [{"image": name, "caption": caption} for name in names]
+        if form == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        elif form == "csv":
+            file.write_text("image,caption\n" + "".join(f"{name},{caption}\n" for name in names))
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.utime(file, ns=(time, time))  # one after the other, also by a coarse clock
+        sizes.append(file.stat().st_size)
+        read = [text for split in data.load(str(file)).values() for texts in split["captions"] for text in texts]
+        assert read == [caption] * 20
+    assert sizes[0] == sizes[1]
 
 
 def test_an_image_folder_with_one_metadata_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 from captioner import Captioner
 from collator import CaptionCollator, ImageCollator
+from data import Augmentation, TextAugmentation
 from objectives import CrossEntropy, caption_loss
 
 WORDS = [
@@ -200,6 +202,32 @@ def test_every_trainable_parameter_moves_and_no_other(model_and_processor, froze
     assert wanted - moved == set()
     assert moved <= wanted
     assert any(name.startswith("vision_model") for name in moved) != frozen
+
+
+def test_each_epoch_and_image_is_augmented_anew_and_the_same_one_alike(model_and_processor):
+    model, processor = model_and_processor
+    augmentations = {
+        "augmentation": Augmentation(["random_resized_crop:0.5:1.0"], (32, 32)),
+        "text_augmentation": TextAugmentation(["synonym:0.5"]),
+    }
+    collate = CaptionCollator(processor, model.config, **augmentations)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    caption = "a small dog jumps near the large sofa and the little kid"
+
+    def drawn(epoch, image_id):
+        sample = {"image": Image.fromarray(pixels), "image_id": image_id, "epoch": epoch, "captions": [caption]}
+        batch = collate([sample])
+        return batch["pixel_values"].numpy().tobytes(), batch["labels"].numpy().tobytes()
+
+    draws = {(epoch, image_id): drawn(epoch, image_id) for epoch in range(6) for image_id in "ab"}
+    assert len({picture for picture, _ in draws.values()}) == 12
+    assert len({text for _, text in draws.values()}) > 3
+    assert all(drawn(*key) == before for key, before in draws.items())
+    plain = collate.for_evaluation()
+    batches = [
+        plain([{"image": Image.fromarray(pixels), "image_id": "a", "epoch": e, "captions": [caption]}]) for e in (0, 1)
+    ]
+    assert batches[0]["pixel_values"].equal(batches[1]["pixel_values"])
 
 
 def test_a_prompt_that_fills_the_caption_is_refused(model_and_processor):

@@ -125,6 +125,17 @@ def test_a_score_that_no_evaluation_has_cannot_select_the_best_checkpoint(tmp_pa
         check_best(SimpleNamespace(metric_for_best_model=name), metrics)
 
 
+def test_the_last_checkpoint_is_the_last_by_number(tmp_path):
+    for number in (9, 10, 100, 99):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}/trainer_state.json").write_text(f'{{"global_step": {number}}}')
+        (tmp_path / f"checkpoint-{number}/optimizer.pt").touch()
+        recorded = flags_of(*COMMAND, "--output_dir", str(tmp_path))
+        (tmp_path / "run.json").write_text(json.dumps({"flags": recorded}, default=str))
+        last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+        assert find_checkpoint(tmp_path, recorded, None) == str(tmp_path / f"checkpoint-{last}")
+
+
 def test_a_changed_flag_is_another_run(tmp_path):
     with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0\.002, is 0\.001"):
         resume(tmp_path, EARLIER, "--learning_rate", "1e-3")

@@ -87,6 +87,16 @@ def test_noise_does_not_depend_on_workers(runs):
     assert two.noise() == none.noise()
 
 
+def test_losses_and_noise_do_not_depend_on_how_often_one_evaluates(runs):
+    flags = {"num_train_epochs": 2, "save_strategy": "no", "load_best_model_at_end": "false", "num_beams": 1}
+    never, _ = runs.run("never evaluated", **flags, eval_strategy="no")
+    often, _ = runs.run("evaluated at each step", **flags, eval_strategy="steps", eval_steps=1)
+    assert len(often.logged("eval_loss")) > 4
+    assert often.noise() == never.noise()
+    assert often.logged("loss") == never.logged("loss")
+    assert equal_weights(often.output, never.output)
+
+
 def test_processes_draw_their_own_noise(runs):
     flags = {"num_train_epochs": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
     run, _ = runs.run("noise of two", processes=2, **flags)
@@ -102,6 +112,9 @@ def test_rewards_are_of_each_image_once_in_any_number_of_processes(objective, ru
     two, _ = runs.run(f"{objective} two", processes=2, **flags)
     assert two.steps() == one.steps()
     assert len(one.images(0)) == len(set(one.images(0))) == 13
+    for run in (one, two):  # samples are drawn of it: no two batches of any process have the same
+        noise = [state for of_step in run.noise().values() for state in of_step]
+        assert len(set(noise)) == len(noise) >= 8
     if objective == "dico":
         for name in ("loss", "reward", "eval_loss"):
             assert two.logged(name) == pytest.approx(one.logged(name), abs=1e-5), name
