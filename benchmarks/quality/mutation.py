@@ -61,14 +61,16 @@ def modules_of(room: str) -> list[str]:
 
 
 def tests_of(room: str, module: str) -> list[str]:
-    """The test files for a mutant of `module`: those that import it, the smallest first, then the room's."""
+    """The test files for a mutant of `module`: those that import it, the smallest first, then the room's. Tests of scripts
+    take minutes: only the room's own are among them."""
     name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     package, _, last = name.rpartition(".")
     imports = re.compile(
         rf"^\s*(from {re.escape(name)} import|import {re.escape(name)}\b|from {package or name} import .*\b{last}\b)",
         re.M,
     )
-    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.stat().st_size)
+    listed = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name not in ("scripts", "sagemaker")]
+    files = sorted(listed, key=lambda path: path.stat().st_size)
     own = [file for file in files if imports.search(file.read_text(encoding="utf-8"))]
     others = [ROOT / "tests" / name for name in ROOMS[room][1]]
     more = [file for other in others for file in (sorted(other.glob("test_*.py")) if other.is_dir() else [other])]
