@@ -90,14 +90,14 @@ def test_every_familys_captions_are_learnt_to_their_end_within_its_positions(nam
 
 
 def test_paragraphs_are_learnt_to_their_end_without_a_flag(tmp_path):
-    """Captions of 10, 50 and 150 words, of the default flags: greedy captions end by themselves, in the same words."""
-    words = [f"w{n}" for n in range(150)]
-    captions = {f"p{n}": " ".join(words[:n]) for n in (10, 50, 150)}
+    """Captions of 10, 100 and 300 words, with the default flags: greedy captions end by themselves, in the same words."""
+    words = [f"w{n}" for n in range(300)]
+    captions = {f"p{n}": " ".join(words[:n]) for n in (10, 100, 300)}
     held = {"held0": ["w0 w1"], "held1": ["w1 w2"]}
     splits = dict.fromkeys(captions, "train") | {"held0": "validation", "held1": "test"}
     source = tiny.write_photos(tmp_path / "photos", {name: [text] for name, text in captions.items()} | held, splits)
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    config = {**tiny.CONFIG, "text_config": {**tiny.CONFIG["text_config"], "max_position_embeddings": 200}}
+    config = {**tiny.CONFIG, "text_config": {**tiny.CONFIG["text_config"], "max_position_embeddings": 320}}
     (tmp_path / "model.json").write_text(json.dumps(config))
     run = tiny.run(
         "train.py", "--model_config", tmp_path / "model.json", "--tokenizer_vocab", tmp_path / "vocab.txt",
@@ -107,23 +107,23 @@ def test_paragraphs_are_learnt_to_their_end_without_a_flag(tmp_path):
         "no", "--meteor", "false", "--spice", "false", "--bootstrap_samples", 0, "--report", "false",
     )  # fmt: skip
     sentence = (
-        "captions are learnt up to 152 tokens (max_txt_len) and written up to 151 (max_new_tokens); of 3 training "
-        "captions, the longest of 152 tokens, 0 are cut"
+        "captions are learnt up to 302 tokens (max_txt_len) and written up to 301 (max_new_tokens); of 3 training "
+        "captions, the longest of 302 tokens, 0 are cut"
     )
     assert f"lengths: {sentence}\n" in run.stderr
     recorded = json.loads((tmp_path / "run/run.json").read_text())
     assert recorded["lengths"]["in_words"] == sentence
-    assert (recorded["flags"]["max_txt_len"], recorded["flags"]["max_new_tokens"]) == (152, 151)
+    assert (recorded["flags"]["max_txt_len"], recorded["flags"]["max_new_tokens"]) == (302, 301)
     assert f"Lengths: {sentence}." in (tmp_path / "run/README.md").read_text()
     for name, text in captions.items():
         outcome = tiny.run("infer.py", tmp_path / f"photos/{name}.png", "--model_name_or_path", tmp_path / "run")
         assert outcome.stdout.split("\t")[1].strip() == text
         assert "were cut" not in outcome.stderr
     pictures = [tmp_path / f"photos/{name}.png" for name in captions]
-    model, short = ("--model_name_or_path", tmp_path / "run"), ("--max_new_tokens", 60)
+    model, short = ("--model_name_or_path", tmp_path / "run"), ("--max_new_tokens", 150)
     for output in ((), ("--output", tmp_path / "o.jsonl", "--shard_size", 1), ("--output_format", "txt")):
         outcome = tiny.run("infer.py", *pictures, *model, *short, *output)
-        assert "1 of 3 captions were cut at max_new_tokens, 60" in outcome.stderr
+        assert "1 of 3 captions were cut at max_new_tokens, 150" in outcome.stderr
     scoring = (
         "--dataset_name",
         source,
@@ -138,7 +138,7 @@ def test_paragraphs_are_learnt_to_their_end_without_a_flag(tmp_path):
     )
     scoring += ("--bootstrap_samples", 0, "--score_trained_images", "true")
     for number, (cut, processes, more) in enumerate(
-        [(1, 1, short), (1, 2, short), (0, 1, ()), (0, 1, ("--sweep", "max_new_tokens=60,151,152"))]
+        [(1, 1, short), (1, 2, short), (0, 1, ()), (0, 1, ("--sweep", "max_new_tokens=150,301,302"))]
     ):
         folder = tmp_path / f"scores{number}"
         tiny.run("evaluate.py", *model, *scoring, *more, "--output_dir", folder, processes=processes)
