@@ -84,7 +84,8 @@ def mutants_of(room: str, cosmic_ray: str, folder: Path, number: int, seed: int)
     modules = json.dumps(modules_of(room))
     config.write_text(
         f'[cosmic-ray]\nmodule-path = {modules}\ntimeout = 1\nexcluded-modules = []\ntest-command = "true"\n'
-        '[cosmic-ray.distributor]\nname = "local"\n'
+        '[cosmic-ray.distributor]\nname = "local"\n',
+        encoding="utf-8",
     )
     subprocess.run([cosmic_ray, "init", config, f"{config}.sqlite"], cwd=ROOT, check=True)
     columns = "module_path, start_pos_row, start_pos_col, operator_name, occurrence"
