@@ -67,8 +67,6 @@ def read(part: Part, options: Options) -> Iterator[Row]:
             captions = [read_text(text) for text in texts]
         except TextError as error:
             raise DataError(str(error)) from None
-        yield Row(
-            os.path.relpath((texts or [image])[0], part.place), os.path.abspath(image), captions, name=name, split=split
-        )
+        yield Row(os.path.relpath((texts or [image])[0], part.place), name, captions, name=name, split=split)
     if without:
         options.dropped["images without a text file"] = without
