@@ -91,7 +91,7 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
     Raises:
         DataError: a column is missing, or two could be meant; it names them, and the flag.
     """
-    for flag in ("image_column", "caption_column"):
+    for flag in ("image_column", "caption_column", "group_column"):
         name = getattr(options, flag)
         if name is not None and name not in examples:
             raise DataError(f"{source}: no column {name!r} (--{flag}). Columns present: {', '.join(examples)}")

@@ -19,13 +19,14 @@ import xxhash
 from common.errors import DataError
 from common.processes import in_threads
 from data.checks import clean_captions, may_skip
+from data.columns import is_missing
 from data.images import ImageError
-from data.rows import SPLITS, Record
+from data.rows import SPLITS, Options, Record, Row
 
 logger = logging.getLogger(__name__)
 
 
-def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> list[Record]:
+def merge(rows, options: Options) -> list[Record]:
     """Rows of the same file (path) become one record, in order of first appearance; captions are cleaned.
 
     Rows of a table (an int for an image) stay separate here: `same_content` finds which of them are one image.
@@ -34,28 +35,29 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
     of_lines, first = 0, ""  # rows whose captions span several lines
     for row in rows:
         image = row.name or str(row.image)
-        skippable = skip_bad_samples and may_skip(row)
+        skippable = options.skip_bad_samples and may_skip(row)
 
         def skip(message, reason="bad captions", row=row, image=image):
-            dropped[reason] += 1
-            bad_samples.append({"image_id": row.image_id or image, "image": image, "reason": message})
+            options.dropped[reason] += 1
+            options.bad_samples.append({"image_id": row.image_id or image, "image": image, "reason": message})
 
         if isinstance(row.image, ImageError):
             if not skippable:
                 raise DataError(f"{row.where}: {row.image}")
-            skip(str(row.image), "images that cannot be told apart")
+            skip(str(row.image), "images whose name fits several files")
             continue
         captions = clean_captions(row.captions or [None], row.where, image, skip if skippable else None)
         if any(isinstance(caption, str) and "\n" in caption.strip() for caption in row.captions):
             of_lines, first = of_lines + 1, first or row.where
         if not captions:
-            dropped["images without captions"] += 1
+            options.dropped["images without captions"] += 1
             continue
         path = os.path.abspath(row.image) if isinstance(row.image, str) else row.image
         record = records.get(path)
         if record is None:
             key = row.key if isinstance(path, str) else None
-            records[path] = Record(row.where, path, captions, key, row.name, row.image_id, row.split, row.extras)
+            record = Record(row.where, path, captions, key, row.name, row.image_id, row.split, row.extras)
+            records[path] = record
         elif record.split != row.split:
             raise DataError(
                 f"{row.where}: image {image} is in split {row.split!r}, and in {record.split!r} at {record.where}. "
@@ -63,6 +65,8 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
             )
         else:
             record.captions += captions
+        if options.group_column is not None:
+            record.groups.add(group_of(row, options.group_column))
     if of_lines:
         logger.warning(
             "the captions of %d rows span several lines, the first at %s; each is read as one caption. If every line is a "
@@ -71,6 +75,14 @@ def merge(rows, skip_bad_samples: bool, dropped: Counter, bad_samples: list) -> 
             first,
         )
     return list(records.values())
+
+
+def group_of(row: Row, column: str) -> str:
+    if column not in row.columns:
+        raise DataError(f"{row.where}: no column {column!r} (--group_column). Columns: {', '.join(row.columns)}")
+    if is_missing(row.columns[column]):
+        raise DataError(f"{row.where}: nothing in column {column!r} (--group_column). Give every row its group")
+    return str(row.columns[column])
 
 
 def file_sizes(records: list[Record]) -> list[int | None]:
@@ -163,6 +175,7 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
             known = by_name.setdefault(key, record)
             if known is record:
                 continue
+            known.groups |= record.groups
             if known.name == record.name:
                 known.captions += record.captions
             else:

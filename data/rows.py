@@ -67,6 +67,7 @@ class Record:
     image_id: str | None = None
     split: str | None = None
     extras: dict = field(default_factory=dict)
+    groups: set = field(default_factory=set)  # values of the group column: images that share one are in one split
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Options:
     image_dir: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    group_column: str | None = None  # of images that belong in one split
     cache_dir: str | None = None
     streaming: bool = False
     skip_bad_samples: bool = False

@@ -93,7 +93,8 @@ def load(
     dataset_name = str(dataset_name)
     check_split_names([*(splits or ()), *(max_samples or {})])
     options = Options(
-        dataset_config_name, image_dir, image_column, caption_column, cache_dir, streaming, skip_bad_samples, data_format,
+        dataset_config_name, image_dir, image_column, caption_column, group_column, cache_dir, streaming, skip_bad_samples,
+        data_format,
         bad_samples=[] if bad_samples is None else bad_samples,
     )  # fmt: skip
     source = Source(str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name, options)
@@ -114,7 +115,7 @@ def load(
     table = None
     if tables is not None:
         rows, table = _rows_of(tables, source, draw_splits_from)
-    records = rec.merge(rows, skip_bad_samples, options.dropped, options.bad_samples)
+    records = rec.merge(rows, options)
     if draw_splits_from is not None and tables is None:
         records = only_split(records, draw_splits_from, dataset_name)
     check_captions(records)
@@ -141,7 +142,7 @@ def load(
         if official:
             splitting.say_near_pairs_across_splits(records, near)
         if not complete:
-            groups = splitting.groups_of(records, group_column, near)
+            groups = splitting.groups_of(records, near)
             how = splitting.draw_splits(records, split_seed, splitting.parse_shares(split_shares), official, groups)
     dataset = rec.to_dataset(records, table)
     if seen and not official:

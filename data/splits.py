@@ -90,8 +90,8 @@ def _place(key: str, seed: int) -> float:
     return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"), seed=seed) / 2**64
 
 
-def groups_of(records: list[Record], column: str | None, near: list[tuple[int, int]]) -> list[list[Record]]:
-    """Records that must be in one split: of equal values in `column`, or nearly equal pictures (pairs of indices)."""
+def groups_of(records: list[Record], near: list[tuple[int, int]]) -> list[list[Record]]:
+    """Records that must be in one split: they share a group, or are nearly equal pictures (pairs of indices)."""
     leader = list(range(len(records)))
 
     def find(index: int) -> int:
@@ -101,12 +101,9 @@ def groups_of(records: list[Record], column: str | None, near: list[tuple[int, i
         return index
 
     first_of: dict[str, int] = {}
-    for index, record in enumerate(records if column else ()):
-        if column not in record.extras:
-            raise DataError(
-                f"{record.where}: no column {column!r} (--group_column). Columns: {', '.join(record.extras)}"
-            )
-        leader[find(index)] = find(first_of.setdefault(str(record.extras[column]), index))
+    for index, record in enumerate(records):
+        for group in record.groups:
+            leader[find(index)] = find(first_of.setdefault(group, index))
     for one, other in near:
         leader[find(one)] = find(other)
     groups = defaultdict(list)

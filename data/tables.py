@@ -196,10 +196,11 @@ def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], dataset
         return _with_splits(table, dataclasses.replace(columns, image="image"), split_of_row, options), None
     used = [name for name in dict.fromkeys((*columns.used, "split")) if name in table.column_names and name != "image"]
     textual = dataclasses.replace(options, images=False)
+    selected = table.select_columns(list(dict.fromkeys([*used, *filter(None, [options.group_column])])))
 
     def rows():
         without_image = dataclasses.replace(columns, image=None)
-        for number, content in enumerate(table.select_columns(used) if used else ()):
+        for number, content in enumerate(selected):
             row = row_of(content, without_image, f"{split_of_row[number]} row {number}", "the data set", textual)
             row.image, row.name, row.split = number, names[number], row.split or split_of_row[number]
             yield row

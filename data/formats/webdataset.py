@@ -46,6 +46,9 @@ def tables(path: Path, options: Options) -> dict:
             "json": datasets.Value("string"),
         }
     )
+    group = options.group_column if options.group_column not in features else None  # it is in the json
+    if group is not None:
+        features[group] = datasets.Value("string")
     tables = {}
     for split, tars in files.items():
         # Size and modification time are part of the arguments, so that a changed file is not taken from the cache.
@@ -67,13 +70,17 @@ def tables(path: Path, options: Options) -> dict:
             table_rows,
             features=features,
             cache_dir=options.cache_dir,
-            gen_kwargs={"shards": shards, "skip_bad_samples": skip},
+            gen_kwargs={"shards": shards, "skip_bad_samples": skip, "group": group},
         )
     options.dropped += {}  # drops zero counts
     return tables
 
 
-def table_rows(shards: list, skip_bad_samples: bool) -> Iterator[dict]:
+def table_rows(shards: list, skip_bad_samples: bool, group: str | None = None) -> Iterator[dict]:
+    """
+    Args:
+        group: a name in each sample's json that becomes a column.
+    """
     for tar, *_ in shards:
         for sample in samples(tar):
             if sample["fault"]:
@@ -81,6 +88,9 @@ def table_rows(shards: list, skip_bad_samples: bool) -> Iterator[dict]:
                     continue
                 raise DataError(f"{sample['fault']}. With --skip_bad_samples such samples are left out of training")
             row = {name: sample[name] for name in ("image", "captions", "json")}
+            if group is not None:
+                value = json.loads(sample["json"] or "{}").get(group)
+                row[group] = None if value is None else str(value)
             yield row | {"__key__": sample["key"], "__url__": str(tar)}
 
 

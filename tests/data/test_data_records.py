@@ -1,3 +1,4 @@
+import base64
 import hashlib
 import io
 import json
@@ -5,10 +6,12 @@ import logging
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import xxhash
 from conftest import ROOT
@@ -121,6 +124,51 @@ def test_shares_and_groups_of_a_drawn_split(tmp_path):
         data.load(file, split_shares="1,2")
     with pytest.raises(DataError, match=r"no column 'scene' \(--group_column\)"):
         data.load(file, group_column="scene")
+
+
+@pytest.mark.parametrize(
+    "form", ["csv", "jsonl", "base64", "coco", "metadata", "parquet_paths", "parquet", "saved", "tar"]
+)
+def test_a_group_is_in_one_split_in_every_format(form, tmp_path):
+    rows = [{"image": f"{i:02d}.jpg", "caption": f"picture {i}", "patient": i % 6} for i in range(36)]
+    source = write_set(tmp_path, rows, {row["image"]: jpeg(i) for i, row in enumerate(rows)})
+    inside = [{**row, "image": {"bytes": jpeg(i), "path": row["image"]}} for i, row in enumerate(rows)]
+    if form != "jsonl":
+        os.unlink(source)
+        source = str(tmp_path / f"set.{form}")
+    if form in ("csv", "parquet_paths"):
+        frame = pandas.DataFrame(rows)
+        frame.to_csv(source, index=False) if form == "csv" else frame.to_parquet(source := f"{tmp_path}/p.parquet")
+    elif form == "base64":
+        coded = [{**row, "image": base64.b64encode(row["image"]["bytes"]).decode()} for row in inside]
+        source = write_set(tmp_path, coded, {})
+    elif form == "coco":
+        images = [{"id": i, "file_name": row["image"], "patient": row["patient"]} for i, row in enumerate(rows)]
+        notes = [{"image_id": i, "caption": row["caption"]} for i, row in enumerate(rows)]
+        source = str(tmp_path / "set.json")
+        Path(source).write_text(json.dumps({"images": images, "annotations": notes}))
+    elif form == "metadata":
+        lines = [json.dumps({"file_name": row.pop("image"), **row}) for row in rows]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+        source = str(tmp_path)
+    elif form == "tar":
+        with tarfile.open(source, "w") as tar:
+            for row in inside:
+                texts = json.dumps({name: row[name] for name in ("caption", "patient")}).encode()
+                for ending, content in (("jpg", row["image"]["bytes"]), ("json", texts)):
+                    member = tarfile.TarInfo(f"{row['image']['path'][:2]}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    elif form in ("parquet", "saved"):
+        table = datasets.Dataset.from_list(inside).cast_column("image", datasets.Image())
+        table.to_parquet(source) if form == "parquet" else table.save_to_disk(source)
+    for seed in range(2):
+        dataset = data.load(source, split_shares="0.4,0.3,0.3", group_column="patient", split_seed=seed)
+        patients = [{int(c.split()[1]) % 6 for row in split["captions"] for c in row} for split in dataset.values()]
+        assert sum(map(len, dataset.values())) == 36
+        assert sum(map(len, patients)) == len(set.union(*patients)) == 6
+    with pytest.raises(DataError, match=r"column 'scene' \(--group_column\)"):
+        data.load(source, group_column="scene")
 
 
 def test_the_same_picture_in_two_files_is_in_one_split(tmp_path, test_data, caplog):
