@@ -108,9 +108,10 @@ def key_of(image, name: str | None, root: str) -> str | None:
     an image inside a source its content; None of a row without an image."""
     if isinstance(image, dict) and image.get("bytes") is not None:
         return xxhash.xxh3_128_hexdigest(image["bytes"])
-    if name is None and not isinstance(image, str):
+    name = (image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None) or name
+    if name is None:
         return None
-    written = unicodedata.normalize("NFC", str(image if isinstance(image, str) else name).replace("\\", "/"))
+    written = unicodedata.normalize("NFC", name.replace("\\", "/"))
     folder = os.path.join(os.path.abspath(root), "").replace("\\", "/")
     inside = os.path.abspath(written).replace("\\", "/")
     return inside[len(folder) :] if os.path.isabs(written) and inside.startswith(folder) else written.removeprefix("./")

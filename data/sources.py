@@ -92,6 +92,7 @@ def load(
     """
     dataset_name = str(dataset_name)
     check_split_names([*(splits or ()), *(max_samples or {})])
+    shares = splitting.parse_shares(split_shares)
     options = Options(
         dataset_config_name, image_dir, image_column, caption_column, group_column, cache_dir, streaming, skip_bad_samples,
         data_format,
@@ -104,8 +105,7 @@ def load(
             raise DataError(
                 f"{dataset_name}: a stream does not know its groups beforehand. Leave out --streaming or --group_column"
             )
-        shares = splitting.parse_shares(split_shares)
-        streams = stream_records(tables, options, split_seed, shares, dataset_name, all_as)
+        streams = stream_records(tables, options, split_seed, shares, dataset_name, source.root, all_as)
         if seen and set(tables) == {"train"}:
             streams, _ = seen.held_out(streams, all_as)
         dataset = choose(streams, splits, max_samples, dataset_name)
@@ -143,7 +143,7 @@ def load(
             splitting.say_near_pairs_across_splits(records, near)
         if not complete:
             groups = splitting.groups_of(records, near)
-            how = splitting.draw_splits(records, split_seed, splitting.parse_shares(split_shares), official, groups)
+            how = splitting.draw_splits(records, split_seed, shares, official, groups)
     dataset = rec.to_dataset(records, table)
     if seen and not official:
         dataset, how = seen.held_out(dataset, all_as)

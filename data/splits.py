@@ -1,5 +1,6 @@
 """Splits over images: the source's own, or drawn by a hash of each image's key, so that no row moves another image."""
 
+import itertools
 import logging
 import os
 from collections import defaultdict
@@ -33,13 +34,9 @@ def parse_shares(text: str | None) -> tuple[float, float, float]:
         numbers = [float(number) for number in text.replace("/", ",").split(",")]
     except ValueError:
         numbers = []
-    total = sum(numbers)
-    if (
-        len(numbers) != 3
-        or min(numbers) < 0
-        or numbers[0] == 0
-        or (total not in (1.0, 100.0) and abs(total - 1) > 1e-6)
-    ):
+    total = 100 if sum(numbers) > 50 else 1
+    # Written with "not", as every comparison with NaN is false.
+    if len(numbers) != 3 or not (min(numbers) >= 0 < numbers[0]) or not abs(sum(numbers) - total) < 1e-6:
         raise UserError(
             f"--split_shares {text}: write the shares of train, validation and test, such as 0.9,0.05,0.05."
         )
@@ -49,45 +46,50 @@ def parse_shares(text: str | None) -> tuple[float, float, float]:
 def draw_splits(records: list[Record], seed: int, shares, official: bool, groups: list[list[Record]]) -> str:
     """Give images a split where the source has none, in place; returns a phrase for the log line.
 
-    An image's place between 0 and 1 is the hash of its group's least key and the seed; below the share of validation it
-    is validation, behind that test. Where a split would be empty, the group with the lowest place makes it.
+    A group's place is that of its least key. Where a split would be empty, the lowest group of the largest split makes it.
 
     Args:
         official: the source has a test split, and validation is drawn from train.
         groups: records that must stay together, each in one group.
     """
-    groups = [[record for record in group if record.split != "test" or not official] for group in groups]
+    groups = [[record for record in group if not (official and record.split == "test")] for group in groups]
     groups = [group for group in groups if group]
-    if len(groups) < (2 if official else 3):
+    drawn = {name: [] for name in drawn_splits(shares, official)}
+    if len(groups) < len(drawn):
         raise DataError(
-            f"{sum(map(len, groups))} images are too few to draw train, validation and test splits from. "
-            'Add images, or give the split of each (a "split" column, or files called train, validation, test)'
+            f"{sum(map(len, groups))} images are too few to draw {' and '.join(drawn)} splits from. Add images, or give the "
+            'split of each (a "split" column, or files called train, validation, test)'
         )
-    drawn = ("validation",) if official else ("validation", "test")
-    place = {id(group): _place(min(record.key for record in group), seed) for group in groups}
-    order = sorted(groups, key=lambda group: place[id(group)])
-    _, validation, test = shares
-    of_group = {}
-    for group in order:
-        below = place[id(group)]
-        of_group[id(group)] = (
-            "validation" if below < validation else "test" if below < validation + test and not official else "train"
-        )
-    for split in drawn:  # a few images: none fell below the share
-        if split not in of_group.values() and shares[SPLITS.index(split)] > 0:
-            first = next(group for group in order if of_group[id(group)] == "train")
-            of_group[id(first)] = split
-    for group in groups:
-        for record in group:
-            record.split = of_group[id(group)]
+    places = [place_of(min(record.key for record in group), seed) for group in groups]
+    for number in np.argsort(places):
+        drawn[split_at(places[number], shares, official)].append(groups[number])
+    for name in drawn:
+        if not drawn[name]:
+            drawn[name].append(max(drawn.values(), key=len).pop(0))
+    for name, chosen in drawn.items():
+        for record in itertools.chain.from_iterable(chosen):
+            record.split = name
     # The order of a drawn split is that of its ids, not of the source's rows.
     records.sort(key=lambda record: (record.split == "test" and official, record.image_id or ""))
     percent = "/".join(f"{100 * share:g}" for share in shares)
     return f"validation drawn from train, seed {seed}" if official else f"{percent} drawn over images, seed {seed}"
 
 
-def _place(key: str, seed: int) -> float:
+def place_of(key: str, seed: int) -> float:
+    """Where an image stands between 0 and 1: the hash of its key and the seed."""
     return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"), seed=seed) / 2**64
+
+
+def split_at(place: float, shares: tuple[float, float, float], official: bool) -> str:
+    """The split of a place: validation comes first, then test (if it is not `official`), then train."""
+    _, validation, test = shares
+    if place < validation:
+        return "validation"
+    return "test" if place < validation + test and not official else "train"
+
+
+def drawn_splits(shares: tuple[float, float, float], official: bool) -> list[str]:
+    return [name for name, share in zip(SPLITS, shares, strict=True) if share > 0 and not (official and name == "test")]
 
 
 def groups_of(records: list[Record], near: list[tuple[int, int]]) -> list[list[Record]]:

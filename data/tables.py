@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-import xxhash
 
 from common.errors import DataError
 from data import formats
@@ -15,7 +14,8 @@ from data import records as rec
 from data.checks import clean_captions
 from data.columns import Columns, captions_of, find_columns, from_base64, image_in, row_of
 from data.images import ImageError
-from data.rows import SPLIT_NAMES, Options, Part, Row, split_in, split_name
+from data.rows import SPLIT_NAMES, Options, Part, Row, key_of, split_in, split_name
+from data.splits import drawn_splits, place_of, split_at
 from data.walk import files_below
 
 ALL = "all"  # of draw_splits_from: every split there is
@@ -248,31 +248,24 @@ def _generate(read, extras: list[str], key: dict) -> Iterator[dict]:
 # ---------------------------------------------------------------- streams
 
 
-def stream_records(tables: dict, options: Options, seed: int, shares: tuple, source: str, all_as: str | None = None):
+def stream_records(
+    tables: dict, options: Options, seed: int, shares: tuple, source: str, root: str, all_as: str | None = None
+):
     """Records of tables that are read as they are needed, with the columns that `load` gives.
 
-    A source without splits gets `shares` by a hash of the image's bytes (of its path, where there are none), so that
-    equal images are in the same split wherever they lie. What a stream cannot see: rows of one image merge only where
+    A source without splits gets the splits that `load` draws, as far as an image alone decides. What a stream cannot see: rows of one image merge only where
     they are adjacent, so an image may come as several records (of one split); images that are in two official
     splits are not found; nor are duplicate ids, or images that cannot be read (these raise when they are reached).
 
     Returns:
         IterableDatasetDict; its shards are those of the source, so that workers and processes share them.
     """
-    _, validation, test = shares
-    held_out = {"validation": (0.0, validation), "test": (validation, validation + test)}
-    if set(tables) == {"train"} and all_as:
-        plan = {all_as: ("train", 0.0, 1.0)}
-    elif set(tables) == {"train"}:
-        plan = {"train": ("train", validation + test, 1.0)}
-        plan |= {split: ("train", *bounds) for split, bounds in held_out.items()}
-    elif set(tables) == {"train", "test"}:
-        plan = {"train": ("train", validation, 1.0), "validation": ("train", *held_out["validation"])}
-        plan["test"] = ("test", 0.0, 1.0)
-    else:
-        plan = {split: (split, 0.0, 1.0) for split in tables}
+    official = "test" in tables
+    table_of = {all_as: "train"} if set(tables) == {"train"} and all_as else {split: split for split in tables}
+    drawn = drawn_splits(shares, official) if set(tables) <= {"train", "test"} and "train" in table_of else []
+    table_of |= dict.fromkeys(drawn, "train")
     streams = {}
-    for split, (name, low, high) in plan.items():
+    for split, name in table_of.items():
         table = tables[name]
         columns = columns_of(table, options, source)
         image, captions = columns.image, columns.captions
@@ -299,8 +292,8 @@ def stream_records(tables: dict, options: Options, seed: int, shares: tuple, sou
             gen_kwargs={
                 "shards": [table.shard(table.num_shards, shard) for shard in range(table.num_shards)],
                 "columns": (image, tuple(captions), tuple(extras)),
-                "bounds": (low, high),
-                "seed": seed,
+                "drawn": (split, seed, shares, official) if split in drawn else None,
+                "root": root,
                 "table_split": name,
                 "skip_bad_samples": options.skip_bad_samples and split == "train",
             },
@@ -309,12 +302,16 @@ def stream_records(tables: dict, options: Options, seed: int, shares: tuple, sou
 
 
 def stream_split(
-    shards: list, columns: tuple, bounds: tuple, seed: int, table_split: str, skip_bad_samples: bool
+    shards: list, columns: tuple, drawn: tuple | None, root: str, table_split: str, skip_bad_samples: bool
 ) -> Iterator[dict]:
-    """One split of one or more shards: neighbouring rows of the same image as one record."""
+    """One split of one or more shards: neighbouring rows of the same image as one record.
+
+    Args:
+        drawn: (split, seed, shares, whether test is official) of a split that is drawn.
+    """
     image_name, caption_names, extra_names = columns
     for shard in shards:
-        record = digest = None
+        record = key = None
         for number, row in enumerate(rows_in(shard)):
             own = row.get("split")
             if own is not None and split_name(own, f"row {number}") != table_split:
@@ -323,12 +320,10 @@ def stream_split(
                     "Leave out --streaming"
                 )
             image = row[image_name]
-            content = image["bytes"] if image["bytes"] is not None else str(image["path"]).encode()
-            known, digest = digest, xxhash.xxh3_128_hexdigest(content)
-            place = xxhash.xxh3_64_intdigest(digest.encode(), seed=seed) / 2**64
-            if not bounds[0] <= place < bounds[1]:
+            before, key = key, key_of(image, None, root) or ""
+            if drawn is not None and split_at(place_of(key, drawn[1]), *drawn[2:]) != drawn[0]:
                 continue
-            name = os.path.basename(image["path"] or "") or digest
+            name = os.path.basename(image["path"] or "") or key
             image_id = str(row["image_id"]) if row.get("image_id") is not None else name
             captions = clean_captions(
                 captions_of(row, caption_names, f"row {number}"),
@@ -336,7 +331,7 @@ def stream_split(
                 image_id,
                 (lambda message: None) if skip_bad_samples else None,
             )
-            if record is not None and digest == known:
+            if record is not None and key == before:
                 record["captions"] += captions
                 continue
             if record is not None and record["captions"]:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,8 @@ from PIL import Image
 import data
 from common.errors import UserError
 from data import DataError, ImageError, check_images, fingerprint
+from data.rows import SPLITS, Record
+from data.splits import SHARES, draw_splits, parse_shares
 
 
 def jpeg(number: int, size=(16, 12)) -> bytes:
@@ -112,6 +115,34 @@ def test_a_row_more_or_less_moves_no_other_image_but_where_a_split_would_be_empt
         }.items()
 
 
+@pytest.mark.parametrize("official", [False, True])
+def test_every_split_with_a_share_has_an_image_however_few_there_are(official):
+    draw = random.Random(5)
+    for _ in range(300):
+        number, seed = draw.randint(3, 8), draw.randrange(-5, 1000)
+        shares = draw.choice([SHARES, (0.2, 0.4, 0.4), (0.02, 0.49, 0.49), (0.5, 0.5, 0.0), (0.9, 0.0, 0.1)])
+        records = [Record("", f"{i}.jpg", ["a dog"], f"{i}.jpg", image_id=str(i)) for i in range(number)]
+        if official:
+            records += [
+                Record("", f"t{i}.jpg", ["a dog"], f"t{i}.jpg", image_id=f"t{i}", split="test") for i in range(2)
+            ]
+        draw_splits(records, seed, shares, official, [[record] for record in records])
+        expected = {name for name, share in zip(SPLITS, shares, strict=True) if share} | (
+            {"test"} if official else set()
+        )
+        assert {record.split for record in records} == expected, (number, seed, shares)
+        assert not official or {r.key for r in records if r.split == "test"} == {"t0.jpg", "t1.jpg"}
+
+
+@pytest.mark.parametrize(
+    "text", ["1,2", "nan,nan,nan", "0.9,nan,0.1", "inf,0,0", "0,0.5,0.5", "1.2,-0.1,-0.1", "50,30,30", "x"]
+)
+def test_shares_that_are_none_are_refused_before_anything_is_loaded(text):
+    with pytest.raises(UserError, match="write the shares of train, validation and test"):
+        data.load("nowhere.csv", split_shares=text)
+    assert parse_shares("80,10,10") == parse_shares("0.8/0.1/0.1")
+
+
 def test_shares_and_groups_of_a_drawn_split(tmp_path):
     images = {f"{i:02d}.jpg": jpeg(i) for i in range(60)}
     rows = [{"image": name, "caption": name, "patient": int(name[:2]) % 12} for name in images]
@@ -120,8 +151,6 @@ def test_shares_and_groups_of_a_drawn_split(tmp_path):
     patients = [set(rows["patient"]) for rows in dataset.values()]
     assert sum(map(len, patients)) == len(set.union(*patients)) == 12
     assert len(dataset["train"]) < 54
-    with pytest.raises(UserError, match="split_shares 1,2: write the shares of train, validation and test"):
-        data.load(file, split_shares="1,2")
     with pytest.raises(DataError, match=r"no column 'scene' \(--group_column\)"):
         data.load(file, group_column="scene")
 
@@ -146,7 +175,7 @@ def test_a_group_is_in_one_split_in_every_format(form, tmp_path):
         images = [{"id": i, "file_name": row["image"], "patient": row["patient"]} for i, row in enumerate(rows)]
         notes = [{"image_id": i, "caption": row["caption"]} for i, row in enumerate(rows)]
         source = str(tmp_path / "set.json")
-        Path(source).write_text(json.dumps({"images": images, "annotations": notes}))
+        Path(source).write_text(json.dumps({"images": images, "annotations": notes}), encoding="utf-8")
     elif form == "metadata":
         lines = [json.dumps({"file_name": row.pop("image"), **row}) for row in rows]
         (tmp_path / "metadata.jsonl").write_text("\n".join(lines))

@@ -80,5 +80,15 @@ def test_a_stream_has_the_splits_of_a_set_that_is_loaded(tmp_path):
         loaded, streamed = (data.load(str(tmp_path), streaming=s, split_shares=shares) for s in (False, True))
         for split in loaded:
             assert {row["image_id"] for row in streamed[split]} == set(loaded[split]["image_id"])
+    for number in range(30):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number, "png"))
+    paths = [{"path": str(tmp_path / "photos" / f"{number}.png"), "bytes": None} for number in range(30)]
+    features = datasets.Features({"image": datasets.Image(decode=False), "caption": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": paths, "caption": WORDS[:1] * 30}, features=features)
+    table.save_to_disk(str(tmp_path / "paths"))
+    loaded, streamed = (data.load(str(tmp_path / "paths"), streaming=s, split_shares=shares) for s in (False, True))
+    for split in loaded:
+        assert {row["image_id"] for row in streamed[split]} == set(loaded[split]["image_id"])
     with pytest.raises(DataError, match="a stream does not know its groups beforehand"):
         data.load(str(tmp_path), streaming=True, group_column="caption")
