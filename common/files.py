@@ -30,6 +30,12 @@ def whole(path):
         raise
 
 
+def version_of(path) -> str:
+    """What changes when a file does: its size and time. OSError if there is none."""
+    about = os.stat(path)
+    return f"{about.st_size}-{about.st_mtime_ns}"
+
+
 def write_text(path, text: str) -> None:
     with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

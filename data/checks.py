@@ -5,15 +5,18 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from common.caches import cache_folder
 from common.errors import DataError
-from common.files import write_text
+from common.files import version_of, whole, write_text
 from common.limits import cpus
 from common.processes import in_threads
 from data.columns import is_missing, parse_structure
@@ -134,7 +137,20 @@ def check_images(
     return datasets.DatasetDict(clean), bad
 
 
-def stamp(rows: datasets.Dataset) -> bytes:
+def cached_array(name: str, version: str, compute: Callable[[], np.ndarray], cache_dir=None) -> np.ndarray:
+    """What `compute` returns, kept in the cache under `name` until `version` changes."""
+    digest = xxhash.xxh3_128_hexdigest(version.encode("utf-8", "surrogateescape"))
+    file = cache_folder(cache_dir) / name / f"{digest}.npy"
+    if file.exists():
+        return np.load(file)
+    array = compute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as temporary, open(temporary, "wb") as opened:
+        np.save(opened, array)
+    return array
+
+
+def version_of_images(rows: datasets.Dataset) -> str:
     """What changes when an image of `rows` does: the table, and each file's path, size and time."""
     column = pa.chunked_array(
         [pc.struct_field(chunk, "path") for chunk in rows.data.column("image").chunks], pa.string()
@@ -142,15 +158,12 @@ def stamp(rows: datasets.Dataset) -> bytes:
     if rows._indices is not None:
         column = column.take(rows._indices.column(0))
     lines = [rows._fingerprint]
-    for path in column.to_pylist():
-        if path is not None and os.path.isfile(path):
-            stat = os.stat(path)
-            lines.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
-    return "\n".join(lines).encode()
+    lines += [f"{path} {version_of(path)}" for path in column.to_pylist() if path is not None and os.path.isfile(path)]
+    return "\n".join(lines)
 
 
 def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path) -> list[dict]:
-    key = hashlib.sha256(f"{split} {max_pixels} ".encode() + stamp(rows))
+    key = hashlib.sha256(f"{split} {max_pixels} {version_of_images(rows)}".encode())
     kept = folder / f"{key.hexdigest()[:32]}.json"
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))

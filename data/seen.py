@@ -13,11 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from common.caches import cache_folder
 from common.errors import UserError
 from common.files import whole
 from common.processes import in_threads
-from data.checks import stamp
+from data.checks import cached_array, version_of_images
 from data.rows import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -186,15 +185,13 @@ def describe(splits) -> pa.Table:
 
 def contents(rows: datasets.Dataset) -> list[bytes]:
     """The hash of each image's file, or of its bytes in the table. Kept in the cache, by the size and time of the files."""
-    kept = cache_folder() / "contents" / f"{xxhash.xxh3_128_hexdigest(stamp(rows))}.npy"
-    if kept.exists():
-        return list(map(bytes, np.load(kept)))
     images = rows.select_columns(["image"])
-    hashes = in_threads(lambda row: _content(images[row]["image"]), range(len(images)), 16)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole(kept) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16))
-    return hashes
+
+    def compute() -> np.ndarray:
+        hashes = in_threads(lambda row: _content(images[row]["image"]), range(len(images)), 16)
+        return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
+
+    return list(map(bytes, cached_array("contents", version_of_images(rows), compute)))
 
 
 def _content(image: dict) -> bytes:

@@ -6,7 +6,6 @@ kilobyte per image, and images that lie inside a source stay in its memory-mappe
 
 import itertools
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import datasets
 import xxhash
 
 from common.errors import DataError
+from common.files import version_of
 from common.processes import in_threads
 from common.remote import is_remote, local_copy
 from data import records as rec
@@ -168,13 +168,11 @@ def _near_pairs(records: list[Record], table, options: Options) -> list[tuple[in
     if len({record.split for record in records} | {None}) == 2 and records[0].split is not None:
         return []
     if table is not None:
-        stamps = [f"{table._fingerprint} {record.image}" for record in records]
-        return splitting.near_pairs(
-            len(records), lambda index: table[records[index].image]["image"], stamps, options.cache_dir
-        )
-    files = [os.stat(record.image) for record in records]
-    stamps = [f"{r.image} {file.st_size} {file.st_mtime_ns}" for r, file in zip(records, files, strict=True)]
-    return splitting.near_pairs(len(records), lambda index: records[index].image, stamps, options.cache_dir)
+        versions = [f"{table._fingerprint} {record.image}" for record in records]
+        images = table.select_columns("image").select([record.image for record in records])
+        return splitting.near_pairs(images, versions, options.cache_dir)
+    versions = [f"{record.image} {version_of(record.image)}" for record in records]
+    return splitting.near_pairs([record.image for record in records], versions, options.cache_dir)
 
 
 def _are_annotations(tables: dict, options: Options) -> bool:
@@ -234,15 +232,15 @@ def open_rows(source: Source, name: str, draw_splits_from: str | None = None):
     rows = itertools.chain([] if first is None else [first], rows)
     if first is None or not isinstance(first.image, dict):
         return rows, None
-    stamps = [(part.place, os.stat(part.place).st_size, os.stat(part.place).st_mtime_ns) for part in source.parts]
-    key = {"format": source.format.NAME, "path": source.name, "stamps": stamps}
+    versions = [(part.place, version_of(part.place)) for part in source.parts]
+    key = {"format": source.format.NAME, "path": source.name, "versions": versions}
     key |= {"image_column": options.image_column, "caption_column": options.caption_column}
     table = spooled(rows, _read_again, key, options.cache_dir)
     options.streaming = False
     return None, by_split(table, options, name, draw_splits_from)
 
 
-def _read_again(format, path, stamps, image_column, caption_column):
+def _read_again(format, path, versions, image_column, caption_column):
     return Source(path, Options(format=format, image_column=image_column, caption_column=caption_column)).rows()
 
 

@@ -4,17 +4,16 @@ import itertools
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import xxhash
 from PIL import Image
 
-from common.caches import cache_folder
 from common.errors import DataError, UserError
-from common.files import whole
 from common.limits import cpus
 from common.processes import in_threads
+from data.checks import cached_array
 from data.images import ImageError, open_image
 from data.rows import SPLITS, Record
 
@@ -23,6 +22,9 @@ logger = logging.getLogger(__name__)
 SHARES = (0.9, 0.05, 0.05)  # of the images: train, validation, test
 SIDE = 16  # of the picture's gradients that are compared
 NEAR = 24  # of the 256 gradients may differ: photographs re-saved at JPEG quality 80 differ in 25 at most, others in 71 at least
+LARGEST_BUCKET = (
+    1000  # pictures with an equal piece: of more, each is compared with the nearest in order of their gradients
+)
 STRUCTURE = 64  # gradients that a picture must have to be compared: plain colours are all alike
 
 
@@ -114,45 +116,43 @@ def groups_of(records: list[Record], near: list[tuple[int, int]]) -> list[list[R
     return list(groups.values())
 
 
-def near_pairs(number: int, image_of: Callable, stamps: list[str], cache_dir=None) -> list[tuple[int, int]]:
-    """Pairs of pictures that are the same picture: re-saved, or with another comment.
+def near_pairs(images: Sequence, versions: list[str], cache_dir=None) -> list[tuple[int, int]]:
+    """Pairs of pictures (their indices) that are the same picture: re-saved, or with another comment.
 
     The brightness gradients of the pictures at 17 x 16 pixels are compared (the difference hash); pictures without
-    structure, such as plain colours, are not.
+    structure, such as plain colours, are not. Of equal gradients each makes a pair with the first only.
 
     Args:
-        image_of: from 0 ... number - 1 to what data.open_image takes.
-        stamps: what changes when an image does; the gradients are kept in the cache by all of them.
+        images: rows of a table or paths, as data.open_image takes them.
+        versions: what changes when an image does; the gradients are kept in the cache by all of them.
     """
-    kept = (
-        cache_folder(cache_dir)
-        / "gradients"
-        / f"{xxhash.xxh3_128_hexdigest(chr(10).join(stamps).encode('utf-8', 'surrogateescape'))}.npy"
-    )
-    if kept.exists():
-        packed = np.load(kept)
-    else:
-        packed = np.stack(
-            in_threads(lambda index: _gradients(image_of(index)), range(number), cpus(), "comparing images")
+
+    def compute() -> np.ndarray:
+        return np.stack(
+            in_threads(lambda index: _gradients(images[index]), range(len(images)), cpus(), "comparing images")
         )
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with whole(kept) as temporary, open(temporary, "wb") as file:
-            np.save(file, packed)
-    buckets: dict = defaultdict(list)
-    for index in np.flatnonzero(packed.any(axis=1)):
-        for place, piece in enumerate(packed[index].view(np.uint16)):
-            buckets[place, int(piece)].append(int(index))
-    pairs = set()
-    for bucket in buckets.values():
-        for position, one in enumerate(bucket if len(bucket) < 100 else ()):
-            others = bucket[position + 1 :]
-            apart = np.unpackbits(packed[others] ^ packed[one], axis=1).sum(axis=1)
-            pairs.update((one, other) for other, differ in zip(others, apart, strict=True) if differ <= NEAR)
-    return sorted(pairs)
+
+    gradients = cached_array("gradients", "\n".join(versions), compute, cache_dir)
+    compared = np.flatnonzero(gradients.any(axis=1))
+    distinct, first, same = np.unique(gradients[compared], axis=0, return_index=True, return_inverse=True)
+    pairs = {(one, other) for one, other in zip(first[same.ravel()], range(len(compared)), strict=True) if one != other}
+    pieces = distinct.view(np.uint16)  # near pictures have one or more of the 16 pieces in common
+    for piece in range(pieces.shape[1]):
+        order = np.argsort(pieces[:, piece], kind="stable")
+        for distance in range(1, min(LARGEST_BUCKET, len(order))):
+            one, other = order[:-distance], order[distance:]
+            shared = pieces[one, piece] == pieces[other, piece]
+            if not shared.any():
+                break
+            one, other = one[shared], other[shared]
+            near = np.unpackbits(distinct[one] ^ distinct[other], axis=1).sum(axis=1) <= NEAR
+            pairs.update(zip(first[one[near]], first[other[near]], strict=True))
+    return sorted(tuple(sorted((int(compared[one]), int(compared[other])))) for one, other in pairs)
 
 
-def _gradients(image) -> np.ndarray:
+def _gradients(row) -> np.ndarray:
     """32 bytes: whether each of 256 steps to the right is brighter; zeros for what cannot be compared."""
+    image = row["image"] if isinstance(row, dict) else row
     try:
         small = open_image(image, size=(4 * SIDE, 4 * SIDE)).convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
     except (ImageError, OSError):

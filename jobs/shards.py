@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from common import files
 from common.errors import UserError
 from common.files import whole
 from common.remote import file_system, is_remote, reaching
@@ -133,10 +134,9 @@ def parquet_ranges(metadata, size: int, version: str) -> Iterator[tuple[int, int
 
 
 def version_of(place: str) -> str:
-    """What changes when a file does: its size and time, at an address its size and tag. OSError if there is none."""
+    """What changes when a file does, also at an address: there its size and tag. OSError if there is none."""
     if not is_remote(place):
-        about = os.stat(place)
-        return f"{about.st_size}-{about.st_mtime_ns}"
+        return files.version_of(place)
     system, path = file_system(place)
     return tag_of(system.info(path))
 

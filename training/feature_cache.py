@@ -21,7 +21,7 @@ from PIL import Image
 
 from common.caches import cache_folder
 from common.errors import UserError
-from common.files import whole
+from common.files import version_of, whole
 from common.limits import free_memory
 from common.loaders import data_loader
 from common.processes import processes, show_progress
@@ -215,8 +215,7 @@ def image_keys(records: Dataset) -> list[str]:
     for row in records.select_columns(["image"]):
         path, content = row["image"]["path"], row["image"]["bytes"]
         if content is None:
-            stat = os.stat(path)
-            content = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
+            content = f"{os.path.abspath(path)} {version_of(path)}".encode("utf-8", "surrogateescape")
         keys.append(hashlib.blake2b(content, digest_size=16).hexdigest())
     return keys
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 
 from common.errors import DataError
+from common.files import version_of
 from common.remote import is_remote, open_remote
 from common.text import decode
 from data.columns import caption_key
@@ -52,7 +53,7 @@ def tables(path: Path, options: Options) -> dict:
     tables = {}
     for split, tars in files.items():
         # Size and modification time are part of the arguments, so that a changed file is not taken from the cache.
-        shards = [(str(tar), os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
+        shards = [(tar, version_of(tar)) for tar in tars]
         skip = options.skip_bad_samples and split == "train"
         if options.streaming:
             tables[split] = datasets.IterableDataset.from_generator(
@@ -60,7 +61,7 @@ def tables(path: Path, options: Options) -> dict:
             )
             continue
         bad: list = []
-        for tar, *_ in shards if skip else ():
+        for tar, _ in shards if skip else ():
             bad += [sample for sample in samples(tar) if sample["fault"]]
         options.dropped["samples without an image or a caption"] += len(bad)
         options.bad_samples += [
@@ -81,7 +82,7 @@ def table_rows(shards: list, skip_bad_samples: bool, group: str | None = None) -
     Args:
         group: a name in each sample's json that becomes a column.
     """
-    for tar, *_ in shards:
+    for tar, _ in shards:
         for sample in samples(tar):
             if sample["fault"]:
                 if skip_bad_samples:
@@ -91,7 +92,7 @@ def table_rows(shards: list, skip_bad_samples: bool, group: str | None = None) -
             if group is not None:
                 value = json.loads(sample["json"] or "{}").get(group)
                 row[group] = None if value is None else str(value)
-            yield row | {"__key__": sample["key"], "__url__": str(tar)}
+            yield row | {"__key__": sample["key"], "__url__": tar}
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:

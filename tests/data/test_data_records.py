@@ -22,7 +22,7 @@ import data
 from common.errors import UserError
 from data import DataError, ImageError, check_images, fingerprint
 from data.rows import SPLITS, Record
-from data.splits import SHARES, draw_splits, parse_shares
+from data.splits import SHARES, draw_splits, groups_of, near_pairs, parse_shares
 
 
 def jpeg(number: int, size=(16, 12)) -> bytes:
@@ -218,6 +218,24 @@ def test_the_same_picture_in_two_files_is_in_one_split(tmp_path, test_data, capl
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data.load(str(tmp_path / "all.jsonl"))
     assert "look the same and are in two splits of the source" in caplog.text
+
+
+def test_hundreds_of_frames_of_one_video_are_near_and_other_pictures_are_not(tmp_path):
+    """More than a bucket holds, some of them equal in what is compared."""
+    draw = np.random.default_rng(0)
+    scenes = [draw.integers(0, 255, (16, 17), np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(3)]
+    frames = []
+    for number in range(1100):
+        frame = scenes[number % 2].copy()
+        frame[4 * draw.integers(16) :][:4] = draw.integers(0, 255)  # one of 16 rows of gradients
+        frames.append(frame)
+    images = [Image.fromarray(frame) for frame in [*frames, scenes[2], np.full((64, 68), 7, np.uint8)]]
+    records = [Record("", index, [], str(index)) for index in range(len(images))]
+    near = near_pairs(images, [str(os.getpid())], tmp_path)
+    groups = groups_of(records, near)
+    assert sorted(map(len, groups)) == [1, 1, 550, 550]
+    assert near_pairs(images[-1:], ["plain"], tmp_path) == []
+    assert near_pairs([], [str(os.getpid())], tmp_path) == near  # kept by the versions
 
 
 def test_renamed_copies_are_one_image_and_in_one_split(tmp_path, caplog):
