@@ -130,7 +130,7 @@ def load_splits(groups, checkpoint) -> tuple:
     held_out = {name: data.in_memory(splits[name], name) for name in ("validation", "test") if name in splits}
     splits = {"train": splits["train"], **held_out}
     if args.process_index == 0:
-        start = scratch_args.model_config or model_args.model_name_or_path
+        start = None if scratch_args.model_config else model_args.model_name_or_path
         seen.begin(Path(args.output_dir), splits, start, checkpoint)
     return splits, bad_rows + bad_images
 

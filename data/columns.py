@@ -22,36 +22,18 @@ logger = logging.getLogger(__name__)
 say_once = functools.cache(logger.warning)  # a source may be read more than once
 
 IMAGE_COLUMNS = (
-    *(
-        "image",
-        "img",
-        "image_path",
-        "file_name",
-        "filename",
-        "filepath",
-        "jpg",
-        "jpeg",
-        "png",
-        "webp",
-        "path",
-        "images",
-    ),
-    *("image_file", "image_name", "img_path", "img_name", "image_bytes", "image_base64", "file"),
-)
+    "image", "img", "image_path", "file_name", "filename", "filepath", "jpg", "jpeg", "png", "webp", "path",
+    "images", "image_file", "image_name", "img_path", "img_name", "image_bytes", "image_base64", "file",
+)  # fmt: skip
 CAPTION_COLUMNS = (
-    *("captions", "caption", "sentences", "sentence", "text", "txt", "description", "sentences_raw", "raw"),
-    *("caption_str", "caption_text", "texts", "references", "reference_strs", "comment", "conversations", "messages"),
-    *("completion", "response", "suffix", "summary", "utterance", "report", "short_caption"),
-)
+    "captions", "caption", "sentences", "sentence", "text", "txt", "description", "sentences_raw", "raw",
+    "caption_str", "caption_text", "texts", "references", "reference_strs", "comment", "conversations", "messages",
+    "completion", "response", "suffix", "summary", "utterance", "report", "short_caption",
+)  # fmt: skip
 PREDICTION_COLUMNS = (
-    "prediction",
-    "predicted_caption",
-    "generated_caption",
-    "generated_text",
-    "generated",
-    "hypothesis",
-)
-PREDICTION_COLUMNS += ("response", "output", "answer", "pred")
+    "prediction", "predicted_caption", "generated_caption", "generated_text", "generated", "hypothesis", "response",
+    "output", "answer", "pred",
+)  # fmt: skip
 NUMBERED_CAPTION = re.compile(r"(?:captions?|sentences?|texts?|comments?)_?\d+")  # caption_0 ... caption_4
 SPLIT_COLUMNS = ("split", "set_name")  # TextCaps says set_name
 MAYBE_SPLIT_COLUMNS = ("subset", "partition", "set", "fold", "phase")  # where they say train, val or test
@@ -390,26 +372,30 @@ def object_rows(objects: Iterable, source: str, options: Options, split=None, im
         source: what messages call the file.
         split: the split of every row, unless it has one of its own.
     """
-    objects = iter(objects)
+    objects = _checked(objects, source)
     first = list(itertools.islice(objects, LOOKED_AT))
-    examples: dict = {}
-    for content, where in first:
-        if not isinstance(content, dict):
-            raise DataError(
-                f"{source}, {where}: expected an object with image and captions, got {type(content).__name__}"
-            )
-        for name, value in content.items():
-            if examples.get(name) is None:
-                examples[name] = value
     if not first:
         return
-    columns = find_columns(examples, options, source, images)
+    columns = find_columns(first_values(content for content, _ in first), options, source, images)
     for content, where in itertools.chain(first, objects):
+        yield row_of(content, columns, where, source, options, split)
+
+
+def _checked(objects: Iterable, source: str) -> Iterator[tuple[dict, str]]:
+    for content, where in objects:
         if not isinstance(content, dict):
             raise DataError(
                 f"{source}, {where}: expected an object with image and captions, got {type(content).__name__}"
             )
-        yield row_of(content, columns, where, source, options, split)
+        yield content, where
+
+
+def first_values(rows: Iterable[dict]) -> dict:
+    """{column: its first value that is not None} of all columns of some rows."""
+    examples: dict = {}
+    for row in rows:
+        examples |= {name: value for name, value in row.items() if examples.get(name) is None}
+    return examples
 
 
 def row_of(content: dict, columns: Columns, where: str, source: str, options: Options, split=None) -> Row:
@@ -417,8 +403,6 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
     image = content.get(columns.image)
     if image is not None or options.images:
         image = image_in(image, place, columns.image, columns.captions, address=not options.images)
-    if isinstance(image, int | float):
-        image = str(image)
     name = image if isinstance(image, str) else os.path.basename((image or {}).get("path") or "") or None
     image_id, own_split = content.get(columns.image_id), content.get(columns.split)
     image_id = None if isinstance(image_id, bool) else image_id

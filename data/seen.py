@@ -128,20 +128,22 @@ def in_words(overlap: dict) -> str:
     return f"{overlap['trained_on']:,} of these {overlap['images']:,} images were trained on{selected}."
 
 
-def find(model: str | Path) -> Seen | None:
+def find(model: str | Path | None) -> Seen | None:
     """The record of a model's folder or, for a checkpoint, of its run's; None if there is none (models from elsewhere)."""
-    for folder in (Path(model), Path(model).parent):
-        if (folder / NAME).is_file():
-            return Seen(pq.read_table(folder / NAME, schema=SCHEMA), str(model))
-    return None
+    if not model or not Path(model).is_dir():  # a name of the Hub may look like a path into this folder
+        return None
+    folder = Path(model).resolve()
+    file = (folder.parent if folder.name.startswith("checkpoint-") else folder) / NAME
+    return Seen(pq.read_table(file, schema=SCHEMA), str(model)) if file.is_file() else None
 
 
-def begin(folder: Path, splits, start: str, checkpoint: str | None) -> None:
+def begin(folder: Path, splits, start: str | None, checkpoint: str | None) -> None:
     """Record the images of a run in `folder`. UserError if it resumes from a checkpoint of other data.
 
     Args:
         splits: records by split; those of a stream are unknown.
-        start: the model that training starts from, whose record, if it has one, becomes part of this one.
+        start: the model that training starts from, whose record, if it has one, becomes part of this one; None for one
+            without weights.
         checkpoint: the one to resume from.
     """
     table = describe(splits)

@@ -133,6 +133,20 @@ def test_a_later_stage_has_seen_what_the_first_one_saw(trained, tmp_path):
     assert seen.find(tmp_path / "second").overlap(rows)["trained_on"] == len(ids["train"])
 
 
+def test_only_the_folder_of_a_model_has_its_record(trained, tmp_path, monkeypatch):
+    _, _, model = trained
+    (model / "checkpoint-7").mkdir(exist_ok=True)
+    (model / "config.json").touch()
+    for name in (model, f"{model}/", model / "checkpoint-7"):
+        assert seen.find(name) is not None
+    monkeypatch.chdir(model)
+    assert seen.find(".") is not None
+    for name in ("", None, "bert-base", "org/name", "config.json", model / "config.json", model / "nowhere"):
+        assert seen.find(name) is None, name
+    seen.begin(tmp_path, {}, None, None)
+    assert len(seen.find(tmp_path).table) == 0
+
+
 def test_a_run_is_not_resumed_on_other_data_and_the_line_says_what_changed(trained, tmp_path):
     table, _, model = trained
     shutil.copytree(table.parent, tmp_path / "set")
