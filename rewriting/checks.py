@@ -11,29 +11,93 @@ REASONS = {
     "cut_off": "the text breaks off, or begins mid-sentence",
     "illegal": "characters that do not belong in text",
     "refusal": "the LLM refuses, or talks about itself",
-    "chatter": "an introduction before the text, or lists and markup",
+    "chatter": "an introduction, label, note or closing around the text, or lists, markup and addresses",
     "prompt_leak": "wording of the prompt, or talk about its sentences",
     "language": "not the wanted language or script",
     "repetition": "a word, phrase or sentence over and over",
     "copy": "a copy of one input, or all of them one after the other",
+    "unrelated": "nothing of what the captions say",
     "server_refused": "the server rejected the prompt, or its answer was filtered",
     "no_input": "a caption to rewrite is empty; the LLM was not asked",
 }
-REFUSAL = re.compile(
-    r"\b(as an? (ai|artificial|language model)|(i'?m|i am) (sorry|unable|not able|just an)|i apologi[sz]e|"
-    r"i (cannot|can ?not|can'?t|do not|don'?t|need more|would need)|please provide|"
-    r"(not|im)possible to (combine|merge|create|write|determine)|(cannot|can not|could not) be (combined|merged)|"
-    r"(there is|has|have) (no|not) enough (information|context)|no (relevant|clear) (information|connection))\b",
-    re.IGNORECASE,
+
+
+def pattern(*alternatives: str) -> re.Pattern:
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
+# Wording counts only where no input has it: shirts say "I Can't", songs are called "I Don't Know".
+REFUSAL = pattern(
+    r"\bas an? (?:ai|artificial|language model|assistant)\b",
+    r"\b(?:i['’]?m|i am) (?:sorry|afraid|unable|not able|just an|an ai|only able)\b",
+    r"\bi (?:apologi[sz]e|regret|cannot|can ?not|can['’]?t|do not|don['’]?t|need more|would need|won['’]t)\b",
+    r"\bi (?:think|assume|guess|suppose)\b|\b(?:please|kindly) provide\b|^(?:sorry|apologies|unfortunately|regrettably)\b[,.!:]",
+    r"\b(?:not |im)possible to (?:combine|merge|fuse|create|write|determine)\b",
+    r"\b(?:cannot|can ?not|can['’]t|could not) be (?:combined|merged|fused)\b",
+    r"\b(?:there is|has|have) (?:no|not) enough (?:information|context)\b|\bno (?:relevant|clear) (?:information|connection)\b",
 )
-CHATTER = re.compile(
-    r"^\s*((sure|certainly|of course|okay|ok)\b\s*[,.!:]|(here('s| is| are)|this is|the (merged|combined|refined|new))\b[^.:]{0,60}:|"
-    r"(new sentence|paragraph|output|answer|caption|description)\s*:)|^\s*([-*•#]|\d+[.)])\s|```|\*\*",
-    re.IGNORECASE,
+TEXT = (
+    r"(?:sentences?|captions?|paragraphs?|texts?|descriptions?|versions?|results?|outputs?|answers?|responses?|summary|"
+    r"merger?|rewrite|combination|attempt)"
 )
-THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+MADE = r"(?:merg|combin|fus|refin|rewr[io]t|revis|rephras|summari[sz]|remov|omit|kept|keep|includ|avoid|ma[dk]e|integrat|add)"
+CHATTER = pattern(
+    r"^(?:sure|certainly|of course|okay|ok|absolutely|definitely|great|perfect|alright|understood|got it|no problem|"
+    r"yes|my pleasure|gladly)\b(?: thing)?\s*[,.!:]",
+    rf"^(?:here['’]?s|here (?:is|are|you go|you are)|below is|the following is)\b[^.:!?]{{0,80}}?(?:\b{TEXT}\b|:\s)",
+    rf"^(?:this|that) is\b[^.:!?]{{0,80}}?\b{TEXT}\b",
+    rf"^(?:based on|given|using) (?:the|both|these)\b[^.!?]{{0,40}}\b(?:information|inputs?|{TEXT})\b",
+    rf"^(?:the )?(?:new|merged|combined|fused|refined|final|rewritten|revised)\b[^.:!?]{{0,40}}\b{TEXT}\b[^.!?]{{0,20}}:",
+    # A label: "### Response:", "Merged:", "Assistant:", "Option 1:"
+    r"(?:^|[.!?\n]\s+|\()\W*(?:\w+\s){0,2}(?:sentence|caption|paragraph|text|description|title|version|results?|"
+    r"output|answer|response|summary|rewrite|assistant|ai|user|human|merged|combined|fused|refined|final|rewritten|revised|"
+    r"rephrased|notes?|explanation|reasoning|analysis|option \d|word count)(?:\s\d+)?\W{0,3}:(?!\d)",
+    r"\b(?:let me know|feel free|hope (?:this|that) (?:helps|works)|happy to (?:help|assist|provide|create|merge)|"
+    r"glad to (?:help|assist)|anything else|would you like|if you(?:['’]d like| need| want| would like| have any)|"
+    r"please note|note that i\b|do you want me)",
+    r"\bi(?:['’]ve| have|['’]ll| will| would)?(?: also)? " + MADE + r"\w*\b",
+    r"(?:^|[.!?]\s+)(?:(?:thanks|thank you)\b[^.!?]{0,40}|enjoy|cheers|done)\s*[.!]\W*(?:\Z|\s)",
+    r"\b(?:combining|merging|fusing|putting) (?:both|the two|these|them|everything|all)\b",
+    r"^\s*(?:[-*•#>|]|\d+[.)])\s|^#{2,}|```|\*\*|__\w|\]\(|\s\|\s.*\s\|",
+    r"</?[a-z][^<>]{0,80}>|<\|[^<>]*\|>|\[/?(?:inst|sys)\]|&(?:[a-z]{2,8}|#\d+);",
+    r"\bhttps?://|\(\d+ words?\)|\[(?:insert|name|image|city|location|your)\b[^\]]*\]|\{\w+\}|\\n|^[\[{]\s*[\"'{]",
+)
+SPEAKERS = r"(?:people|observers|viewers|annotators|captions|descriptions|sentences|sources|inputs|accounts|texts)"
+SEVERAL = r"(?:several|most|some|many|multiple|other|others|different|various|all|both|two|three|four|five|each|these|those|given|provided)"
+TALK = pattern(
+    rf"\b{SEVERAL} (?:of the |of these |other )?{SPEAKERS} (?:also |all )?(?:describe|say|said|mention|agree|note|report|state|indicate|suggest)\w*\b",
+    rf"\baccording to (?:the )?(?:{SEVERAL} )?(?:of the )?{SPEAKERS}\b",
+    rf"\bthe (?:two |given |provided |original |{SEVERAL} )?(?:captions|descriptions|sentences|inputs|prompts)\b",
+    r"\b(?:first|second|third|other|another|original|previous|above|given|provided|synthetic|raw) (?:caption|sentence|input)s?\b",
+    r"\bthe (?:sentence|description|input|prompt) (?:says|describes|mentions|states|provides|refers|talks)\b",
+    r"\bthis (?:sentence|caption|paragraph|description|version)\b",
+    r"\b(?:captions?|sentences?|inputs?|descriptions?) (?:\d|one|two|structure)\b|\bas (?:mentioned|described|stated|noted) above\b",
+)
+IDIOMS = pattern(  # a sentence of a court, captions and descriptions that are things
+    r"\b(?:prison|jail|death|life|court|judge\w*|serv(?:e|es|ed|ing)|suspended|reduced|years?|months?)\b[^.!?]{0,30}\bsentences?\b",
+    r"\bsentences?\b[^.!?]{0,30}\b(?:prison|jail|death|years?|months?|court|cell)\b",
+    r"\b(?:job|product|item|full|detailed) descriptions?\b",
+)
+# Orders to the LLM, in an input.
+ORDERS = pattern(
+    r"\b(?:ignore|disregard|forget)\b[^.!?]{0,40}\b(?:instructions?|prompts?|rules)\b", r"\bsystem prompt\b"
+)
+THINKING = re.compile(
+    r"<(think|thinking|reasoning|thought)>.*?(?:</\1>|\Z)|\A.*</(?:think|thinking|reasoning|thought)>", re.DOTALL
+)
+QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»|(?<!\w)['‘][^'’]*(?:['’]\w[^'’]*)*['’](?!\w)")
 END = tuple(".!?…。！？") + tuple("\"'”’)]»")
 HEADLESS = re.compile(r"[,;:)(]|[a-z]+[\s,;:]")  # but "iPhone", "www.x.org"
+BEGINNINGS = set(
+    words(
+        "a an the this that these those two three four five six some several many one each every de van von di la le el al da du"
+    )
+)
+UNFINISHED = re.compile(
+    r"[,;:(\[–—-]$|\b(?:the|an?|and|or|but|of|with|to|for|by|from|at|is|are|was|were|as|its|their|his|her|which|such|than|into|additionally)$",
+    re.IGNORECASE,
+)
+LONG = 25  # words; a text of more that does not end with a full stop was cut, whatever the server says
 ENGLISH = set(
     words(
         "a an the and or but of in on at to for from with by as is are was were be been has have had this that these those it "
@@ -41,6 +105,29 @@ ENGLISH = set(
         "you your all can will for how what if so"
     )
 )
+# Function words of other languages in Latin letters, with those that English has, too.
+FOREIGN = [
+    set(words(text))
+    for text in (
+        "der die das den dem des ein eine einen einem einer eines und ist sind mit auf im am zu zum zur von vom nicht sich für "
+        "wird werden vor hinter neben unter über aus bei nach durch es er sie wir ich steht sitzt liegt in an so was war hat will",
+        "de het een en van op te dat die voor met zijn aan niet ook als bij naar uit wordt worden heeft onder mijn door staat "
+        "zit ligt in is was we over of er had",
+        "el la los las un una unos unas y en de del que con por para se es son está están su sus al como sobre junto lleva hay "
+        "a no he me",
+        "le la les un une des du de et est sont dans sur avec pour au aux qui que en il elle ils ne pas se son sa ses leur à "
+        "près a on par",
+        "il lo la gli le un uno una di del della dei degli delle e è sono con per su sul sulla nel nella che non si da al alla "
+        "in a i",
+        "o os as um uma uns umas de do da dos das e é são com por para em no na nos nas que não se seu sua ao à está a",
+        "en ett och är i på med av för som det den de till vid under har inte sig bredvid står sitter at",
+        "en et og er i på med af av for som det den de til ved har ikke sig seg står sidder sitter at",
+        "w z na i nie to jest są się do od przez dla po przy obok a",
+        "yang di dan dengan untuk dari pada ini itu adalah seorang sebuah seekor sedang ke tidak atas",
+        "bir ve bu da de ile için olan çok gibi var üzerinde yanında",
+        "a az egy és van nem hogy ez mint meg el is",
+    )
+]
 COMMON = ENGLISH | set(words("them given provides provided please may contain simply ensuring yet new"))
 
 
@@ -87,58 +174,116 @@ class Checker:
             inputs: the captions that it was made from.
             finished: False if the LLM stopped at the limit of new tokens.
         """
+        captions = [caption for caption in inputs if not ORDERS.search(caption)] or inputs
         if not words(text):
             return "empty"
         if illegal_characters(text):
             return "illegal"
-        if REFUSAL.search(text):
+        if says(REFUSAL, QUOTED.sub(" ", text), captions, following=2):
             return "refusal"
-        if CHATTER.search(text):
+        if says(CHATTER, text, captions):
             return "chatter"
-        if self.leaked(text, inputs):
+        if self.leaked(text, captions) or says(TALK, text, captions):
             return "prompt_leak"
-        if repetition(text) and not any(repetition(caption) for caption in inputs):
+        if repetition(text) and not any(repetition(caption) for caption in captions):
             return "repetition"
-        if not finished or not text.endswith(END) or HEADLESS.match(text):
+        if not finished or broken_off(text) or headless(text, captions):
             return "cut_off"
-        if self.foreign(text, inputs):
+        if self.foreign(text, captions):
             return "language"
-        if copied(text, inputs):
+        if copied(text, captions):
             return "copy"
+        if self.english and unrelated(text, captions):
+            return "unrelated"
         return None
 
     def leaked(self, text: str, inputs: list[str]) -> str | None:
         """Wording of the prompt that the text has and none of its inputs does."""
-        lower, tokens = text.lower(), words(text)
-        given = " ".join(inputs).lower()
+        lower, tokens = text.lower(), words(IDIOMS.sub(" ", text))
+        captions = " ".join(inputs).lower()
         for compound in self.compounds:
-            if compound in lower and compound not in given:
+            if compound in lower and compound not in captions:
                 return compound
-        given = f" {' '.join(words(given))} "
+        captions = f" {' '.join(words(captions))} "
         for three in zip(tokens, tokens[1:], tokens[2:], strict=False):
-            if three in self.phrases and " ".join(three) not in given:
+            if three in self.phrases and " ".join(three) not in captions:
                 return " ".join(three)
         spaced = f" {' '.join(tokens)} "
         for label in self.labels:
-            if f" {label} " in spaced and label not in given:
+            if f" {label} " in spaced and label not in captions:
                 return label
         for token in tokens:
-            if token.removesuffix("s") in self.names and token.removesuffix("s") not in given:
+            if token.removesuffix("s") in self.names and token.removesuffix("s") not in captions:
                 return token
         return None
 
     def foreign(self, text: str, inputs: list[str]) -> bool:
         """Whether a text has letters of a script that no input has; with language en, also more letters of other scripts
-        than Latin ones, or eight or more words without a single English function word."""
-        found = scripts(text)
+        than Latin ones, eight or more words without a single English function word, or more function words of another
+        language than English ones."""
+        letters = scripts(text)
         if not text.isascii():
-            given = scripts(" ".join(inputs))
-            if any(script not in given for script in found):
+            of_inputs = scripts(" ".join(inputs))
+            if any(script not in of_inputs for script in letters):
                 return True
         if not self.english:
             return False
-        tokens = words(text)
-        return found["LATIN"] < 0.5 * sum(found.values()) or (len(tokens) >= 8 and not ENGLISH.intersection(tokens))
+        tokens = set(words(text))
+        if letters["LATIN"] < 0.5 * sum(letters.values()) or (len(words(text)) >= 8 and not ENGLISH & tokens):
+            return True
+        names = {word for caption in inputs if not other_language(set(words(caption))) for word in words(caption)}
+        return other_language(tokens - names, tokens, of_one=True) or accented(tokens - names, tokens)
+
+
+def says(wording: re.Pattern, text: str, captions: list[str], following: int = 0) -> bool:
+    """Whether a text has wording that no caption has. `following`: with as many words after it."""
+    spaced = [f" {' '.join(words(caption))} " for caption in captions]
+    for match in wording.finditer(text):
+        after = words(text[match.end() :])[:following]
+        phrase = " ".join([*words(match.group()), *after])
+        if not re.search(r"[^\W\d_]", phrase) or not any(f" {phrase} " in caption for caption in spaced):
+            return True
+    return False
+
+
+def broken_off(text: str) -> bool:
+    return not text.endswith(END) and (len(words(text)) > LONG or bool(UNFINISHED.search(text)))
+
+
+def headless(text: str, inputs: list[str]) -> bool:
+    """Whether a text begins mid-sentence. A name may begin in lower case ("adidas Originals"), as an input has it."""
+    if not HEADLESS.match(text) or text[0] in ",;:)(":
+        return HEADLESS.match(text) is not None
+    first, *others = text.split()[:2]
+    if first.lower() in BEGINNINGS or any(caption.lower().startswith(first.lower()) for caption in inputs):
+        return False
+    return not (others and any(f"{first} {others[0]}" in caption for caption in inputs))
+
+
+def other_language(tokens: set[str], every: set[str] | None = None, of_one: bool = False) -> bool:
+    """Whether words are more of another language than of English. `of_one`: one word is enough, where none is English."""
+    every = tokens if every is None else every
+    for function_words in FOREIGN:
+        others, english = len(tokens & function_words - ENGLISH), len(every & ENGLISH - function_words)
+        if others > english and (others >= 2 or (of_one and not every & ENGLISH)):
+            return True
+    return False
+
+
+def accented(tokens: set[str], every: set[str]) -> bool:
+    """Whether a third of the words have letters that English has not."""
+    return sum(not token.isascii() for token in tokens) >= max(2, len(every) / 3)
+
+
+def stems(text: str) -> set[str]:
+    """The words that carry meaning, without their endings."""
+    return {re.sub(r"(?:['’]s|ies|es|s|ed|ing|ly|er)$", "", word)[:6] for word in words(text) if word not in ENGLISH}
+
+
+def unrelated(text: str, captions: list[str]) -> bool:
+    """Whether no word that carries meaning is in the captions."""
+    latin = any(scripts(caption)["LATIN"] for caption in captions)
+    return latin and not stems(text) & set().union(*map(stems, captions))
 
 
 def copied(text: str, inputs: list[str]) -> bool:

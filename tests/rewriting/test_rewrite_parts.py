@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from conftest import ROOT
 
 from common.errors import DataError
 from data.text_rows import json_list
@@ -137,6 +138,18 @@ def test_each_fault_of_a_text_has_its_reason(text, reason):
     assert Checker(load_prompt("fuse")).fault(tidy(text), [RAW, SYNTHETIC]) == reason
 
 
+def test_203_texts_are_accepted_and_rejected_as_a_person_would():
+    checkers = {task: Checker(load_prompt(task)) for task in ("fuse", "paragraph")}
+    wrong, count = [], 0
+    for group in json.loads((ROOT / "tests/fixtures/rewritten_texts.json").read_text(encoding="utf-8")):
+        for reason, texts in {None: group["accepted"], **group["rejected"]}.items():
+            faults = [checkers[group["task"]].fault(tidy(text), group["inputs"]) for text in texts]
+            wrong += [(text, fault, reason) for text, fault in zip(texts, faults, strict=True) if fault != reason]
+            count += len(texts)
+    assert wrong == []
+    assert count == 203
+
+
 def test_wording_that_an_input_has_is_no_leak_and_an_input_that_repeats_may_be_repeated():
     checker = Checker(load_prompt("fuse"))
     assert checker.fault("A book on real-world knowledge.", ["real-world knowledge", "a book"]) is None
@@ -160,6 +173,8 @@ def test_thoughts_and_quotes_around_the_text_are_left_out():
     assert tidy("<think>Let me\nsee</think>\n\n“A red  dog.”") == "A red dog."
     assert tidy('"Dog" and "cat"') == '"Dog" and "cat"'
     assert tidy("<think>no end") == ""
+    assert tidy("The user wants one sentence.\n</think>\nA red dog.") == "A red dog."
+    assert tidy("<reasoning>Two</reasoning>A red dog.") == "A red dog."
 
 
 def test_names_and_numbers_that_no_input_has_are_listed():
