@@ -58,11 +58,22 @@ def environment() -> dict:
     }
 
 
+SECRET = r"(?:token|secret|password|passwd|credentials?|authorization|(?:api|access|private|auth|q)?_?key)"
+
+
+def without_secrets(text: str) -> str:
+    """A text without passwords and keys: of addresses (//user:password@, ?key=...), of JSON ("api_key": "...") and of
+    flags (--hub_token=...)."""
+    text = re.sub(r"(?<=//)[^/@\s]+@", "***@", text)
+    text = re.sub(rf'("[^"]*{SECRET}"\s*:\s*)"[^"]*"', r'\1"***"', text, flags=re.IGNORECASE)
+    return re.sub(rf"((?:^|[?&\W_]){SECRET}=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
+
+
 def _without_secrets(words: list[str]) -> list[str]:
-    """The command line with the value of every token flag left out: results files are published."""
-    hidden = [re.sub(r"(token\S*=).+", r"\1***", word) for word in words]
+    """The command line without them: results files are published."""
+    hidden = [without_secrets(word) for word in words]
     for i, word in enumerate(words[:-1]):
-        if word.startswith("--") and word.endswith("token"):
+        if re.fullmatch(rf"--\w*{SECRET}", word) and not word.endswith("kms_key"):
             hidden[i + 1] = "***"
     return hidden
 

@@ -77,7 +77,7 @@ class Queue:
                 raise outcome.raised or UserError(outcome.error)
             self.tries[outcome.shard] = self.tries.get(outcome.shard, 0) + 1
             if self.tries[outcome.shard] < (2 * TRIES if outcome.lost else TRIES):
-                logger.warning("%s. It will be retried", outcome)
+                logger.warning("%s. It will be retried", str(outcome).rstrip("."))
                 self.again.append(outcome.shard)
                 return
             self.failed.append(outcome)

@@ -22,6 +22,7 @@ from email.utils import parsedate_to_datetime
 import torch
 
 from common.errors import UserError
+from common.provenance import without_secrets
 from rewriting.checks import tidy
 from rewriting.prompt_cache import prompt_cache
 from rewriting.prompts import Tokens
@@ -122,7 +123,8 @@ class OpenAIBackend:
 
     def settings(self) -> dict:
         named = ("max_new_tokens", "max_prompt_tokens", "temperature", "extra_body", "tokenizer")
-        return {name: getattr(self.args, name) for name in named}
+        values = {name: getattr(self.args, name) for name in named}
+        return values | {"extra_body": self.args.extra_body and without_secrets(self.args.extra_body)}
 
     def run(self, jobs: Iterable[Job], judge: Callable) -> Iterator[tuple[Job, Outcome]]:
         self.stop.clear()
@@ -205,7 +207,7 @@ class OpenAIBackend:
             except self.openai.APIStatusError as error:
                 code, message = error.status_code, server_message(error)
                 if code in (400, 413, 422) and self.answered.wait(20):
-                    self.note(f"refused a prompt ({code}: {message})")
+                    self.note(f"refused a prompt, which is left ({code}: {message})")
                     return None
                 if (code not in (408, 409, 429) and code < 500) or error.code == "insufficient_quota":
                     raise UserError(
@@ -218,7 +220,7 @@ class OpenAIBackend:
                     self.not_before = max(self.not_before, time.monotonic() + wait)
             except ValueError as error:
                 trouble = f"sent invalid JSON ({type(error).__name__})"
-            self.note(trouble)
+            self.note(f"{trouble}; trying again")
             self.stop.wait(wait or min(60, 0.5 * 2**trial) * random.uniform(0.5, 1))
         if trouble == WITHOUT_TEXT and self.answered.is_set():  # it answers other prompts
             return None
@@ -236,7 +238,7 @@ class OpenAIBackend:
                 return
             self.noted = time.monotonic()
             recent, self.fresh = self.fresh, Counter()
-        logger.warning("server: %s; trying again", ", ".join(f"{what} (×{n})" for what, n in recent.items()))
+        logger.warning("server: %s", ", ".join(f"{what} (×{n})" for what, n in recent.items()))
 
 
 ADVICE = {

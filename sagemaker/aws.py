@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 
 try:
@@ -42,7 +43,17 @@ def account_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="Print the full requests and send none.")
 
 
-def check_account(args) -> None:
+def with_underscores(words: list[str]) -> list[str]:
+    """The command line with --a-flag as --a_flag."""
+    split = [word.partition("=") for word in words]
+    return [name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else name + equals + value
+            for name, equals, value in split]  # fmt: skip
+
+
+def check_account(args, name: str) -> None:
+    """ValueError for what AWS would refuse only after something was uploaded. `name`: the flag of what AWS is to name."""
+    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", getattr(args, name)):
+        raise ValueError(f"--{name} {getattr(args, name)}: AWS takes up to 63 letters, digits and hyphens.")
     if bool(args.subnets) != bool(args.security_group_ids):
         raise ValueError("--subnets and --security_group_ids go together.")
 

@@ -20,7 +20,7 @@ SERVING = ("captioner.py", "collator.py", "common/*.py", "drawn_scenes/*.py", "d
 # What from_pretrained reads, the card and the scores; no optimizer, no checkpoints, nothing else of the run.
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*processor*.json",
          "token*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-         "chat_template.*", "README.md", "coco_metrics.json", "training_curves.svg")  # fmt: skip
+         "chat_template.*", "README.md", "coco_metrics.json", "training_curves.svg", "training_curves.png")  # fmt: skip
 # Installed on top of what the image has, in the exact versions that the tests run with (constraints.txt).
 TESTED = ("accelerate", "datasets", "peft", "transformers")
 # The images have numpy 1, as their toolkits require it; newer releases of pyarrow cannot be imported with it, but do
@@ -44,6 +44,11 @@ def copy(patterns, folder: Path) -> None:
         shutil.copyfile(path, target)
 
 
+def sent(path: str) -> bool:
+    """Whether a job has this file of the repo."""
+    return any(Path(path).resolve() == file.resolve() for pattern in JOB for file in ROOT.glob(pattern))
+
+
 def write_job(folder: Path, recipe: str | None) -> tuple[int, int]:
     """The code of a training job, and the recipe as recipe.yaml, in `folder`; (files, bytes)."""
     copy(JOB, folder)
@@ -63,24 +68,27 @@ def write_serving_code(code: Path) -> None:
 
 
 def write_model(model: Path, target: Path) -> None:
-    """Writes what is deployed of a model folder, and the code, to `target`. .bin weights become safetensors."""
-    if (
-        (model / "config.json").is_file()
-        and any(model.glob("pytorch_model*.bin"))
-        and not any(model.glob("*.safetensors"))
-    ):
+    """Writes what is deployed of a model folder, and the code, to `target`. An adapter is merged into its model, and .bin
+    weights become safetensors.
+
+    Raises:
+        ValueError: the folder has no model, or it could not be exported here.
+    """
+    has_weights = any(model.glob("*.safetensors")) or any(model.glob("pytorch_model*.bin"))
+    adapter = (model / "adapter_config.json").is_file()
+    if not has_weights or not (adapter or (model / "config.json").is_file()):
+        raise ValueError(f"{model}: no trained model: lacks config.json or *.safetensors.")
+    if adapter or not any(model.glob("*.safetensors")):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(ROOT / "export.py"), str(model.resolve()), "--output_dir", folder]
             done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
             if done.returncode:
                 raise ValueError(
-                    f"{model}: its .bin weights cannot be exported: {done.stderr.strip().splitlines()[-1]}"
+                    f"{model}: {'an adapter' if adapter else '.bin weights'} that cannot be exported here: run python export.py "
+                    f"{model} --output_dir DIR where train.py runs, and deploy DIR. ({done.stderr.strip().splitlines()[-1]})"
                 )
             write_model(Path(folder), target)
         return
-    if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
-        hint = "export it first: python export.py" if (model / "adapter_config.json").is_file() else "no trained model"
-        raise ValueError(f"{model}: lacks config.json or *.safetensors; {hint}.")
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted({path for pattern in MODEL for path in model.glob(pattern)}):
         shutil.copyfile(path, target / path.name)

@@ -9,6 +9,7 @@ launch.py job contains the code that serves it; a local folder is packed and upl
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -71,12 +72,15 @@ def read_flags() -> argparse.Namespace:
     add("--target", type=float, help="Autoscaling: requests per minute and machine, default 60; async: waiting, 5.")
     add("--no_wait", action="store_true", help="Return before the endpoint or job is done.")
     add("--delete", metavar="NAME", help="Delete the endpoint, its configuration and its model, and stop paying.")
-    args = parser.parse_args()
-    aws.check_account(args)
+    args = parser.parse_args(aws.with_underscores(sys.argv[1:]))
+    aws.check_account(args, "name")
     if not args.delete and bool(args.model) == bool(args.model_data):
         raise ValueError("Give one of --model, a local folder, and --model_data, s3://...")
     if (args.mode == "batch") != bool(args.input):
         raise ValueError("--mode batch and --input s3://... go together.")
+    for name in ("model_data", "input", "output"):
+        if not (getattr(args, name) or "s3://").startswith("s3://"):
+            raise ValueError(f"--{name} {getattr(args, name)}: it must begin with s3://.")
     if args.max_capacity and args.mode in ("serverless", "batch"):
         raise ValueError(f"--max_capacity: {args.mode} scales by itself.")
     if args.max_capacity and not (args.mode != "async") <= args.min_capacity <= args.max_capacity:

@@ -60,6 +60,7 @@ PARAMETERS = {
 JSON, LINES = ("application/json",), ("application/jsonlines", "application/x-jsonlines", "application/jsonl")
 IMAGES = ("application/x-image", "application/octet-stream")
 FETCH_SECONDS = 5
+URL_SAFE = str.maketrans("-_", "+/")  # base64 as URLs have it
 
 
 class BadRequest(ValueError):
@@ -165,8 +166,9 @@ def predict_fn(jobs: list[dict], captioner: Captioner, context=None) -> list[dic
     return answers if jobs[0]["line"] else answers[0]
 
 
-def output_fn(answer, accept: str) -> str:
-    kinds = [kind.split(";")[0].strip().lower() for kind in (accept or "*/*").split(",")]
+def output_fn(answer, accept: str | None) -> str:
+    accept = accept or "*/*"
+    kinds = [kind.split(";")[0].strip().lower() for kind in accept.split(",")]
     # The toolkit uses it as the answer's content type, whatever else it says.
     if not set(kinds) & {*JSON, *LINES, "*/*", "application/*"} or not accept.isascii() or len(accept) > 200:
         raise BadRequest(f"'{accept[:60]}' cannot be answered with: accept {JSON[0]} or {LINES[0]}.")
@@ -278,7 +280,7 @@ def image_bytes(value, index: int) -> bytes:
     if len(value) > LIMITS["CAPTION_MAX_BYTES"] * 4 / 3 + 4:
         raise BadRequest(f"Image {index} is larger than {LIMITS['CAPTION_MAX_BYTES']} bytes.")
     try:
-        return base64.b64decode("".join(value.split()), validate=True)
+        return base64.b64decode("".join(value.split()).translate(URL_SAFE), validate=True)
     except (binascii.Error, ValueError):
         raise BadRequest(f"Image {index} is not base64.") from None
 

@@ -59,7 +59,10 @@ def rewrite(monkeypatch, capsys, caplog):
 def test_every_row_keeps_its_columns_and_gets_a_caption_and_its_provenance(rewrite, tmp_path):
     source, output = write_rows(tmp_path, 20), tmp_path / "out.jsonl"
     with LLMServer(fused) as server:
-        result = rewrite(*command(source, output, server), "--price_in", 1, "--price_out", 10, key="sk-very-secret")
+        secrets = ("--base_url", server.url + "?api_key=very-secret",
+                   "--extra_body", '{"api_key": "very-secret", "min_p": 0.1}')  # fmt: skip
+        words = command(source, output, server)
+        result = rewrite(*words, "--price_in", 1, "--price_out", 10, *secrets, key="sk-very-secret")
         found = rows(output)
         assert [row["key"] for row in found] == list(range(20))
         for row in found:
@@ -68,11 +71,12 @@ def test_every_row_keeps_its_columns_and_gets_a_caption_and_its_provenance(rewri
             assert row["rewrite"]["model"] == "openai:small"
             assert len(row["rewrite"]["prompt"]) == 12
             assert json.loads(row["rewrite"]["settings"])["max_new_tokens"] == 80
+            assert "min_p" in row["rewrite"]["settings"]
         assert set(server.paid.values()) == {1}
         request = server.requests[0][1]
         assert (request["max_tokens"], request["seed"]) == (80, 42)
         assert server.headers_seen[0]["authorization"] == "Bearer sk-very-secret"
-        again = rewrite(*command(source, output, server))
+        again = rewrite(*words, *secrets)
         assert "20 rows, 20 of them done before" in again
         assert server.paid.total() == 20
     report = json.loads((tmp_path / "out.jsonl.shards/_report.json").read_text())

@@ -269,6 +269,35 @@ def test_the_packed_code_is_all_that_it_needs(model, captioner, photos, tmp_path
     assert result.stdout.strip() == captioner(photos[:1])[0]
 
 
+def test_a_run_with_an_adapter_is_deployed_merged_and_a_folder_without_a_model_is_refused(tmp_path, model, photos):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoProcessor, BlipForConditionalGeneration
+
+    adapted = get_peft_model(BlipForConditionalGeneration.from_pretrained(model), LoraConfig(target_modules=["query"]))
+    with torch.no_grad():
+        for name, weights in adapted.named_parameters():
+            if "lora_B" in name:
+                weights.normal_(std=0.5)
+    run = tmp_path / "run"
+    adapted.save_pretrained(run)
+    AutoProcessor.from_pretrained(model).save_pretrained(run)
+    adapted.config.save_pretrained(run)  # as runs of earlier versions have it
+    bundle.write_model(run, tmp_path / "served")
+    assert not (tmp_path / "served/adapter_config.json").exists()
+    captions = inference.model_fn(str(tmp_path / "served"))(photos[:3])
+    assert captions == Captioner.from_pretrained(run)(photos[:3]) != Captioner.from_pretrained(model)(photos[:3])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: no trained model: lacks config.json or \*.safetensors"):
+        bundle.write_model(tmp_path / "empty", tmp_path / "nothing")
+
+
+def test_an_answer_needs_no_accept_header_and_base64_may_be_that_of_urls(captioner, photos):
+    text = base64.urlsafe_b64encode(photos[0]).decode()
+    job = inference.input_fn(json.dumps({"inputs": text}), "application/json")
+    result = inference.output_fn(inference.predict_fn(job, captioner), None)
+    assert json.loads(result) == {"captions": captioner(photos[:1])}
+
+
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")

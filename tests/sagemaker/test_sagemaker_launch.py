@@ -1,6 +1,7 @@
 """launch.py and deploy.py in an environment of each SDK, against moto's AWS: what they request, recorded on the wire."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -9,11 +10,22 @@ import subprocess
 import sys
 import tarfile
 import urllib.request
+from argparse import Namespace
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import tiny
 from conftest import ROOT
 from sagemaker_envs import SECRETS, free_port, program, wait_for
+
+from common.trainer_flags import trainer_flags
+
+sys.path.insert(0, str(ROOT / "sagemaker"))
+import launch
+
+import aws as launch_aws
+import train_entry
 
 ROLE = "arn:aws:iam::123456789012:role/sagemaker"
 KEY = "arn:aws:kms:us-east-1:123456789012:key/0123"
@@ -199,27 +211,132 @@ def test_a_mistake_is_one_sentence(words, said):
     assert "Traceback" not in result.stderr
 
 
-def test_a_misspelt_flag_is_found_before_a_machine_is_paid_for():
-    script = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'sagemaker')!r})\n"
-        "import launch\n"
-        "launch.check_train_flags(None, ['--learning_rate', '1e-5'])\n"
-        "launch.check_train_flags(None, ['--learning_rat', '1e-5'])\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert "unrecognized argument: --learning_rat. Did you mean --learning_rate?" in result.stderr
-    assert result.returncode == 2
+MISTAKES = {
+    "--learning_rat 1e-5": "unrecognized argument: --learning_rat. Did you mean --learning_rate?",
+    "--instance_typ ml.g5.xlarge": "unrecognized argument: --instance_typ. Did you mean --instance_type?",
+    "--recipe RECIPE": "unrecognized argument: --num_train_epoch. Did you mean --num_train_epochs?",
+    "--instances captions.csv": "--instances captions.csv is not sent to the job",
+    "--run_name a_b": "--run_name a_b: AWS takes up to 63 letters, digits and hyphens",
+    "--max_run 0": "--max_run 0: it must be at least 1",
+    "recipes/blip/flickr8k.yaml": "A recipe is passed as --recipe",
+    "--no_spot --learning-rate 1e-5 --no_fast_attention": "The SageMaker SDK is not installed",
+    "--recipe FLICKR8K --no-spot": "The SageMaker SDK is not installed",
+}
+WITHOUT_TRANSFORMERS = """
+import contextlib, io, json, os, sys
+for name in ("transformers", "torch", "datasets", "numpy", "PIL"):
+    sys.modules[name] = None
+sys.path.insert(0, "sagemaker")
+import aws, launch
+os.chdir(sys.argv[1])
+print(json.dumps(list(launch.files_of_channel("data", "captions.csv", {}).values())))
+for words in json.loads(sys.argv[2]):
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        sys.argv = ["launch.py", "--role", "r", "--bucket", "b", *words]
+        aws.run(launch.main)
+    print(json.dumps(said.getvalue()))
+"""
+
+
+def test_a_mistake_in_flags_is_found_before_a_machine_is_paid_for(tmp_path, monkeypatch, capsys):
+    """With transformers, in this process, and without it."""
+    (tmp_path / "my.yaml").write_text("num_train_epoch: 3\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"")
+    (tmp_path / "captions.csv").write_text("image,caption\nphotos/a.jpg,a\n")
+    flickr8k = str(ROOT / "recipes/blip/flickr8k.yaml")
+    commands = [text.replace("RECIPE", "my.yaml").replace("FLICKR8K", flickr8k).split() for text in MISTAKES]
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for words in [*commands, ["--learning_rate", "abc"]]:
+        monkeypatch.setattr("sys.argv", ["launch.py", "--role", "r", "--bucket", "b", *words])
+        with pytest.raises(SystemExit) as stop:
+            launch_aws.run(launch.main)
+        assert stop.value.code == 2
+        said.append(capsys.readouterr().err)
+    assert "invalid float value: 'abc'" in said.pop()
+    command = [sys.executable, "-c", WITHOUT_TRANSFORMERS, tmp_path, json.dumps(commands)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == '["", "photos"]'
+    without = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('"')]
+    for messages in (said, without):
+        for (words, expected), message in zip(MISTAKES.items(), messages, strict=True):
+            assert expected in message, (words, message)
+            assert "Traceback" not in message
+
+
+def test_the_flags_that_are_checked_without_transformers_are_those_of_the_jobs_version():
+    pin = re.search(r"^transformers==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    if version("transformers") != pin:
+        pytest.skip(f"transformers {version('transformers')} is installed, not {pin}, which a job has")
+    names = {field.name for field in dataclasses.fields(trainer_flags()) if field.init}
+    assert set(launch.TRAINER_FLAGS.read_text(encoding="utf-8").split()) == names
+
+
+@pytest.mark.parametrize("quoted", [False, True], ids=["v3", "v2"])
+def test_a_job_gets_every_value_as_it_was_typed(quoted, tmp_path):
+    words = ["--prompt", "", "--augment_text=", "--question", "[DEC] a", "--answer", '"a"', "--other", "null", "--lr", "-1",
+             "--augment", "flip", "randaugment:2:5", "--gradient_checkpointing", "--no_fast_attention",
+             "--model_name_or_path", "s3://m/a"]  # fmt: skip
+    args = Namespace(recipe=None, train=None, validation=None, test=None)
+    values, channels = launch.job_of_flags(args, launch.flags_of_words(words), {})
+    assert channels == {"model": "s3://m/a"}
+    if quoted:  # as SDK v2 does
+        values = {name: json.dumps(value) for name, value in values.items()}
+    (tmp_path / "hyperparameters.json").write_text(json.dumps(values))
+    flags, _ = train_entry.read_hyperparameters(tmp_path / "hyperparameters.json")
+    assert {name: train_entry.as_words(value) for name, value in flags.items()} == {
+        "prompt": [""], "augment_text": [""], "question": ["[DEC] a"], "answer": ['"a"'], "other": ["null"], "lr": ["-1"],
+        "augment": ["flip", "randaugment:2:5"], "gradient_checkpointing": ["true"], "fast_attention": ["false"],
+    }  # fmt: skip
+
+
+def test_a_table_is_uploaded_with_the_pictures_that_it_names(tmp_path):
+    class Recorder:
+        def upload_data(self, path, bucket, key_prefix, extra_args):
+            sent[f"{key_prefix}/{Path(path).name}"] = Path(path)
+
+    places = ("photos/a.jpg", "b.JPG", "photos/deep/c.png")
+    for place in (*places, "photos/other.jpg"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(b"")
+    tables = {
+        "t.csv": "image,caption,url\nphotos/a.jpg,a dog,https://x.org/1.jpg\nb.JPG,b,\nc.png,c,\n",
+        "t.jsonl": "\n".join(
+            json.dumps({"image": name, "captions": ["a"]}) for name in ("photos\\a.jpg", "b.JPG", "c.png")
+        ),
+        "t.json": json.dumps({"images": [{"file_name": place, "coco_url": "http://x.org/a.jpg"} for place in places]}),
+    }
+    args = Namespace(prefix="p", run_name="r", bucket="b", kms_key=None)
+    for name, text in tables.items():
+        (tmp_path / name).write_text(text)
+        sent: dict = {}
+        launch.files_below.cache_clear()
+        files = launch.files_of_channel("data", str(tmp_path / name), {})
+        assert launch.upload(Recorder(), args, "data", str(tmp_path / name), files) == "s3://b/p/r/input/data"
+        assert set(sent) == {f"p/r/input/data/{place}" for place in (*places, name)}
+    assert list(launch.files_of_channel("data", str(tmp_path / "t.csv"), {"images": "s3://i"})) == [tmp_path / "t.csv"]
+    (tmp_path / "b.JPG").unlink()
+    with pytest.raises(
+        ValueError, match=r"names 1 pictures that are not in its folder or below, the first: b\.JPG\. Name"
+    ):
+        launch.files_of_channel("data", str(tmp_path / "t.csv"), {})
+    with pytest.raises(ValueError, match="neither an s3:// URI nor a local path"):
+        launch.files_of_channel("train", "nowhere", {})
 
 
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "accelerate"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_launch_takes_every_recipe_that_train_py_takes(recipe):
+def test_launch_takes_every_recipe_that_train_py_takes(recipe, monkeypatch, capsys):
     """In the environment of train.py, where the recipe is looked at: what is missing then is the SDK alone."""
-    command = [sys.executable, ROOT / "sagemaker/launch.py", "--role", "r", "--bucket", "b", "--recipe", recipe]
-    result = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, cwd=ROOT)
-    assert "The SageMaker SDK is not installed: pip install" in result.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["launch.py", "--role", "r", "--bucket", "b", "--recipe", str(recipe), "--dry_run"])
+    with pytest.raises(SystemExit):
+        launch_aws.run(launch.main)
+    assert "The SageMaker SDK is not installed: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["launch", "deploy", "train_entry"])
