@@ -1,10 +1,10 @@
 """Checks of data before use: captions are captions, and images are there and can be read."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from common.limits import cpus
 from common.processes import in_threads
 from data.columns import is_missing, parse_structure
 from data.images import MAX_PIXELS, ImageError, open_image
-from data.rows import Record
+from data.rows import Options, Record, Row
 
 SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"
 # The name of an image and a separator: the beginning of a row.
@@ -64,15 +64,15 @@ def check_rows(caption: str, where: str) -> None:
         )
 
 
-def may_skip(record: Record) -> bool:
+def may_skip(record: Row | Record, options: Options) -> bool:
     """A split that scores are reported on is never cut silently: its bad samples stay errors."""
-    return record.split in (None, "train")
+    return options.skip_bad_samples and record.split in (None, "train")
 
 
-def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dropped: Counter, bad_samples: list):
+def drop_missing(records: list[Record], sizes: list, options: Options):
     """Drop records whose image is missing (size None), or raise. Returns the other records and sizes."""
     missing = [record for record, size in zip(records, sizes, strict=True) if size is None]
-    unskippable = missing if not skip_bad_samples else [record for record in missing if not may_skip(record)]
+    unskippable = [record for record in missing if not may_skip(record, options)]
     if unskippable or (missing and len(missing) == len(records)):
         first = (unskippable or missing)[0]
         raise ImageError(
@@ -80,13 +80,10 @@ def drop_missing(records: list[Record], sizes: list, skip_bad_samples: bool, dro
             f"{first.where}). Check --image_dir. {SKIPPING}"
         )
     for record in missing:
-        dropped["missing images"] += 1
         image = described(record)
-        bad_samples.append(
-            {"image_id": record.image_id or record.name, "image": image, "reason": f"{image}: the image is missing"}
-        )
-    kept = [(record, size) for record, size in zip(records, sizes, strict=True) if size is not None]
-    return [record for record, _ in kept], [size for _, size in kept]
+        options.drop("missing images", record.image_id or record.name, image, f"{image}: the image is missing")
+    present = [size is not None for size in sizes]
+    return list(itertools.compress(records, present)), list(itertools.compress(sizes, present))
 
 
 def described(record: Record) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from common.errors import DataError
-from data.images import ENDINGS, is_image
+from data.images import ENDINGS, ImageError, is_image
 from data.rows import Options, Row, split_in, split_name
 
 logger = logging.getLogger(__name__)
@@ -401,9 +401,13 @@ def first_values(rows: Iterable[dict]) -> dict:
 def row_of(content: dict, columns: Columns, where: str, source: str, options: Options, split=None) -> Row:
     place = f"{source}, {where}"
     image = content.get(columns.image)
-    if image is not None or options.images:
+    if image is not None:
         image = image_in(image, place, columns.image, columns.captions, address=not options.images)
-    name = image if isinstance(image, str) else os.path.basename((image or {}).get("path") or "") or None
+    elif options.images:
+        image = ImageError(f"there is no image in column {columns.image}")
+    name = image if isinstance(image, str) else None
+    if isinstance(image, dict) and image["path"]:
+        name = os.path.basename(image["path"])
     image_id, own_split = content.get(columns.image_id), content.get(columns.split)
     image_id = None if isinstance(image_id, bool) else image_id
     captions = captions_of(content, columns.captions, where, options.literal)

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import datasets
-
 from common.errors import DataError, UserError
 from data import formats
 from data.finder import Finder
 from data.images import ImageError
-from data.rows import Options, Part, Row, key_of
-from data.tables import could_not_load
+from data.rows import SPLIT_NAMES, Options, Part, Row, key_of
+from data.tables import read_table
 
 WITHOUT_FILES = ("hub", "scenes")  # formats whose name is no path
 
@@ -29,23 +27,25 @@ class Source:
     def __init__(self, name: str, options: Options):
         self.name, self.options = name, options
         self.format, self.path = find_format(name, options.format)
-        self.root = str(self.path if self.path.is_dir() else self.path.parent)
+        inside = self.format.NAME in WITHOUT_FILES
+        self.root = "." if inside else str(self.path if self.path.is_dir() else self.path.parent)
 
     @functools.cached_property
     def parts(self) -> list[Part]:
         if hasattr(self.format, "parts"):
-            return self._loading(self.format.parts)
-        return [Part(self.format.NAME, str(self.path), folders=(self.root,))]
+            return self.format.parts(self.path, self.options)
+        whole = Part(self.format.NAME, str(self.path), folders=(self.root,))
+        if not hasattr(self.format, "tables"):
+            return [whole]
+        tables = self.tables(dataclasses.replace(self.options, streaming=True))
+        splits = {name: SPLIT_NAMES.get(name.lower()) for name in tables}
+        return [dataclasses.replace(whole, label=n, split=s, table=tables[n]) for n, s in splits.items()]
 
-    def tables(self) -> dict:
+    def tables(self, options: Options | None = None) -> dict:
         """{split as the source calls it: table of `datasets`}, for formats that hold their images."""
-        return self._loading(self.format.tables)
-
-    def _loading(self, function: Callable):
-        try:
-            return function(self.path, self.options)
-        except datasets.exceptions.DatasetsError as error:
-            raise could_not_load(self.name, self.format.NAME, error) from None
+        tables = self.format.tables(self.path, options or self.options)
+        # The types of a stream's columns are taken from its first rows if the source does not give them.
+        return {n: table if table.features is not None else table._resolve_features() for n, table in tables.items()}
 
     def rows(self) -> Iterator[Row]:
         return itertools.chain.from_iterable(map(self.read, self.parts))
@@ -53,14 +53,17 @@ class Source:
     def read(self, part: Part, **limits) -> Iterator[Row]:
         """The rows of a part, located."""
         find = self.finder(part)
-        return self.located(self.format.read(part, self.looking(find), **limits), part, find)
+        return self.located(self._rows(part, find, **limits), find)
+
+    def _rows(self, part: Part, find: Callable, **limits) -> Iterator[Row]:
+        options = self.looking(find)
+        return self.format.read(part, options, **limits) if part.table is None else read_table(part, options)
 
     def looking(self, find: Callable) -> Options:
         return dataclasses.replace(self.options, is_file=partial(is_there, find))
 
-    def located(self, rows: Iterator[Row], part: Part, find: Callable | None = None) -> Iterator[Row]:
+    def located(self, rows: Iterator[Row], find: Callable) -> Iterator[Row]:
         """Rows with their keys; an image named by its file has the file's path, or an ImageError if two files fit."""
-        find = find or self.finder(part)
         for row in rows:
             row.key = key_of(row.image, row.name, self.root)
             if isinstance(row.image, str) and self.options.images:
@@ -70,14 +73,14 @@ class Source:
                     row.image = error
             yield row
 
-    def finder(self, part: Part) -> Callable[[str], str]:
-        folders = (self.options.image_dir,) if self.options.image_dir else part.folders or (self.root,)
-        return Finder(folders, self.names)
+    def finder(self, part: Part | None = None) -> Callable[[str], str]:
+        folders = part.folders if part is not None and part.folders else (self.root,)
+        return Finder((self.options.image_dir,) if self.options.image_dir else folders, self.names)
 
     def names(self) -> Iterator[str]:
         """What the source calls its images, as it is written there."""
         for part in self.parts:
-            rows = self.format.read(part, self.looking(Finder(part.folders or (self.root,))))
+            rows = self._rows(part, Finder(part.folders or (self.root,)))
             yield from (row.image for row in rows if isinstance(row.image, str))
 
 

@@ -4,6 +4,7 @@ A source gives rows: an image, one or more captions, maybe a split and an id. He
 record, captions are cleaned, files of equal content are found, and splits are drawn over images.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -35,16 +36,12 @@ def merge(rows, options: Options) -> list[Record]:
     of_lines, first = 0, ""  # rows whose captions span several lines
     for row in rows:
         image = row.name or str(row.image)
-        skippable = options.skip_bad_samples and may_skip(row)
-
-        def skip(message, reason="bad captions", row=row, image=image):
-            options.dropped[reason] += 1
-            options.bad_samples.append({"image_id": row.image_id or image, "image": image, "reason": message})
-
+        skippable = may_skip(row, options)
+        skip = functools.partial(options.drop, "bad captions", row.image_id or image, image)
         if isinstance(row.image, ImageError):
             if not skippable:
                 raise DataError(f"{row.where}: {row.image}")
-            skip(str(row.image), "images whose name fits several files")
+            options.drop("unclear or absent images", row.image_id or image, image, str(row.image))
             continue
         captions = clean_captions(row.captions or [None], row.where, image, skip if skippable else None)
         if any(isinstance(caption, str) and "\n" in caption.strip() for caption in row.captions):

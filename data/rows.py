@@ -79,6 +79,7 @@ class Part:
     label: str = ""  # the split of a data set's table
     split: str | None = None  # of every row that does not say its own
     folders: tuple[str, ...] = ()  # where its images may lie, in this order; default: next to it
+    table: object = field(default=None, compare=False, repr=False)  # of `datasets`, streamed, where it is one
 
 
 @dataclass
@@ -101,6 +102,11 @@ class Options:
     is_file: Callable[[str], bool] | None = None  # whether a text names an image that is there; set by the reader
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line
     bad_samples: list = field(default_factory=list)
+
+    def drop(self, name: str, image_id: str | None, image: str, reason: str) -> None:
+        """Count a sample that is left out, and list it."""
+        self.dropped[name] += 1
+        self.bad_samples.append({"image_id": image_id, "image": image, "reason": reason})
 
 
 def key_of(image, name: str | None, root: str) -> str | None:

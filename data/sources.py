@@ -6,7 +6,9 @@ kilobyte per image, and images that lie inside a source stay in its memory-mappe
 
 import itertools
 import logging
+import sys
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -22,8 +24,17 @@ from data.checks import check_captions, drop_missing
 from data.finder import Finder
 from data.formats import karpathy
 from data.reader import Source
-from data.rows import SPLIT_NAMES, SPLITS, Options, Part, Record
-from data.tables import ALL, as_streams, by_split, columns_of, holds_paths, indexed_rows, spooled, stream_records
+from data.rows import SPLITS, Options, Record
+from data.tables import (
+    as_streams,
+    by_split,
+    columns_of,
+    holds_paths,
+    indexed_rows,
+    splits_called,
+    spooled,
+    stream_records,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +102,11 @@ def load(
         DataError, ImageError: both ValueErrors, saying what is wrong, where, and what to do.
     """
     dataset_name = str(dataset_name)
-    check_split_names([*(splits or ()), *(max_samples or {})])
+    chosen = Chosen(splits, max_samples or {}, dataset_name)
     shares = splitting.parse_shares(split_shares)
     options = Options(
         dataset_config_name, image_dir, image_column, caption_column, group_column, cache_dir, streaming, skip_bad_samples,
-        data_format,
-        bad_samples=[] if bad_samples is None else bad_samples,
+        data_format, bad_samples=[] if bad_samples is None else bad_samples,
     )  # fmt: skip
     source = Source(str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name, options)
     rows, tables = open_rows(source, dataset_name, draw_splits_from)
@@ -108,7 +118,7 @@ def load(
         streams = stream_records(tables, options, split_seed, shares, dataset_name, source.root, all_as)
         if seen and set(tables) == {"train"}:
             streams, _ = seen.held_out(streams, all_as)
-        dataset = choose(streams, splits, max_samples, dataset_name)
+        dataset = chosen.of(streams)
         logger.info(NOT_CHECKED, dataset_name, source.format.NAME, ", ".join(dataset))
         return dataset
 
@@ -123,61 +133,108 @@ def load(
     if all_as and not official:
         for record in records:
             record.split = all_as
-        complete = True
-    if complete and (
-        official or (all_as and not seen)
-    ):  # before images are looked for: those of unwanted splits need not be there
-        records = _only_wanted(records, splits, max_samples, dataset_name)
+    if (official and complete) or (all_as and not official and not seen):
+        # Before images are looked for: those of other splits need not be there.
+        records = chosen.records(records)
     if require_images:
         karpathy.fetch_missing(records, options)
     if not records:
         raise DataError(f"{dataset_name}: no captioned image found{in_words(options.dropped)}")
 
-    records = _each_image_once(records, table, options, official, complete, require_images)
+    drawn = not complete and (official or not all_as)
+    records = _each_image_once(records, table, options, official, drawn, require_images)
     rec.name_records(records)
-    how = f"no splits in the source, so all images are {all_as}"
-    if official or not all_as:
-        near = _near_pairs(records, table, options) if require_images else []
-        how = "splits of the source"
-        if official:
-            splitting.say_near_pairs_across_splits(records, near)
-        if not complete:
-            groups = splitting.groups_of(records, near)
-            how = splitting.draw_splits(records, split_seed, shares, official, groups)
+    phrase = "splits of the source" if official or drawn else f"no splits in the source, so all images are {all_as}"
+    near = _near_pairs(records, table, options, drawn) if require_images else []
+    if official:
+        splitting.say_near_pairs_across_splits(records, near)
+    if drawn:
+        phrase = splitting.draw_splits(records, split_seed, shares, official, splitting.groups_of(records, near))
     dataset = rec.to_dataset(records, table)
     if seen and not official:
-        dataset, how = seen.held_out(dataset, all_as)
-    dataset = choose(dataset, splits, max_samples, dataset_name)
-    kind = source.format.NAME + (" detected" if data_format == "auto" else "")
-    logger.info("%s (%s): %s; %s%s", dataset_name, kind, counts(dataset), how, in_words(options.dropped))
+        dataset, phrase = seen.held_out(dataset, all_as)
+    dataset = chosen.of(dataset)
+    detected = " detected" if data_format == "auto" else ""
+    logger.info(
+        "%s (%s%s): %s; %s%s",
+        *(dataset_name, source.format.NAME, detected, counts(dataset), phrase, in_words(options.dropped)),
+    )
     return as_streams(dataset) if streaming else dataset
 
 
-def check_split_names(wanted: list[str]) -> None:
-    for split in wanted:
-        if split not in SPLITS:
-            raise DataError(f"there is no split {split!r}. Splits are called {', '.join(SPLITS)}")
+@dataclass
+class Chosen:
+    """The splits that are asked for, all if None, and how many of their records, the first ones. DataError if a source
+    does not have one of them."""
+
+    splits: tuple[str, ...] | None
+    max_samples: dict[str, int]
+    source: str
+
+    def __post_init__(self):
+        self.named = [*(self.splits or ()), *self.max_samples]
+        for split in self.named:
+            if split not in SPLITS:
+                raise DataError(f"there is no split {split!r}. Splits are called {', '.join(SPLITS)}")
+
+    def records(self, records: list[Record]) -> list[Record]:
+        of_split = {split: [record for record in records if record.split == split] for split in SPLITS}
+        chosen = self._of({split: of_split[split] for split in SPLITS if of_split[split]})
+        return [record for split, its in chosen.items() for record in its[: self.max_samples.get(split)]]
+
+    def of(self, dataset):
+        chosen = self._of(dataset)
+        return type(dataset)({s: rows.take(self.max_samples.get(s, sys.maxsize)) for s, rows in chosen.items()})
+
+    def _of(self, by_split: dict) -> dict:
+        require_splits(self.named, list(by_split), self.source)
+        return {split: rows for split, rows in by_split.items() if self.splits is None or split in self.splits}
 
 
-def _is_karpathy(tables: dict) -> bool:
-    return karpathy.is_karpathy(next(iter(tables.values())).column_names or ())
+def require_splits(names: list[str], present: list[str], source: str) -> None:
+    for split in names:
+        if split not in present:
+            raise DataError(f"{source}: there is no {split} split. Splits present: {', '.join(present)}")
 
 
-def _near_pairs(records: list[Record], table, options: Options) -> list[tuple[int, int]]:
-    """Records whose pictures look the same, where several splits share them or will."""
-    if len({record.split for record in records} | {None}) == 2 and records[0].split is not None:
-        return []
-    if table is not None:
-        versions = [f"{table._fingerprint} {record.image}" for record in records]
-        images = table.select_columns("image").select([record.image for record in records])
-        return splitting.near_pairs(images, versions, options.cache_dir)
-    versions = [f"{record.image} {version_of(record.image)}" for record in records]
-    return splitting.near_pairs([record.image for record in records], versions, options.cache_dir)
+def only_split(records: list[Record], name: str, source: str) -> list[Record]:
+    """The records of a split, or of all, with their split removed."""
+    present = sorted({record.split for record in records} - {None})
+    called = splits_called(name, present, source) if present else []
+    chosen = [replace(record, split=None) for record in records if record.split in (*called, None)]
+    return chosen
+
+
+def open_rows(source: Source, name: str, draw_splits_from: str | None = None):
+    """(rows, None), or (None, {split: table}) of a source whose images lie inside it."""
+    options = source.options
+    if hasattr(source.format, "tables"):
+        return None, by_split(source.tables(), name, draw_splits_from)
+    rows = source.rows()
+    first = next(rows, None)
+    rows = itertools.chain(filter(None, [first]), rows)
+    if first is None or not isinstance(first.image, dict):
+        return rows, None
+    versions = [(part.place, version_of(part.place)) for part in source.parts]
+    key = {"format": source.format.NAME, "path": source.name, "versions": versions}
+    key |= {"image_column": options.image_column, "caption_column": options.caption_column}
+    table = spooled(rows, _read_again, key, options.cache_dir)
+    options.streaming = False
+    return None, by_split(table, name, draw_splits_from)
+
+
+def _read_again(format, path, versions, image_column, caption_column):
+    return Source(path, Options(format=format, image_column=image_column, caption_column=caption_column)).rows()
 
 
 def _are_annotations(tables: dict, options: Options) -> bool:
     """Whether the tables hold no images, so that they are small, and loaded like other annotations."""
-    return _is_karpathy(tables) or _only_paths(tables, options)
+    table = next(iter(tables.values()))
+    return _is_karpathy(tables) or holds_paths(table, columns_of(table, options, "the data set").image)
+
+
+def _is_karpathy(tables: dict) -> bool:
+    return karpathy.is_karpathy(next(iter(tables.values())).column_names)
 
 
 def _rows_of(tables: dict, source: Source, draw_splits_from: str | None):
@@ -186,109 +243,40 @@ def _rows_of(tables: dict, source: Source, draw_splits_from: str | None):
         source.options.streaming = False
         _, tables = open_rows(source, source.name, draw_splits_from)
     if _is_karpathy(tables):
-        rows = karpathy.rows_of((row for table in tables.values() for row in table), source.name)
-        part = Part(karpathy.NAME, source.root, folders=karpathy.image_folders(Path(source.root), source.options))
-        return source.located(rows, part, Finder(part.folders)), None
-    part = source.parts[0] if source.parts else Part(source.format.NAME, source.root)
-    rows, table = indexed_rows(tables, source.looking(source.finder(part)))
-    return source.located(rows, part), table
+        rows = karpathy.rows_of(itertools.chain.from_iterable(tables.values()), source.name)
+        return source.located(rows, Finder(karpathy.image_folders(Path(source.root), source.options))), None
+    find = source.finder(source.parts[0] if hasattr(source.format, "parts") else None)
+    rows, table = indexed_rows(tables, source.looking(find))
+    return source.located(rows, find), table
 
 
-def _only_wanted(records: list[Record], splits, max_samples: dict[str, int] | None, name: str) -> list[Record]:
-    """The records of the wanted splits, cut to their first `max_samples`."""
-    wanted = [*(splits or ()), *(max_samples or {})]
-    require_splits(wanted, [split for split in SPLITS if any(r.split == split for r in records)], name)
-    records = [record for record in records if splits is None or record.split in splits]
-    return first_of_each_split(records, max_samples) if max_samples else records
+def _near_pairs(records: list[Record], table, options: Options, drawn: bool) -> list[tuple[int, int]]:
+    """Records whose pictures look the same, where several splits share them or will."""
+    if not drawn and len({record.split for record in records}) == 1:
+        return []
+    images = [record.image for record in records]
+    if table is None:
+        return splitting.near_pairs(images, [f"{image} {version_of(image)}" for image in images], options.cache_dir)
+    versions = [f"{table._fingerprint} {image}" for image in images]
+    return splitting.near_pairs(table.select_columns("image").select(images), versions, options.cache_dir)
 
 
-def _each_image_once(
-    records: list[Record], table, options: Options, official: bool, complete: bool, require_images: bool
-):
+def _each_image_once(records: list[Record], table, options: Options, official: bool, drawn: bool, require_images: bool):
     """The records without those whose image is missing, and records of equal images merged."""
     if table is None:
         sizes, read = rec.file_sizes(records), rec.read_file
     else:
         sizes, _, read = rec.table_images(table)
         sizes = [sizes[record.image] for record in records]
-        if not (official and complete):  # a split is drawn by key, which of an image inside a table is its content
+        if drawn:  # by key, which of an image inside a table is its content
             inside = [record for record, size in zip(records, sizes, strict=True) if size is not None]
-            contents = in_threads(lambda r: xxhash.xxh3_128_hexdigest(read(r.image, 0, None)), inside, 16)
+            contents = in_threads(lambda record: xxhash.xxh3_128_hexdigest(read(record.image, 0, None)), inside, 16)
             for record, content in zip(inside, contents, strict=True):
                 record.key = content
     if require_images:
-        records, sizes = drop_missing(records, sizes, options.skip_bad_samples, options.dropped, options.bad_samples)
+        records, sizes = drop_missing(records, sizes, options)
     same = rec.same_content([record.image for record in records], [size or 0 for size in sizes], read)
     return rec.unite(records, same, official, options.dropped)
-
-
-def open_rows(source: Source, name: str, draw_splits_from: str | None = None):
-    """(rows, None), or (None, {split: table}) of a source whose images lie inside it."""
-    options = source.options
-    if hasattr(source.format, "tables"):
-        return None, by_split(source.tables(), options, name, draw_splits_from)
-    rows = source.rows()
-    first = next(rows, None)
-    rows = itertools.chain([] if first is None else [first], rows)
-    if first is None or not isinstance(first.image, dict):
-        return rows, None
-    versions = [(part.place, version_of(part.place)) for part in source.parts]
-    key = {"format": source.format.NAME, "path": source.name, "versions": versions}
-    key |= {"image_column": options.image_column, "caption_column": options.caption_column}
-    table = spooled(rows, _read_again, key, options.cache_dir)
-    options.streaming = False
-    return None, by_split(table, options, name, draw_splits_from)
-
-
-def _read_again(format, path, versions, image_column, caption_column):
-    return Source(path, Options(format=format, image_column=image_column, caption_column=caption_column)).rows()
-
-
-def _only_paths(tables: dict, options: Options) -> bool:
-    table = next(iter(tables.values()))
-    return holds_paths(table, columns_of(table, options, "the data set").image)
-
-
-def only_split(records: list[Record], name: str, source: str) -> list[Record]:
-    """The records of a split, or of all, with their split removed."""
-    wanted = SPLIT_NAMES.get(name.lower(), name)
-    chosen = records if wanted == ALL else [record for record in records if record.split in (wanted, None)]
-    if not chosen:
-        present = ", ".join(split for split in SPLITS if any(record.split == split for record in records))
-        raise DataError(f"{source}: there is no split {name!r}. Splits present: {present}")
-    for record in chosen:
-        record.split = None
-    return chosen
-
-
-def choose(dataset, splits, max_samples, source: str):
-    """The wanted splits, cut to their first `max_samples` records."""
-    require_splits([*(splits or ()), *(max_samples or {})], list(dataset), source)
-    chosen = {name: rows for name, rows in dataset.items() if splits is None or name in splits}
-    for name, number in (max_samples or {}).items():
-        if name in chosen:
-            rows = chosen[name]
-            if isinstance(rows, datasets.IterableDataset):
-                chosen[name] = rows.take(number)
-            else:
-                chosen[name] = rows.select(range(min(number, len(rows))))
-    return type(dataset)(chosen)
-
-
-def require_splits(wanted: list[str], present: list[str], source: str) -> None:
-    for split in wanted:
-        if split not in present:
-            raise DataError(f"{source}: there is no {split} split. Splits present: {', '.join(present)}")
-
-
-def first_of_each_split(records: list[Record], max_samples: dict[str, int]) -> list[Record]:
-    taken: Counter = Counter()
-    kept = []
-    for record in records:
-        taken[record.split] += 1
-        if taken[record.split] <= max_samples.get(record.split, taken[record.split]):
-            kept.append(record)
-    return kept
 
 
 def counts(dataset: datasets.DatasetDict) -> str:
@@ -299,4 +287,4 @@ def counts(dataset: datasets.DatasetDict) -> str:
 
 
 def in_words(dropped: Counter) -> str:
-    return "; dropped: " + ", ".join(f"{number:,} {what}" for what, number in dropped.items()) if dropped else ""
+    return "; dropped: " + ", ".join(f"{number:,} {name}" for name, number in dropped.items()) if dropped else ""

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from data.rows import Options, Part
-from data.tables import load_dataset, read_table, table_parts
+from data.rows import Options
+from data.tables import load_dataset
 
 NAME = "hub"
 ABOUT = "a Hub data set with an image and a caption column"
@@ -22,10 +22,3 @@ def matches(path: Path) -> bool:
 
 def tables(path: Path, options: Options) -> dict:
     return load_dataset(path.as_posix(), options, config=options.config)
-
-
-def parts(path: Path, options: Options) -> list[Part]:
-    return table_parts(NAME, path, tables(path, options))
-
-
-read = read_table

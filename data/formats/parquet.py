@@ -11,7 +11,7 @@ from common.errors import DataError
 from common.remote import is_remote, open_remote
 from data.columns import find_columns, row_of
 from data.rows import Options, Part, Row, split_of_file
-from data.tables import could_not_load, load_dataset, local_files
+from data.tables import load_dataset, loading, local_files
 from data.walk import files_below
 
 NAME = "parquet"
@@ -33,10 +33,8 @@ def parts(path: Path, options: Options) -> list[Part]:
         and (path / "README.md").is_file()
         and "data_files" in (path / "README.md").read_text(encoding="utf-8", errors="replace")
     ):
-        try:
+        with loading(str(path), NAME):
             config = datasets.load_dataset_builder(str(path), options.config, cache_dir=options.cache_dir).config
-        except Exception as error:
-            raise could_not_load(str(path), NAME, error) from None
         named = [(Path(file), str(split)) for split, files in (config.data_files or {}).items() for file in files]
     else:
         files = sorted(local_files(path), key=lambda file: "restval" in file.name)  # behind train, which it joins
@@ -49,7 +47,7 @@ def tables(path: Path, options: Options) -> dict:
     by_split: dict[str, list[str]] = {}
     for part in parts(path, options):
         by_split.setdefault(part.split or "train", []).append(part.place)
-    return load_dataset("parquet", options, data_files=by_split, source=str(path))
+    return load_dataset(str(path), options, data_files=by_split)
 
 
 def read(part: Part, options: Options, start: int = 0, stop: int | None = None) -> Iterator[Row]:

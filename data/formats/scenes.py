@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from data.rows import Options, Part
-from data.tables import read_table, table_parts
+from data.rows import Options
 
 NAME = "scenes"
 ABOUT = "the scenes that this repo draws itself"
@@ -17,10 +16,3 @@ def tables(path: Path, options: Options) -> dict:
     from drawn_scenes import drawing  # here: no other source needs it
 
     return drawing.load(shuffled=options.config == "shuffled")
-
-
-def parts(path: Path, options: Options) -> list[Part]:
-    return table_parts(NAME, path, tables(path, options))
-
-
-read = read_table

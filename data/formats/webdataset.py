@@ -1,9 +1,12 @@
 """WebDataset: tar files in which files of the same name, extensions aside, form a sample: an image of any kind, and its
 caption in a .txt, .caption or .json file."""
 
+import contextlib
+import itertools
 import json
 import os
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from common.text import decode
 from data.columns import caption_key
 from data.images import ENDINGS, ImageError, is_image
 from data.rows import Options, Part, Row, split_of_file
-from data.tables import local_files
+from data.tables import IMAGE, TEXT, loading, local_files
 from data.walk import files_below
 
 NAME = "webdataset"
@@ -34,81 +37,55 @@ def parts(path: Path, options: Options) -> list[Part]:
 
 
 def tables(path: Path, options: Options) -> dict:
-    """{split: table} with image, captions, __key__ and __url__."""
-    files: dict[str, list[str]] = {}
+    """{split: table} with image, captions, __key__, __url__ and json, and the group column of the json."""
+    texts = dict.fromkeys(["__key__", "__url__", "json", *filter(None, [options.group_column])], TEXT)
+    features = datasets.Features({"image": IMAGE, "captions": datasets.List(TEXT)} | texts)
+    tars = defaultdict(list)
     for part in parts(path, options):
-        files.setdefault(part.split or "train", []).append(part.place)
-    features = datasets.Features(
-        {
-            "image": datasets.Image(decode=False),
-            "captions": datasets.List(datasets.Value("string")),
-            "__key__": datasets.Value("string"),
-            "__url__": datasets.Value("string"),
-            "json": datasets.Value("string"),
-        }
-    )
-    group = options.group_column if options.group_column not in features else None  # it is in the json
-    if group is not None:
-        features[group] = datasets.Value("string")
+        # The version is an argument, so that a changed file is not taken from the cache.
+        tars[part.split or "train"].append((part.place, version_of(part.place)))
     tables = {}
-    for split, tars in files.items():
-        # Size and modification time are part of the arguments, so that a changed file is not taken from the cache.
-        shards = [(tar, version_of(tar)) for tar in tars]
+    for split, shards in tars.items():
         skip = options.skip_bad_samples and split == "train"
+        arguments = {"shards": shards, "skip_bad_samples": skip, "columns": ("image", "captions", *texts)}
         if options.streaming:
-            tables[split] = datasets.IterableDataset.from_generator(
-                table_rows, features=features, gen_kwargs={"shards": shards, "skip_bad_samples": skip}
-            )
+            tables[split] = datasets.IterableDataset.from_generator(table_rows, features=features, gen_kwargs=arguments)
             continue
-        bad: list = []
-        for tar, _ in shards if skip else ():
-            bad += [sample for sample in samples(tar) if sample["fault"]]
-        options.dropped["samples without an image or a caption"] += len(bad)
-        options.bad_samples += [
-            {"image_id": sample["key"], "image": sample["where"], "reason": sample["fault"]} for sample in bad
-        ]
-        tables[split] = datasets.Dataset.from_generator(
-            table_rows,
-            features=features,
-            cache_dir=options.cache_dir,
-            gen_kwargs={"shards": shards, "skip_bad_samples": skip, "group": group},
-        )
-    options.dropped += {}  # drops zero counts
+        if skip:
+            count_faults(shards, options)
+        with loading(str(path), NAME):
+            tables[split] = datasets.Dataset.from_generator(
+                table_rows, features=features, cache_dir=options.cache_dir, gen_kwargs=arguments
+            )
     return tables
 
 
-def table_rows(shards: list, skip_bad_samples: bool, group: str | None = None) -> Iterator[dict]:
-    """
-    Args:
-        group: a name in each sample's json that becomes a column.
-    """
+def count_faults(shards: list, options: Options) -> None:
+    for sample in itertools.chain.from_iterable(samples(tar) for tar, _ in shards):
+        if sample["fault"]:
+            options.drop("samples without an image or a caption", sample["key"], sample["where"], sample["fault"])
+
+
+def table_rows(shards: list, skip_bad_samples: bool, columns: tuple) -> Iterator[dict]:
     for tar, _ in shards:
         for sample in samples(tar):
-            if sample["fault"]:
-                if skip_bad_samples:
-                    continue
+            if sample["fault"] and not skip_bad_samples:
                 raise DataError(f"{sample['fault']}. With --skip_bad_samples such samples are left out of training")
-            row = {name: sample[name] for name in ("image", "captions", "json")}
-            if group is not None:
-                value = json.loads(sample["json"] or "{}").get(group)
-                row[group] = None if value is None else str(value)
-            yield row | {"__key__": sample["key"], "__url__": tar}
+            if not sample["fault"]:
+                texts = {name: str(value) for name, value in sample["inner"].items() if value is not None}
+                texts |= {"__key__": sample["key"], "__url__": tar, "json": sample["json"]}
+                row = texts | {"image": sample["image"], "captions": sample["captions"]}
+                yield {name: row.get(name) for name in columns}
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:
-    opened = open_remote(part.place) if is_remote(part.place) else None
-    try:
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_remote(part.place)) if is_remote(part.place) else None
         for sample in samples(part.place, captions=options.captions, opened=opened):
             image = sample["image"] or ImageError(sample["fault"])
-            inner = json.loads(sample["json"] or "{}")
-            columns = (
-                {k: v for k, v in inner.items() if not isinstance(v, dict | list)} if isinstance(inner, dict) else {}
-            )
             name = image["path"] if isinstance(image, dict) else sample["key"]
+            columns = {k: v for k, v in sample["inner"].items() if not isinstance(v, dict | list)}
             yield Row(sample["where"], image, sample["captions"], name=name, split=part.split, columns=columns)
-    finally:
-        if opened is not None:
-            opened.close()
 
 
 def samples(tar: str, captions: bool = True, opened=None) -> Iterator[dict]:
@@ -119,21 +96,16 @@ def samples(tar: str, captions: bool = True, opened=None) -> Iterator[dict]:
         opened: the tar file as an open binary file, if it is not local.
 
     Returns:
-        {"key", "where", "image" ({"path", "bytes"} or None), "captions", "json" (text or None), "fault" (None or what is
-        missing), "members" ([(name, bytes)])} for each.
+        {"key", "where", "image" ({"path", "bytes"} or None), "captions", "json" (text or None), "inner" (its object), "fault"
+        (None or what is missing), "members" ([(name, bytes)])} for each.
     """
-    name = os.path.basename(tar)
-    key, members = None, []
-    for member, content in members_of(tar, opened):
-        folder, _, base = member.rpartition("/")
-        stem = f"{folder}/{base.split('.', 1)[0]}" if folder else base.split(".", 1)[0]
-        if stem != key and members:
-            yield _sample(key, members, name, captions)
-            members = []
-        key = stem
-        members.append((member, content))
-    if members:
-        yield _sample(key, members, name, captions)
+    for key, members in itertools.groupby(members_of(tar, opened), lambda member: stem_of(member[0])):
+        yield _sample(key, list(members), os.path.basename(tar), captions)
+
+
+def stem_of(member: str) -> str:
+    folder, slash, base = member.rpartition("/")
+    return folder + slash + base.split(".", 1)[0]
 
 
 def members_of(tar: str, opened=None) -> Iterator[tuple[str, bytes]]:
@@ -163,38 +135,34 @@ def members_of(tar: str, opened=None) -> Iterator[tuple[str, bytes]]:
 
 def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     where = f"{tar} sample {key}"
-    image = text = None
-    endings = [name.rpartition("/")[2].partition(".")[2].lower() for name, _ in members]
-    by_ending = dict(zip(endings, members, strict=True))
-    for ending, (name, content) in by_ending.items():
-        if image is None and (
-            f".{ending.rpartition('.')[2]}" in ENDINGS or (ending not in (*TEXTS, "json") and is_image(content))
-        ):
-            image = {"path": name, "bytes": content}
-    for ending in TEXTS:
-        if text is None and ending in by_ending:
-            text = decode(by_ending[ending][1], where)
+    by_ending = {name.rpartition("/")[2].partition(".")[2].lower(): (name, content) for name, content in members}
+    image = next((member for ending, member in by_ending.items() if _holds_image(ending, member[1])), None)
+    text = next((by_ending[ending][1] for ending in TEXTS if ending in by_ending), None)
     raw = decode(by_ending["json"][1], where) if "json" in by_ending else None
     try:
         inner = json.loads(raw or "{}")
     except ValueError as error:
         raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
-    fault, found = None, [text]
-    if text is None and isinstance(inner, dict) and raw:
-        found = inner.get(caption_key(inner))
-        if found is None and needs_captions:
-            fault = f"{where}: the json of this sample has no caption. Its keys: {', '.join(inner)}"
-        found = found if isinstance(found, list) else [found]
+    inner = inner if isinstance(inner, dict) else {}
+    caption = inner.get(caption_key(inner)) if text is None else decode(text, where)
+    fault, names = None, ", ".join(name for name, _ in members)
     if image is None:
-        fault = f"{where}: has no image, only {', '.join(name for name, _ in members)}"
-    elif found == [None] and needs_captions and fault is None:
-        fault = f"{where}: has no caption (a .txt or .json file), only {', '.join(name for name, _ in members)}"
+        fault = f"{where}: has no image, only {names}"
+    elif caption is None and needs_captions:
+        fault = f"{where}: has no caption (a .txt or .json file), only {names}"
+        if raw is not None:
+            fault = f"{where}: the json of this sample has no caption. Its keys: {', '.join(inner)}"
     return {
         "key": key,
         "where": where,
-        "image": image,
-        "captions": found,
+        "image": None if image is None else {"path": image[0], "bytes": image[1]},
+        "captions": caption if isinstance(caption, list) else [caption],
         "json": raw,
+        "inner": inner,
         "fault": fault,
         "members": members,
     }
+
+
+def _holds_image(ending: str, content: bytes) -> bool:
+    return "." + ending.rpartition(".")[2] in ENDINGS or (ending not in (*TEXTS, "json") and is_image(content))

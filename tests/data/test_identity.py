@@ -140,3 +140,17 @@ def test_a_file_that_a_row_names_is_never_anothers_and_two_that_fit_are_both_nam
     (tmp_path / "set.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=r"1 of 2 images are missing, the first: .*cam1/2.jpg"):
         data.load(str(tmp_path / "set.json"))
+
+
+def test_the_tables_of_a_source_are_opened_once_for_all_its_splits(tmp_path, monkeypatch):
+    rows = {"image": [{"bytes": picture(n, ".png"), "path": None} for n in range(3)], "caption": ["a", "b", "c"]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    datasets.DatasetDict({name: table.select([n]) for n, name in enumerate(("train", "val", "test"))}).save_to_disk(
+        tmp_path / "set"
+    )
+    opened = []
+    load_from_disk = datasets.load_from_disk
+    monkeypatch.setattr(datasets, "load_from_disk", lambda *args: opened.append(args) or load_from_disk(*args))
+    read = [(row.split, row.captions) for row in Source(str(tmp_path / "set"), Options()).rows()]
+    assert read == [("train", ["a"]), ("validation", ["b"]), ("test", ["c"])]
+    assert len(opened) == 1
