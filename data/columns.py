@@ -3,6 +3,7 @@
 import ast
 import base64
 import binascii
+import contextlib
 import functools
 import io
 import itertools
@@ -11,8 +12,10 @@ import logging
 import os
 import re
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from common.errors import DataError
 from data.images import ENDINGS, ImageError, is_image
@@ -78,34 +81,38 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
         if name is not None and name not in examples:
             raise DataError(f"{source}: no column {name!r} (--{flag}). Columns present: {', '.join(examples)}")
     usual = {usual_name(name): name for name in reversed(examples)}
-    image_id = next((usual[name] for name in ID_COLUMNS if name in usual), None)
-    image = options.image_column or next((usual[name] for name in IMAGE_COLUMNS if name in usual), None)
-    if images and not options.image_column and image not in images:
+    image_id = first_of(ID_COLUMNS, usual)
+    image = options.image_column or first_of(IMAGE_COLUMNS, usual)
+    if images and image not in images and not options.image_column:
         image = images[0]
     captions = _caption_columns(examples, usual, options, source, image) if options.captions else []
     if image is None and options.images:
         image = _image_by_content(examples, captions, options.is_file, source)
-    if image is None and not options.images:
+    elif image is None:
         image_id = image_id or usual.get("id")
     return Columns(image, captions, None if image_id == image else image_id, _split_column(examples, usual, source))
+
+
+def first_of(names: tuple, usual: dict[str, str]) -> str | None:
+    """The column with the first of these usual names that there is."""
+    return next(filter(None, map(usual.get, names)), None)
 
 
 def _caption_columns(examples: dict, usual: dict, options: Options, source: str, image: str | None) -> list[str]:
     if options.caption_column:
         return [options.caption_column]
     names = (*PREDICTION_COLUMNS, *CAPTION_COLUMNS) if options.predictions else CAPTION_COLUMNS
-    present = [name for name in dict.fromkeys(names) if name in usual and usual[name] != image]
-    if options.predictions and len({"caption", "captions"} & set(present)) and set(PREDICTION_COLUMNS) & set(present):
-        both = [usual[name] for name in present if name in (*PREDICTION_COLUMNS, "caption", "captions")]
+    present = [name for name in dict.fromkeys(names) if usual.get(name, image) != image]
+    plain, predicted = (set(names).intersection(present) for names in (("caption", "captions"), PREDICTION_COLUMNS))
+    if options.predictions and plain and predicted:
+        both = " or ".join(usual[name] for name in present if name in plain | predicted)
         raise DataError(
-            f"{source}: the predictions could be {' or '.join(both)}. Say which with --caption_column, or remove the others"
+            f"{source}: the predictions could be {both}. Say which with --caption_column, or remove the others"
         )
-    first = present[0] if present else None
-    numbered = [name for name in usual if NUMBERED_CAPTION.fullmatch(name)]
-    if first is not None:  # caption, caption2, caption3
-        numbered = [name for name in numbered if _base(name) == _base(first)]
-    columns = [usual[name] for name in dict.fromkeys([*([first] if first else []), *sorted(numbered, key=_number)])]
-    others = [usual[name] for name in present[1:] if usual[name] not in columns]
+    numbered = sorted(filter(NUMBERED_CAPTION.fullmatch, reversed(usual)), key=_number)
+    candidates = dict.fromkeys([*present[:1], *numbered])  # caption, caption2, caption3
+    columns = [usual[name] for name in candidates if _base(name) == _base(next(iter(candidates)))]
+    others = [usual[name] for name in (*present, *numbered) if usual[name] not in columns]
     if others:
         say_once(
             "%s: captions are read from %s, not from %s; --caption_column names another",
@@ -118,19 +125,17 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
     return columns
 
 
-def _image_by_content(examples: dict, captions: list[str], is_file, source: str) -> str:
+def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[str], bool], source: str) -> str:
     """The only column of names of images that are there, or of images."""
-    texts = {
-        n: str(v) for n, v in examples.items() if n not in captions and isinstance(v, str | int) and str(v).strip()
-    }
-    columns = [name for name, text in texts.items() if is_file is not None and is_file(text)]
+    texts = {name: str(v) for name, v in examples.items() if name not in captions and isinstance(v, str | int)}
+    columns = [name for name, text in texts.items() if is_file(text)]
     columns = [name for name in columns if usual_name(name) in ID_COLUMNS] or columns
     if len(columns) == 1:
         say_once("%s: images are named by column %s, whose names are those of files", source, columns[0])
         return columns[0]
-    inside = [name for name in captions if _image_of_turns(examples[name]) is not None]
-    if inside:
-        return inside[0]
+    for name in captions:
+        if _image_of_turns(examples[name]) is not None:
+            return name
     for name, text in texts.items():
         if re.match(r"https?://", text):
             raise DataError(f"{source}: " + address_error(name, text, source, captions))
@@ -146,25 +151,24 @@ def address_error(column: str, address: str, source: str, captions: list[str]) -
 
 
 def _missing(role: str, examples: dict, source: str, candidates: list[str]) -> DataError:
-    shown = [f"{name} ({str(_first(examples[name]))[:40]!r})" for name in candidates[:6]]
-    could = f". It could be {' or '.join(shown)}" if shown else ""
-    names = list(examples)
-    if names and any(_may_be_image(name) for name in names):
-        could = f". The first line looks like a row, not a header: write one, such as image,caption, above {names[0]!r}"
-    if {"id", "data", "annotations"} <= set(names):
+    could = " or ".join(f"{name} ({str(_first(examples[name]))[:40]!r})" for name in candidates[:6])
+    could = could and f". It could be {could}"
+    if any(map(_may_be_image, examples)):
+        first = next(iter(examples))
+        could = f". The first line looks like a row, not a header: write one, such as image,caption, above {first!r}"
+    if {"id", "data", "annotations"} <= examples.keys():
         could = ". This is Label Studio's full JSON: export JSON-MIN or CSV there"
     return DataError(
-        f"{source}: no {role} column. Columns present: {', '.join(names)}. Name it with --{role}_column{could}"
+        f"{source}: no {role} column. Columns present: {', '.join(examples)}. Name it with --{role}_column{could}"
     )
 
 
 def _split_column(examples: dict, usual: dict, source: str) -> str | None:
-    column = next((usual[name] for name in SPLIT_COLUMNS if name in usual), None)
-    for name in MAYBE_SPLIT_COLUMNS if column is None else ():
-        if name in usual and isinstance(examples[usual[name]], str):
-            if split_in(examples[usual[name]]) is not None:
-                return usual[name]
-            say_once("%s: column %s (%.40r) names no splits", source, usual[name], examples[usual[name]])
+    column = first_of(SPLIT_COLUMNS, usual)
+    for name in () if column else filter(None, map(usual.get, MAYBE_SPLIT_COLUMNS)):
+        if split_in(str(examples[name])) is not None:
+            return name
+        say_once("%s: column %s (%.40r) names no splits", source, name, str(examples[name]))
     return column
 
 
@@ -188,7 +192,7 @@ def _first(value):
 def _is_text(value) -> bool:
     text = _first(value)
     text = _first(text.get(caption_key(text))) if isinstance(text, dict) else text
-    return isinstance(text, str) and text.strip() != "" and not _may_be_image(text)
+    return isinstance(text, str) and bool(text.strip()) and not _may_be_image(text)
 
 
 def _may_be_image(value) -> bool:
@@ -202,17 +206,8 @@ def is_image_name(value: str) -> bool:
 def captions_of(row: dict, names: list[str], where: str, literal: bool = False) -> list:
     """The raw captions of a row, in one column or several: text, a list, a list or an object written as text, a struct
     with the text in it, a conversation, or WebDataset's json."""
-    captions = []
-    for name in names:
-        value = row.get(name)
-        if name == "json":
-            value = json.loads(value) if isinstance(value, str | bytes) else value
-            inner = caption_key(value or {})
-            if inner is None:
-                raise DataError(f"{where}: the json of this sample has no caption. Its keys: {', '.join(value or {})}")
-            value = value[inner]
-        captions += _captions(value, where, inside=literal)
-    return captions
+    values = [(row.get(name), literal and name != "json") for name in names]
+    return [caption for value, inside in values for caption in _captions(value, where, inside)]
 
 
 def caption_key(value: dict) -> str | None:
@@ -224,12 +219,12 @@ def _captions(value, where: str, inside: bool = False) -> list:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str) and not inside:
-        structured = parse_structure(value, where)
-        return [value] if structured is None else _captions(structured, where, inside=isinstance(structured, str))
+        structure = parse_structure(value, where)
+        return [value] if structure is None else _captions(structure, where)
     if isinstance(value, dict):
         key = caption_key(value)
         return [value] if key is None else _captions(value[key], where, inside)  # `clean_captions` refuses it
-    if isinstance(value, (list, tuple)) or type(value).__name__ == "ndarray":
+    if isinstance(value, list | tuple | np.ndarray):
         turns = list(value)
         if turns and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns):
             return _answers(turns, where)
@@ -239,21 +234,21 @@ def _captions(value, where: str, inside: bool = False) -> list:
 
 def _answers(turns: list[dict], where: str) -> list:
     """What the model says in a conversation of LLaVA's form ({"from": "gpt", "value": ...}) or OpenAI's (role, content)."""
-    found = [turn for turn in turns if turn.get("from", turn.get("role")) in ("gpt", "assistant", "model")]
-    if len(found) != 1:
+    answers = [turn for turn in turns if turn.get("from", turn.get("role")) in ("gpt", "assistant", "model")]
+    if len(answers) != 1:
         raise DataError(
-            f"{where}: a conversation with {len(found)} answers. Captions are conversations with one answer each: keep "
+            f"{where}: a conversation with {len(answers)} answers. Captions are conversations with one answer each: keep "
             "those of the descriptions"
         )
-    value = found[0].get("value", found[0].get("content"))
-    if isinstance(value, (list, tuple)):
-        value = " ".join(part["text"] for part in value if isinstance(part, dict) and part.get("text"))
+    value = answers[0].get("value", answers[0].get("content"))
+    if isinstance(value, list):
+        value = " ".join(part["text"] for part in value if part.get("text"))
     return [value]
 
 
 # How a list or an object of strings begins, with any quotes, and a numpy array.
 BEGINS = re.compile(r"""[\[{]\s*(?:[\[({]\s*)*["'\u201c\u2018\u201e]|(?:np\.)?array\(""")
-ARRAY = re.compile(r"(?:np\.)?array\((.*?)(?:,\s*dtype=\S+)?\)", re.DOTALL)
+ARRAY = re.compile(r"\A(?:np\.)?array\((.*?)(?:,\s*dtype=\S+)?\)\Z", re.DOTALL)
 
 
 def parse_structure(text: str, where: str):
@@ -283,30 +278,32 @@ def parse_structure(text: str, where: str):
 
 
 def _json(text: str):
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    return None
 
 
 def _python_literal(text: str):
-    array = ARRAY.fullmatch(text)
-    text = array[1] if array else text
-    try:
-        if not text or text[0] + text[-1] not in ("[]", "{}") or text[1:].lstrip()[:1] in "[({":
-            return ast.literal_eval(text)
-        # numpy and pandas write ['a b' 'c'] without commas, which Python itself would read as one text; a set has no order.
-        items = []
-        for token in tokenize.generate_tokens(io.StringIO(f"({text[1:-1]})").readline):
-            if token.type == tokenize.STRING:
-                items.append(ast.literal_eval(token.string))
-            elif token.type == tokenize.NAME and token.string == "nan":
-                continue
-            elif token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER) and token.string not in ",()":
-                return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
-        return None
-    return items if all(isinstance(item, str) for item in items) else None
+    text = ARRAY.sub(r"\1", text)
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
+        strings = _strings(text) if text[:1] + text[-1:] in ("[]", "{}") else None
+        return ast.literal_eval(text) if strings is None else strings
+    return None
+
+
+def _strings(text: str) -> list[str] | None:
+    """The strings of a list or set, in its order, as numpy and pandas write it, too: ['a b' 'c'], which Python would read as
+    one text. None if it holds anything else, but missing values."""
+    tokens = tokenize.generate_tokens(io.StringIO(f"({text[1:-1]})").readline)
+    meaningful = [
+        token for token in tokens if token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
+    ]
+    items = [token for token in meaningful[1:-1] if token.string not in (",", "nan")]
+    return (
+        [ast.literal_eval(item.string) for item in items]
+        if {item.type for item in items} <= {tokenize.STRING}
+        else None
+    )
 
 
 def image_in(value, where: str, column: str, captions=(), address: bool = False):
@@ -335,11 +332,8 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
         raise DataError(f"{where}: column {column} holds {value!r:.80}, expected the path of an image")
     if re.match(r"https?://", value) and not address:
         raise DataError(f"{where}: " + address_error(column, value, where, list(captions)))
-    if len(value) >= 64 and BASE64_IMAGE.match(value):
-        content = from_base64(value)
-        if content is not None:
-            return {"path": None, "bytes": content}
-    return value.strip()
+    content = from_base64(value)
+    return value.strip() if content is None else {"path": None, "bytes": content}
 
 
 def _image_of_turns(turns):
@@ -356,13 +350,14 @@ def _parts(turn) -> list[dict]:
 
 def from_base64(value: str) -> bytes | None:
     """The bytes of an image in base64 (also URL-safe, or as a data: address); None if it is something else."""
-    text = re.sub(r"\s+", "", value.split(",", 1)[1] if value.startswith("data:") else value)
-    try:
-        content = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_" if set("-_") & set(text) else None,
-                                   validate=True)  # fmt: skip
-    except (binascii.Error, ValueError):
+    if len(value) < 64 or not BASE64_IMAGE.match(value):
         return None
-    return content if is_image(content) else None
+    text = re.sub(r"\s+", "", value.split(",", 1)[1] if value.startswith("data:") else value)
+    text = text.translate(str.maketrans("-_", "+/"))
+    with contextlib.suppress(binascii.Error, ValueError):
+        content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        return content if is_image(content) else None
+    return None
 
 
 def object_rows(objects: Iterable, source: str, options: Options, split=None, images=()) -> Iterator[Row]:
@@ -409,7 +404,6 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
     if isinstance(image, dict) and image["path"]:
         name = os.path.basename(image["path"])
     image_id, own_split = content.get(columns.image_id), content.get(columns.split)
-    image_id = None if isinstance(image_id, bool) else image_id
     captions = captions_of(content, columns.captions, where, options.literal)
     if len(columns.captions) > 1:  # empty cells of a table are no captions
         captions = [caption for caption in captions if not is_missing(caption)] or captions[:1]
@@ -418,7 +412,7 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         image,
         captions,
         name=os.path.basename(name) if name and os.path.isabs(name) else name,
-        image_id=None if image_id is None else as_id(image_id),
+        image_id=None if image_id is None or isinstance(image_id, bool) else as_id(image_id),
         split=split if own_split is None else split_name(own_split, place),
         columns=content,
         used=columns.used,

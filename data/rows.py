@@ -82,6 +82,10 @@ class Part:
     table: object = field(default=None, compare=False, repr=False)  # of `datasets`, streamed, where it is one
 
 
+def no_file(name: str) -> bool:
+    return False
+
+
 @dataclass
 class Options:
     """How a source is read; `data.load` says what most mean."""
@@ -99,7 +103,7 @@ class Options:
     images: bool = True  # False for callers that read captions only: an id is enough
     predictions: bool = False  # captions are a model's
     literal: bool = False  # and text among them is no list written out, whatever it looks like
-    is_file: Callable[[str], bool] | None = None  # whether a text names an image that is there; set by the reader
+    is_file: Callable[[str], bool] = no_file  # whether a text names an image that is there; set by the reader
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line
     bad_samples: list = field(default_factory=list)
 

@@ -54,7 +54,7 @@ def read(part: Part, options: Options) -> Iterator[Row]:
         if split_of and name not in split_of:
             unlisted.add(name)
             options.dropped["images in none of the official split lists"] = len(unlisted)
-        elif name.endswith(".jpg.1") and options.is_file is not None and not options.is_file(name):
+        elif name.endswith(".jpg.1") and not options.is_file(name):
             options.dropped[f"caption rows of {name}, a mistake in the published file"] += 1
         else:
             columns = {"image": name, "caption": caption}
