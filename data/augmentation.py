@@ -79,22 +79,17 @@ class Augmentation:
             if name == "random_resized_crop":
                 image = random_resized_crop(image, self.size, *numbers, rng)
             elif name == "flip":
-                mirrored = rng.random() < 0.5  # always drawn, so that the choices after it stay the same
-                if mirrored and not any(names_a_side(caption, self.language) for caption in captions):
-                    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            elif name == "randaugment":
-                image = randaugment(image, *numbers, rng)
-            elif name == "rotation":
-                degrees = rng.uniform(-numbers[0], numbers[0])
-                image = image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=GRAY)
-            elif name == "color_jitter":
-                image = color_jitter(image, *numbers, rng)
-            elif name == "grayscale" and rng.random() < numbers[0]:
-                image = image.convert("L").convert("RGB")
-            elif name in NOISE and rng.random() < numbers[1]:
-                image = add_noise(image, name, numbers[0], rng)
+                image = self.flip(image, captions, rng)
+            else:
+                image = OPERATIONS[name](image, *numbers, rng)
         if self.size is not None and image.size != self.size[::-1]:
             image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
+        return image
+
+    def flip(self, image: Image.Image, captions: list[str], rng: random.Random) -> Image.Image:
+        mirrored = rng.random() < 0.5  # always drawn, so that the choices after it stay the same
+        if mirrored and not any(names_a_side(caption, self.language) for caption in captions):
+            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
 
 
@@ -177,48 +172,41 @@ def affine(image: Image.Image, a, b, c, d, e, f) -> Image.Image:
     )
 
 
-RANDAUGMENT_OPERATIONS = (
-    "identity",
-    "auto_contrast",
-    "brightness",
-    "sharpness",
-    "equalize",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-)
+RANDAUGMENT_OPERATIONS = {  # of an image, the magnitude (0 to 1), and the direction (-1 or 1)
+    "identity": lambda image, level, sign: image,
+    "auto_contrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "brightness": lambda image, level, sign: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * level),
+    "sharpness": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "shear_x": lambda image, level, sign: affine(image, 1, sign * 0.3 * level, 0, 0, 1, 0),
+    "shear_y": lambda image, level, sign: affine(image, 1, 0, 0, sign * 0.3 * level, 1, 0),
+    "translate_x": lambda image, level, sign: affine(image, 1, 0, sign * 10 * level, 0, 1, 0),
+    "translate_y": lambda image, level, sign: affine(image, 1, 0, 0, 0, 1, sign * 10 * level),
+    "rotate": lambda image, level, sign: turned(image, sign * 30 * level),
+}
 
 
 def randaugment(image: Image.Image, number: float, magnitude: float, rng: random.Random) -> Image.Image:
     """RandAugment with BLIP's ten operations and magnitudes (of 10): shear .3, translation 10 pixels, rotation 30
     degrees, each in either direction; brightness and sharpness by .1 + 1.8 of the magnitude, which at BLIP's setting
     of 5 is 1: these two then change nothing, in the official code as here."""
-    level = magnitude / 10
-    for name in rng.choices(RANDAUGMENT_OPERATIONS, k=int(number)):
+    for name in rng.choices(tuple(RANDAUGMENT_OPERATIONS), k=int(number)):
         applied, sign = rng.random() < 0.5, rng.choice((-1, 1))
-        if not applied:
-            continue
-        if name == "auto_contrast":
-            image = ImageOps.autocontrast(image)
-        elif name == "brightness":
-            image = ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * level)
-        elif name == "sharpness":
-            image = ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level)
-        elif name == "equalize":
-            image = ImageOps.equalize(image)
-        elif name == "shear_x":
-            image = affine(image, 1, sign * 0.3 * level, 0, 0, 1, 0)
-        elif name == "shear_y":
-            image = affine(image, 1, 0, 0, sign * 0.3 * level, 1, 0)
-        elif name == "translate_x":
-            image = affine(image, 1, 0, sign * 10 * level, 0, 1, 0)
-        elif name == "translate_y":
-            image = affine(image, 1, 0, 0, 0, 1, sign * 10 * level)
-        elif name == "rotate":
-            image = image.rotate(sign * 30 * level, Image.Resampling.BILINEAR, fillcolor=GRAY)
+        if applied:
+            image = RANDAUGMENT_OPERATIONS[name](image, magnitude / 10, sign)
     return image
+
+
+def turned(image: Image.Image, degrees: float) -> Image.Image:
+    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=GRAY)
+
+
+def rotation(image: Image.Image, degrees: float, rng: random.Random) -> Image.Image:
+    return turned(image, rng.uniform(-degrees, degrees))
+
+
+def grayscale(image: Image.Image, probability: float, rng: random.Random) -> Image.Image:
+    return image.convert("L").convert("RGB") if rng.random() < probability else image
 
 
 def color_jitter(image: Image.Image, brightness, contrast, saturation, rng: random.Random) -> Image.Image:
@@ -234,14 +222,32 @@ def color_jitter(image: Image.Image, brightness, contrast, saturation, rng: rand
     return image
 
 
-def add_noise(image: Image.Image, name: str, strength: float, rng: random.Random) -> Image.Image:
-    """One of NOISE; only Gaussian noise is random."""
-    if name == "blur":
-        return image.filter(ImageFilter.GaussianBlur(strength))
-    if name == "jpeg":
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=int(strength))
-        return open_image(file.getvalue())
+def gaussian_noise(image: Image.Image, deviation: float, probability: float, rng: random.Random) -> Image.Image:
+    if rng.random() >= probability:
+        return image
     pixels = np.asarray(image)
     normal = np.random.default_rng(rng.getrandbits(64)).standard_normal(pixels.shape, dtype=np.float32)
-    return Image.fromarray(np.clip(np.rint(pixels + strength * normal), 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.rint(pixels + deviation * normal), 0, 255).astype(np.uint8))
+
+
+def blur(image: Image.Image, radius: float, probability: float, rng: random.Random) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius)) if rng.random() < probability else image
+
+
+def jpeg(image: Image.Image, quality: float, probability: float, rng: random.Random) -> Image.Image:
+    if rng.random() >= probability:
+        return image
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(quality))
+    return open_image(file.getvalue())
+
+
+OPERATIONS = {  # function(image, *numbers, generator) of those that need neither size nor captions
+    "randaugment": randaugment,
+    "rotation": rotation,
+    "color_jitter": color_jitter,
+    "grayscale": grayscale,
+    "gaussian_noise": gaussian_noise,
+    "blur": blur,
+    "jpeg": jpeg,
+}

@@ -1,5 +1,6 @@
 """One image value to one correct RGB picture: the only place in the repo that opens images."""
 
+import functools
 import io
 import logging
 import os
@@ -33,25 +34,9 @@ FORMATS = tuple(
 TOLD_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
 TGA_ENDINGS = (".tga", ".icb", ".vda", ".vst")
 ENDINGS = (
-    *(
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".apng",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".jp2",
-        ".j2k",
-    ),
-    *(".jpf", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".heic", ".heif"),
-    *TGA_ENDINGS,
-)
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k",
+    ".jpf", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".heic", ".heif", *TGA_ENDINGS,
+)  # fmt: skip
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a GiB as RGB
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -94,105 +79,86 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
     Raises:
         ImageError: missing, empty, truncated, not an image, of an unsupported format, or too large.
     """
+    name, source = "image bytes", value
     if isinstance(value, dict):
-        path, content = value.get("path"), value.get("bytes")
-        if content is None and path is None:
+        name = str(value.get("path") or name)
+        source = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if source is None:
             raise ImageError('an image value has neither "path" nor "bytes": give one of them')
-        name, source = str(path or "image bytes"), path if content is None else content
-    elif isinstance(value, Image.Image):
-        name, source = getattr(value, "filename", "") or "PIL image", value
-    else:
-        name, source = "image bytes" if isinstance(value, (bytes, bytearray, memoryview)) else str(value), value
-
     if isinstance(source, ImageError):  # a source says why there is none
         raise source
     if isinstance(source, Image.Image):
-        return _decode(source, name, max_pixels, size=None)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open(io.BytesIO(source), len(source), name, max_pixels, size)
-    if not isinstance(source, (str, os.PathLike)):
+        return _decode(source, getattr(source, "filename", "") or "PIL image", max_pixels, size=None)
+    if isinstance(source, str | os.PathLike):
+        name, source = str(source), _content(source)
+    if not isinstance(source, bytes | bytearray | memoryview):
         raise ImageError(
             f"an image is given as {type(source).__name__}: give a path, bytes, a path/bytes dict or a PIL image"
         )
-    if is_remote(source):
-        try:
-            with open_remote(source) as file:
-                content = file.read()
-        except Exception as error:  # the errors of fsspec's file systems share no base class
-            raise ImageError(f"{name}: cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
-        return _open(io.BytesIO(content), len(content), name, max_pixels, size)
+    return _decode(_open(source, name), name, max_pixels, size)
+
+
+def _content(path: str | os.PathLike) -> bytes:
     try:
-        with open(source, "rb") as file:
-            return _open(file, os.fstat(file.fileno()).st_size, name, max_pixels, size)
-    except ImageError:
-        raise
+        with open_remote(path) if is_remote(path) else open(path, "rb") as file:
+            return file.read()
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such image file. Check the path, or the folder given as image_dir") from None
+        raise ImageError(f"{path}: no such image file. Check the path, or the folder given as image_dir") from None
     except IsADirectoryError:
-        raise ImageError(f"{name}: is a folder, not an image file") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise ImageError(f"{name}: cannot be read ({error}). Check the file and its permissions") from None
+        raise ImageError(f"{path}: is a folder, not an image file") from None
+    except Exception as error:  # a null byte in the path, and fsspec's file systems, whose errors share no base class
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ImageError(f"{path}: cannot be read ({reason}). Check the file and its permissions") from None
 
 
 def is_image(value) -> bool:
     """Whether a file (a path) or its bytes open as an image, from the first bytes: no pixel is decoded."""
     try:
-        file = open(value, "rb") if isinstance(value, (str, os.PathLike)) else io.BytesIO(value)  # noqa: SIM115
-        with file, Image.open(file, formats=TOLD_BY_CONTENT):
-            return True
+        with open(value, "rb") if isinstance(value, str | os.PathLike) else io.BytesIO(value) as file:
+            if file.read(len(PNG_MARK)) == PNG_MARK:
+                return True
+            with Image.open(file, formats=TOLD_BY_CONTENT):  # from the beginning of the file
+                return True
     except Image.DecompressionBombError:
         return True  # an image that is too large is still one; `open_image` says what is wrong
-    except Exception:
-        if isinstance(value, (bytes, bytearray)):
-            return _sound_png(bytes(value)) is not None
-        try:
-            with open(value, "rb") as file:
-                return file.read(8) == PNG_MARK
-        except OSError:  # a dangling link, or no permission to read
-            return False
+    except Exception:  # also a dangling link, or no permission to read
+        return False
 
 
-def _open(file, length: int, name: str, max_pixels: int, size) -> Image.Image:
-    if length == 0:
+def _open(content: bytes, name: str) -> Image.Image:
+    if len(content) == 0:
         raise ImageError(f"{name}: the image file is empty (0 bytes). Fetch it again or remove it from the data")
     formats = FORMATS if name.lower().endswith(TGA_ENDINGS) or name == "image bytes" else TOLD_BY_CONTENT
     try:
-        image = Image.open(file, formats=formats)
+        return Image.open(io.BytesIO(content), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: the image is too large ({error}). Downscale it or remove it") from None
     except Exception:
-        file.seek(0)
-        first = file.read(12)
-        image = None
-        if first[:8] == PNG_MARK:
-            content = _sound_png(first + file.read())
-            if content is not None:
-                return _open(io.BytesIO(content), len(content), name, max_pixels, size)
-        if image is None:
-            raise ImageError(f"{name}: {_not_an_image(first)}") from None
-    return _decode(image, name, max_pixels, size)
+        repaired = _without_notes(bytes(content))
+        if len(repaired) < len(content):
+            return _open(repaired, name)
+        raise ImageError(f"{name}: {_not_an_image(content[:12])}") from None
 
 
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"iTXt", b"zTXt", b"tEXt", b"iCCP")
 
 
-def _sound_png(content: bytes) -> bytes | None:
+def _without_notes(content: bytes) -> bytes:
     """A PNG without the chunks of text and colour profile that Pillow refuses (more than a megabyte unpacked: workflows
-    of image generators, say). None if it has none: then something else is wrong with it."""
-    if content[:8] != PNG_MARK:
-        return None
-    kept, position, dropped = [PNG_MARK], 8, 0
+    of image generators, say)."""
+    if not content.startswith(PNG_MARK):
+        return content
+    kept, position = [PNG_MARK], len(PNG_MARK)
     while position + 12 <= len(content):
-        length, kind = struct.unpack(">I4s", content[position : position + 8])
+        length, name = struct.unpack(">I4s", content[position : position + 8])
         chunk = content[position : position + 12 + length]
         # A small XMP packet may hold the orientation.
-        if kind in PNG_TEXTS and not (chunk[8:25] == b"XML:com.adobe.xmp" and length < 65536 and chunk[26:27] == b"\0"):
-            dropped += 1
-        else:
+        is_xmp = chunk[8:25] == b"XML:com.adobe.xmp" and length < 65536 and chunk[26:27] == b"\0"
+        if name not in PNG_TEXTS or is_xmp:
             kept.append(chunk)
         position += 12 + length
-    return b"".join(kept) if dropped else None
+    return b"".join(kept)
 
 
 def _not_an_image(first: bytes) -> str:
@@ -228,13 +194,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int, size) -> Image.Image
         raise ImageError(f"{name}: {reason} ({error}). Fetch it again or remove it from the data") from None
 
 
-_said: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)
+warn_once = functools.cache(logger.warning)
 
 
 def _warn_of_dark(image: Image.Image, name: str, wide: bool) -> None:
@@ -242,7 +202,7 @@ def _warn_of_dark(image: Image.Image, name: str, wide: bool) -> None:
     if wide and image.mode in ("RGB", "RGBA", "RGBX", "LA"):
         brightest = max(high for _, high in (image.getextrema()[:3] if image.mode != "LA" else image.getextrema()[:1]))
         if brightest <= 16:
-            _warn_once(
+            warn_once(
                 f"{name}: 16 bits per channel, and the brightest pixel is {brightest} of 255, so it is seen as nearly black. "
                 "Stretch such files (12-bit data, say) to the full range first. Warned once"
             )
@@ -275,11 +235,11 @@ def _wide_gray(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         top = 4095.0 if 255 < high <= 4095 else 65535.0
         if top == 4095:
-            _warn_once(
+            warn_once(
                 "16-bit files whose values end at 4095 are 12-bit data: they are stretched to that range. Warned once"
             )
         elif 0 < high <= 255:
-            _warn_once(
+            warn_once(
                 "a 16-bit file uses 8 bits or fewer, so it is seen as nearly black: is it an 8-bit image? Warned once"
             )
     else:

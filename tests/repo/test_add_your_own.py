@@ -76,9 +76,8 @@ def printed(tmp_path_factory):
     edit(repo / "data/augmentation.py", "FORMS = {  #", 'FORMS = {\n    "invert": ("", 0, lambda: True, ""),  #')
     edit(
         repo / "data/augmentation.py",
-        '            elif name == "rotation":',
-        '            elif name == "invert":\n                image = image.point(lambda value: 255 - value)\n'
-        '            elif name == "rotation":',
+        "OPERATIONS = {  # function",
+        'OPERATIONS = {\n    "invert": lambda image, rng: image.point(lambda value: 255 - value),  # function',
     )
 
     (repo / "objectives/doubled.py").write_text(OBJECTIVE, encoding="utf-8")
