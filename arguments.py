@@ -483,7 +483,7 @@ CAPTION_BF16 = (
 
 @dataclass
 class EvaluateArguments:
-    FILES = ("predictions", "references")
+    FILES = ("predictions", "references", "human_judgments")
     output_dir: str = flag(
         "evaluation", "Folder for coco_metrics.json, predictions.json, per_image.jsonl and report.html."
     )
@@ -531,6 +531,15 @@ class EvaluateArguments:
         "Reference captions for predictions: a file or folder of any format of a data set, or {id: [captions]}; of one "
         "that has splits, the images of split. Predictions are matched by image id and file name together.",
     )
+    human_judgments: str | None = flag(
+        None,
+        "Captions that people judged: which scores agree with them (Kendall's tau-b and tau-c, accuracy on pairs). The files "
+        "of Flickr8k-Expert, Flickr8k-CF, Composite, Pascal-50S, Polaris and Nebula, or a table of image, caption and rating "
+        "or of image, caption_a, caption_b and preference; references are in the file, or in references.",
+    )
+    score_columns: list[str] = flag(
+        [], "Columns of human_judgments with scores of your own, to compare as well; for pairs NAME_a and NAME_b."
+    )
     common: bool = flag(
         False, "Score the images that both predictions and references have, and say how many are left out on each side."
     )
@@ -547,7 +556,7 @@ class EvaluateArguments:
     seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
 
     def __post_init__(self):
-        if self.compare:
+        if self.compare or self.human_judgments:
             return
         if bool(self.predictions) != bool(self.references):
             raise UserError("--predictions and --references go together: captions, and what to score them against.")

@@ -5,6 +5,7 @@ python evaluate.py --model_name_or_path DIR --dataset_name NAME --corrupt jpeg:1
 python evaluate.py --predictions P.json --references R.json --output_dir OUT
 python evaluate.py ... --split validation --sweep "num_beams=1,3,5 length_penalty=0.6,1.0" [--save_best_sweep]
 python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evaluate.py or train.py wrote scores to)
+python evaluate.py --human_judgments FILE [--references R.json] --output_dir OUT    (which scores agree with people)
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
@@ -32,6 +33,7 @@ from data.caption_files import find_images, load_predictions, read_references
 from metrics.clip_scores import load_scorers
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from reports import comparison, outputs
+from reports.human import compare_with_people
 from reports.plots import plot_sweep
 from reports.report import write_comparison_report
 from reports.score_split import score_split
@@ -48,6 +50,8 @@ def main():
         return compare_runs(folder, args, metric_args)
     check_flags(args, metric_args, model_args)
     outputs.warn_of_missing_scores(metric_args)
+    if args.human_judgments:
+        return compare_with_people(folder, data_args.image_dir, metric_args, args)
     if args.predictions:
         return score_predictions(folder, data_args, generation_args, metric_args, args)
 

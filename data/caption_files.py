@@ -150,6 +150,11 @@ def _called(row: Row, place: str) -> str:
     return image
 
 
+def match_images(names: list[str], references: References) -> list[str]:
+    """The image id that the references have for each name or id of an image, else the name itself."""
+    return _matched([(Row(where=name, image=None, image_id=name), name) for name in names], references)
+
+
 def _matched(rows: list[tuple[Row, str]], references: References) -> list[str]:
     """The image id that the references have for each prediction; the prediction's own where they have none."""
     tables: list[dict[str, set[str]]] = [defaultdict(set) for _ in FORMS]
