@@ -1,4 +1,4 @@
-"""Which differences between captioners are real: a paired bootstrap test over the images that all of them captioned."""
+"""Which differences between captioners are real: tests over the images that all of them captioned, and over seeds."""
 
 import csv
 import glob
@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from metrics.coco_caption.coco import corpus_scores, resampled_scores
+from metrics.coco_caption.coco import corpus_scores
 from metrics.names import in_order, is_better_low, score_named
+from reports.significance import FEWEST_IMAGES, group_test, paired_tests, pseudo_values
 
 SIGNIFICANT = 0.05
 NOTE = (
     "Each run is compared with the first. The interval and p come from resamples of the images, the same for both runs: "
     "they tell what other images of this kind would change, not what training again with another seed would. With "
     "several runs p is corrected for their number (Holm), but not for looking at several scores: choose the one to "
-    "decide by beforehand."
+    f"decide by beforehand. Below {FEWEST_IMAGES} images there is no p."
 )
 
 
@@ -95,13 +96,8 @@ def paired_bootstrap(
     """How far `other` is above `baseline`, {metric: {"difference", "interval", "p"}}. Both are rows of per_image.jsonl,
     of the same images in the same order. `metric` is the only one to test; by default all are.
 
-    `samples` times, as many images as there are are drawn with replacement, and both runs are scored on them as a corpus.
-    The interval holds 95 % of the differences of these resamples. p is two-sided: the share of resamples whose difference
-    lies at least as far from the mean of all resamples as the difference itself lies from 0, that is how often chance
-    alone would show such a difference (Efron and Tibshirani, "An Introduction to the Bootstrap", section 16.4; Riezler
-    and Maxwell, "On some pitfalls in automatic evaluation and significance testing for MT", 2005). sacreBLEU's
-    --paired-bs takes absolute differences before their mean, and so calls more differences real: of equally good
-    captioners its p is below 0.5. A score that only one of the runs has is left out.
+    Interval and p come from `samples` resamples of the images, the same for both runs (significance.paired_tests). A score
+    that only one of the runs has is left out.
     """
     one, two = statistics(baseline), statistics(other)
     if metric:
@@ -114,11 +110,9 @@ def paired_bootstrap(
         elif unknown.any():  # SPICE is scored on a sample, and the runs may have had different ones
             one[name], two[name] = (np.where(unknown, np.nan, values) for values in (one[name], two[name]))
     scores = corpus_scores(one), corpus_scores(two)
-    below, above = resampled_scores(one, samples, seed), resampled_scores(two, samples, seed)
-    found = {}
-    for metric in scores[0]:
-        found[metric] = difference_of(scores[1][metric] - scores[0][metric], above[metric] - below[metric])
-    return found
+    below, above = pseudo_values(one), pseudo_values(two)
+    differences = {name: (scores[1][name] - scores[0][name], above[name] - below[name]) for name in below}
+    return paired_tests(differences, samples, seed)
 
 
 def compare(runs: dict[str, dict], samples: int, seed: int) -> dict:
@@ -146,9 +140,10 @@ def _is_better(metric: str, test: dict) -> bool:
 
 
 GROUP_NOTE = (
-    "Each group is compared with the first by the mean of its runs. The interval and p come from resamples of the images, "
-    "the same for all runs, and of each group's runs: they tell what other images and other seeds of this kind would "
-    "change. With several groups p is corrected for their number (Holm)."
+    "Each group is compared with the first by the mean of its runs. The interval and p are of t tests whose variance has "
+    "that of the runs' scores within the groups and that of the images: they tell what other images and other seeds of "
+    "this kind would change. With several groups p is corrected for their number (Holm). Two groups of one run each have "
+    f"no p: nothing tells what another seed would change; nor have fewer than {FEWEST_IMAGES} images."
 )
 
 
@@ -191,26 +186,16 @@ def compare_groups(groups: dict[str, list[dict]], samples: int, seed: int) -> di
             for of_group in tables.values():
                 for table in of_group:
                     table[name] = np.where(unknown, np.nan, table[name])
-    scores, resampled = {}, {}
-    for number, (group, of_group) in enumerate(tables.items()):
+    scores: dict[str, dict] = {}
+    values: dict[str, dict] = {}
+    for group, of_group in tables.items():
         kept = [{name: table[name] for name in table if name in shared} for table in of_group]
-        found = [corpus_scores(table) for table in kept]
+        found, of_images = [corpus_scores(table) for table in kept], [pseudo_values(table) for table in kept]
         scores[group] = {metric: np.array([of_run[metric] for of_run in found]) for metric in found[0]}
-        again = [resampled_scores(table, samples, seed) for table in kept]
-        drawn = np.random.default_rng([seed, number]).integers(0, len(kept), (samples, len(kept)))
-        resampled[group] = {
-            metric: np.stack([of_run[metric] for of_run in again], axis=1)[np.arange(samples)[:, None], drawn].mean(
-                axis=1
-            )
-            for metric in found[0]
-        }
+        values[group] = {metric: np.stack([of_run[metric] for of_run in of_images]) for metric in of_images[0]}
     baseline, *others = groups
     differences = {
-        name: {
-            metric: difference_of(values.mean() - scores[baseline][metric].mean(), resampled[name][metric] - before)
-            for metric, values in scores[name].items()
-            for before in [resampled[baseline][metric]]
-        }
+        name: {metric: _group_test(metric, scores, values, baseline, name) for metric in values[name]}
         for name in others
     }
     _correct(differences)
@@ -239,20 +224,20 @@ def compare_groups(groups: dict[str, list[dict]], samples: int, seed: int) -> di
     }
 
 
-def difference_of(difference: float, resampled: np.ndarray) -> dict:
-    """{"difference", "interval", "p"} of a difference and its resamples; paired_bootstrap says what they are."""
-    as_far = np.abs(resampled - resampled.mean()) >= abs(difference)
-    return {
-        "difference": float(difference),
-        "interval": np.percentile(resampled, [2.5, 97.5]).tolist(),
-        "p": float((as_far.sum() + 1) / (len(resampled) + 1)),
-    }
+def _group_test(metric: str, scores: dict, values: dict, baseline: str, other: str) -> dict:
+    of_images = [values[name][metric] for name in (baseline, other)]
+    scored = ~np.isnan(of_images[0][0])
+    means = scores[baseline][metric], scores[other][metric]
+    return group_test(tuple(group[:, scored] for group in of_images), means)
 
 
 def _correct(differences: dict[str, dict]) -> None:
     """Adds to each test its p by Holm's method, corrected for the number of comparisons, and whether it is real."""
     for metric in {metric for found in differences.values() for metric in found}:
-        tests = sorted((found[metric] for found in differences.values() if metric in found), key=lambda test: test["p"])
+        every = [found[metric] for found in differences.values() if metric in found]
+        for test in every:
+            test["p_corrected"], test["real"] = None, False
+        tests = sorted((test for test in every if test["p"] is not None), key=lambda test: test["p"])
         corrected = 0.0
         for rank, test in enumerate(tests):
             corrected = max(corrected, min(1.0, test["p"] * (len(tests) - rank)))
@@ -265,9 +250,13 @@ def summary(comparison: dict) -> str:
     for name, found in comparison["differences"].items():
         lines.append(f"  {name} against {comparison['baseline']}, {comparison['images']} images:")
         for metric, test in found.items():
-            low, high = test["interval"]
+            between = (
+                "[{:+.4f}, {:+.4f}]  p {:.3f}".format(*test["interval"], test["p_corrected"])
+                if test["interval"]
+                else "no p"
+            )
             lines.append(
-                f"    {metric:<12} {test['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]  p {test['p_corrected']:.3f}  "
+                f"    {metric:<12} {test['difference']:+.4f}  {between}  "
                 + ("equal" if not test["difference"] else "better" if _is_better(metric, test) else "worse")
                 + ("" if test["real"] else ", but it may be chance")
             )
@@ -361,6 +350,10 @@ def _csv(metrics: list[str], rows: dict, differences: dict) -> str:
         for metric in metrics:
             mean, std, runs = found[metric]
             test = differences.get(name, {}).get(metric)
-            tested = [test["difference"], *test["interval"], test["p"], test["p_corrected"]] if test else [""] * 5
+            tested = (
+                [test["difference"], *(test["interval"] or ["", ""]), test["p"], test["p_corrected"]]
+                if test
+                else [""] * 5
+            )
             writer.writerow([name, metric, mean, "" if std is None else std, runs, *tested])
     return file.getvalue()

@@ -17,7 +17,7 @@ from reports.comparison import paired_bootstrap
 from reports.outputs import metrics_cache, score_records
 
 NOTE = (
-    "p says how often chance alone would show so large a difference from the best setting (paired bootstrap over the "
+    "p says how often chance alone would show so large a difference from the best setting (a bootstrap-t over the "
     "images, not corrected for the number of settings): where it is large, the cheaper setting is as good a choice. The "
     "best setting was chosen on these very captions, so its own score is optimistic: report another split's."
 )

@@ -12,6 +12,7 @@ from arguments import MetricArguments
 from metrics.names import SCORES, is_better_low
 from reports import comparison
 from reports.outputs import score_captions, write_scores
+from reports.significance import group_test, paired_tests, pseudo_values, student_p
 from reports.sweep import score_sweep
 
 WORDS = ["a", "dog", "runs", "on", "the", "grass", "red", "ball", "man", "near", "water", "two"]
@@ -62,15 +63,71 @@ def test_differences_do_not_depend_on_the_order_of_either_runs_rows(references, 
                 assert again["p"] == pytest.approx(test["p"], abs=0.05 if number else 1e-9), metric
 
 
-def test_p_is_a_share_that_is_never_0(references, tmp_path):
+def test_p_is_a_share_that_is_never_0():
     rng = np.random.default_rng(0)
-    for samples in (1, 99, 1000):
-        resampled = rng.normal(size=samples)
+    values = rng.normal(size=40)
+    for samples in (100, 999):
         for difference in (0.0, 0.3, 5.0, 1e9):
-            p = comparison.difference_of(difference, resampled)["p"]
-            as_far = (np.abs(resampled - resampled.mean()) >= difference).sum()
-            assert p == pytest.approx((as_far + 1) / (samples + 1))
-            assert 1 / (samples + 1) <= p <= 1
+            test = paired_tests({"x": (difference, values - values.mean() + difference)}, samples, 0)["x"]
+            assert 1 / (samples + 1) <= test["p"] <= 1
+            assert test["p"] * (samples + 1) == pytest.approx(round(test["p"] * (samples + 1)))
+
+
+def rejected(test, trials: int) -> float:
+    return sum(test(np.random.default_rng(trial)) < 0.05 for trial in range(trials)) / trials
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_without_a_difference_5_percent_of_pairs_are_called_different_at_20_images(skewed):
+    """The whole simulation: benchmarks.quality.null_differences. Of 400 trials 9.4 % is four standard errors away."""
+
+    def p(generator):
+        values = generator.exponential(size=20) - 1 if skewed else generator.normal(size=20)
+        return paired_tests({"x": (values.mean(), values)}, 199, 0)["x"]["p"]
+
+    assert rejected(p, 200) < 0.114
+
+
+@pytest.mark.parametrize(("runs", "images_differ"), [(2, 0.0), (3, 0.3), (5, 0.3)])
+def test_without_a_difference_5_percent_of_groups_are_called_different(runs, images_differ):
+    def p(generator):
+        groups = [
+            generator.normal(size=(runs, 40)) + 0.2 * generator.normal(size=(runs, 1)) + images_differ * generator.normal(size=40)
+            for _ in range(2)
+        ]  # fmt: skip
+        return group_test(tuple(groups), tuple(group.mean(axis=1) for group in groups))["p"]
+
+    assert rejected(p, 200) < 0.11
+
+
+def test_groups_that_differ_are_told_apart_and_too_few_runs_or_images_have_no_p():
+    generator = np.random.default_rng(0)
+    low, high = generator.normal(size=(3, 50)), generator.normal(size=(4, 50)) + 2
+    test = group_test((low, high), (low.mean(axis=1), high.mean(axis=1)))
+    assert test["p"] < 0.001
+    assert test["interval"][0] < test["difference"] < test["interval"][1]
+    for few in ((low[:1], high[:1]), (low[:, :9], high[:, :9])):
+        assert group_test(few, tuple(group.mean(axis=1) for group in few))["p"] is None
+    assert group_test((low[:1], high), (low[:1].mean(axis=1), high.mean(axis=1)))["p"] < 0.05
+    assert paired_tests({"x": (1.0, np.arange(9.0))}, 100, 0)["x"] == {"difference": 1.0, "interval": None, "p": None}
+
+
+def test_p_of_students_t_is_the_published():
+    for t, freedom, p in ((12.706, 1, 0.05), (4.303, 2, 0.05), (2.228, 10, 0.05), (3.250, 9, 0.01), (1.96, 1e6, 0.05)):
+        assert student_p(t, freedom) == pytest.approx(p, abs=1e-4)
+
+
+def test_pseudo_values_have_the_score_as_their_mean(references, tmp_path):
+    write_run(tmp_path / "one", references, 1, 0.6)
+    table = comparison.statistics(comparison.read_run(str(tmp_path / "one"))["rows"])
+    whole = comparison.corpus_scores(table)
+    values = pseudo_values(table)
+    assert values.keys() == whole.keys()
+    assert values["CIDEr"] == pytest.approx(table["CIDEr"])
+    without_first = comparison.corpus_scores({name: of_one[1:] for name, of_one in table.items()})
+    for metric, of_images in values.items():
+        assert of_images[0] == pytest.approx(60 * whole[metric] - 59 * without_first[metric]), metric
+        assert of_images.mean() == pytest.approx(whole[metric], rel=0.05), metric
 
 
 def test_the_best_setting_is_the_best_in_each_scores_own_direction(references, tmp_path):
@@ -81,7 +138,7 @@ def test_the_best_setting_is_the_best_in_each_scores_own_direction(references, t
     }
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     flags = MetricArguments(
-        meteor=False, spice="false", bootstrap_samples=0, instances=str(tmp_path / "instances.json")
+        meteor=False, spice="false", bootstrap_samples=100, instances=str(tmp_path / "instances.json")
     )
     captions = []
     for seed, keep in ((1, 0.2), (2, 0.9), (3, 0.5)):
@@ -101,6 +158,9 @@ def test_the_best_setting_is_the_best_in_each_scores_own_direction(references, t
         assert values[sweep["best"]] == directions[is_better_low(metric)](values), metric
         ranked = [row["scores"][metric] for row in sorted(sweep["settings"], key=lambda row: row["rank"])]
         assert ranked == sorted(values, reverse=not is_better_low(metric)), metric
+        best = sweep["settings"].pop(sweep["best"])
+        assert best["p"] is None
+        assert all(0 < row["p"] <= 1 for row in sweep["settings"])
     assert [name for name in SCORES if is_better_low(name)] == ["CHAIRs", "CHAIRi"]
 
 
