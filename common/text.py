@@ -10,7 +10,7 @@ import logging
 import os
 import re
 
-from common.errors import UserError
+from common.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ FOREIGN = re.compile(
 _said: set = set()
 
 
-class TextError(UserError):
+class TextError(DataError):
     """A file that is not text, or text in an encoding that cannot be determined."""
 
 

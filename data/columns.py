@@ -191,7 +191,7 @@ def _first(value):
 
 def _is_text(value) -> bool:
     text = _first(value)
-    text = _first(text.get(caption_key(text))) if isinstance(text, dict) else text
+    text = _first(text[caption_key(text)]) if caption_key(text) else text
     return isinstance(text, str) and bool(text.strip()) and not _may_be_image(text)
 
 
@@ -210,8 +210,9 @@ def captions_of(row: dict, names: list[str], where: str, literal: bool = False) 
     return [caption for value, inside in values for caption in _captions(value, where, inside)]
 
 
-def caption_key(value: dict) -> str | None:
-    return next((key for key in CAPTION_COLUMNS if value.get(key) is not None), None)
+def caption_key(value) -> str | None:
+    """The key of an object that its captions are under; None if there is none, or it is no object."""
+    return next((key for key in CAPTION_COLUMNS if isinstance(value, dict) and value.get(key) is not None), None)
 
 
 def _captions(value, where: str, inside: bool = False) -> list:
@@ -221,15 +222,14 @@ def _captions(value, where: str, inside: bool = False) -> list:
     if isinstance(value, str) and not inside:
         structure = parse_structure(value, where)
         return [value] if structure is None else _captions(structure, where)
-    if isinstance(value, dict):
-        key = caption_key(value)
-        return [value] if key is None else _captions(value[key], where, inside)  # `clean_captions` refuses it
+    if key := caption_key(value):
+        return _captions(value[key], where, inside)
     if isinstance(value, list | tuple | np.ndarray):
         turns = list(value)
         if turns and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns):
             return _answers(turns, where)
         return [caption for item in turns for caption in _captions(item, where, inside=True)]
-    return [value]
+    return [value]  # `clean_captions` refuses what is no text
 
 
 def _answers(turns: list[dict], where: str) -> list:

@@ -3,13 +3,15 @@ as written, or refused with the file and the line."""
 
 import csv
 import io
+import itertools
 import json
 import re
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from common.text import TextError, open_text, read_text
+from common.text import open_text, read_text
 
 SEPARATORS = (",", ";", "\t", "|")
 IMAGE_NAME = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif|jpe|heic|avif)\b", re.IGNORECASE)
@@ -27,8 +29,6 @@ def read_json(file: Path):
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: not valid JSON: {error}. One object per line belongs in a .jsonl file") from None
-    except TextError as error:
-        raise DataError(str(error)) from None
 
 
 def first_character(file: Path) -> str:
@@ -50,41 +50,32 @@ def table_objects(file: Path) -> Iterator[tuple[object, str]]:
 def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
     """The entries of a JSON list, read piece by piece."""
     decoder, number = json.JSONDecoder(), 0
-    try:
-        with open_text(file) as content:
-            text = content.read(chunk).lstrip()[1:]
-            while True:
-                text = text.lstrip().removeprefix(",").lstrip() if number else text.lstrip()
-                if text.startswith("]"):
-                    return
-                try:
-                    entry, end = decoder.raw_decode(text)
-                    if end == len(text):  # 12 may continue as 123
-                        raise json.JSONDecodeError("the list has no end", text, end)
-                except json.JSONDecodeError as error:
-                    more = content.read(chunk)
-                    if not more:
-                        raise DataError(f"{file} entry {number}: not valid JSON: {error.msg}") from None
-                    text += more
-                    continue
-                yield entry
-                text, number = text[end:], number + 1
-    except TextError as error:
-        raise DataError(str(error)) from None
+    with open_text(file) as content:
+        text = content.read(chunk).lstrip()[1:].lstrip()
+        while not text.startswith("]"):
+            try:
+                entry, end = decoder.raw_decode(text)
+                if end == len(text):  # 12 may continue as 123
+                    raise json.JSONDecodeError("the list has no end", text, end)
+            except json.JSONDecodeError as error:
+                more = content.read(chunk)
+                if not more:
+                    raise DataError(f"{file} entry {number}: not valid JSON: {error.msg}") from None
+                text += more
+                continue
+            yield entry
+            text, number = text[end:].lstrip().removeprefix(",").lstrip(), number + 1
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not blank."""
-    number = 0
-    try:
-        with open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
                 if line.strip():
                     yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} line {number}: not valid JSON: {error}") from None
-    except TextError as error:
-        raise DataError(str(error)) from None
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file} line {number}: not valid JSON: {error}") from None
 
 
 def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, str]]:
@@ -94,43 +85,32 @@ def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, 
     after it, is taken literally where the line alone shows what its cells are; else it is an error. With
     `last_takes_rest` extra separators belong to the last cell (Kaggle's captions.txt).
     """
-    try:
-        with open_text(file, newline="") as text:
-            lines = _Lines(text)
-            header, separator = _header(lines, file)
-            for cells, number in _cells(lines, separator, len(header), file):
-                if last_takes_rest and len(cells) > len(header):
-                    cells[len(header) - 1 :] = [separator.join(cells[len(header) - 1 :])]
-                if len(cells) > len(header):
-                    raise DataError(
-                        f"{file} line {number}: more fields than the header has. Quote captions with commas"
-                        if separator == ","
-                        else f"{file} line {number}: more fields than the header has, separated by {separator!r}"
-                    )
-                if separator == "|":
-                    cells = [cell.strip() for cell in cells]
-                cells += [None] * (len(header) - len(cells))
-                yield dict(zip(header, cells, strict=True)), f"{file.name} line {number}"
-    except TextError as error:
-        raise DataError(str(error)) from None
+    with open_text(file, newline="") as text:
+        lines = _Lines(text)
+        header, separator = _header(lines, file)
+        for cells, number in _cells(lines, separator, len(header), file):
+            if last_takes_rest and len(cells) > len(header):
+                cells[len(header) - 1 :] = [separator.join(cells[len(header) - 1 :])]
+            if len(cells) > len(header):
+                advice = ". Quote captions with commas" if separator == "," else f", separated by {separator!r}"
+                raise DataError(f"{file} line {number}: more fields than the header has{advice}")
+            if separator == "|":
+                cells = [cell.strip() for cell in cells]
+            yield dict(itertools.zip_longest(header, cells)), f"{file.name} line {number}"
 
 
 def _header(lines: "_Lines", file: Path) -> tuple[list[str], str]:
     first = lines.take() or ""
-    said = re.fullmatch(r"sep=(.)\s*", first)  # Excel's own way to say it
-    if said:
+    written = re.fullmatch(r"sep=(.)\s*", first)  # Excel's own way to name it
+    if written:
         first = lines.take() or ""
-    candidates = {}
-    for separator in [said[1]] if said else SEPARATORS:
-        cells = _parse(first, separator)
-        if cells:
-            candidates[separator] = [cell.strip() for cell in cells]
-    if not candidates:
+    parsed = {separator: _parse(first, separator) for separator in (written[1] if written else SEPARATORS)}
+    if not any(parsed.values()):
         raise DataError(f"{file} line 1: the header opens a quote and does not close it")
-    separator = max(candidates, key=lambda separator: len(candidates[separator]))  # on a tie the first: the comma
-    header = candidates[separator]
-    double = next((name for name in header if header.count(name) > 1), None)
-    if double is not None and (double or header.count("") > 1):
+    separator = max(parsed, key=lambda separator: len(parsed[separator] or ()))  # on a tie the first: the comma
+    header = [cell.strip() for cell in parsed[separator]]
+    double = next((name for name, number in Counter(header).items() if number > 1), None)
+    if double is not None:
         raise DataError(f"{file} line 1: two columns are called {double!r}. Rename or remove one")
     return header, separator
 
@@ -139,20 +119,16 @@ class _Lines:
     """Lines with their numbers, which can be looked at before they are taken."""
 
     def __init__(self, text):
-        self.text, self.ahead, self.number = iter(text), [], 0
+        self.text, self.ahead, self.number = iter(text), deque(), 0
 
     def take(self) -> str | None:
-        line = self.ahead.pop(0) if self.ahead else next(self.text, None)
-        self.number += line is not None
-        return line
+        self.look(0)
+        self.number += len(self.ahead) > 0
+        return self.ahead.popleft() if self.ahead else None
 
     def look(self, index: int) -> str | None:
-        while len(self.ahead) <= index:
-            line = next(self.text, None)
-            if line is None:
-                return None
-            self.ahead.append(line)
-        return self.ahead[index]
+        self.ahead.extend(itertools.islice(self.text, max(0, index + 1 - len(self.ahead))))
+        return self.ahead[index] if index < len(self.ahead) else None
 
 
 def _parse(line: str, separator: str) -> list[str] | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from common.text import TextError, open_text, read_text
+from common.text import open_text, read_text
 from data.finder import IMAGE_FOLDERS
 from data.rows import Options, Part, Row
 from data.text_rows import csv_rows
@@ -23,17 +23,8 @@ def matches(path: Path) -> bool:
 def captions_file(path: Path) -> Path | None:
     if path.is_file():
         return path
-    for pattern in (
-        "Flickr8k.token.txt",
-        "captions.txt",
-        "*/Flickr8k.token.txt",
-        "*/captions.txt",
-        "*.token",
-        "*/*.token",
-    ):
-        for file in sorted(path.glob(pattern)):
-            return file
-    return None
+    patterns = ("Flickr8k.token.txt", "captions.txt", "*/Flickr8k.token.txt", "*/captions.txt", "*.token", "*/*.token")
+    return next((file for pattern in patterns for file in sorted(path.glob(pattern))), None)
 
 
 def parts(path: Path, options: Options) -> list[Part]:
@@ -66,14 +57,15 @@ def official_splits(folder: Path) -> dict[str, str]:
     split_of: dict[str, str] = {}
     words = {"train": "train", "validation": "dev", "test": "test"}
     lists = {split: folder / f"Flickr_8k.{word}Images.txt" for split, word in words.items()}
-    present = [split for split, names in lists.items() if names.exists()]
-    if 0 < len(present) < 3:
-        absent = ", ".join(str(names) for names in lists.values() if not names.exists())
-        raise DataError(f"{absent}: missing. Put all three official split files there, or none")
-    for split in present:
-        for name in read_text(lists[split]).split():
+    absent = [str(names) for names in lists.values() if not names.exists()]
+    if len(absent) == len(lists):
+        return {}
+    if absent:
+        raise DataError(f"{', '.join(absent)}: missing. Put all three official split files there, or none")
+    for split, names in lists.items():
+        for name in read_text(names).split():
             if split_of.setdefault(name, split) != split:
-                raise DataError(f"{lists[split]}: image {name} is also in the list of {split_of[name]}")
+                raise DataError(f"{names}: image {name} is also in the list of {split_of[name]}")
     return split_of
 
 
@@ -85,14 +77,10 @@ def rows_of(file: Path) -> Iterator[tuple[str, str, str]]:
                 raise DataError(f"{file}: the first line is {list(row)}, expected the header image,caption")
             yield row["image"].strip(), row["caption"], where
         return
-    try:
-        with open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
-                name, tab, caption = line.rstrip("\r\n").partition("\t")
-                if not name.strip() and not tab:
-                    continue
-                if not tab:
-                    raise DataError(f"{file} line {number}: no tab between image and caption: {line.strip()[:80]!r}")
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, 1):
+            name, tab, caption = line.rstrip("\r\n").partition("\t")
+            if not tab and name.strip():
+                raise DataError(f"{file} line {number}: no tab between image and caption: {line.strip()[:80]!r}")
+            if tab:
                 yield name.rsplit("#", 1)[0].strip(), caption, f"{file.name} line {number}"
-    except TextError as error:
-        raise DataError(str(error)) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from common.text import TextError, read_text
+from common.text import read_text
 from data.images import ENDINGS, is_image
 from data.rows import SPLIT_NAMES, Options, Part, Row
 from data.walk import walk
@@ -63,10 +63,7 @@ def read(part: Part, options: Options) -> Iterator[Row]:
             continue
         name = Path(image).relative_to(part.place).as_posix()
         split = SPLIT_NAMES.get(name.split("/")[0].lower()) if "/" in name else None
-        try:
-            captions = [read_text(text) for text in texts]
-        except TextError as error:
-            raise DataError(str(error)) from None
+        captions = [read_text(text) for text in texts]
         yield Row(os.path.relpath((texts or [image])[0], part.place), name, captions, name=name, split=split)
     if without:
         options.dropped["images without a text file"] = without
