@@ -6,19 +6,19 @@ number; never as an image that another prediction names exactly.
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from common.errors import DataError
 from data.checks import check_rows, clean_captions
 from data.finder import Finder
 from data.formats import flickr8k
-from data.images import ImageError
 from data.reader import Source
 from data.rows import Options, Part, Row
 from data.text_rows import TABLES
@@ -67,13 +67,14 @@ def load_predictions(
                 "all its references: keep one."
             )
         predictions[image] = _text(row.captions[0], place)
-    needed = [image for image in failed if references and image in references.captions and image not in predictions]
-    if needed and not common:
-        shown = "; ".join(f"{image!r}: {failed[image]}" for image in needed[:3])
-        raise DataError(
-            f"{path}: {len(needed)} images of the references have an error instead of a caption ({shown}). Caption them, "
-            "take them out of the references, or pass --common."
-        )
+    if references and not common:
+        needed = references.captions.keys() & failed.keys() - predictions.keys()
+        if needed:
+            examples = "; ".join(f"{image!r}: {failed[image]}" for image in sorted(needed)[:3])
+            raise DataError(
+                f"{path}: {len(needed)} images of the references have an error instead of a caption ({examples}). Caption "
+                "them, take them out of the references, or pass --common."
+            )
     if failed:
         logger.warning("%s: left out %d images with an error, such as %r", path, len(failed), next(iter(failed)))
     return predictions
@@ -94,33 +95,30 @@ def load_references(path: str | os.PathLike) -> dict[str, list[str]]:
 
 def read_references(path: str | os.PathLike, split: str | None = None) -> References:
     """The references in a file or folder; of one that has splits, those of `split`."""
-    found = References({}, {}, {}, {})
+    references = References({}, {}, {}, {})
     splits = Counter()
     for row, place in _rows(path, Options(images=False)):
-        if row.split is not None and split is not None:
+        if split is not None and row.split is not None:
             splits[row.split] += 1
             if row.split != split:
                 continue
         image = _called(row, place)
         if not row.captions:
             raise DataError(f"{place}: image {image!r} has no reference captions.")
-        found.captions.setdefault(image, []).extend(clean_captions(row.captions, place, repr(image)))
-        names = {image, row.name, row.image} if isinstance(row.image, str) else {image, row.name}
+        references.captions.setdefault(image, []).extend(clean_captions(row.captions, place, repr(image)))
+        names = {image, row.name, _file_name(row)}
         if row.name is None:  # an id next to a name is a running number as often as not
             names.add(row.columns.get("id"))
         else:
-            found.names[image] = row.image if isinstance(row.image, str) else row.name
-        found.aliases.setdefault(image, set()).update(str(name) for name in names if name is not None)
+            references.names[image] = _file_name(row)
+        references.aliases.setdefault(image, set()).update(map(str, names - {None}))
         scalars = {name: value for name, value in row.columns.items() if isinstance(value, str | int | float)}
-        found.columns.setdefault(image, {}).update(scalars)
-    if not found.captions:
-        has = (
-            f"no image of split {split!r}; it has {', '.join(sorted(splits))}: pass --split"
-            if splits
-            else "no captions"
-        )
-        raise DataError(f"{path} has {has}.")
-    return found
+        references.columns.setdefault(image, {}).update(scalars)
+    if splits and not references.captions:
+        raise DataError(f"{path} has no image of split {split!r}; it has {', '.join(sorted(splits))}: pass --split.")
+    if not references.captions:
+        raise DataError(f"{path} has no captions.")
+    return references
 
 
 def _rows(path: str | os.PathLike, options: Options) -> Iterator[tuple[Row, str]]:
@@ -132,9 +130,13 @@ def _rows(path: str | os.PathLike, options: Options) -> Iterator[tuple[Row, str]
     for part in source.parts:
         part = dataclasses.replace(part, split=None) if place.is_file() else part
         for row in source.read(part):
-            if isinstance(row.image, str) and Path(row.image).is_relative_to(source.root) and not options.predictions:
-                row.image = Path(row.image).relative_to(source.root).as_posix()
+            if isinstance(row.image, str) and not options.predictions:
+                row.image = row.key
             yield row, _place(row, part)
+
+
+def _file_name(row: Row) -> str | None:
+    return row.image if isinstance(row.image, str) else row.name
 
 
 def _place(row: Row, part: Part) -> str:
@@ -143,9 +145,8 @@ def _place(row: Row, part: Part) -> str:
 
 def _called(row: Row, place: str) -> str:
     """What a source calls an image: its id, else its name."""
-    names = (row.image_id, row.image if isinstance(row.image, str) else row.name, row.key)
-    image = next((name for name in names if name), None)
-    if image is None:
+    image = row.image_id or _file_name(row) or row.key
+    if not image:
         raise DataError(f"{place}: no 'image_id' (or 'image') that is text or a whole number.")
     return image
 
@@ -157,21 +158,12 @@ def match_images(names: list[str], references: References) -> list[str]:
 
 def _matched(rows: list[tuple[Row, str]], references: References) -> list[str]:
     """The image id that the references have for each prediction; the prediction's own where they have none."""
-    tables: list[dict[str, set[str]]] = [defaultdict(set) for _ in FORMS]
-    for image, names in references.aliases.items():
-        for form, table in zip(FORMS, tables, strict=True):
-            for name in names:
-                for text in form(name):
-                    table[text].add(image)
-    called = [_called(row, place) for row, place in rows]
-    names = [[row.image_id, row.image if isinstance(row.image, str) else row.name] for row, _ in rows]
-    exact = [tables[0].get(*_whole(name), set()) for of_row in names for name in of_row if name]
-    taken = {image for images in exact if len(images) == 1 for image in images}
+    names = [list(filter(None, [row.image_id, _file_name(row)])) for row, _ in rows]
+    images = ImagesByName(references.aliases, itertools.chain.from_iterable(names))
     matched = []
-    for own, of_row, (_, place) in zip(called, names, rows, strict=True):
-        fitting = [_fitting(name, tables, taken) for name in of_row if name]
-        fitting = [images for images in fitting if images]
-        both = set.intersection(*fitting) if fitting else {own}
+    for (row, place), of_row in zip(rows, names, strict=True):
+        fitting = list(filter(None, map(images.called, of_row)))
+        both = set.intersection(*fitting) if fitting else {_called(row, place)}
         if not both:
             raise DataError(
                 f"{place}: id {of_row[0]!r} is image {min(fitting[0])!r} of the references, and file {of_row[1]!r} is image "
@@ -179,23 +171,38 @@ def _matched(rows: list[tuple[Row, str]], references: References) -> list[str]:
             )
         if len(both) > 1:
             raise DataError(
-                f"{place}: {_tails(of_row[1] or of_row[0])[-1]!r} is the name of several images of the references. Give the "
-                "predictions the references' own image ids or whole paths."
+                f"{place}: {_tails(of_row[-1])[-1]!r} is the name of several images of the references. Give the predictions "
+                "the references' own image ids or whole paths."
             )
         matched.append(both.pop())
     return matched
 
 
-def _fitting(name: str, tables: list[dict[str, set[str]]], taken: set[str]) -> set[str]:
-    """The images of the references that a name may mean."""
-    for form, table in zip(FORMS, tables, strict=True):
-        for text in form(name):
-            images = table.get(text, set())
-            if len(images) == 1 and form is not _whole:
-                images = images - taken
-            if images:
-                return images
-    return set()
+class ImagesByName:
+    """Finds images of the references by a name: as it is, by its end, without its ending, by COCO's number.
+
+    Args:
+        aliases: the names of each image.
+        names: all that will be looked up; an image that one of them is exactly is no other's.
+    """
+
+    def __init__(self, aliases: dict[str, set[str]], names: Iterable[str]):
+        self.tables = {form: defaultdict(set) for form in FORMS}
+        for form, table in self.tables.items():
+            for image, its_names in aliases.items():
+                for text in itertools.chain.from_iterable(map(form, its_names)):
+                    table[text].add(image)
+        exact = [self.tables[_whole].get(*_whole(name), ()) for name in names]
+        self.taken = {image for images in exact if len(images) == 1 for image in images}
+
+    def called(self, name: str) -> set[str]:
+        for form, table in self.tables.items():
+            for images in filter(None, map(table.get, form(name))):
+                if form is _whole or len(images) > 1:
+                    return images
+                if images - self.taken:
+                    return images
+        return set()
 
 
 def _whole(name: str) -> list[str]:
@@ -226,17 +233,12 @@ def find_images(image_dir: str | os.PathLike | None, references: dict, names: di
     by its id, with any ending, or COCO's number."""
     if image_dir is None:
         raise DataError("CLIP-based scores need the images: pass --image_dir, the folder they are in.")
-    calls = {image: [name for name in ((names or {}).get(image), image) if name] for image in references}
-    find = Finder([image_dir], lambda: [name for of_one in calls.values() for name in of_one])
-    found: dict[str, Path | None] = {}
-    for image, of_one in calls.items():
-        try:
-            found[image] = next((Path(path) for path in map(find, of_one) if os.path.isfile(path)), None)
-        except ImageError as error:
-            raise DataError(str(error)) from None
-    if absent := [image for image, path in found.items() if path is None]:
+    calls = {image: list(filter(None, [(names or {}).get(image), image])) for image in references}
+    find = Finder([image_dir], lambda: itertools.chain.from_iterable(calls.values()))
+    files = {image: next(filter(os.path.isfile, map(find, its_names)), None) for image, its_names in calls.items()}
+    if absent := [image for image, file in files.items() if file is None]:
         raise DataError(
             f"{image_dir} lacks {len(absent)} of the {len(references)} images (first: {absent[0]!r}). A file must be "
             "named after its image id, with or without an extension such as .jpg."
         )
-    return list(found.values())
+    return list(map(Path, files.values()))
