@@ -20,14 +20,12 @@ from common.files import version_of, whole, write_text
 from common.limits import cpus
 from common.processes import in_threads
 from data.columns import is_missing, parse_structure
-from data.images import MAX_PIXELS, ImageError, open_image
+from data.images import ENDING, MAX_PIXELS, ImageError, open_image
 from data.rows import Options, Record, Row
 
 SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"
 # The name of an image and a separator: the beginning of a row.
-SWALLOWED = re.compile(
-    r"""([^\s,;|"'/\\]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif))(?:#\d+)?["']?\s*[,;|\t#]""", re.IGNORECASE
-)
+SWALLOWED = re.compile(rf"""([^\s,;|"'/\\]+\.(?:{ENDING}))(?:#\d+)?["']?\s*[,;|\t#]""", re.IGNORECASE)
 
 
 def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
@@ -37,18 +35,14 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
         captions: the raw captions of one row: a string or a list of strings.
         report: called with the message instead of raising, for the rows that are to be skipped.
     """
-    if not isinstance(captions, (list, tuple)):
-        captions = [captions]
     cleaned = []
-    for caption in captions:
+    for caption in captions if isinstance(captions, list | tuple) else [captions]:
         if isinstance(caption, str) and not is_missing(caption):
             check_rows(caption, where)
             caption = caption.encode("utf-8", "replace").decode()  # Arrow takes no halves of surrogate pairs
             cleaned.append(" ".join(caption.split()))
             continue
-        fault = f"is {type(caption).__name__}, not text"
-        if caption is None or isinstance(caption, str):
-            fault = "is empty"
+        fault = "is empty" if is_missing(caption) else f"is {type(caption).__name__}, not text"
         message = f"{where}: a caption of image {image} {fault} ({caption!r})"
         if report is None:
             raise DataError(f"{message}. Correct the file. {SKIPPING}")
@@ -116,16 +110,13 @@ def check_images(
     bad: list[dict] = []
     clean = {}
     for split, rows in dataset.items():
-        found = _unreadable(rows, split, num_proc, max_pixels, cache_folder(cache_dir) / "checked")
-        bad += found
-        broken = {sample["row"] for sample in found}
-        clean[split] = rows.select([row for row in range(len(rows)) if row not in broken]) if broken else rows
-    for sample in bad:
-        sample.pop("row")
+        unreadable = _unreadable(rows, split, num_proc, max_pixels, cache_folder(cache_dir) / "checked")
+        bad += unreadable.values()
+        clean[split] = rows.select(sorted(set(range(len(rows))) - set(unreadable))) if unreadable else rows
     if bad and not skip_bad_samples:
         first = "\n".join(f"  {sample['split']}: {sample['reason']}" for sample in bad[:5])
         raise ImageError(
-            f"{len(bad)} of {sum(len(rows) for rows in dataset.values())} images cannot be read:\n{first}\n"
+            f"{len(bad)} of {sum(map(len, dataset.values()))} images cannot be read:\n{first}\n"
             "Correct or remove them, or pass --skip_bad_samples to train without them"
         )
     for split, rows in clean.items():
@@ -159,36 +150,35 @@ def version_of_images(rows: datasets.Dataset) -> str:
     return "\n".join(lines)
 
 
-def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path) -> list[dict]:
+def _unreadable(
+    rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path
+) -> dict[int, dict]:
+    """{row: {"image_id", "image", "split", "reason"}} of the images that cannot be read."""
     key = hashlib.sha256(f"{split} {max_pixels} {version_of_images(rows)}".encode())
     kept = folder / f"{key.hexdigest()[:32]}.json"
     if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
 
     rows = rows.select_columns(["image_id", "image"])
 
-    def check(row: int) -> dict | None:
-        record = rows[row]
+    def fault(row: int) -> str | None:
         try:
             # 1/8 scale reads all of a JPEG's stream and takes a sixth of the time.
-            open_image(record["image"], max_pixels=max_pixels, size=(1, 1))
+            open_image(rows[row]["image"], max_pixels=max_pixels, size=(1, 1))
         except ImageError as error:
-            image = record["image"]["path"] or f"row {row}"
-            return {
-                "row": row,
-                "image_id": record["image_id"],
-                "image": image,
-                "split": split,
-                "reason": str(error) if record["image"]["path"] else f"image {record['image_id']}: {error}",
-            }
+            return str(error)
         return None
 
     # Threads, not processes: Pillow decodes without holding the interpreter's lock.
-    found = in_threads(check, range(len(rows)), num_proc or cpus(), f"checking {split} images")
-    bad = [sample for sample in found if sample is not None]
+    faults = in_threads(fault, range(len(rows)), num_proc or cpus(), f"checking {split} images")
+    unreadable = {}
+    for row in itertools.compress(range(len(rows)), faults):
+        image_id, path = rows[row]["image_id"], rows[row]["image"]["path"]
+        reason = faults[row] if path else f"image {image_id}: {faults[row]}"
+        unreadable[row] = {"image_id": image_id, "image": path or f"row {row}", "split": split, "reason": reason}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_text(kept, json.dumps(bad))
-    return bad
+    write_text(kept, json.dumps(list(unreadable.items())))
+    return unreadable
 
 
 def check_captions(records: list[Record]) -> None:
@@ -196,16 +186,16 @@ def check_captions(records: list[Record]) -> None:
     swallowed, the file names of other images. It names the line."""
     names = {os.path.basename(record.name) for record in records if record.name and "." in record.name}
     for record in records:
+        own = os.path.basename(record.name or "")
         for caption in record.captions:
             if caption[0] in "[{" and parse_structure(caption, record.where) is not None:
                 raise DataError(
                     f"{record.where}: the caption of image {described(record)} is a list written as text inside another: "
                     f"{caption[:80]!r}. Write it as one list of captions"
                 )
-            if "." in caption:
-                for word in SWALLOWED.findall(caption):
-                    if word in names and word != os.path.basename(record.name or ""):
-                        raise DataError(
-                            f"{record.where}: the caption of image {described(record)} holds the name of another image, "
-                            f"{word}, as if it had swallowed its row: {caption[:80]!r}. Is a quote not closed?"
-                        )
+            swallowed = names.intersection(SWALLOWED.findall(caption)) - {own} if "." in caption else None
+            if swallowed:
+                raise DataError(
+                    f"{record.where}: the caption of image {described(record)} holds the name of another image, "
+                    f"{min(swallowed)}, as if it had swallowed its row: {caption[:80]!r}. Is a quote not closed?"
+                )

@@ -37,6 +37,7 @@ ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k",
     ".jpf", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".heic", ".heif", *TGA_ENDINGS,
 )  # fmt: skip
+ENDING = "|".join(ending[1:] for ending in ENDINGS)  # in a regular expression
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a GiB as RGB
 
 ORIENTATION = 0x0112  # the EXIF tag

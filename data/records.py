@@ -6,6 +6,7 @@ record, captions are cleaned, files of equal content are found, and splits are d
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from data.images import ImageError
 from data.rows import SPLITS, Options, Record, Row
 
 logger = logging.getLogger(__name__)
+CAPTIONS = pa.list_(pa.string())
 
 
 def merge(rows, options: Options) -> list[Record]:
@@ -33,45 +35,50 @@ def merge(rows, options: Options) -> list[Record]:
     Rows of a table (an int for an image) stay separate here: `same_content` finds which of them are one image.
     """
     records: dict = {}
-    of_lines, first = 0, ""  # rows whose captions span several lines
+    of_lines = []  # rows whose captions span several lines
     for row in rows:
-        image = row.name or str(row.image)
-        skippable = may_skip(row, options)
-        skip = functools.partial(options.drop, "bad captions", row.image_id or image, image)
-        if isinstance(row.image, ImageError):
-            if not skippable:
-                raise DataError(f"{row.where}: {row.image}")
-            options.drop("unclear or absent images", row.image_id or image, image, str(row.image))
-            continue
-        captions = clean_captions(row.captions or [None], row.where, image, skip if skippable else None)
-        if any(isinstance(caption, str) and "\n" in caption.strip() for caption in row.captions):
-            of_lines, first = of_lines + 1, first or row.where
+        captions = captions_of_row(row, options)
+        if any("\n" in caption.strip() for caption in row.captions if isinstance(caption, str)):
+            of_lines.append(row.where)
         if not captions:
-            options.dropped["images without captions"] += 1
             continue
         path = os.path.abspath(row.image) if isinstance(row.image, str) else row.image
-        record = records.get(path)
-        if record is None:
-            key = row.key if isinstance(path, str) else None
-            record = Record(row.where, path, captions, key, row.name, row.image_id, row.split, row.extras)
-            records[path] = record
-        elif record.split != row.split:
+        key = row.key if isinstance(path, str) else None
+        new = Record(row.where, path, [], key, row.name, row.image_id, row.split, row.extras)
+        record = records.setdefault(path, new)
+        if record.split != row.split:
             raise DataError(
-                f"{row.where}: image {image} is in split {row.split!r}, and in {record.split!r} at {record.where}. "
-                "One image belongs to one split: correct the file"
+                f"{row.where}: image {row.name or path} is in split {row.split!r}, and in {record.split!r} at "
+                f"{record.where}. One image belongs to one split: correct the file"
             )
-        else:
-            record.captions += captions
+        record.captions += captions
         if options.group_column is not None:
             record.groups.add(group_of(row, options.group_column))
     if of_lines:
         logger.warning(
             "the captions of %d rows span several lines, the first at %s; each is read as one caption. If every line is a "
             'caption, write them as a list: ["...", "..."]',
-            of_lines,
-            first,
+            *(len(of_lines), of_lines[0]),
         )
     return list(records.values())
+
+
+def captions_of_row(row: Row, options: Options) -> list[str]:
+    """Clean captions; none of a row that is left out."""
+    image = row.name or str(row.image)
+    unclear = isinstance(row.image, ImageError)
+    report = None
+    if may_skip(row, options):
+        name = "unclear or absent images" if unclear else "bad captions"
+        report = functools.partial(options.drop, name, row.image_id or image, image)
+    if not unclear:
+        captions = clean_captions(row.captions or [None], row.where, image, report)
+        options.dropped.update({} if captions else {"images without captions": 1})
+        return captions
+    if report is None:
+        raise DataError(f"{row.where}: {row.image}")
+    report(str(row.image))
+    return []
 
 
 def group_of(row: Row, column: str) -> str:
@@ -105,11 +112,6 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
         sizes: bytes of each image.
         read: read(image, start, stop) -> these of its bytes.
     """
-    first = list(range(len(sizes)))
-    groups: dict = {}
-    for index, size in enumerate(sizes):
-        if size > 0:  # empty files are not images, let alone the same one
-            groups.setdefault(size, []).append(index)
 
     def digest(index, parts):
         try:
@@ -125,16 +127,15 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
     def whole(index):
         return digest(index, [(0, sizes[index])])
 
+    # Empty files are not images, let alone the same one.
+    keys = {index: size for index, size in enumerate(sizes) if size > 0}
     for look in (pieces, whole):
-        indices = [index for group in groups.values() if len(group) > 1 for index in group]
-        finer: dict = {}
-        for index, value in zip(indices, in_threads(look, indices, 16), strict=True):
-            finer.setdefault((sizes[index], value), []).append(index)
-        groups = finer
-    for group in groups.values():
-        for index in group:
-            first[index] = group[0]
-    return first
+        number = Counter(keys.values())
+        shared = [index for index, key in keys.items() if number[key] > 1]
+        keys = {i: (sizes[i], value) for i, value in zip(shared, in_threads(look, shared, 16), strict=True)}
+    first: dict = {}
+    same_as = {index: first.setdefault(key, index) for index, key in keys.items()}
+    return [same_as.get(index, index) for index in range(len(sizes))]
 
 
 def read_file(path, start: int, stop: int) -> bytes:
@@ -154,33 +155,25 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
         first: from `same_content`.
         official: the source has its own splits.
     """
-    groups: dict = {}
-    for index, record in enumerate(records):
-        groups.setdefault(first[index], []).append(record)
-    kept = []
-    for group in groups.values():
-        if official:
-            last = max(SPLITS.index(record.split) for record in group)
-            for record in group:
-                if SPLITS.index(record.split) < last:
-                    dropped[f"{record.split} images also in {SPLITS[last]}"] += 1
-            group = [record for record in group if SPLITS.index(record.split) == last]
-        by_name: dict = {}
-        for record in group:
-            # Rows of one table that hold the same bytes are one image, unless two file names say otherwise.
-            key = record.name if official else None
-            known = by_name.setdefault(key, record)
-            if known is record:
-                continue
-            known.groups |= record.groups
-            if known.name == record.name:
-                known.captions += record.captions
-            else:
-                known.captions += [caption for caption in record.captions if caption not in known.captions]
-                dropped["renamed copies of an image"] += 1
-        kept += map(id, by_name.values())
-    kept = set(kept)
-    return [record for record in records if id(record) in kept]  # in the source's order
+    last: dict = {}  # content -> the split that keeps it
+    for content, record in zip(first, records, strict=True) if official else ():
+        last[content] = max(last.get(content, 0), SPLITS.index(record.split))
+    kept: dict = {}
+    for content, record in zip(first, records, strict=True):
+        if official and SPLITS.index(record.split) < last[content]:
+            dropped[f"{record.split} images also in {SPLITS[last[content]]}"] += 1
+            continue
+        # Rows of one table that hold the same bytes are one image, unless two file names say otherwise.
+        one = kept.setdefault((content, record.name if official else None), record)
+        if one is record:
+            continue
+        one.groups |= record.groups
+        if one.name == record.name:
+            one.captions += record.captions
+        else:
+            one.captions += [caption for caption in record.captions if caption not in one.captions]
+            dropped["renamed copies of an image"] += 1
+    return list(kept.values())
 
 
 def name_records(records: list[Record]) -> None:
@@ -192,9 +185,9 @@ def name_records(records: list[Record]) -> None:
     for record in without:
         spare = record.image if isinstance(record.image, str) else f"{record.image:08d}"
         record.image_id = record.name if unique else spare
-    known: dict = {}
+    with_id: dict = {}
     for record in records:
-        other = known.setdefault(record.image_id, record)
+        other = with_id.setdefault(record.image_id, record)
         if other is not record:
             raise DataError(
                 f"image_id {record.image_id!r} names two different images: {other.name or other.image} ({other.where}) "
@@ -219,34 +212,34 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
         table: the source's own table if it holds the images: then image bytes are not copied, a split is a
             selection of its (memory-mapped) rows.
     """
-    captions_type = pa.list_(pa.string())
-    if table is None:
-        extras = list(dict.fromkeys(key for record in records for key in record.extras))
-        columns = {key: [record.extras.get(key) for record in records] for key in extras}
-        columns = {key: _column(values) for key, values in columns.items()}
-        image_type = datasets.Image(decode=False)
-        image = pa.array([_image_value(str(record.image)) for record in records], image_type.pa_type)
-        own = {
-            "image_id": pa.array([record.image_id for record in records], pa.string()),
-            "image": image,
-            "captions": pa.array([record.captions for record in records], captions_type),
-        }
-        # Columns of the source that are called like ours, such as captions beside --caption_column caption, give way.
-        full = datasets.Dataset(pa.table(own | columns | own)).cast_column("image", image_type)
-        rows = dict(zip(map(id, records), range(len(records)), strict=True))
-    else:
-        ids: list = [None] * len(table)
-        captions: list = [None] * len(table)
-        for record in records:
-            ids[record.image], captions[record.image] = record.image_id, record.captions
-        full = table.add_column("image_id", pa.array(ids, pa.string())).add_column(
-            "captions", pa.array(captions, captions_type)
-        )
-        first = ["image_id", "image", "captions"]
-        full = full.select_columns(first + [name for name in full.column_names if name not in first])
-        rows = {id(record): record.image for record in records}
-    splits = {split: [rows[id(record)] for record in records if record.split == split] for split in SPLITS}
-    return datasets.DatasetDict({split: full.select(indices) for split, indices in splits.items() if indices})
+    full = _dataset_of_files(records) if table is None else _with_ids_and_captions(table, records)
+    rows = range(len(records)) if table is None else [record.image for record in records]
+    rows_of = {
+        split: [row for row, record in zip(rows, records, strict=True) if record.split == split] for split in SPLITS
+    }
+    return datasets.DatasetDict({split: full.select(indices) for split, indices in rows_of.items() if indices})
+
+
+def _dataset_of_files(records: list[Record]) -> datasets.Dataset:
+    image_type = datasets.Image(decode=False)
+    ours = {
+        "image_id": pa.array([record.image_id for record in records], pa.string()),
+        "image": pa.array([_image_value(str(record.image)) for record in records], image_type.pa_type),
+        "captions": pa.array([record.captions for record in records], CAPTIONS),
+    }
+    names = dict.fromkeys(itertools.chain.from_iterable(record.extras for record in records))
+    extras = {name: _column([record.extras.get(name) for record in records]) for name in names}
+    # Columns of the source that are called like ours, such as captions beside --caption_column caption, give way.
+    return datasets.Dataset(pa.table(ours | extras | ours)).cast_column("image", image_type)
+
+
+def _with_ids_and_captions(table: datasets.Dataset, records: list[Record]) -> datasets.Dataset:
+    ids: list = [None] * len(table)
+    captions: list = [None] * len(table)
+    for record in records:
+        ids[record.image], captions[record.image] = record.image_id, record.captions
+    full = table.add_column("image_id", pa.array(ids, pa.string())).add_column("captions", pa.array(captions, CAPTIONS))
+    return full.select_columns(list(dict.fromkeys(["image_id", "image", "captions", *full.column_names])))
 
 
 def _image_value(path: str) -> dict:

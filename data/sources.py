@@ -111,41 +111,27 @@ def load(
     source = Source(str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name, options)
     rows, tables = open_rows(source, dataset_name, draw_splits_from)
     if options.streaming and tables is not None and not _are_annotations(tables, options):
-        if group_column:
-            raise DataError(
-                f"{dataset_name}: a stream does not know its groups beforehand. Leave out --streaming or --group_column"
-            )
-        streams = stream_records(tables, options, split_seed, shares, dataset_name, source.root, all_as)
-        if seen and set(tables) == {"train"}:
-            streams, _ = seen.held_out(streams, all_as)
-        dataset = chosen.of(streams)
+        dataset = chosen.of(_streams(tables, source, split_seed, shares, all_as, seen))
         logger.info(NOT_CHECKED, dataset_name, source.format.NAME, ", ".join(dataset))
         return dataset
 
-    table = None
-    if tables is not None:
-        rows, table = _rows_of(tables, source, draw_splits_from)
-    records = rec.merge(rows, options)
-    if draw_splits_from is not None and tables is None:
-        records = only_split(records, draw_splits_from, dataset_name)
-    check_captions(records)
+    records, table = _records(rows, tables, source, draw_splits_from)
     official, complete = rec.splits_of_source(records)
-    if all_as and not official:
-        for record in records:
-            record.split = all_as
-    if (official and complete) or (all_as and not official and not seen):
-        # Before images are looked for: those of other splits need not be there.
-        records = chosen.records(records)
+    whole = all_as is not None and not official  # one split of all images
+    for record in records if whole else ():
+        record.split = all_as
+    if (official and complete) or (whole and not seen):
+        records = chosen.records(records)  # before images are looked for: those of other splits need not be there
     if require_images:
         karpathy.fetch_missing(records, options)
     if not records:
         raise DataError(f"{dataset_name}: no captioned image found{in_words(options.dropped)}")
 
-    drawn = not complete and (official or not all_as)
+    drawn = not complete and not whole
     records = _each_image_once(records, table, options, official, drawn, require_images)
     rec.name_records(records)
-    phrase = "splits of the source" if official or drawn else f"no splits in the source, so all images are {all_as}"
     near = _near_pairs(records, table, options, drawn) if require_images else []
+    phrase = f"no splits in the source, so all images are {all_as}" if whole else "splits of the source"
     if official:
         splitting.say_near_pairs_across_splits(records, near)
     if drawn:
@@ -160,6 +146,27 @@ def load(
         *(dataset_name, source.format.NAME, detected, counts(dataset), phrase, in_words(options.dropped)),
     )
     return as_streams(dataset) if streaming else dataset
+
+
+def _streams(tables: dict, source: Source, seed: int, shares: tuple, all_as: str | None, seen):
+    if source.options.group_column:
+        raise DataError(
+            f"{source.name}: a stream does not know its groups beforehand. Leave out --streaming or --group_column"
+        )
+    streams = stream_records(tables, source.options, seed, shares, source.name, source.root, all_as)
+    return seen.held_out(streams, all_as)[0] if seen and set(tables) == {"train"} else streams
+
+
+def _records(rows, tables: dict | None, source: Source, draw_splits_from: str | None) -> tuple[list[Record], object]:
+    """(records with clean captions, table of their images or None)."""
+    table = None
+    if tables is not None:
+        rows, table = _rows_of(tables, source, draw_splits_from)
+    records = rec.merge(rows, source.options)
+    if draw_splits_from is not None and tables is None:
+        records = only_split(records, draw_splits_from, source.name)
+    check_captions(records)
+    return records, table
 
 
 @dataclass

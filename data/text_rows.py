@@ -12,9 +12,10 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.text import open_text, read_text
+from data.images import ENDING
 
 SEPARATORS = (",", ";", "\t", "|")
-IMAGE_NAME = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|jfif|jpe|heic|avif)\b", re.IGNORECASE)
+IMAGE_NAME = re.compile(rf"\.(?:{ENDING})\b", re.IGNORECASE)
 LONGEST_CELL = 500  # lines of one quoted cell
 
 csv.field_size_limit(1 << 30)  # a cell may hold an image in base64

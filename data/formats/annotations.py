@@ -130,7 +130,10 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
     place and as text in another. An image without a file name is found by its id."""
     captions = coco_captions(content["annotations"], file, options)
     names: dict = {}
-    for image in content.get("images") or [{"id": image_id} for image_id in captions]:
+    images = content.get("images")
+    if images is None or not (images or options.images):
+        images = [{"id": image_id} for image_id in captions]
+    for image in images:
         image_id = as_id(image.get("id", image.get("image_id")))
         name = image.get("file_name") or image.get("filename") or image.get("image")
         if names.setdefault(image_id, name) != name:
