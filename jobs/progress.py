@@ -7,6 +7,7 @@ import sys
 import time
 
 from common.errors import Unreachable, UserError
+from common.logs import duration
 from jobs.journal import JournalInUse
 from jobs.queue import Patient
 from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable, rows_of
@@ -47,14 +48,8 @@ def line(rows: int, total: int | None, shards: int, of: int, errors: int, failed
     parts += [f"{errors:,} without a result"] * bool(errors) + [f"{failed:,} shards failed"] * bool(failed)
     left = (total - rows if total is not None else (of - shards) * rows / shards if shards else 0) / rate if rate else 0
     if left > 0 and shards < of:
-        parts.append(f"about {_duration(left)} left")
+        parts.append(f"about {duration(left)} left")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def status(name: str, unit: str) -> str:

@@ -7,6 +7,8 @@ name with three decimals.
 
 from dataclasses import dataclass
 
+from metrics.coco_caption.coco import NOT_ASKED
+
 
 @dataclass(frozen=True)
 class Score:
@@ -45,6 +47,15 @@ SCORES = {
         Score("scene_facts", "Scene facts", main=True),
     )
 }
+
+
+# The arguments of metrics.score for an evaluation in training: without Java, and without intervals.
+QUICK = {"meteor": False, "spice": False, "bootstrap_samples": 0}
+
+
+def is_shown(name: str, scores: dict) -> bool:
+    """Whether people want to read of a score: it was computed, or it was asked for and could not be."""
+    return scores.get(name) is not None or NOT_ASKED not in scores.get("unavailable", {}).get(name, NOT_ASKED)
 
 
 def score_named(name: str) -> Score:

@@ -10,6 +10,7 @@ from objectives.rewards import RecordImages, Rewards, clip_metrics_of, parse_rew
 from objectives.scst import SelfCritical
 
 logger = logging.getLogger(__name__)
+REWARDED = ("scst", "dico")  # learn from rewards of the model's own captions
 
 __all__ = ["CrossEntropy", "build_objective", "caption_loss", "check_objective", "token_log_probs"]
 
@@ -17,7 +18,7 @@ __all__ = ["CrossEntropy", "build_objective", "caption_loss", "check_objective",
 def check_objective(args, objective_args, metric_args, scratch_args, data_args) -> list[str]:
     """The CLIP-based scores that the objective's rewards need. ValueError, before anything is loaded, if these flags do
     not fit `args.objective`."""
-    if args.objective == "cross_entropy":
+    if args.objective not in REWARDED:
         return []
     needed = clip_metrics_of(parse_rewards(objective_args.reward))
     metrics, best = [*needed, *metric_args.clip_metrics], args.metric_for_best_model

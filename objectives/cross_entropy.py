@@ -59,6 +59,8 @@ def images_that_count(batch: dict) -> int:
 class CrossEntropy:
     """The objective of supervised fine-tuning."""
 
+    prompts_only = False  # batches hold the references as labels
+
     def __init__(self, label_smoothing: float = 0.0):
         self.label_smoothing = label_smoothing
 

@@ -70,6 +70,8 @@ class Dico:
     and objectives.policy.facts.
     """
 
+    prompts_only = True  # it draws the captions that it learns from
+
     def __init__(self, captioner, rewards, *, candidates=5, sampled=False, beta: float = 0.2, tau: float = 300.0):
         self.captioner, self.rewards, self.beta, self.tau = captioner, rewards, beta, tau
         self.decoding = SAMPLING if sampled else {"do_sample": False, "num_beams": candidates}

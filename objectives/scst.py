@@ -48,6 +48,8 @@ class SelfCritical:
     that end in a word such as "a" or "with", and that were cut at the maximum length), `entropy` (nats per token).
     """
 
+    prompts_only = True  # it draws the captions that it learns from
+
     def __init__(
         self,
         captioner,

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from common.files import write_text
 from common.publish import without_local_paths
 from data.seen import in_words
-from metrics.names import SCORES
+from metrics.names import SCORES, is_shown
 from models.adapters import describe
 from models.families import base_model, family_of
 from reports.snippet import snippet
@@ -200,8 +200,8 @@ def _scores(reported: list[dict]) -> str:
         rows = []
         for key, shown in [(score.name, score.label) for score in SCORES.values() if score.name != "scene_facts"]:
             if scores.get(key) is None:
-                reason = scores.get("unavailable", {}).get(key)
-                if reason:
+                if key in scores.get("unavailable", {}) and is_shown(key, scores):
+                    reason = scores["unavailable"][key]
                     rows.append(f"| {shown} | not computed | {_cell(reason)} |")
                 continue
             low, high = scores.get("intervals", {}).get(key) or (None, None)

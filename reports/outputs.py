@@ -14,7 +14,7 @@ from drawn_scenes.facts import scene_facts, score_scene_facts
 from metrics.chair import chair_scores, read_instances
 from metrics.clip_scores import clip_scores
 from metrics.coco_caption.coco import InvalidCaptions, preflight, score
-from metrics.names import SCORES, is_better_low
+from metrics.names import QUICK, SCORES, is_better_low, is_shown
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,10 @@ def warn_of_missing_scores(metric_args) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     for name, reason in reasons.items():
-        logger.warning("%s will be null: %s", name, reason)
+        if name == "SPICE" and metric_args.spice == "auto":
+            logger.info("SPICE is not computed: %s", reason)
+        else:
+            logger.warning("%s will be null: %s", name, reason)
 
 
 def metrics_cache() -> Path:
@@ -177,10 +180,16 @@ def score_captions(
     return metrics, rows
 
 
+def quick_scores(metric_args, predictions: dict, references: dict, language: str) -> tuple[dict, list[dict]]:
+    """`score_captions` for an evaluation in training: without Java, intervals, and what looks at images."""
+    quick = dataclasses.replace(metric_args, **QUICK, instances=None, caption_language=language)
+    return score_captions(predictions, references, quick, 0)
+
+
 def summary(metrics: dict) -> str:
     """The scores as readable lines: each with its interval, or with the reason why it is missing."""
     lines = []
-    names = [name for name in SCORES if name in metrics and name != "scene_facts"]
+    names = [name for name in SCORES if name in metrics and name != "scene_facts" and is_shown(name, metrics)]
     width = max(map(len, names))
     for name in names:
         value = metrics[name]

@@ -98,6 +98,9 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
     first = next(iter(runs.values()))
     had = dict.fromkeys(name for row in first["rows"] for name in row["scores"])
     columns = names.in_order(name for name in had if names.score_named(name).per_image)
+    readable = {
+        name for name in {*names.SCORES, *columns} if any(names.is_shown(name, r["scores"]) for r in runs.values())
+    }
     faults_of_run = [faults(run["rows"]) for run in runs.values()]
     # In the order of the images' ids, numbers by their value: what the page sorts "by image id" is this order.
     order = sorted(range(len(first["rows"])), key=lambda number: _natural(first["rows"][number]["image_id"]))
@@ -122,7 +125,7 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
     }
     page = _template().render(
         runs=runs,
-        names={name: names.score_named(name).label for name in names.in_order({*names.SCORES, *columns})},
+        names={name: names.score_named(name).label for name in names.in_order(readable)},
         main_scores=[score.name for score in names.SCORES.values() if score.main],
         shares=SHARES,
         charts=charts(runs),

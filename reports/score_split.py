@@ -61,7 +61,8 @@ def score_split(
         scores["counts"]["cut_captions"] = captioner.cut
         source |= {"generation": captioner.description()}
     scores = outputs.write_scores(folder, scores, rows, **source)
-    logger.info("scores of %d images, in %s:\n%s", len(predictions), folder, outputs.summary(scores))
+    of = f"{source['split']} images" if source.get("split") else "images"
+    logger.info("scores of %d %s, in %s:\n%s", len(predictions), of, folder, outputs.summary(scores))
     if metric_args.report:
         images = records["image"] if "image" in records.column_names else None
         looks = captioner and functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)

@@ -8,8 +8,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from arguments import GenerationArguments
-from common.cli import convert, flags_of, nearest
+from common.cli import convert, flags_of
 from common.errors import UserError
+from common.habits import nearest
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.coco import preflight
 from metrics.names import SCORES, is_better_low

@@ -84,7 +84,7 @@ def as_loaded(captioner: Captioner, model_args, args) -> Captioner:
     return captioner
 
 
-def build_collator(captioner, augmentations: dict, data_args, args) -> CaptionCollator:
+def build_collator(captioner, augmentations: dict, data_args, prompts_only: bool = False) -> CaptionCollator:
     if augmentations["augmentation"]:
         augmentations["augmentation"].size = input_size(captioner.processor.image_processor)
     return CaptionCollator(
@@ -93,7 +93,7 @@ def build_collator(captioner, augmentations: dict, data_args, args) -> CaptionCo
         max_txt_len=data_args.max_txt_len,
         prompt=captioner.prompt,
         fast_jpeg=captioner.fast_jpeg,
-        prompts_only=args.objective != "cross_entropy",  # the other objectives learn from the model's own captions
+        prompts_only=prompts_only,
         **augmentations,
     )
 
@@ -120,7 +120,7 @@ def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_arg
     captioner = Captioner(model, processor, fast_jpeg=model_args.fast_jpeg)
     data_args.max_txt_len = data_args.max_txt_len or PUBLISHED
     no_augmentations = {"augmentation": None, "text_augmentation": None}
-    collator = build_collator(captioner, no_augmentations, data_args, args).for_evaluation()
+    collator = build_collator(captioner, no_augmentations, data_args).for_evaluation()
     drawn = {"scst": objective_args.scst_samples, "dico": objective_args.dico_candidates}
     rows = drawn.get(args.objective, data_args.captions_per_image)
     found = plan(model, collator, args, rows, data_args.max_txt_len, model_args.quantization)

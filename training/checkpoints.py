@@ -124,7 +124,8 @@ def _check_flags(folder: Path, flags: dict) -> None:
         what = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:5])
         more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise UserError(
-            f"output_dir {folder} holds another run: {what}{more}. Name another --output_dir, or delete that one."
+            f"output_dir {folder} holds another run: {what}{more}. To continue from its model (more epochs, other settings), pass "
+            f"--model_name_or_path {folder} and another --output_dir; to start anew, another --output_dir, or delete that one."
         )
 
 

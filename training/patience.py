@@ -22,3 +22,8 @@ class Patience(TrainerCallback):
         control.should_training_stop |= waited >= self.patience
 
     on_evaluate = on_train_begin
+
+
+def patience_of(args) -> list[TrainerCallback]:
+    """The callback of --patience, if it is given."""
+    return [Patience(args.patience)] if args.patience else []

@@ -1,17 +1,27 @@
-"""SIGTERM and SIGUSR1 in the middle of training: spot machines and batch systems (Slurm's --signal=USR1@120) send one some
-time before they kill a job."""
+"""SIGTERM, SIGUSR1 and Ctrl-C in the middle of training: spot machines and batch systems (Slurm's --signal=USR1@120) send one
+some time before they kill a job."""
 
 import contextlib
 import logging
 import signal
+import threading
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has one of them
+# Windows has no SIGUSR1.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 EVALUATION_DUE = "evaluation_due"  # a file in a checkpoint that was saved before the evaluation of its step
+
+
+class Stopped(KeyboardInterrupt):
+    """The end of a run that a signal has stopped, for common.cli, which makes it the exit code."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal = number
 
 
 class EvaluationStopped(BaseException):
@@ -19,8 +29,8 @@ class EvaluationStopped(BaseException):
 
 
 class StopOnSignal(TrainerCallback):
-    """On one of SIGNALS the step in progress is finished, a checkpoint saved, and the run ended as by Ctrl-C: the same command
-    resumes from there, to the same weights.
+    """On one of SIGNALS the step in progress is finished, a checkpoint saved, and the run ended: the same command resumes from
+    there, to the same weights. A second Ctrl-C ends it at once. In a thread, as of a notebook, signals are not heard.
 
     Several processes stop after the same step. An evaluation that is due first is left to the next start, which finds
     EVALUATION_DUE in the checkpoint. One in progress is interrupted too, but only of a single process: several cannot
@@ -28,12 +38,13 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self):
-        self.asked = self.stopping = self.may_break_off = False
-        self.heard = "a signal to another process"
+        self.stopping = self.may_break_off = False
+        self.asked = 0  # the number of the signal
         self.group = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        heard = SIGNALS if threading.current_thread() is threading.main_thread() else []
+        self.before = {number: signal.signal(number, self._ask) for number in heard}
         if args.world_size > 1:  # on the host: asking through the GPU would make every step wait for it
             self.group = torch.distributed.new_group(backend="gloo")
 
@@ -51,11 +62,11 @@ class StopOnSignal(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not self.stopping:
             return
-        logger.warning("%s: saved checkpoint-%d", self.heard, state.global_step)
+        logger.warning("%s: saved checkpoint-%d", signal.Signals(self.asked).name, state.global_step)
         if self.group is not None:
             torch.distributed.barrier(self.group)  # until the checkpoint is written
             torch.distributed.destroy_process_group()
-        raise KeyboardInterrupt  # common.cli.run reports it
+        raise Stopped(self.asked)
 
     @contextlib.contextmanager
     def breaking_off(self):
@@ -69,16 +80,21 @@ class StopOnSignal(TrainerCallback):
             self.may_break_off = False
 
     def _ask(self, number, _):
-        self.asked, self.heard = True, signal.Signals(number).name
+        if self.asked == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+        if number == signal.SIGINT and not self.may_break_off:
+            logger.warning("stopping: a checkpoint is saved after this step. Ctrl-C again stops at once")
         if self.may_break_off:
             self.may_break_off = False
             raise EvaluationStopped
 
     def _stop_if_asked(self, args, state, control):
-        asked = torch.tensor(int(self.asked))
+        asked = torch.tensor(self.asked)
         if self.group is not None:
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        if asked:
+        self.asked = int(asked)
+        if self.asked:
             self.stop(args, state, control, evaluation_due=control.should_evaluate)
 
     def stop(self, args, state, control, *, evaluation_due: bool) -> None:

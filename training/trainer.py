@@ -1,5 +1,6 @@
 """The one trainer: transformers' Seq2SeqTrainer, with an objective as its loss and captioning as its evaluation."""
 
+import functools
 import logging
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from common.sharding import gathered, strategy
 from data import CaptionPairs, CaptionStream
 from metrics import score
 from metrics.clip_scores import clip_scores
-from metrics.names import SCORES
+from metrics.names import QUICK, SCORES, score_named
 from models.families import base_model
 from models.loading import load_weights
 from objectives.cross_entropy import caption_loss, images_that_count
@@ -35,6 +36,9 @@ from training.tracker_images import log_samples
 logger = logging.getLogger(__name__)
 
 
+quick_score = functools.partial(score, **QUICK)
+
+
 class CaptionTrainer(Seq2SeqTrainer):
     """Trains by `objective(model, batch, num_items_in_batch) -> {"loss": scalar, name: scalar, ...}`. The loss is a mean
     over target tokens, or over what the objective's `items(batch)` counts, if it has that.
@@ -44,14 +48,19 @@ class CaptionTrainer(Seq2SeqTrainer):
     at the images, `eval_CLIP-S`, `eval_RefCLIP-S` and the like); `eval_loss` is the unsmoothed cross-entropy of their
     pairs of image and caption, not augmented. In several processes each captions its share, and all get the same scores.
     The captions of the first 8 records are logged to the trackers as images.
+
+    `score(predictions, references, language=...)` returns the scores and anything else; those that metrics.names has as
+    `in_training` are taken.
     """
 
-    def __init__(self, *, objective, captioner, validation=None, scorers=(), caption_language="en", **kwargs):
+    def __init__(
+        self, *, objective, captioner, validation=None, scorers=(), caption_language="en", score=quick_score, **kwargs
+    ):
         per_image = kwargs["train_dataset"].captions_per_image
         pairs = None if validation is None else CaptionPairs(validation, per_image)
         super().__init__(eval_dataset=pairs, **kwargs)
         self.objective, self.captioner, self.validation, self.scorers = objective, captioner, validation, scorers
-        self.caption_language = caption_language
+        self.caption_language, self.score = caption_language, score
         self.eval_collator = self.data_collator.for_evaluation()
         self.validation_records = getattr(validation, "source", validation)  # with their images
         # The loss is a mean over the target tokens of the whole effective batch, so the Trainer must count them.
@@ -88,7 +97,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.args.eval_on_start |= self._late
         if (
             self.args.process_index
-        ):  # the weights were made of the same random numbers everywhere; noise is each one's own
+        ):  # weights were made of the same random numbers everywhere; noise is each process's own
             set_seed(self.args.seed + self.args.process_index)
         outcome = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.load_best_model_at_end and self._replicated():
@@ -130,7 +139,13 @@ class CaptionTrainer(Seq2SeqTrainer):
             super()._load_best_model()
         elif not self._replicated() or self.args.process_index == self.args.local_process_index:
             best = self.state.best_model_checkpoint
-            logger.info("loading the best checkpoint, %s (%s)", best, self.state.best_metric)
+            name = self.args.metric_for_best_model.removeprefix("eval_")
+            logger.info(
+                "loading the best checkpoint, %s: validation %s %.4f",
+                best,
+                score_named(name).label,
+                self.state.best_metric,
+            )
             load_weights(self.model, best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -209,7 +224,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             self.callback_handler.on_save(self.args, self.state, self.control)
         if self.is_world_process_zero():
             for image_id, caption in list(predictions.items())[:3]:
-                logger.info("%s: %s", image_id, caption)
+                logger.info("validation %s: %s", image_id, caption)
             shown = self.validation_records.select(range(min(8, len(self.validation_records))))
             log_samples(self.callback_handler.callbacks, shown, predictions, self.state.global_step)
         metrics["runtime"] = round(time.perf_counter() - start, 3)
@@ -236,9 +251,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 num_workers=self.args.dataloader_num_workers,
             )
         references = dict(zip(self.validation["image_id"], self.validation["captions"], strict=True))
-        scores, _ = score(
-            predictions, references, meteor=False, spice=False, bootstrap_samples=0, language=self.caption_language
-        )
+        scores, _ = self.score(predictions, references, language=self.caption_language)
         metrics = {"loss": loss} | {name: scores[name] for name, of in SCORES.items() if of.in_training}
         if self.scorers:
             found, _ = clip_scores(

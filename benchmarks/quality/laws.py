@@ -60,14 +60,14 @@ MOMENTS = {
 # Name: (signal, exit code, moment, how it is launched).
 ENDS = {
     f"{signal} {name}, resumed": (signal, code, moment, {})
-    for signal, code in (("SIGKILL", -9), ("SIGTERM", 130), ("SIGUSR1", 130))
+    for signal, code in (("SIGKILL", -9), ("SIGTERM", 143), ("SIGUSR1", 138))
     for name, moment in MOMENTS.items()
 }
 ENDS |= {
     f"2 processes, {signal} {name}, resumed": (signal, code, moment, TWO)
     for signal, code, names in (
         ("SIGKILL", -9, ["in a step", "in a save"]),
-        ("SIGTERM", 130, ["in a step", "in an evaluation"]),
+        ("SIGTERM", 143, ["in a step", "in an evaluation"]),
     )
     for name, moment in MOMENTS.items()
     if name in names

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 
 from common.caches import cache_folder
 from common.errors import DataError
 from common.files import whole
+from common.processes import show_progress
 from data.columns import captions_of
 from data.finder import IMAGE_FOLDERS
 from data.rows import Options, Part, Record, Row, split_name
@@ -141,7 +141,7 @@ def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
     fetch(names[0])  # alone: without a network, one message rather than sixteen
     pool = ThreadPoolExecutor(connections)
     try:
-        for _ in tqdm(pool.map(fetch, names), total=len(names), desc="COCO images", mininterval=1):
+        for _ in show_progress(pool.map(fetch, names), len(names), "fetching COCO images"):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

@@ -31,6 +31,7 @@ _BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
 SUMMED = ("Bleu", "sacrebleu", "METEOR")
 # These too: they are a share, the first column divided by the second.
 SHARES = ("scene_facts", "CHAIRi", "object_recall")
+NOT_ASKED = "not asked for"  # how the reason begins why a score is missing that nobody asked for
 SPICE_SAMPLES = 1500  # images, where their references were never parsed
 
 # A caption that ends in one of these was cut off: what rewards without an end-of-sequence token teach a model.
@@ -138,7 +139,8 @@ def score(
     tokens, reference_tokens = _tokenized(predictions, references, language)
     sample = _spice_sample(reference_tokens, spice_samples, cache if spice else None, seed)
     reasons = {name: _english_only(name, language) for name in ("METEOR", "SPICE")}
-    unavailable = {name: why for name, why in reasons.items() if why and {"METEOR": meteor, "SPICE": spice}[name]}
+    asked = {"METEOR": meteor, "SPICE": spice is True}
+    unavailable = {name: why if asked[name] else f"{NOT_ASKED}; {why}" for name, why in reasons.items() if why}
     with ThreadPoolExecutor(2) as pool:  # Java works in processes of its own while numpy works here
         meteor_job = spice_job = None
         if meteor and not reasons["METEOR"]:
@@ -156,8 +158,8 @@ def score(
         sacrebleu = _sacrebleu(lowercase=sacrebleu_lowercase, tokenize=sacrebleu_tokenizer(language))
         sacrebleu_counts = _sacrebleu_statistics(sacrebleu, predictions, references)
         corpus = _corpus_facts(tokens, [predictions[image] for image in images], training_captions, language)
-        meteor_counts = _result(meteor_job, "METEOR", unavailable)
-        spice_found = _result(spice_job, "SPICE", unavailable)
+        meteor_counts = _result(meteor_job, "METEOR", asked, unavailable)
+        spice_found = _result(spice_job, "SPICE", asked, unavailable)
 
     metrics: dict = dict(zip(_BLEU_NAMES, bleu_from_statistics(bleu_counts.sum(axis=0)).tolist(), strict=True))
     metrics["METEOR"] = None if meteor_counts is None else float(meteor_from_statistics(meteor_counts.sum(axis=0)))
@@ -299,16 +301,19 @@ def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.nda
     return np.concatenate([statistics(hypotheses[i : i + _BLOCK], references[i : i + _BLOCK]) for i in blocks])
 
 
-def _result(job: Future | None, name: str, unavailable: dict[str, str]):
+def _result(job: Future | None, name: str, asked: dict[str, bool], unavailable: dict[str, str]):
     """What a Java job returned; None and a reason if it failed."""
     if job is None:
-        unavailable.setdefault(name, "not asked for")
+        unavailable.setdefault(name, NOT_ASKED)
         return None
     try:
         return job.result()
     except Exception as error:  # whatever it was, hours of generation and the other scores must not be lost to it
         unavailable[name] = str(error) if isinstance(error, Unavailable) else repr(error)
-        logger.warning("%s is null: %s", name, unavailable[name])
+        if asked[name] or not isinstance(error, Unavailable):
+            logger.warning("%s is null: %s", name, unavailable[name])
+        else:
+            unavailable[name] = f"{NOT_ASKED}; {unavailable[name]}"
         return None
 
 

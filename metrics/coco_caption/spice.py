@@ -101,9 +101,24 @@ def _batches(captions: list[str]) -> Iterator[list[str]]:
 
 
 def _bar(total: int, doing: str):
-    return tqdm(
-        total=total, desc=doing, unit=" captions", disable=not total, mininterval=0.5 if sys.stderr.isatty() else 30
-    )
+    return _progress(total, doing, unit=" captions", disable=not total)
+
+
+class _Log:
+    """A file for tqdm that is the log."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            logger.info("%s", line)
+
+    def flush(self) -> None:
+        pass
+
+
+def _progress(total: int | None, doing: str, **options):
+    """A progress bar, or without a terminal a line in the log every half minute."""
+    where = {"mininterval": 0.5} if sys.stderr.isatty() else {"file": _Log(), "mininterval": 30, "ncols": 80}
+    return tqdm(total=total, desc=doing, **where, **options)
 
 
 def _result(answer: dict) -> dict:
@@ -394,5 +409,5 @@ def _sha1(path) -> str:
 
 @contextlib.contextmanager
 def _show_download(name: str, size: int):
-    with tqdm(total=size or None, desc=name, unit="B", unit_scale=True) as bar:
+    with _progress(size or None, name, unit="B", unit_scale=True) as bar:
         yield bar.update

@@ -1,10 +1,14 @@
 """The command line: --help and mistakes answer at once, and the flags are those of the dataclasses and of transformers."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -44,12 +48,57 @@ MISTAKES = [
     ("infer.py", ["photos/*.jpg"], "photos/*.jpg: there is no such file or folder, and no file that matches it"),
     ("infer.py", ["https://example.org/a.jpg"], "files are not fetched from web addresses"),
     ("train.py", ["recipes/flickr8k.yml"], "Did you mean recipes/blip/flickr8k.yaml?"),
+    ("train.py", ["recipes/blip/flickr8k"], "no such file or folder. Flags begin with --. Did you mean recipes/blip/flickr8k.yaml?"),
     ("rewrite.py", ["fuse", "in.jsonl", "--llm", "hf:x", "--dry_run"], "in.jsonl: no such file or folder"),
     ("export.py", ["runs/none"], "runs/none: no such file or folder"),
     ("demo.py", ["--login", "users.txt"], "--login users.txt: no such file or folder"),
     ("demo.py", ["--login", "here.txt"], "--login here.txt: every line must be user:password."),
     ("demo.py", ["--port", "70000"], "--port 70000: bind(): port must be 0-65535"),
 ]  # fmt: skip
+
+
+# What users of Trainer, TRL, argparse scripts and Gradio type, and what they are told.
+HABITS = [
+    *(("train", word, f"Did you mean --{flag}?") for word, flag in {
+        "--model": "model_name_or_path", "--model_name": "model_name_or_path", "--model-id=x": "model_name_or_path",
+        "--pretrained": "model_name_or_path", "--checkpoint": "model_name_or_path", "--dataset": "dataset_name",
+        "--data": "dataset_name", "--data_path": "dataset_name", "--train_file": "dataset_name",
+        "--image_folder": "image_dir", "--images": "image_dir", "--batch_size": "per_device_train_batch_size",
+        "--bs": "per_device_train_batch_size", "--train_batch_size": "per_device_train_batch_size",
+        "--eval_batch_size": "per_device_eval_batch_size", "--epochs": "num_train_epochs",
+        "--num-epochs": "num_train_epochs", "--lr": "learning_rate", "--lr=1e-4": "learning_rate",
+        "--learning-rat": "learning_rate", "--steps": "max_steps", "--max_train_steps": "max_steps",
+        "--output": "output_dir", "--out": "output_dir", "--save_dir": "output_dir",
+        "--grad_accum": "gradient_accumulation_steps", "--warmup_ratio": "warmup_steps",
+        "--lr_scheduler": "lr_scheduler_type", "--optimizer": "optim", "--num_workers": "dataloader_num_workers",
+        "--gpu": "device", "--mixed_precision": "bf16", "--lora": "use_peft", "--lora_rank": "lora_r",
+        "--lora_target_modules": "lora_targets", "--beam_size": "num_beams", "--max_length": "max_new_tokens",
+        "--early_stopping_patience": "patience", "--evaluation_strategy": "eval_strategy", "--wandb": "report_to",
+        "--num_beam": "num_beams", "--hub_repo_id": "hub_model_id",
+    }.items()),
+    ("train", "--load_in_4bit", "use --quantization 4bit"),
+    ("train", "--overwrite_output_dir", "nothing is overwritten. Name another --output_dir"),
+    ("train", "--trust_remote_code", "code from the Hub is never run"),
+    ("train", "--resume", "a run resumes by itself"),
+    ("train", "--resume_from_checkpoint true", "a run resumes by itself"),
+    ("train", "--do_train", "train.py trains"),
+    ("train", "--fsdp full_shard", "accelerate launch --config_file"),
+    ("train", "--zzz", "unrecognized argument: --zzz."),
+    ("evaluate", "--batch_size 4", "Did you mean --per_device_eval_batch_size?"),
+    ("evaluate", "--preds p.json", "Did you mean --predictions?"),
+    ("evaluate", "--out_dir x", "Did you mean --output_dir?"),
+    ("infer", "--output_dir x", "Did you mean --output?"),
+    ("infer", "--images photos", "It is named without a flag: PATHS."),
+    ("infer", "--input photos", "It is named without a flag: PATHS."),
+    ("demo", "--server_port 80", "Did you mean --port?"),
+    ("demo", "--server_name 0.0.0.0", "Did you mean --host?"),
+    ("demo", "--auth a:b", "Did you mean --login?"),
+    ("demo", "--share", "--host 0.0.0.0 --login FILE"),
+    ("rewrite", "--model gpt", "Did you mean --llm?"),
+    ("export", "--model runs/a", "It is named without a flag: FOLDER."),
+    ("export", "--repo_id me/x", "Did you mean --push_to_hub?"),
+]  # fmt: skip
+POSITIONALS = {"infer": "paths", "rewrite": "task", "export": "folder"}
 
 
 def start(script: str, *words, cwd=None) -> tuple[subprocess.CompletedProcess, float]:
@@ -139,6 +188,96 @@ def test_a_mistake_answers_at_once(script, words, said, tmp_path):
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert seconds < 2
+
+
+def refused(script: str, words: list[str], capsys) -> str:
+    groups = getattr(arguments, f"{script.upper()}_GROUPS")
+    with pytest.raises(SystemExit) as ended:
+        cli._read(groups, words, POSITIONALS.get(script))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_habits_of_other_programs_are_told_the_flag(capsys):
+    for script, words, answer in HABITS:
+        message = refused(script, words.split(), capsys)
+        assert answer in message, (script, words)
+        assert len(message.splitlines()) == 1
+
+
+def test_help_has_the_ten_most_used_first_and_each_flag_under_one_heading():
+    for script in SCRIPTS:
+        groups = getattr(arguments, f"{Path(script).stem.upper()}_GROUPS")
+        text = help_of(groups)
+        headings = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+        assert len(headings) >= 2
+        assert len(set(headings)) == len(headings)
+        flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
+        assert len(set(flags)) == len(flags)
+        replaced = {f"--{name}" for name in cli.replaced_flags(groups)}
+        declared = {f"--{field.name}" for group in groups for field in dataclasses.fields(group) if field.init}
+        assert set(flags) == declared - replaced | {"--help", "--log_format"}
+    first = help_of(arguments.TRAIN_GROUPS).partition("\n\nthe model:")[0]
+    assert len(re.findall(r"^  --", first, re.MULTILINE)) == 10
+    assert {"--dataset_name", "--learning_rate", "--num_train_epochs"} <= set(re.findall(r"--\w+", first))
+
+
+def help_of(groups) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        cli._read(groups, ["--help"], None if groups[0] is not arguments.ExportArguments else "folder")
+    return printed.getvalue()
+
+
+def test_a_recipe_and_a_data_set_come_first(tmp_path, capsys):
+    data = tmp_path / "captions.csv"
+    data.write_text("image,caption\n")
+    (tmp_path / "mine.yaml").write_text("learning_rate: 0.5\ndataset_name: scenes\n")
+
+    def values(*words):
+        found = cli._read(arguments.TRAIN_GROUPS, list(map(str, words)), None)[1]
+        return found[3].dataset_name, found[-1].learning_rate
+
+    assert values(data) == (str(data), 5e-05)
+    assert values("flickr8k", "--learning_rate", "1") == ("flickr8k", 1)
+    assert values(data.as_uri()) == values("--dataset_name", data.as_uri()) == (str(data), 5e-05)
+    assert values(tmp_path / "mine.yaml") == ("scenes", 0.5)
+    assert values(tmp_path / "mine.yaml", data) == (str(data), 0.5)
+    assert "name two" in refused("train", [str(data), "--dataset_name", "scenes"], capsys)
+    demo = cli._read(arguments.DEMO_GROUPS, ["runs/mine"], None)[1]
+    assert demo[0].model_name_or_path == "runs/mine"
+
+
+def test_paths_of_recipes_are_of_the_repo_from_any_folder(tmp_path, monkeypatch):
+    recipes = [*ROOT.glob("recipes/*/*.yaml")]
+    monkeypatch.chdir(tmp_path)
+    from_elsewhere = {}
+    for recipe in recipes:
+        if recipe.parent.name != "accelerate":
+            found = cli._read(arguments.TRAIN_GROUPS, [str(recipe)], None)[1]
+            from_elsewhere[str(recipe.relative_to(ROOT))] = found[1].model_config
+    assert from_elsewhere["recipes/quickstart/scenes.yaml"]
+    for path in filter(None, from_elsewhere.values()):
+        assert Path(path).is_file()
+    (tmp_path / "recipes/quickstart").mkdir(parents=True)
+    (tmp_path / "recipes/quickstart/model.json").write_text("{}")
+    found = cli._read(arguments.TRAIN_GROUPS, [str(ROOT / "recipes/quickstart/scenes.yaml")], None)[1]
+    assert found[1].model_config == "recipes/quickstart/model.json"  # what is in the working folder counts first
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_its_packages_a_script_says_in_one_line_how_to_get_them(script, tmp_path):
+    """-S: without site-packages, so nothing but Python's own can be imported."""
+    (tmp_path / "common").mkdir()
+    for file in (script, "arguments.py", *(f"common/{path.name}" for path in (ROOT / "common").glob("*.py"))):
+        shutil.copy(ROOT / file, tmp_path / file)
+    command = [sys.executable, "-S", script, "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{script}: no yaml and no torch (")
+    assert "make install; or " in line
+    assert "pip install -r requirements.txt -c constraints.txt" in line
 
 
 @pytest.mark.parametrize("mistake", ["num_beam: 3", "num_beams: many", "scst_top_p: 2", "a: ["])

@@ -130,7 +130,7 @@ def patient(runs):
     return runs.run("patient", **PATIENT)[0]
 
 
-MOMENTS = [("save 4", "SIGKILL", -9), ("evaluation 6", "SIGTERM", 130)]
+MOMENTS = [("save 4", "SIGKILL", -9), ("evaluation 6", "SIGTERM", 143)]
 
 
 @pytest.mark.parametrize(("moment", "signal", "code"), MOMENTS)

@@ -1,0 +1,29 @@
+"""A script that is started without its packages, or by an old Python, says in one line how to get them."""
+
+import importlib.util
+import os
+import sys
+
+NEEDED = ("yaml", "torch", "transformers", "datasets", "accelerate", "peft", "psutil")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDER, PROGRAM = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
+
+
+def check_packages() -> None:
+    """Ends the process with exit code 2 if one of the scripts cannot run with this Python. Needs the standard library only."""
+    folder, script = os.path.split(os.path.abspath(sys.argv[0]))
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if folder != ROOT or (sys.version_info >= (3, 11) and not missing):
+        return
+    problem = "no " + " and no ".join(missing[:2]) if missing else "Python 3.11 or newer is needed"
+    venv, launcher = os.path.join(ROOT, ".venv"), "py" if os.name == "nt" else "python3"
+    program = os.path.join(venv, FOLDER, PROGRAM)
+    if os.path.exists(program) and os.path.realpath(sys.prefix) != os.path.realpath(venv):
+        remedy = f"This repo's own environment has it: {os.path.relpath(program)} {sys.argv[0]} ..."
+    else:
+        remedy = (
+            f"In {ROOT}: make install; or {launcher} -m venv .venv, then {os.path.join('.venv', FOLDER, 'pip')} install -r "
+            f"requirements.txt -c constraints.txt. Then {os.path.join('.venv', FOLDER, PROGRAM)} {script} ..."
+        )
+    print(f"{script}: {problem} ({sys.executable} is Python {sys.version.split()[0]}). {remedy}", file=sys.stderr)
+    sys.exit(2)
