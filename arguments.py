@@ -3,6 +3,7 @@ their class, those in MOST_USED first."""
 
 import dataclasses
 import importlib.util
+import json
 import socket
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -588,7 +589,7 @@ class EvaluateArguments:
     )
     fail_under: str | None = flag(
         None,
-        "Exit with code 2 if a score is below its threshold, such as 'CIDEr=1.0 Bleu_4=0.3'; null counts as below. "
+        "Exit with code 3 if a score is below its threshold, such as 'CIDEr=1.0 Bleu_4=0.3'; null counts as below. "
         "CHAIRs and CHAIRi, where lower is better, must not be above theirs.",
     )
     per_device_eval_batch_size: int = flag(16, "Images captioned at once on a device.")
@@ -626,15 +627,22 @@ class ShardArguments:
     )
     workers: int | None = flag(None, "ray: number of workers. Default: one per GPU, or one per node without GPUs.")
     gpus_per_worker: float | None = flag(None, "ray: GPUs per worker. Default: 1 if the cluster has any.")
-    status: str | None = flag(None, "Only print the progress of the run that writes to this --output, from its files.")
+    status: str | None = flag(
+        None,
+        "Only print the progress of the run that writes to this --output, from its files. Exit code 1 if shards failed, or "
+        "if it has stopped.",
+    )
+    json: bool = flag(False, "With --status: print a JSON object.")
 
-    def answer(self) -> str | None:
-        """What --status prints; it needs no model."""
+    def answer(self) -> tuple[str, int] | None:
+        """What --status prints, and its exit code; it needs no model."""
         if not self.status:
             return None
         from jobs import progress
 
-        return progress.status(self.status, self.UNIT)
+        status = progress.look(self.status)
+        text = json.dumps(dataclasses.asdict(status)) if self.json else status.lines(self.UNIT)
+        return text, status.exit_code
 
 
 @dataclass
@@ -860,6 +868,8 @@ class ExportArguments:
     def check_words(self, folders: list[str]) -> None:
         if len(folders) != 1:
             raise UserError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
+        if self.dry_run and not self.push_to_hub:
+            raise UserError("--dry_run lists what --push_to_hub would upload: name its repository, user/name.")
         check_exists(folders[0])
 
 

@@ -9,8 +9,10 @@ from common.cli import check, parse, run
 if __name__ == "__main__":
     check(EXPORT_GROUPS, positional="folder")  # answers --help and mistakes before torch is imported
 
+import contextlib
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,46 +20,64 @@ import torch
 from captioner import Captioner
 from common.errors import UserError
 from common.files import output_folder, share_weights
-from common.publish import upload
+from common.publish import copy_to_upload, upload
 from data import seen
 from models.loading import load_model
 from reports.model_card import read_run, write_card
 
 logger = logging.getLogger("export")
+RECORDS = (
+    "run.json", "coco_metrics.json", "validation/coco_metrics.json", "training_curves.svg", "training_curves.png",
+)  # fmt: skip
 
 
 def main():
     args, paths = parse(EXPORT_GROUPS, positional="folder")
-    source = Path(paths[0])
-    folder = output_folder(args.output_dir) if args.output_dir else source
+    source, in_place = Path(paths[0]), not args.output_dir
+    with target(source, args) as folder:
+        merge = args.merge and not in_place  # an adapter that stays where it is stays one
+        model, processor = load_model(str(source), merge=merge)
+        if not in_place or not any(source.glob("*.safetensors")):  # .bin weights become safetensors
+            save(model, processor, source, folder, merge)
+        model.generation_config.save_pretrained(folder)
+        run, scores = read_run(folder)
+        write_card(folder, run, scores, as_scored(Captioner(model, processor), scores), args.push_to_hub)
+        if not args.dry_run:
+            logger.info("%s is self-contained, with its card in README.md", folder)
+        if args.push_to_hub:
+            upload(folder, args.push_to_hub, dry_run=args.dry_run)
 
-    merge = args.merge and folder != source  # an adapter that stays where it is stays one
-    model, processor = load_model(str(source), merge=merge)
-    captioner = Captioner(model, processor)
-    if folder != source or not any(source.glob("*.safetensors")):  # .bin weights become safetensors
-        model.save_pretrained(folder)
-        model.config.save_pretrained(folder)  # not among an adapter's own files
-        share_weights(folder)
-        processor.save_pretrained(folder)
-        # A checkpoint's scores and history are those of its run, one folder up.
-        run_folder = source if (source / "run.json").is_file() else source.parent
-        for name in ("run.json", "coco_metrics.json", "validation/coco_metrics.json", "training_curves.svg"):
-            if (run_folder / name).is_file() and run_folder == source:
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(run_folder / name, folder / name)
-        if (run_folder / seen.NAME).is_file():  # for evaluate.py; it is not uploaded
-            shutil.copyfile(run_folder / seen.NAME, folder / seen.NAME)
-        exported, _ = load_model(str(folder), merge=merge)
-        for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
-            if not torch.equal(one, other):
-                raise UserError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
-    model.generation_config.save_pretrained(folder)
-    run, scores = read_run(folder)
-    write_card(folder, run, scores, as_scored(captioner, scores), args.push_to_hub)
-    logger.info("%s is self-contained, with its card in README.md", folder)
 
-    if args.push_to_hub:
-        upload(folder, args.push_to_hub, dry_run=args.dry_run)
+@contextlib.contextmanager
+def target(source: Path, args):
+    """The folder to export to; of a dry run a temporary one, so that nothing else changes."""
+    if not args.dry_run:
+        yield output_folder(args.output_dir) if args.output_dir else source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.output_dir:
+            copy_to_upload(source, Path(folder))
+        yield Path(folder)
+
+
+def save(model, processor, source: Path, folder: Path, merge: bool) -> None:
+    """Write model and processor to `folder`, with what is recorded about them, and compare the weights with those in memory."""
+    model.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # not among an adapter's own files
+    share_weights(folder)
+    processor.save_pretrained(folder)
+    # A checkpoint's scores and history are those of its run, one folder up.
+    run_folder = source if (source / "run.json").is_file() else source.parent
+    for name in RECORDS:
+        if (run_folder / name).is_file() and run_folder == source:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(run_folder / name, folder / name)
+    if (run_folder / seen.NAME).is_file():  # for evaluate.py; it is not uploaded
+        shutil.copyfile(run_folder / seen.NAME, folder / seen.NAME)
+    exported, _ = load_model(str(folder), merge=merge)
+    for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
+        if not torch.equal(one, other):
+            raise UserError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
 
 
 def as_scored(captioner: Captioner, scores: list[dict]) -> Captioner:

@@ -24,6 +24,7 @@ from common.files import whole
 from common.locks import Busy, hold
 from common.remote import is_remote, upload
 from data.formats import webdataset
+from jobs.progress import say_left
 from jobs.shards import REPORT, Shard, ShardFolder
 
 logger = logging.getLogger(__name__)
@@ -120,8 +121,7 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
     """Make the output from the shards' files, if all are there; returns whether they are."""
     contents = folder.whole_files(list(folder.done(shards).values()))
     if len(contents) < len(shards):
-        left = len(shards) - len(contents)
-        logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
+        say_left(len(shards) - len(contents), len(shards))
         return False
     with _alone(folder) as alone:
         if not alone:  # another process sees the same, and is doing it

@@ -17,8 +17,9 @@ import xxhash
 from common.errors import DataError
 from common.remote import is_remote, list_remote, local_copy, reaching
 from common.text import TextError, read_text
+from data import formats
 from data.finder import Finder
-from data.formats import detect, flickr8k, parquet, saved, webdataset
+from data.formats import detect, parquet, saved, webdataset
 from data.images import ENDINGS, ImageError, is_image
 from data.reader import Source, find_format
 from data.rows import Options, Part, Row
@@ -159,7 +160,7 @@ def rows_of(kind: str, place: str, options: Options, start: int = 0, stop: int |
 
 
 def _is_table(place: str) -> bool:
-    return place.lower().endswith(TABLES) or flickr8k.matches(Path(place))
+    return any(module.matches(Path(place)) for module in formats.FORMATS)
 
 
 def _row(name: str, image, columns: dict | None = None, relative: str | None = None) -> dict:

@@ -68,9 +68,10 @@ def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
     parser, found, _ = _read(dataclasses_, argv, positional)
     with mistakes_in_one_line(parser.prog):
         answers = [group.answer() for group in found if hasattr(group, "answer")]
-    if said := next(filter(None, answers), None):
-        print(said)
-        sys.exit()
+    if answer := next(filter(None, answers), None):
+        text, code = answer
+        print(text)
+        sys.exit(code)
     if argv is None:  # a script, whose imports follow: they make many objects that stay, and looking through them again
         gc.disable()  # takes a second. `run` enables it
 
@@ -306,7 +307,7 @@ def mistakes_in_one_line(script: str):
         elif isinstance(error, ConnectionError | HfHubHTTPError) or type(error).__module__.startswith("http"):
             code, message = (
                 1,
-                f"the Hub could not be reached, or refused the request: {error}. What was written before is kept.",
+                f"the Hub could not be reached, or refused the request: {str(error).rstrip('.')}. What was written before is kept.",
             )
         else:
             raise

@@ -1,10 +1,12 @@
 """Uploads to the Hub: only the files listed here, without any path of this machine in them."""
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path, PurePath, PureWindowsPath
 
 from common.errors import UserError
@@ -23,6 +25,18 @@ UPLOADED = (
 CLEANED = ("run.json", "coco_metrics.json")
 # Two parts or more below a root, a drive or a home; not a URL, not a closing tag.
 PATH = re.compile(r"""(?<![\w/.:<\\])(?:~|[A-Za-z]:)?[/\\][\w.@%+=~ -]*[\w.@%+=~-][/\\][^\s"'`|<>(),;]+""")
+
+
+def copy_to_upload(source: Path, folder: Path) -> None:
+    """Copies of the files that an upload of `source` takes; of weights, which nobody changes, links where there can be some."""
+    for path in {path for pattern in UPLOADED for path in source.glob(pattern) if path.is_file()}:
+        place = folder / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            if path.suffix == ".safetensors":
+                os.link(path.resolve(), place)
+        if not place.exists():
+            shutil.copyfile(path, place)
 
 
 def files_to_upload(folder: Path) -> dict[str, Path | bytes]:

@@ -228,6 +228,17 @@ def _numbers(name: str) -> list[str]:
 FORMS = (_whole, _tails, _stems, _numbers)
 
 
+def in_both(predictions: dict, references: dict) -> tuple[dict, dict]:
+    """The images that both have, in the references' order; how many are left out is logged."""
+    common = [image for image in references if image in predictions]
+    if not common:
+        first = f"{next(iter(predictions), None)!r} and {next(iter(references))!r}"
+        raise DataError(f"--common: predictions and references have no image in common, such as {first}.")
+    left_out = len(predictions) - len(common), len(references) - len(common)
+    logger.info("%d images in common; left out %d predictions and %d images with references", len(common), *left_out)
+    return {image: predictions[image] for image in common}, {image: references[image] for image in common}
+
+
 def find_images(image_dir: str | os.PathLike | None, references: dict, names: dict | None = None) -> list[Path]:
     """The image file of each image id, found like those of a data set: by its name in `names`, {image id: file name}, or
     by its id, with any ending, or COCO's number."""

@@ -5,6 +5,7 @@ import functools
 import logging
 import sys
 import time
+from dataclasses import dataclass
 
 from common.errors import Unreachable, UserError
 from common.logs import duration
@@ -14,6 +15,7 @@ from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable, rows_of
 
 logger = logging.getLogger(__name__)
 FAILED = "_failed-"
+QUIET = 20  # seconds without a file after which a run may be over
 
 
 class Watch:
@@ -23,8 +25,8 @@ class Watch:
         self.folder, self.footers = folder, {}
 
     def update(self, keys: set[str] | None = None) -> dict:
-        """{"shards", "rows", "errors", "last", "recent_rows"}: finished shards (of `keys`, else all), their rows, those
-        without a caption, the time of the last one, and the rows finished since the run was last started."""
+        """{"shards", "rows", "errors", "last", "recent_shards", "recent_rows"}: finished shards (of `keys`, else all), their rows, those
+        without a caption, the time of the last one, and the shards and rows finished since the run was last started."""
         names = [name for key, name in self.folder.outputs().items() if keys is None or key in keys]
         new = [name for name in names if name not in self.footers]
         self.footers |= {name: counts for name, (_, counts) in self.folder.footers(new).items()}
@@ -36,6 +38,7 @@ class Watch:
             "rows": sum(counts.get("rows", 0) for counts in found),
             "errors": sum(counts.get("errors", 0) for counts in found),
             "last": max((counts["finished"] for counts in recent), default=None),
+            "recent_shards": len(recent),
             "recent_rows": sum(counts.get("rows", 0) for counts in recent),
         }
 
@@ -52,8 +55,47 @@ def line(rows: int, total: int | None, shards: int, of: int, errors: int, failed
     return ", ".join(parts)
 
 
+@dataclass
+class Status:
+    """What the files of a run say.
+
+    state: finished; running; stopped, if nothing was written for several times as long as a shard takes; or failed, if a
+    shard was given up.
+    """
+
+    state: str
+    rows: int
+    of_rows: int | None
+    shards: int
+    of_shards: int
+    without_result: int
+    failed: list[str]  # the error of each shard that was given up
+    rows_per_second: float
+    seconds_left: float | None
+    seconds_since_last_write: float | None
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.state in ("failed", "stopped"))
+
+    def lines(self, unit: str) -> str:
+        rate = self.rows_per_second if self.state == "running" else 0.0
+        numbers = (self.rows, self.of_rows, self.shards, self.of_shards, self.without_result, len(self.failed))
+        parts = [line(*numbers, rate, unit)]
+        if self.state == "finished":
+            parts.append("finished")
+        elif self.seconds_since_last_write is not None:
+            parts.append(f"last written {duration(self.seconds_since_last_write)} ago")
+        return "\n".join([", ".join(parts), *(f"failed: {error}" for error in self.failed)])
+
+
 def status(name: str, unit: str) -> str:
-    """Progress of the run that writes to --output `name`, and which shards failed.
+    """Progress of the run that writes to --output `name`, and which shards failed, in lines."""
+    return look(name).lines(unit)
+
+
+def look(name: str) -> Status:
+    """The status of the run that writes to --output `name`.
 
     Raises:
         UserError: there is no such run.
@@ -65,15 +107,30 @@ def status(name: str, unit: str) -> str:
     else:
         raise UserError(f"--status {name}: no run has written there.")
     found = Watch(folder).update()
-    failed = [folder.read_json(file) for file in folder.files() if file.startswith(FAILED)]
+    marks = [folder.read_json(file) for file in folder.files() if file.startswith(FAILED)]
+    failed = [mark["error"] for mark in marks if mark]
     seconds = (found["last"] or 0) - about["started"]
     rate = found["recent_rows"] / seconds if seconds > 0 else 0.0
-    said = line(
-        found["rows"], about["rows"], found["shards"], about["shards"], found["errors"], len(failed), rate, unit
+    since = max(0.0, time.time() - found["last"]) if found["last"] else None  # a worker's clock may be ahead
+    left = about["shards"] - found["shards"]
+    state = "running"
+    if folder.read_json(REPORT) is not None and left <= 0:
+        state = "finished"
+    elif failed:
+        state = "failed"
+    elif since is not None and since > max(QUIET, 3 * seconds / max(1, found["recent_shards"])):
+        state = "stopped"
+    rows_left = (
+        about["rows"] - found["rows"] if about["rows"] is not None else left * found["rows"] / max(1, found["shards"])
     )
-    ended = folder.read_json(REPORT) is not None and found["shards"] >= about["shards"]
-    lines = [f"{said}{', finished' if ended else ''}"]
-    return "\n".join(lines + [f"failed: {shard['error']}" for shard in failed if shard])
+    return Status(
+        state, found["rows"], about["rows"], found["shards"], about["shards"], found["errors"], failed, rate,
+        rows_left / rate if rate and state == "running" else None, since,
+    )  # fmt: skip
+
+
+def say_left(left: int, shards: int) -> None:
+    logger.info("%d of %d shards are left, to other processes of this run or to the same command again", left, shards)
 
 
 def begin(
@@ -85,13 +142,18 @@ def begin(
     folder.begin(settings, shards, size)
     number, count = share
     folder.whole_files(list(folder.done(shards[number::count]).values()))
-    progress = Progress(folder, shards, unit, others=count > 1, quiet=number > 0)
-    if number == 0:
-        logger.info("%s", progress.begun(carried(progress.left) if carried else 0))
+    # Of processes that torchrun started only the first one speaks (common.cli); those of a job array have a log each.
+    progress = Progress(
+        folder, shards, unit, others=count > 1, quiet=number > 0 and not logger.isEnabledFor(logging.INFO)
+    )
     left = set(progress.left)
     mine = [shard for shard in shards[number::count] if shard in left]
-    for mark in {mark_of(shard) for shard in mine} & set(folder.files()):  # from an earlier run: they are tried again
-        folder.remove(mark)
+    of_this = f"; process {number + 1} of {count} takes {len(mine)} of {len(left)} shards" if count > 1 else ""
+    logger.info("%s%s", progress.begun(carried(progress.left) if carried else 0), of_this)
+    now = {mark_of(shard): shard for shard in shards}
+    for mark in [file for file in folder.files() if file.startswith(FAILED)]:  # tried again, or no longer in the source
+        if (now[mark] in mine) if mark in now else number == 0:
+            folder.remove(mark)
     return mine, progress
 
 

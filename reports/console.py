@@ -90,11 +90,13 @@ def sizes(split) -> str:
         return "a stream"
 
 
+def report_to_open(folder: Path) -> str:
+    return f"open {shlex.quote(str(folder / 'report.html'))}"
+
+
 def next_steps(folder: Path, report: bool) -> str:
     """What to open and what to type once a model is in `folder`."""
     name = shlex.quote(str(folder))
-    look = f"open {shlex.quote(str(folder / 'report.html'))}\n  " if report else ""
-    return (
-        f"the model, its scores, captions, curves and card are in {folder}. Next:\n  {look}"
-        f"python infer.py PHOTO.jpg --model_name_or_path {name}\n  python demo.py --model_name_or_path {name}"
-    )
+    lines = [report_to_open(folder)] * report
+    lines += [f"python {script} --model_name_or_path {name}" for script in ("infer.py PHOTO.jpg", "demo.py")]
+    return f"the model, its scores, captions, curves and card are in {folder}. Next:\n  " + "\n  ".join(lines)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 from pathlib import Path
 
 import yaml
@@ -10,12 +11,17 @@ from transformers import HfArgumentParser
 from arguments import GenerationArguments
 from common.cli import convert, flags_of
 from common.errors import UserError
+from common.files import write_json
 from common.habits import nearest
+from common.provenance import environment
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.coco import preflight
 from metrics.names import SCORES, is_better_low
 from reports.comparison import paired_bootstrap
 from reports.outputs import metrics_cache, score_records
+from reports.plots import plot_sweep
+
+logger = logging.getLogger(__name__)
 
 NOTE = (
     "p says how often chance alone would show so large a difference from the best setting (a bootstrap-t over the "
@@ -132,3 +138,23 @@ def summary(sweep: dict) -> str:
         words = f"{row['mean_length']:.1f} words"
         lines.append(f"  {setting}  {metric} {row['scores'][metric]:.4f}{between}  {words}{p}")
     return "\n".join(lines)
+
+
+def choose_settings(folder, captions: list[dict], records, metric_args, args, looking: dict) -> dict:
+    """Score the captions of every setting of the sweep. Returns the content of sweep.json, with the best's index."""
+    settings = sweep_settings(args.sweep)
+    found = [{"settings": s, "captions": c} for s, c in zip(settings, captions, strict=True)]
+    write_json(folder / "sweep_captions.json", found)
+    sweep = score_sweep(settings, captions, records, args.sweep_metric, metric_args, args.seed, **looking)
+    write_json(folder / "sweep.json", {**sweep, "split": args.split, **environment()})
+    plot_sweep(sweep, folder)
+    logger.info("settings by %s on %s:\n%s", args.sweep_metric, args.split, summary(sweep))
+    return sweep
+
+
+def save_settings(captioner, model_name_or_path: str) -> None:
+    """Make the captioner's settings the defaults of its checkpoint."""
+    captioner.save_settings()
+    captioner.model.generation_config.save_pretrained(model_name_or_path)
+    chosen = {name: value for name, value in captioner.settings.items() if value is not None}
+    logger.info("written to %s: %s", Path(model_name_or_path, "generation_config.json"), chosen)

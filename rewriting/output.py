@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.files import whole
 from common.provenance import environment
 from common.remote import is_remote, upload
+from jobs.progress import say_left
 from jobs.shards import REPORT, ShardFolder
 from rewriting import results as res
 from rewriting.checks import REASONS
@@ -24,8 +25,7 @@ def finish(source: Source, folder: ShardFolder, shards: list, args, llm_args) ->
     command with more rows or another --on_reject does not ask for them again."""
     contents = folder.whole_files(list(folder.done(shards).values()))
     if len(contents) < len(shards):
-        left = len(shards) - len(contents)
-        logger.info("%d of %d shards are left; the same command resumes with them", left, len(shards))
+        say_left(len(shards) - len(contents), len(shards))
         return
     names = list(contents)
     for name in set(folder.outputs().values()) - set(names):  # left by fewer rows, or another --on_reject

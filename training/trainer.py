@@ -10,9 +10,10 @@ import transformers
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import Seq2SeqTrainer, set_seed
+from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer, set_seed
 
 from collator import IGNORE
+from common import logs as log_lines
 from common.errors import UserError
 from common.files import share_weights
 from common.loaders import TIMEOUT, data_loader, fit_workers
@@ -76,6 +77,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._stopping, self._late = StopOnSignal(), False
         if isinstance(self.train_dataset, CaptionStream):
             self.add_callback(PassEnds(self))
+        if log_lines.log_format == "json":
+            for prints in (PrinterCallback, ProgressCallback):
+                self.remove_callback(prints)
         self.add_callback(self._stopping)  # behind it: whether an evaluation is due is known by then
         self.add_callback(KeepSpecialTokens(self.model))
 
@@ -203,6 +207,8 @@ class CaptionTrainer(Seq2SeqTrainer):
                 logs[name] = total / images
             self._scalars = {}
         super().log(logs, start_time)
+        if log_lines.log_format == "json" and self.is_world_process_zero():
+            logger.info("step %d", self.state.global_step, extra={"fields": {"metrics": logs}})
 
     def peak_memory(self) -> dict:
         """Peak memory of this process in GiB: of its GPU where it has one, and of the host."""

@@ -323,8 +323,40 @@ def test_status_tells_from_the_files_alone(root, tmp_path):
     assert said.startswith("4 of 7 images, 2 of 4 shards, ")
     assert "4 without a result, 1 shards failed" in said
     assert said.endswith("failed: images, rows 4 to 6: the file is gone")
+    assert (progress.look(output).state, progress.look(output).exit_code) == ("failed", 1)
     left, shown = progress.begin(folder, shards, 2, "images", (1, 2), {"model": "m"})
     assert left == [shards[3]]  # the second of two processes, of those that are left
+
+
+def test_the_status_of_a_run_that_has_stopped_says_when_it_wrote_last(root, tmp_path, monkeypatch):
+    output = str(tmp_path / "o.csv")
+    source = ImageSource([str(root / "photos")], Options())
+    folder, shards = ShardFolder(output, single=True), source.shards(2)
+    progress.begin(folder, shards, 2, "images", (0, 1), {"model": "m"})
+    started = time.time()
+    row = lambda shard: [{"key": row["key"], "image": row["name"], "error": None} for row in source.rows(shard)]  # noqa: E731
+    for number, shard in enumerate(shards[:2], 1):
+        table = pa.Table.from_pylist(row(shard))
+        folder.write(shard.file, iter([table]), lambda n=number: {"rows": 2, "finished": started + n})
+    look = progress.look(output)
+    assert (look.state, look.exit_code) == ("running", 0)
+    assert look.lines("images").endswith("images/s, about 2 s left, last written 0 s ago")
+    monkeypatch.setattr(progress.time, "time", lambda: started + 42)
+    look = progress.look(output)
+    assert (look.state, look.exit_code, look.seconds_left) == ("stopped", 1, None)
+    assert look.lines("images") == "4 of 7 images, 2 of 4 shards, last written 40 s ago"
+
+
+def test_every_process_of_a_job_array_says_what_it_does(root, tmp_path, caplog):
+    shards = ImageSource([str(root / "photos")], Options()).shards(2)
+    folder = ShardFolder(str(tmp_path / "o.csv"), single=True)
+    with caplog.at_level("INFO"):
+        for number in range(3):
+            progress.begin(folder, shards, 2, "images", (number, 3), {"model": "m"})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"7 images, 0 of them done before; process {number + 1} of 3 takes {mine} of 4 shards"
+        for number, mine in enumerate((2, 1, 1))
+    ]
 
 
 def test_an_address_holds_the_same_as_a_folder(root):

@@ -135,8 +135,11 @@ def start(script: str, *arguments, processes: int = 1, **environment) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 
-def run(script: str, *arguments, fails: bool = False, processes: int = 1, **environment) -> subprocess.CompletedProcess:
-    """A script run to its end; asserts that it succeeds, or with `fails` that it exits with 2 and no traceback."""
+def run(
+    script: str, *arguments, fails: bool | int = False, processes: int = 1, **environment
+) -> subprocess.CompletedProcess:
+    """A script run to its end; asserts that it succeeds, or with `fails` that it exits with 2, or the code that is given, and no
+    traceback."""
     if can_fork(script, environment):
         done = run_forked(script, *arguments, processes=processes, environment=environment)
     else:
@@ -144,7 +147,7 @@ def run(script: str, *arguments, fails: bool = False, processes: int = 1, **envi
         out, err = process.communicate(timeout=600)
         done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     if fails:
-        assert done.returncode == 2, f"exit {done.returncode}\n{done.stderr}"
+        assert done.returncode == (2 if fails is True else fails), f"exit {done.returncode}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
     else:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr}\n{done.stdout}"

@@ -85,6 +85,8 @@ def test_export_of_a_checkpoint_is_a_folder_that_stands_alone(trained, tmp_path)
 def test_export_of_a_run_keeps_its_scores(trained, tmp_path):
     tiny.run("export.py", trained, "--output_dir", tmp_path / "exported")
     assert ModelCard.load(tmp_path / "exported" / "README.md").data.eval_results
+    assert "(training_curves.png)" in (tmp_path / "exported" / "README.md").read_text()
+    assert (tmp_path / "exported" / "training_curves.png").is_file()
     run_snippet(tmp_path / "exported", (tmp_path / "exported" / "README.md").read_text())
 
 

@@ -92,8 +92,10 @@ def test_a_command_keeps_its_flags_and_loses_its_folders():
 def test_a_dry_run_lists_files_and_sizes_and_uploads_nothing(trained, monkeypatch, capsys):
     import export
 
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     monkeypatch.setattr(sys, "argv", ["export.py", str(trained), "--push_to_hub", "user/name", "--dry_run"])
     export.main()
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
     lines = capsys.readouterr().out.splitlines()
     sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in lines[:-1]}
     assert sizes["model.safetensors"] == (trained / "model.safetensors").stat().st_size

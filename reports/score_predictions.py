@@ -1,0 +1,34 @@
+"""Scores of captions that exist already, from any system."""
+
+import datasets
+
+from common.processes import processes
+from data.caption_files import find_images, in_both, load_predictions, read_references
+from metrics.clip_scores import load_scorers
+from metrics.coco_caption.text_checks import remove_illegal_characters
+from reports import outputs
+from reports.score_split import score_split
+
+
+def score_predictions(folder, data_args, generation_args, metric_args, args) -> None:
+    """Score existing captions, from any system."""
+    found = read_references(args.references, args.split)
+    columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
+    predictions = load_predictions(args.predictions, found, args.common, **columns)
+    references = found.captions
+    if args.common:
+        predictions, references = in_both(predictions, references)
+    if generation_args.remove_illegal_characters:
+        predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
+    scorers = load_scorers(metric_args, processes().device)
+    columns = {"image_id": list(references), "captions": list(references.values())}
+    for name in outputs.subset_columns({name for of_one in found.columns.values() for name in of_one}, metric_args):
+        columns[name] = [found.columns[image].get(name) for image in references]
+    if scorers or data_args.image_dir:
+        images = find_images(data_args.image_dir, references, found.names)
+        columns["image"] = [str(path) for path in images]
+    source = {"predictions": args.predictions, "references": args.references}
+    looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
+    records = datasets.Dataset.from_dict(columns)
+    scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)
+    return scored
