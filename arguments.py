@@ -39,6 +39,14 @@ def switch(default: str, help: str):
 
 
 @dataclass
+class LogArguments:
+    log_format: Literal["text", "json"] = free(
+        "text",
+        "Lines on stderr: text; or json, an object per line with time, level, logger and message, of training also metrics.",
+    )
+
+
+@dataclass
 class ModelArguments:
     HEADING = "the model"
     HUB = ("model_name_or_path",)
@@ -391,7 +399,7 @@ PIP_NAMES = {
 
 
 @dataclass
-class TrainFlags:
+class TrainFlags(LogArguments):
     """train.py's own flags, and those of transformers whose defaults are the published BLIP recipe's."""
 
     HEADING = "training"
@@ -513,7 +521,7 @@ CAPTION_BF16 = (
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(LogArguments):
     HEADING = "evaluation"
     MOST_USED = (
         "model_name_or_path",
@@ -618,7 +626,7 @@ class EvaluateArguments:
 
 
 @dataclass
-class ShardArguments:
+class ShardArguments(LogArguments):
     HEADING = "a large run"
     engine: Literal["local", "ray"] = flag(
         "local",
@@ -706,7 +714,7 @@ class InferArguments(ShardArguments):
 
 
 @dataclass
-class DemoArguments:
+class DemoArguments(LogArguments):
     HEADING = "the page"
     MOST_USED = ("model_name_or_path", "compare_to", "examples", "host", "port", "login")
     FILES, HUB = ("examples", "login"), ("compare_to",)
@@ -856,7 +864,7 @@ class LLMArguments:
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(LogArguments):
     HEADING = "the export"
     push_to_hub: str | None = flag(None, "Upload to this Hub repository, user/name.")
     dry_run: bool = flag(

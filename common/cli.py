@@ -88,7 +88,7 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     """(parser, instances, positional arguments)."""
     here = argv is None  # not the command line of a job elsewhere
     argv = list(sys.argv[1:] if here else argv)
-    parser = argument_parser((*dataclasses_, logs.LogArguments))
+    parser = argument_parser(dataclasses_)
     actions = flags_of(parser)
     subject = next((name for name in ("dataset_name", "model_name_or_path") if name in actions), None)
     name = f" [{subject.partition('_')[0].upper()}]" if subject else ""
@@ -99,13 +99,16 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
         actions[name].help = SUPPRESS
     for twin in set(parser._actions) - set(actions.values()):  # --no_x, with x's own words and the opposite default
         twin.help = SUPPRESS
-    arrange(parser, (*dataclasses_, logs.LogArguments))
+    arrange(parser, dataclasses_)
     if positional:
         parser.add_argument(positional, nargs="*", help=SUPPRESS)
     else:
-        parser.set_defaults(**_named_first(argv, subject, dataclasses_, actions, parser, replaced))
+        named, values = _named_first(argv, subject, dataclasses_, actions, parser, replaced)
+        parser.set_defaults(**values)
     try:
         namespace, unknown = parser.parse_known_args(argv)
+        if not positional and named not in (None, getattr(namespace, subject)):
+            raise UserError(f"{named} and --{subject} {getattr(namespace, subject)} name two: leave one of them out.")
         for word in [*argv, *unknown]:
             name = word.removeprefix("--").split("=")[0].replace("-", "_")
             if word.startswith("--") and name in replaced:
@@ -134,23 +137,21 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     return parser, found, words
 
 
-def _named_first(argv: list[str], subject: str, dataclasses_, actions: dict, parser, replaced: dict) -> dict:
-    """Takes from `argv` the recipe and the data set that it begins with. Returns the values of flags that they give."""
-    values = {}
+def _named_first(argv: list[str], subject: str, dataclasses_, actions: dict, parser, replaced: dict):
+    """Takes from `argv` the recipe and the data set that it begins with. Returns (data set or None, values of flags)."""
+    name, values = None, {}
     if argv and argv[0].lower().endswith((".yaml", ".yml")):
         values = read_recipe(argv.pop(0), actions, parser, replaced)
         paths = [name for cls in dataclasses_ for name in (*getattr(cls, "FILES", ()), *getattr(cls, "HUB", ()))]
         values |= {name: in_the_repo(values[name]) for name in paths if values.get(name)}
     if subject and argv and not argv[0].startswith("-"):
         name = argv.pop(0)
-        if any(word.split("=")[0] == f"--{subject}" for word in argv):
-            parser.exit(2, f"{parser.prog}: {name} and --{subject} name two: leave one of them out.\n")
         if not (os.path.isabs(name) or exists(local(name)) or may_be_on_hub(name)):
             parser.exit(
                 2, f"{parser.prog}: {name}: no such file or folder. Flags begin with --.{nearest_recipe(name)}\n"
             )
         values[subject] = name
-    return values
+    return name, values
 
 
 def in_the_repo(path: str) -> str:

@@ -6,25 +6,11 @@ import logging
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
-from typing import Literal
 
 # What libraries warn of and nobody who runs a script can act on.
 NOISE = ("mtime may not be reliable", "torchvision", "unauthenticated requests")
 TERMINAL_LINE = "\r\033[K"  # over what a bar has drawn
 log_format = "text"  # that of this process, from --log_format
-
-
-@dataclass
-class LogArguments:
-    HEADING = "the log and this help"
-    log_format: Literal["text", "json"] = field(
-        default="text",
-        metadata={
-            "help": "Lines on stderr: text, or json, an object per line with time, level, logger and message; of training also "
-            "metrics."
-        },
-    )
 
 
 class JsonLines(logging.Formatter):

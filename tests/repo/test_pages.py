@@ -107,6 +107,8 @@ def words_of(command: str) -> list[str]:
     words = shlex.split(re.sub(r"\$\([^)]*\)", "X", command).replace("...", ""), comments=True)
     while words and (re.fullmatch(r"[A-Z_]+=\S*", words[0]) or words[0] in ("srun", "time", "nohup")):
         words.pop(0)
+    if words[0] in ("python3", "py"):
+        words[0] = "python"
     if words[:2] == ["bash", "-c"]:
         return words_of(words[2])
     if words[:3] == ["ray", "job", "submit"]:

@@ -216,7 +216,7 @@ def test_help_has_the_ten_most_used_first_and_each_flag_under_one_heading():
         assert len(set(flags)) == len(flags)
         replaced = {f"--{name}" for name in cli.replaced_flags(groups)}
         declared = {f"--{field.name}" for group in groups for field in dataclasses.fields(group) if field.init}
-        assert set(flags) == declared - replaced | {"--help", "--log_format"}
+        assert set(flags) == declared - replaced | {"--help"}
     first = help_of(arguments.TRAIN_GROUPS).partition("\n\nthe model:")[0]
     assert len(re.findall(r"^  --", first, re.MULTILINE)) == 10
     assert {"--dataset_name", "--learning_rate", "--num_train_epochs"} <= set(re.findall(r"--\w+", first))
