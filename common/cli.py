@@ -102,12 +102,13 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     arrange(parser, dataclasses_)
     if positional:
         parser.add_argument(positional, nargs="*", help=SUPPRESS)
-    else:
-        named, values = _named_first(argv, subject, dataclasses_, actions, parser, replaced)
-        parser.set_defaults(**values)
+    named = None
     try:
+        if not positional:
+            named, values = _named_first(argv, subject, dataclasses_, actions, parser, replaced)
+            parser.set_defaults(**values)
         namespace, unknown = parser.parse_known_args(argv)
-        if not positional and named not in (None, getattr(namespace, subject)):
+        if named and named != getattr(namespace, subject):
             raise UserError(f"{named} and --{subject} {getattr(namespace, subject)} name two: leave one of them out.")
         for word in [*argv, *unknown]:
             name = word.removeprefix("--").split("=")[0].replace("-", "_")
@@ -147,9 +148,7 @@ def _named_first(argv: list[str], subject: str, dataclasses_, actions: dict, par
     if subject and argv and not argv[0].startswith("-"):
         name = argv.pop(0)
         if not (os.path.isabs(name) or exists(local(name)) or may_be_on_hub(name)):
-            parser.exit(
-                2, f"{parser.prog}: {name}: no such file or folder. Flags begin with --.{nearest_recipe(name)}\n"
-            )
+            raise UserError(f"{name}: no such file or folder. Flags begin with --.{nearest_recipe(name)}")
         values[subject] = name
     return name, values
 

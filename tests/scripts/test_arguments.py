@@ -243,6 +243,8 @@ def test_a_recipe_and_a_data_set_come_first(tmp_path, capsys):
     assert values(data.as_uri()) == values("--dataset_name", data.as_uri()) == (str(data), 5e-05)
     assert values(tmp_path / "mine.yaml") == ("scenes", 0.5)
     assert values(tmp_path / "mine.yaml", data) == (str(data), 0.5)
+    assert values(data, "--dataset_name", data) == (str(data), 5e-05)
+    assert "files are not fetched from web addresses" in refused("train", ["https://example.org/a.csv"], capsys)
     assert "name two" in refused("train", [str(data), "--dataset_name", "scenes"], capsys)
     demo = cli._read(arguments.DEMO_GROUPS, ["runs/mine"], None)[1]
     assert demo[0].model_name_or_path == "runs/mine"
