@@ -155,8 +155,8 @@ def _named_first(argv: list[str], subject: str, dataclasses_, actions: dict, par
 
 def in_the_repo(path: str) -> str:
     """A path that a recipe names, wherever the script is started: in this repo, if there is none in the working folder."""
-    there = ROOT / path
-    return str(there) if not os.path.exists(os.path.expanduser(path)) and there.exists() else path
+    in_repo = ROOT / path
+    return str(in_repo) if not os.path.exists(os.path.expanduser(path)) and in_repo.exists() else path
 
 
 def local(value):
