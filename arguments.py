@@ -576,7 +576,11 @@ class EvaluateArguments(LogArguments):
         "Compare the scores in these folders, of the same images, with those in the first: which differences are real "
         "(paired bootstrap over images). Writes comparison.json and a report.html that shows them side by side. "
         "Several seeds of a recipe form a group, 'A=runs/a-*' 'B=runs/b-*': mean and standard deviation over its "
-        "folders, and tables as comparison.md, .tex and .csv.",
+        "folders. Tables: comparison.md, .tex and .csv.",
+    )
+    compare_scores: list[str] = flag(
+        [],
+        "Scores in the tables of --compare, in this order, such as CIDEr BLEU-4 SPICE. Default: all that every run has.",
     )
     references: str | None = flag(
         None,

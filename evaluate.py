@@ -98,7 +98,7 @@ def compare_runs(folder, args, metric_args) -> None:
         runs = comparison.read_runs(args.compare)
         found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
     write_json(folder / "comparison.json", found | environment())
-    for name, text in comparison.tables(found).items():
+    for name, text in comparison.tables(found, args.compare_scores).items():
         write_text(folder / name, text)
     logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found), found["note"])
     if metric_args.report and not groups:

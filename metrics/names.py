@@ -62,6 +62,11 @@ def score_named(name: str) -> Score:
     return SCORES.get(name) or Score(name, name)
 
 
+def name_of(text: str) -> str:
+    """The name of the score with this label ("BLEU-4"); else the text, which is a name."""
+    return next((score.name for score in SCORES.values() if score.label == text), text)
+
+
 def is_better_low(name: str) -> bool:
     return score_named(name).better_low
 

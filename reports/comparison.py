@@ -11,8 +11,8 @@ import numpy as np
 
 from common.errors import UserError
 from metrics.coco_caption.coco import corpus_scores
-from metrics.names import in_order, is_better_low, score_named
-from reports.significance import FEWEST_IMAGES, group_test, paired_tests, pseudo_values
+from metrics.names import in_order, is_better_low, name_of, score_named
+from reports.significance import FEWEST_IMAGES, group_test, p_in_words, paired_tests, pseudo_values
 
 SIGNIFICANT = 0.05
 NOTE = (
@@ -249,14 +249,12 @@ def summary(comparison: dict) -> str:
     lines = []
     for name, found in comparison["differences"].items():
         lines.append(f"  {name} against {comparison['baseline']}, {comparison['images']} images:")
-        for metric, test in found.items():
-            between = (
-                "[{:+.4f}, {:+.4f}]  p {:.3f}".format(*test["interval"], test["p_corrected"])
-                if test["interval"]
-                else "no p"
-            )
+        for metric in in_order(found):
+            test = found[metric]
+            between = "[{:+.4f}, {:+.4f}]  ".format(*test["interval"]) if test["interval"] else ""
+            between += p_in_words(test["p_corrected"] if test["interval"] else None)
             lines.append(
-                f"    {metric:<12} {test['difference']:+.4f}  {between}  "
+                f"    {score_named(metric).label:<13} {test['difference']:+.4f}  {between}  "
                 + ("equal" if not test["difference"] else "better" if _is_better(metric, test) else "worse")
                 + ("" if test["real"] else ", but it may be chance")
             )
@@ -266,21 +264,50 @@ def summary(comparison: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 
-def tables(comparison: dict) -> dict[str, str]:
+def tables(comparison: dict, columns: list[str] = ()) -> dict[str, str]:
     """{file name: content}: the scores and differences as Markdown, as LaTeX (needs the package booktabs), and as CSV with
-    a line for each run or group and score. A star marks what differs from the first beyond chance."""
+    a line for each run or group and score. The best of each score is bold; a star marks what differs from the first beyond
+    chance.
+
+    Args:
+        columns: the scores to show, by name or label, in this order; by default all that every run has.
+    """
     rows = _rows(comparison)
-    metrics = [name for name in in_order(comparison["scores"]) if all(name in found for found in rows.values())]
+    shared = [name for name in in_order(comparison["scores"]) if all(name in found for found in rows.values())]
+    metrics = [name_of(column) for column in columns] or shared
+    if missing := [column for column in columns if name_of(column) not in shared]:
+        labels = ", ".join(score_named(name).label for name in shared)
+        raise UserError(f"compare_scores: not every run has {', '.join(missing)}. All have: {labels}.")
+    best = {
+        metric: (min if is_better_low(metric) else max)(
+            round(found[metric][0], _decimals(metric)) for found in rows.values()
+        )
+        for metric in metrics
+    }
     cells = {
-        name: [_cell(metric, *found[metric], comparison["differences"].get(name, {}).get(metric)) for metric in metrics]
+        name: [
+            _Cell(metric, *found[metric][:2], best[metric], comparison["differences"].get(name, {}).get(metric))
+            for metric in metrics
+        ]
         for name, found in rows.items()
     }
-    labels = [score_named(name).label for name in metrics]
+    labels, note = [score_named(name).label for name in metrics], _note(comparison, rows)
     return {
-        "comparison.md": _markdown(labels, cells),
-        "comparison.tex": _latex(labels, cells, comparison),
+        "comparison.md": _markdown(labels, cells, note),
+        "comparison.tex": _latex(labels, cells, note),
         "comparison.csv": _csv(metrics, rows, comparison["differences"]),
     }
+
+
+def _note(comparison: dict, rows: dict[str, dict]) -> str:
+    """What a table's reader has to know, the numbers of seeds among it."""
+    runs = {name: next(iter(found.values()))[2] for name, found in rows.items()}
+    parts = [f"{comparison['images']:,} images"]
+    if "groups" in comparison:
+        counts = set(runs.values())
+        of_each = ", ".join(f"{number} ({name})" for name, number in runs.items())
+        parts.append(f"mean ± standard deviation of {counts.pop() if len(counts) == 1 else of_each} runs")
+    return "; ".join([*parts, "bold: the best", f"*: differs from {comparison['baseline']}, p < {SIGNIFICANT}"])
 
 
 def _rows(comparison: dict) -> dict[str, dict]:
@@ -301,24 +328,37 @@ def _rows(comparison: dict) -> dict[str, dict]:
     return found
 
 
-def _cell(metric: str, mean: float, std: float | None, runs: int, test: dict | None) -> tuple[str, str | None, bool]:
-    decimals = score_named(metric).decimals
-    return f"{mean:.{decimals}f}", None if std is None else f"{std:.{decimals}f}", bool(test and test["real"])
+def _decimals(metric: str) -> int:
+    return score_named(metric).decimals
 
 
-def _markdown(labels: list[str], cells: dict) -> str:
+class _Cell:
+    """A score of a run or group as a table has it; `std` is None for a single run."""
+
+    def __init__(self, metric: str, mean: float, std: float | None, best: float, test: dict | None):
+        self.mean = f"{mean:.{_decimals(metric)}f}"
+        self.std = None if std is None else f"{std:.{_decimals(metric)}f}"
+        self.is_best, self.is_real = round(mean, _decimals(metric)) == best, bool(test and test["real"])
+
+
+def _markdown(labels: list[str], cells: dict[str, list[_Cell]], note: str) -> str:
     lines = [f"| | {' | '.join(labels)} |", f"|---|{'---|' * len(labels)}"]
     for name, row in cells.items():
-        texts = [mean + (f" ± {std}" if std else "") + ("*" if real else "") for mean, std, real in row]
+        texts = [
+            (f"**{cell.mean}**" if cell.is_best else cell.mean)
+            + (f" ± {cell.std}" if cell.std else "")
+            + ("*" if cell.is_real else "")
+            for cell in row
+        ]
         lines.append(f"| {name.replace('|', '&#124;')} | {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
-def _latex(labels: list[str], cells: dict, comparison: dict) -> str:
+def _latex(labels: list[str], cells: dict[str, list[_Cell]], note: str) -> str:
     def text(words: str) -> str:
         return "".join(_LATEX.get(character, character) for character in words)
 
@@ -331,14 +371,16 @@ def _latex(labels: list[str], cells: dict, comparison: dict) -> str:
     ]
     for name, row in cells.items():
         values = [
-            f"${mean}" + (f" \\pm {std}" if std else "") + ("^{*}" if real else "") + "$" for mean, std, real in row
+            "$"
+            + (f"\\mathbf{{{cell.mean}}}" if cell.is_best else cell.mean)
+            + (f" \\pm {cell.std}" if cell.std else "")
+            + ("^{*}" if cell.is_real else "")
+            + "$"
+            for cell in row
         ]
         lines.append(" & ".join([text(name), *values]) + r" \\")
-    lines += [
-        "\\bottomrule",
-        "\\end{tabular}",
-        f"% {comparison['images']} images; * differs from the first, p < {SIGNIFICANT}",
-    ]
+    words = text(note).replace("±", r"$\pm$").replace("<", "$<$").replace("*", "$^{*}$")
+    lines += ["\\bottomrule", f"\\multicolumn{{{len(labels) + 1}}}{{l}}{{\\footnotesize {words}}}", "\\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,8 @@
 """What a run leaves behind: predictions.json, coco_metrics.json and per_image.jsonl, with where they came from."""
 
+import csv
 import dataclasses
+import io
 import json
 import logging
 from pathlib import Path
@@ -14,7 +16,7 @@ from drawn_scenes.facts import scene_facts, score_scene_facts
 from metrics.chair import chair_scores, read_instances
 from metrics.clip_scores import clip_scores
 from metrics.coco_caption.coco import InvalidCaptions, preflight, score
-from metrics.names import QUICK, SCORES, is_better_low, is_shown
+from metrics.names import QUICK, SCORES, in_order, is_better_low, is_shown, name_of, score_named
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +39,25 @@ def write_bad_samples(folder: Path, samples: list[dict]) -> None:
 
 def write_scores(folder: Path, scores: dict, rows: list[dict], **source) -> dict:
     """coco_metrics.json: the scores, then what was scored (`source`) and where. per_image.jsonl: `rows` of
-    score_captions, for report.html and for evaluate.py --compare. Returns what coco_metrics.json holds."""
+    score_captions, for report.html and for evaluate.py --compare; per_image.csv: their scores as a table. Returns what
+    coco_metrics.json holds."""
     scores = {**scores, **source, **environment()}
     write_json(folder / "coco_metrics.json", scores)
     write_text(folder / "per_image.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / "per_image.csv", _table_of_images(rows))
     return scores
+
+
+def _table_of_images(rows: list[dict]) -> str:
+    """per_image.csv: a line for each image, with a column for each score."""
+    names = in_order(dict.fromkeys(name for row in rows for name in row["scores"]))
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["image_id", "caption", "references", *names])
+    for row in rows:
+        scores = ["" if row["scores"].get(name) is None else row["scores"][name] for name in names]
+        writer.writerow([row["image_id"], row["caption"], " | ".join(row["references"]), *scores])
+    return file.getvalue()
 
 
 def warn_of_missing_scores(metric_args) -> None:
@@ -190,14 +206,16 @@ def summary(metrics: dict) -> str:
     """The scores as readable lines: each with its interval, or with the reason why it is missing."""
     lines = []
     names = [name for name in SCORES if name in metrics and name != "scene_facts" and is_shown(name, metrics)]
-    width = max(map(len, names))
+    width = max(len(score_named(name).label) for name in names)
     for name in names:
         value = metrics[name]
         if value is None:
             reason = metrics["unavailable"][name]
-            lines.append(f"  {name:<{width}} null    {reason if len(reason) < 80 else reason[:77] + '...'}")
+            lines.append(
+                f"  {score_named(name).label:<{width}} null    {reason if len(reason) < 80 else reason[:77] + '...'}"
+            )
         else:
-            lines.append(f"  {name:<{width}} {value:.4f}{_between(metrics, name)}")
+            lines.append(f"  {score_named(name).label:<{width}} {value:.4f}{_between(metrics, name)}")
     if categories := metrics.get("SPICE_categories"):
         values = ", ".join(f"{name} {value:.4f}" for name, value in categories.items() if value is not None)
         lines.append(f"  SPICE by category: {values}")
@@ -213,7 +231,7 @@ def summary(metrics: dict) -> str:
         lines.append(f"  {in_words(metrics['seen'])}")
     for name, part in metrics.get("subsets", {}).items():
         had = [score for score in (*names, *metrics.get("clip_weights", ())) if part.get(score) is not None]
-        scores = ", ".join(f"{score} {part[score]:.4f}" for score in had)
+        scores = ", ".join(f"{score_named(score).label} {part[score]:.4f}" for score in had)
         lines.append(f"  {name}, {part['counts']['images']} images: {scores}")
     if facts := metrics.get("scene_facts"):
         lines.append(
@@ -239,16 +257,17 @@ def below_bars(fail_under: str | None, scores: dict) -> list[str]:
     """What of the scores misses its bar, and by how much, a line each. UserError for a name that is not a score here."""
     missed = []
     for name, bar in bars(fail_under).items():
-        value = scores.get(name)
+        key = name_of(name)
+        value = scores.get(key)
         if isinstance(value, dict):
-            value = value.get(name)
-        if name not in scores or isinstance(value, dict | str | bool | list):
+            value = value.get(key)
+        if key not in scores or isinstance(value, dict | str | bool | list):
             known = [key for key, value in scores.items() if isinstance(value, float)]
             raise UserError(f"fail_under: there is no score '{name}' here. Scores: {', '.join(known)}.")
         if value is None:
-            missed.append(f"{name} is null ({scores['unavailable'].get(name)}), its bar is {bar:g}")
-        elif (value > bar) if is_better_low(name) else (value < bar):
-            way = "above" if is_better_low(name) else "below"
+            missed.append(f"{name} is null ({scores['unavailable'].get(key)}), its bar is {bar:g}")
+        elif (value > bar) if is_better_low(key) else (value < bar):
+            way = "above" if is_better_low(key) else "below"
             missed.append(f"{name} is {value:.4f}, {abs(value - bar):.4f} {way} {bar:g}")
     return missed
 

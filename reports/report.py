@@ -29,6 +29,7 @@ from metrics.coco_caption.coco import ends_badly
 from metrics.coco_caption.text_checks import contradictions, illegal_characters, repetition
 from metrics.coco_caption.tokenizer import tokenize
 from reports.charts import charts, line_charts
+from reports.significance import p_in_words
 
 logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -86,7 +87,12 @@ def _template():
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["last_part"] = lambda path: Path(path).name if Path(path).exists() else path
     environment.filters["in_words"] = in_words
-    environment.globals |= {"shown": names.shown, "score_named": names.score_named, "explanations": _explanations()}
+    environment.globals |= {
+        "shown": names.shown,
+        "score_named": names.score_named,
+        "p_in_words": p_in_words,
+        "explanations": _explanations(),
+    }
     return environment.get_template("report.html.jinja")
 
 

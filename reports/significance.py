@@ -11,8 +11,15 @@ import numpy as np
 
 from metrics.coco_caption.coco import resampled_sums, scores_of_sums
 
+SMALLEST = 0.001  # a smaller p is not printed as a number: resamples cannot tell it
 FEWEST_IMAGES = 10  # below, the spread of so few differences says too little for a p
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
+
+
+def p_in_words(p: float | None) -> str:
+    if p is None:
+        return "no p"
+    return f"p < {SMALLEST}" if p < SMALLEST else f"p {p:.3f}"
 
 
 def pseudo_values(statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -90,13 +97,13 @@ def group_test(groups: tuple[np.ndarray, np.ndarray], means: tuple[np.ndarray, n
     scatter = sum(((g - g.mean(0) - g.mean(1, keepdims=True) + g.mean()) ** 2).sum() for g in groups)
     scatter /= (sum(runs) - 2) * (images - 1) * images
     parts.append((max(0.0, of_images - scatter * sum(1 / number for number in runs)), images - 1))
-    variance = sum(part for part, _ in parts)
+    variance = float(sum(part for part, _ in parts))
     if not variance:  # all runs of a group are one run
         return {"difference": difference, "interval": None, "p": None if difference else 1.0}
     error = math.sqrt(variance)
 
     def p(deviation: float) -> float:
-        return sum(part * student_p(deviation / error, freedom) for part, freedom in parts) / variance
+        return float(sum(part * student_p(deviation / error, freedom) for part, freedom in parts)) / variance
 
     low, high = 0.0, error
     while p(high) > 0.05:

@@ -16,10 +16,11 @@ from common.habits import nearest
 from common.provenance import environment
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.coco import preflight
-from metrics.names import SCORES, is_better_low
+from metrics.names import SCORES, is_better_low, score_named
 from reports.comparison import paired_bootstrap
 from reports.outputs import metrics_cache, score_records
 from reports.plots import plot_sweep
+from reports.significance import p_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +135,9 @@ def summary(sweep: dict) -> str:
     for row in rows:
         setting = "  ".join(f"{key} {value}" for key, value in row["settings"].items())
         between = "  [{:.4f}, {:.4f}]".format(*row["interval"]) if row["interval"] else ""
-        p = "" if row["p"] is None else f"  p {row['p']:.3f}"
+        p = "" if row["p"] is None else f"  {p_in_words(row['p'])}"
         words = f"{row['mean_length']:.1f} words"
-        lines.append(f"  {setting}  {metric} {row['scores'][metric]:.4f}{between}  {words}{p}")
+        lines.append(f"  {setting}  {score_named(metric).label} {row['scores'][metric]:.4f}{between}  {words}{p}")
     return "\n".join(lines)
 
 

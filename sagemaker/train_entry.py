@@ -40,7 +40,7 @@ METRICS = {
     "validation:loss": f"'eval_loss': {NUMBER}",
     "validation:sacrebleu": f"'eval_sacrebleu': {NUMBER}",
     "validation:CIDEr": f"'eval_CIDEr': {NUMBER}",
-    "final:sacrebleu": r"  sacrebleu +([0-9.]+)",
+    "final:sacrebleu": r"  sacreBLEU +([0-9.]+)",
     "final:CIDEr": r"  CIDEr +([0-9.]+)",
 }
 # The container entry point of launch.py's jobs. Both SDKs would have bash as process 1, which does not forward SIGTERM

@@ -275,9 +275,14 @@ def test_groups_of_seeds_give_mean_deviation_and_tables(seeds, tmp_path):
     row = next(row for row in rows if row["run"] == "B & co" and row["score"] == "CIDEr")
     assert float(row["mean"]) == pytest.approx(mean)
     assert row["runs"] == "3"
-    assert f"| B & co | {mean:.3f} ± {group['std']:.3f}* |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    note = "60 images; mean ± standard deviation of 3 runs; bold: the best; *: differs from A_1, p < 0.05"
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert text.startswith("| | CIDEr | BLEU-4 | ")
+    assert f"| B & co | **{mean:.3f}** ± {group['std']:.3f}* |" in text
+    assert text.endswith(f"\n\n{note}\n")
     table = (tmp_path / "comparison.tex").read_text(encoding="utf-8")
-    assert f"B \\& co & ${mean:.3f} \\pm {group['std']:.3f}^{{*}}$ &" in table
+    assert f"B \\& co & $\\mathbf{{{mean:.3f}}} \\pm {group['std']:.3f}^{{*}}$ &" in table
+    assert "mean $\\pm$ standard deviation of 3 runs; bold: the best; $^{*}$: differs from A\\_1, p $<$ 0.05}" in table
     assert "A\\_1" in table
 
 

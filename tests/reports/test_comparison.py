@@ -1,5 +1,7 @@
 """Laws of comparing runs and settings."""
 
+import csv
+import io
 import json
 import random
 
@@ -12,7 +14,7 @@ from arguments import MetricArguments
 from metrics.names import SCORES, is_better_low
 from reports import comparison
 from reports.outputs import score_captions, write_scores
-from reports.significance import group_test, paired_tests, pseudo_values, student_p
+from reports.significance import group_test, p_in_words, paired_tests, pseudo_values, student_p
 from reports.sweep import score_sweep
 
 WORDS = ["a", "dog", "runs", "on", "the", "grass", "red", "ball", "man", "near", "water", "two"]
@@ -110,6 +112,56 @@ def test_groups_that_differ_are_told_apart_and_too_few_runs_or_images_have_no_p(
         assert group_test(few, tuple(group.mean(axis=1) for group in few))["p"] is None
     assert group_test((low[:1], high), (low[:1].mean(axis=1), high.mean(axis=1)))["p"] < 0.05
     assert paired_tests({"x": (1.0, np.arange(9.0))}, 100, 0)["x"] == {"difference": 1.0, "interval": None, "p": None}
+
+
+def test_tables_have_the_scores_that_are_named_in_their_order_and_the_best_in_bold(references, tmp_path):
+    for name, keep in (("low", 0.1), ("high", 0.95)):
+        write_run(tmp_path / name, references, len(name), keep)
+    found = comparison.compare(comparison.read_runs([str(tmp_path / "low"), str(tmp_path / "high")]), 1000, 0)
+    lines = comparison.summary(found).splitlines()[1:]
+    labels = ["CIDEr", "BLEU-4", "ROUGE-L", "sacreBLEU", "BLEU-1", "BLEU-2", "BLEU-3"]
+    assert [line.split()[0] for line in lines] == labels
+    assert all("  p < 0.001  better" in line for line in lines)
+    tables = comparison.tables(found, ["BLEU-4", "CIDEr", "sacrebleu"])
+    head, _, low, high, _, note = tables["comparison.md"].splitlines()
+    assert head == "| | BLEU-4 | CIDEr | sacreBLEU |"
+    assert "**" not in low
+    assert high.count("**") == 6
+    assert note == "60 images; bold: the best; *: differs from low, p < 0.05"
+    assert comparison.tables(found)["comparison.md"].startswith(f"| | {' | '.join(labels)} |")
+    rows = list(csv.DictReader(io.StringIO(tables["comparison.csv"])))
+    assert [row["score"] for row in rows] == 2 * ["Bleu_4", "CIDEr", "sacrebleu"]
+    with pytest.raises(ValueError, match=r"compare_scores: not every run has SPICE. All have: CIDEr, BLEU-4, ROUGE-L"):
+        comparison.tables(found, ["SPICE"])
+    assert [p_in_words(p) for p in (None, 0.0, 0.00099, 0.001, 0.0496)] == [
+        "no p",
+        "p < 0.001",
+        "p < 0.001",
+        "p 0.001",
+        "p 0.050",
+    ]
+
+
+def test_the_scores_of_each_image_are_a_table(references, tmp_path):
+    write_run(tmp_path / "one", references, 1, 0.6)
+    with open(tmp_path / "one/per_image.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    rows = comparison.read_run(str(tmp_path / "one"))["rows"]
+    assert list(table[0]) == [
+        "image_id",
+        "caption",
+        "references",
+        "CIDEr",
+        "Bleu_4",
+        "ROUGE_L",
+        "Bleu_1",
+        "Bleu_2",
+        "Bleu_3",
+    ]
+    for line, row in zip(table, rows, strict=True):
+        assert [line[name] for name in ("image_id", "caption")] == [row["image_id"], row["caption"]]
+        assert line["references"].split(" | ") == row["references"]
+        assert {name: float(line[name]) for name in row["scores"]} == row["scores"]
 
 
 def test_p_of_students_t_is_the_published():

@@ -87,7 +87,7 @@ def test_photographs_with_text_are_scored_apart(model, tmp_path):
         assert subsets[name]["counts"] == {"images": 2, "references": 4}
         for score in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "sacrebleu", "intervals"):
             assert subsets[name][score] == alone[score]
-        assert re.search(rf"{name}, 2 images: .*Bleu_1 {alone['Bleu_1']:.4f}", result.stderr)
+        assert re.search(rf"{name}, 2 images: .*BLEU-1 {alone['Bleu_1']:.4f}", result.stderr)
 
 
 def test_corrupted_images_are_what_the_model_sees_with_any_number_of_workers(model, dataset):
