@@ -107,7 +107,7 @@ def say_left_out(paths: list[str]) -> None:
 
 def print_captions(loaded, rows, args) -> None:
     captions = caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args)
-    for row, outcome in show_progress(captions, None):
+    for row, outcome in captions if sys.stdout.isatty() else show_progress(captions, None):
         print(f"{row['name']}\t{outcome.get('caption', 'error: ' + outcome.get('error', ''))}", flush=True)
     loaded[0].say_cut()
 
