@@ -167,7 +167,7 @@ def test_the_job_trains_by_the_recipe_and_leaves_only_what_deploys(unbroken):
     top = {name for name in files if "/" not in name}
     assert top == {
         "code", "config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
-        "tokenizer_config.json", "README.md", "coco_metrics.json", "training_curves.svg",
+        "tokenizer_config.json", "README.md", "coco_metrics.json", "training_curves.svg", "training_curves.png",
     }  # fmt: skip
     assert {"code/inference.py", "code/requirements.txt", "code/captioner.py"} <= files
     assert not [name for name in files if "checkpoint" in name or name.endswith((".pt", ".pth", ".bin"))]

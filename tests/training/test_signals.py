@@ -3,10 +3,14 @@
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from small_run import equal_weights, flags
+
+from training.signals import StopOnSignal
 
 # Long enough to be hit in the middle; with dropout, whose chance must be the same after a resume.
 RUN = {"num_train_epochs": 12, "save_total_limit": 50, "logging_steps": 1}
@@ -119,3 +123,15 @@ def test_two_processes_stop_after_the_same_step(dataset, config, tmp_path):
     assert "SIGTERM: saved checkpoint-" in log
     tiny.run("train.py", *words, processes=2)
     assert equal_weights(whole, out)
+
+
+def test_in_a_thread_as_of_a_notebook_a_run_begins_and_hears_no_signal():
+    def begin_and_end():
+        stop = StopOnSignal()
+        stop.on_train_begin(SimpleNamespace(world_size=1), None, None)
+        stop.on_train_end(None, None, None)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(begin_and_end).result()
+    assert signal.getsignal(signal.SIGTERM) == before
