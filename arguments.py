@@ -163,7 +163,7 @@ class DataArguments:
     )
     draw_splits_from: str | None = flag(
         None,
-        "For a dataset without a train split: draw train, validation and test (90/5/5 over images) from this split, "
+        "For a dataset without a train split: draw train, validation and test (--split_shares) from this split, "
         "such as test, or from all of it (all).",
     )
     streaming: bool = flag(False, "Read the dataset while training instead of preparing it first.")

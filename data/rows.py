@@ -142,6 +142,12 @@ def split_in(text: str) -> str | None:
     return splits.pop() if len(splits) == 1 else None
 
 
+def split_of_folder(name: str) -> str | None:
+    """The split that the first folder in an image's name says: train/x.jpg."""
+    folder, slash, _ = name.replace("\\", "/").partition("/")
+    return SPLIT_NAMES.get(folder.lower()) if slash else None
+
+
 def split_of_file(path: Path) -> str | None:
     """The split that the name of a file, or else of its folder, says."""
     return split_in(path.stem) or SPLIT_NAMES.get(path.parent.name.lower())

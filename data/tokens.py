@@ -1,10 +1,10 @@
 """Whether a tokenizer can write the captions that a model is to learn."""
 
+import itertools
 import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
 
 from common.errors import UserError
 
@@ -18,7 +18,7 @@ _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "
 def check_captions_can_be_written(tokenizer, captions: Iterable[str]) -> None:
     """Warn in one line if the tokenizer cannot write some words of the captions: they come back as unknown, or changed
     in more than case (BERT's uncased vocabulary strips every accent). UserError if that is more than half of them."""
-    words = Counter(word for caption in islice(captions, _LOOKED_AT) for word in _words(caption))
+    words = Counter(word for caption in itertools.islice(captions, _LOOKED_AT) for word in _words(caption))
     if not words:
         return
     distinct = list(words)
@@ -28,18 +28,18 @@ def check_captions_can_be_written(tokenizer, captions: Iterable[str]) -> None:
         written = "".join(tokenizer.decode(tokens, skip_special_tokens=True).split())
         if _plain(written) != _plain(word) or tokenizer.unk_token_id in tokens:
             lost[word] = written
-    share = sum(words[word] for word in lost) / words.total()
-    if share < _WARN:
+    fraction = sum(map(words.get, lost)) / words.total()
+    if fraction < _WARN:
         return
     word = max(lost, key=words.__getitem__)
-    said = (
-        f"the tokenizer cannot write {share:.0%} of the captions' words: {word!r} becomes {lost[word] or 'unknown'!r}. The "
+    message = (
+        f"the tokenizer cannot write {fraction:.0%} of the captions' words: {word!r} becomes {lost[word] or 'unknown'!r}. The "
         "model would learn these captions wrongly"
     )
     advice = "choose a model whose tokenizer knows the language, or train one from scratch with model_config"
-    if share > _REFUSE:
-        raise UserError(f"{said}: {advice}.")
-    logger.warning("%s; %s.", said, advice)
+    if fraction > _REFUSE:
+        raise UserError(f"{message}: {advice}.")
+    logger.warning("%s; %s.", message, advice)
 
 
 def _plain(word: str) -> str:
@@ -49,12 +49,7 @@ def _plain(word: str) -> str:
 def _words(caption: str) -> Iterable[str]:
     """Words between spaces without the punctuation at their ends; for scripts without spaces, characters."""
     for piece in caption.split():
-        begin, end = 0, len(piece)
-        while begin < end and not _is_letter(piece[begin]):
-            begin += 1
-        while end > begin and not _is_letter(piece[end - 1]):
-            end -= 1
-        word = piece[begin:end]
+        word = piece.strip("".join(itertools.filterfalse(_is_letter, piece)))
         if any(unicodedata.name(character, "").startswith(_UNSPACED) for character in word if not character.isascii()):
             yield from filter(_is_letter, word)
         elif word:

@@ -19,8 +19,8 @@ def in_memory(split, name: str) -> datasets.Dataset:
     records = list(split)
     if not records:
         raise DataError(
-            f"no image of the stream is in the {name} split: without splits in the source, 5 % are drawn by each image's "
-            "bytes, which may be none of only a few images. Leave out --streaming"
+            f"no image of the stream is in the {name} split: without splits in the source, --split_shares of the images are "
+            "drawn by their bytes, which may be none of only a few images. Leave out --streaming"
         )
     return datasets.Dataset.from_list(records, features=split.features)
 
@@ -28,10 +28,10 @@ def in_memory(split, name: str) -> datasets.Dataset:
 def require_training_split(splits, source: str) -> None:
     """DataError that says how to train on a data set that was uploaded for evaluation: one split, called test, say."""
     if "train" not in splits:
-        there = ", ".join(splits)
+        present = ", ".join(splits)
         raise DataError(
-            f"{source} has no train split. Splits present: {there}. Pass --draw_splits_from {next(iter(splits))} to draw "
-            "train, validation and test (90/5/5 over images) from it"
+            f"{source} has no train split. Splits present: {present}. Pass --draw_splits_from {next(iter(splits))} to draw "
+            "train, validation and test from it"
         )
 
 
@@ -96,15 +96,14 @@ class CaptionPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[int(self.record_of[index])]
-        start = int(self.start_of[index])
-        kind = "image" if "image" in record else "features"
-        return {
-            "image_id": record["image_id"],
-            "first_caption": start,
-            kind: record[kind],
-            "captions": record["captions"][start : start + self.captions_per_image],
-            "epoch": int(self.epoch),
-        }
+        return sample_of(record, int(self.start_of[index]), self.captions_per_image, int(self.epoch))
+
+
+def sample_of(record: dict, start: int, number: int, epoch: int) -> dict:
+    """The captions from `start` on of a record, up to `number` of them."""
+    captions = record["captions"][start : start + number]
+    sample = {"image_id": record["image_id"], "first_caption": start, "captions": captions, "epoch": epoch}
+    return sample | {name: record[name] for name in ("image", "features") if name in record}
 
 
 class CaptionStream(torch.utils.data.IterableDataset):
@@ -124,13 +123,7 @@ class CaptionStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         for record in self.records:
             for start in range(0, len(record["captions"]), self.captions_per_image):
-                yield {
-                    "image_id": record["image_id"],
-                    "first_caption": start,
-                    "image": record["image"],
-                    "captions": record["captions"][start : start + self.captions_per_image],
-                    "epoch": self.epoch,
-                }
+                yield sample_of(record, start, self.captions_per_image, self.epoch)
 
     def passes(self):
         """The samples of pass after pass, without end. `starts` are the numbers of the samples that begin one, as far as

@@ -28,19 +28,15 @@ def detect(name: str):
         DataError: none matches, or more than one does.
     """
     path = Path(name).expanduser()
-    found = [module for module in FORMATS if module.matches(path)]
-    if name.startswith((".", "~")):  # the id of a Hub data set is not a path
-        found = [module for module in found if module is not hub]
-    names = {module.NAME for module in found}
-    if saved in found:
-        return saved
-    found = [module for module in found if not names & set(getattr(module, "YIELDS_TO", ()))]
-    if found == [karpathy, annotations] or (path.is_file() and karpathy in found):
-        return karpathy
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(f"{name}: could be {' or '.join(m.NAME for m in found)}. Say which with --data_format")
+    matching = [module for module in FORMATS if module.matches(path)]
+    if name.startswith("."):  # the id of a Hub data set is not a path
+        matching = [module for module in matching if module is not hub]
+    names = {module.NAME for module in matching}
+    matching = [module for module in matching if not names.intersection(getattr(module, "YIELDS_TO", ()))]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise DataError(f"{name}: could be {' or '.join(m.NAME for m in matching)}. Say which with --data_format")
     if path.is_file():
         raise DataError(f"{name}: cannot tell the format of this file. {choices()}")
     if path.is_dir():

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "annotations"
 ABOUT = "JSON, JSONL, CSV, COCO or VizWiz annotations, one file or one per split"
-YIELDS_TO = ("flickr8k", "karpathy", "imagefolder")
+YIELDS_TO = ("flickr8k", "karpathy", "imagefolder", "saved")
 EXTRAS = {"text_detected", "domain"}  # of VizWiz and nocaps: columns of an image that data.load keeps
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.text import read_text
 from data.images import ENDINGS, is_image
-from data.rows import SPLIT_NAMES, Options, Part, Row
+from data.rows import Options, Part, Row, split_of_folder
 from data.walk import walk
 
 NAME = "sidecar"
@@ -19,7 +19,7 @@ TEXTS = (".txt", ".caption")
 
 
 def matches(path: Path) -> bool:
-    return path.is_dir() and next((True for _, texts in images_and_texts(path, Counter()) if texts), False)
+    return path.is_dir() and any(texts for _, texts in images_and_texts(path, Counter()))
 
 
 def parts(path: Path, options: Options) -> list[Part]:
@@ -32,17 +32,15 @@ def images_and_texts(path: Path, left_out: Counter) -> Iterator[tuple[str, list[
     Raises DataError: x.txt is next to x.jpg and x.png.
     """
     files = dict.fromkeys(walk(path, left_out))
-    images = [file for file in files if _is_image(file)]
-    stems = Counter(os.path.splitext(file)[0] for file in images)
-    for file in images:
-        stem = os.path.splitext(file)[0]
-        texts = [file + ending for ending in TEXTS if file + ending in files]
-        shared = [stem + ending for ending in TEXTS if stem + ending in files]
-        if shared and not texts and stems[stem] > 1:
-            raise DataError(
-                f"{shared[0]}: {stems[stem]} images have this name. Name the text {os.path.basename(file)}.txt"
-            )
-        yield file, texts or shared
+    images = list(filter(_is_image, files))
+    stem_of = {file: os.path.splitext(file)[0] for file in images}
+    number = Counter(stem_of.values())
+    texts = {name: [name + ending for ending in TEXTS if name + ending in files] for name in (*images, *number)}
+    for file, stem in stem_of.items():
+        if texts[stem] and not texts[file] and number[stem] > 1:
+            name = f"{os.path.basename(file)}.txt"
+            raise DataError(f"{texts[stem][0]}: {number[stem]} images have this name. Name the text {name}")
+        yield file, texts[file] or texts[stem]
 
 
 def _is_image(file: str) -> bool:
@@ -51,7 +49,6 @@ def _is_image(file: str) -> bool:
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:
-    without = 0
     for image, texts in images_and_texts(Path(part.place), options.dropped):
         texts = [text for text in texts if text.endswith(options.caption_column or "")]
         if len(texts) > 1:
@@ -59,11 +56,8 @@ def read(part: Part, options: Options) -> Iterator[Row]:
                 f"{image}: has a .txt and a .caption. Say which holds the captions with --caption_column .caption"
             )
         if not texts and options.captions:
-            without += 1
+            options.dropped["images without a text file"] += 1
             continue
         name = Path(image).relative_to(part.place).as_posix()
-        split = SPLIT_NAMES.get(name.split("/")[0].lower()) if "/" in name else None
-        captions = [read_text(text) for text in texts]
-        yield Row(os.path.relpath((texts or [image])[0], part.place), name, captions, name=name, split=split)
-    if without:
-        options.dropped["images without a text file"] = without
+        where = os.path.relpath((texts or [image])[0], part.place)
+        yield Row(where, name, [read_text(text) for text in texts], name=name, split=split_of_folder(name))
