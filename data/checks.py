@@ -186,14 +186,14 @@ def check_captions(records: list[Record]) -> None:
     swallowed, the file names of other images. It names the line."""
     names = {os.path.basename(record.name) for record in records if record.name and "." in record.name}
     for record in records:
-        own = os.path.basename(record.name or "")
+        itself = os.path.basename(record.name or "")
         for caption in record.captions:
             if caption[0] in "[{" and parse_structure(caption, record.where) is not None:
                 raise DataError(
                     f"{record.where}: the caption of image {described(record)} is a list written as text inside another: "
                     f"{caption[:80]!r}. Write it as one list of captions"
                 )
-            swallowed = names.intersection(SWALLOWED.findall(caption)) - {own} if "." in caption else None
+            swallowed = names.intersection(SWALLOWED.findall(caption)) - {itself} if "." in caption else None
             if swallowed:
                 raise DataError(
                     f"{record.where}: the caption of image {described(record)} holds the name of another image, "

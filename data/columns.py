@@ -299,11 +299,9 @@ def _strings(text: str) -> list[str] | None:
         token for token in tokens if token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
     ]
     items = [token for token in meaningful[1:-1] if token.string not in (",", "nan")]
-    return (
-        [ast.literal_eval(item.string) for item in items]
-        if {item.type for item in items} <= {tokenize.STRING}
-        else None
-    )
+    if any(item.type != tokenize.STRING for item in items):
+        return None
+    return [ast.literal_eval(item.string) for item in items]
 
 
 def image_in(value, where: str, column: str, captions=(), address: bool = False):

@@ -178,7 +178,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int, size) -> Image.Image
             f"{name}: the image is too large ({width} x {height} pixels, more than {max_pixels:,}). "
             "Downscale it, or remove it from the data"
         )
-    wide = any(";16" in str(tile) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I")
+    wide = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")  # 16 bits per channel
     try:
         if size is not None and isinstance(image, ImageFile.ImageFile):
             turned = _orientation(image) >= 5
@@ -200,8 +200,9 @@ warn_once = functools.cache(logger.warning)
 
 def _warn_of_dark(image: Image.Image, name: str, wide: bool) -> None:
     """Of 16 bits per channel Pillow keeps the upper 8: for 12-bit data that leaves 16 values, nearly black."""
-    if wide and image.mode in ("RGB", "RGBA", "RGBX", "LA"):
-        brightest = max(high for _, high in (image.getextrema()[:3] if image.mode != "LA" else image.getextrema()[:1]))
+    channels = {"RGB": 3, "RGBA": 3, "RGBX": 3, "LA": 1}.get(image.mode, 0) if wide else 0
+    if channels:
+        brightest = max(high for _, high in image.getextrema()[:channels])
         if brightest <= 16:
             warn_once(
                 f"{name}: 16 bits per channel, and the brightest pixel is {brightest} of 255, so it is seen as nearly black. "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import glob
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -98,7 +99,6 @@ def find_format(name: str, data_format: str = "auto"):
         raise DataError(f"data_format {data_format!r} is unknown. Known: auto, {', '.join(formats.BY_NAME)}")
     source = formats.detect(name) if data_format == "auto" else formats.BY_NAME[data_format]
     path = Path(name).expanduser()
-    pattern = any(sign in name for sign in "*?[")
-    if source.NAME not in (*WITHOUT_FILES, "webdataset") and not path.exists() and not pattern:
+    if source.NAME not in (*WITHOUT_FILES, "webdataset") and not path.exists() and not glob.has_magic(name):
         raise DataError(f"{name}: no such file or folder")
     return source, path

@@ -179,12 +179,12 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
 def name_records(records: list[Record]) -> None:
     """Give every record its id: the source's, else the file name, else (no names, or not unique) the path or
     row number."""
-    without = [record for record in records if record.image_id is None]
-    names = [record.name for record in without]
-    unique = None not in names and len(set(names)) == len(names)
-    for record in without:
-        spare = record.image if isinstance(record.image, str) else f"{record.image:08d}"
-        record.image_id = record.name if unique else spare
+    names = [record.name for record in records if record.image_id is None]
+    unique = len(set(names) - {None}) == len(names)
+    for record in records:
+        if record.image_id is None:
+            number = record.image if isinstance(record.image, str) else f"{record.image:08d}"
+            record.image_id = record.name if unique else number
     with_id: dict = {}
     for record in records:
         other = with_id.setdefault(record.image_id, record)

@@ -116,12 +116,14 @@ class Options:
 def key_of(image, name: str | None, root: str) -> str | None:
     """The key of an image: its name as the source writes it, from the source's folder `root` on where it is absolute; of
     an image inside a source its content; None of a row without an image."""
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return xxhash.xxh3_128_hexdigest(image["bytes"])
-    name = (image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None) or name
-    if name is None:
+    if isinstance(image, dict):
+        if image.get("bytes") is not None:
+            return xxhash.xxh3_128_hexdigest(image["bytes"])
+        image = image.get("path")
+    written = image if isinstance(image, str) else name
+    if written is None:
         return None
-    written = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    written = unicodedata.normalize("NFC", written.replace("\\", "/"))
     folder = os.path.join(os.path.abspath(root), "").replace("\\", "/")
     inside = os.path.abspath(written).replace("\\", "/")
     return inside[len(folder) :] if os.path.isabs(written) and inside.startswith(folder) else written.removeprefix("./")
@@ -137,8 +139,7 @@ def split_name(name: str, where: str) -> str:
 
 def split_in(text: str) -> str | None:
     """captions_val2014 -> validation; None where no word of the text, or several, name a split."""
-    words = re.findall(r"[a-z]+", text.lower())
-    splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    splits = set(map(SPLIT_NAMES.get, re.findall(r"[a-z]+", text.lower()))) - {None}
     return splits.pop() if len(splits) == 1 else None
 
 

@@ -287,10 +287,10 @@ def _each_image_once(records: list[Record], table, options: Options, official: b
 
 
 def counts(dataset: datasets.DatasetDict) -> str:
-    images = {name: len(rows) for name, rows in dataset.items()}
     captions = {name: sum(map(len, rows["captions"][:])) for name, rows in dataset.items()}
-    by_split = ", ".join(f"{name} {images[name]:,} / {captions[name]:,}" for name in dataset)
-    return f"{sum(images.values()):,} images, {sum(captions.values()):,} captions ({by_split})"
+    by_split = ", ".join(f"{name} {len(dataset[name]):,} / {number:,}" for name, number in captions.items())
+    images = sum(map(len, dataset.values()))
+    return f"{images:,} images, {sum(captions.values()):,} captions ({by_split})"
 
 
 def in_words(dropped: Counter) -> str:

@@ -55,7 +55,7 @@ def draw_splits(records: list[Record], seed: int, shares, official: bool, groups
         groups: records that must stay together, each in one group.
     """
     groups = [[record for record in group if not (official and record.split == "test")] for group in groups]
-    groups = [group for group in groups if group]
+    groups = list(filter(None, groups))
     drawn = {name: [] for name in drawn_splits(shares, official)}
     if len(groups) < len(drawn):
         raise DataError(

@@ -346,12 +346,12 @@ def _with_ending(verb: str, ending: str) -> str:
 
 def _table() -> dict[str, tuple[str, ...]]:
     """{form: (form, ...)} of every form of the words above."""
-    found: dict[str, dict] = {}
+    others_of: dict[str, dict] = {}
     irregular = set(IRREGULAR.split())
 
     def add(form, other):
         if form != other:
-            found.setdefault(form, {})[other] = None
+            others_of.setdefault(form, {})[other] = None
 
     for word, other in _pairs(NOUNS):
         add(word, other)
@@ -363,7 +363,7 @@ def _table() -> dict[str, tuple[str, ...]]:
             add(_with_ending(word, "ed"), _with_ending(other, "ed"))
     for word, other in _pairs(OTHERS):
         add(word, other)
-    return {form: tuple(others) for form, others in found.items()}
+    return {form: tuple(others) for form, others in others_of.items()}
 
 
 TABLE = _table()
@@ -395,19 +395,19 @@ def wordnet() -> dict[str, tuple[str, ...]]:
     first, members = {}, defaultdict(set)
     for line in lines:
         key, synset, number, count = line.split()
-        word, _, rest = key.partition("%")
-        part = {"5": "3"}.get(rest[0], rest[0])  # a satellite adjective is an adjective
+        word, _, sense = key.partition("%")
+        part = {"5": "3"}.get(sense[0], sense[0])  # a satellite adjective is an adjective
         uses[word][part] += int(count)
         if number == "1":
             first[word, part] = part, synset
             if int(count) and word not in KEPT and len(word) > 3 and re.fullmatch("[a-z]+", word):
                 members[part, synset].add(word)
-    found = {}
+    others_of = {}
     for (part, _), words in members.items():
         words = sorted(word for word in words if part != VERB and uses[word].most_common(1)[0][0] == part)
         for word in words:
             if others := tuple(other for other in words if other != word):
-                found[word] = others
+                others_of[word] = others
                 if part == NOUN and plural(word) not in uses:
-                    found[plural(word)] = tuple(map(plural, others))
-    return found
+                    others_of[plural(word)] = tuple(map(plural, others))
+    return others_of

@@ -214,8 +214,8 @@ def _generate(read, extras: list[str], key: dict) -> Iterator[dict]:
     for row in read(**key):
         texts = {name: None if row.extras.get(name) is None else str(row.extras[name]) for name in extras}
         captions = clean_captions(row.captions, row.where, row.name or "")
-        own = {"image": _undecoded(row.image), "captions": captions, "image_id": row.image_id, "split": row.split}
-        yield own | texts
+        ours = {"image": _undecoded(row.image), "captions": captions, "image_id": row.image_id, "split": row.split}
+        yield ours | texts
 
 
 # ---------------------------------------------------------------- streams
@@ -264,8 +264,8 @@ def stream_records(
 
 def check_own_splits(table, split: str, source: str) -> None:
     """DataError if the first row names another split than its table is."""
-    own = next(iter(table.select_columns(["split"])), {}).get("split") if "split" in table.features else None
-    if own is not None and SPLIT_NAMES.get(str(own).lower()) != split:
+    first = next(iter(table.select_columns(["split"])), {}).get("split") if "split" in table.features else None
+    if first is not None and SPLIT_NAMES.get(str(first).lower()) != split:
         raise DataError(f"{source}: its rows name their own split, which a stream cannot follow. Leave out --streaming")
 
 

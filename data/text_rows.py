@@ -190,11 +190,11 @@ def _is_row(line: str, separator: str, shapes: set[str]) -> bool:
 
 def _shapes(cells: list[str]) -> set[str]:
     """What the names of images in a row look like, by place: 1000_a1.jpg as "0:0_a.jpg". Other cells say nothing."""
-    found = set()
+    shapes = set()
     for place, cell in enumerate(cells):
         name = (cell or "").strip().strip('"')
         if (place == 0 and any(map(str.isdigit, name))) or IMAGE_NAME.search(name):
             shape = re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", name)).replace("a0", "0").replace("0a", "0")
             if len(name) < 300 and " " not in shape:
-                found.add(f"{place}:{re.sub(r'0+', '0', shape)}")
-    return found
+                shapes.add(f"{place}:{re.sub(r'0+', '0', shape)}")
+    return shapes

@@ -41,8 +41,8 @@ def check_training_images(splits, *, skip_bad_samples: bool):
     if not isinstance(splits, datasets.DatasetDict):
         return splits, []
     checked, bad = check_images(datasets.DatasetDict(train=splits["train"]), skip_bad_samples=skip_bad_samples)
-    rest, _ = check_images(datasets.DatasetDict({k: v for k, v in splits.items() if k != "train"}))
-    return datasets.DatasetDict({**checked, **rest}), bad
+    held_out, _ = check_images(datasets.DatasetDict({k: v for k, v in splits.items() if k != "train"}))
+    return datasets.DatasetDict({**checked, **held_out}), bad
 
 
 class EncodedRecords(torch.utils.data.Dataset):

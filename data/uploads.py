@@ -34,16 +34,16 @@ def list_uploads(paths: list[str], limit: int) -> list[tuple[str, str, str | Non
 
 def read_uploads(uploads: list[tuple], chunk: int) -> Iterator[list[tuple[str, Image.Image | Exception]]]:
     """[(name, image or error), ...] of up to `chunk` uploads at a time, fewer of large images."""
-    found, pixels = [], 0
+    images, pixels = [], 0
     for name, path, member in uploads:
         image = read_upload(name, path, member)
-        found.append((name, image))
+        images.append((name, image))
         pixels += 0 if isinstance(image, Exception) else image.width * image.height
-        if len(found) == chunk or pixels > MAX_PIXELS:
-            yield found
-            found, pixels = [], 0
-    if found:
-        yield found
+        if len(images) == chunk or pixels > MAX_PIXELS:
+            yield images
+            images, pixels = [], 0
+    if images:
+        yield images
 
 
 def read_upload(name: str, path: str, member: str | None = None) -> Image.Image | Exception:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "karpathy"
 ABOUT = "dataset_coco.json and similar files"
+YIELDS_TO = ("saved",)  # whose dataset_dict.json is called alike
 
 COCO_HOST = "http://images.cocodataset.org"  # the data set's own, and the only one that images are fetched from
 COCO_FOLDER = re.compile(r"(train|val|test)(2014|2015|2017)")

@@ -28,11 +28,8 @@ def matches(path: Path) -> bool:
 
 def parts(path: Path, options: Options) -> list[Part]:
     """A part per file; the splits are those of the folder's README.md, as on the Hub, or else of the files' names."""
-    if (
-        path.is_dir()
-        and (path / "README.md").is_file()
-        and "data_files" in (path / "README.md").read_text(encoding="utf-8", errors="replace")
-    ):
+    card = path / "README.md"
+    if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
         with loading(str(path), NAME):
             config = datasets.load_dataset_builder(str(path), options.config, cache_dir=options.cache_dir).config
         named = [(Path(file), str(split)) for split, files in (config.data_files or {}).items() for file in files]
