@@ -723,7 +723,9 @@ class DemoArguments(LogArguments):
     MOST_USED = ("model_name_or_path", "compare_to", "examples", "host", "port", "login")
     FILES, HUB = ("examples", "login"), ("compare_to",)
     compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
-    examples: str | None = flag(None, "Folder of images to offer as examples. Default: drawn scenes.")
+    examples: str | None = flag(
+        None, "Folder of images to offer as examples. Default: those of the model's report.html, else drawn scenes."
+    )
     bf16: bool | None = flag(None, CAPTION_BF16)
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
     port: int = flag(7860, "Port to listen on.")

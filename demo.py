@@ -20,6 +20,7 @@ from common.cli import check, parse, run
 if __name__ == "__main__":
     check(DEMO_GROUPS)  # answers --help and mistakes before torch is imported
 
+import base64
 import logging
 import os
 import tempfile
@@ -28,6 +29,7 @@ from pathlib import Path
 from captioner import Captioner
 from common.errors import UserError
 from drawn_scenes import drawing as scenes
+from reports.report import read_thumbnails
 
 try:
     import gradio as gr
@@ -54,7 +56,8 @@ def main():
     captioners = dict(zip(shown_names(names), loaded, strict=True))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory() as folder:
-        examples = sorted(map(str, Path(args.examples).iterdir()))[:8] if args.examples else draw_examples(folder)
+        examples = sorted(map(str, Path(args.examples).iterdir()))[:8] if args.examples else []
+        examples = examples or pictures_of_run(model_args.model_name_or_path, folder) or draw_examples(folder)
         app = build(captioners, examples, args.max_images)
         logger.info("open http://%s:%d; Control-C stops it", args.host, args.port)
         app.queue(max_size=args.max_queue, default_concurrency_limit=1)
@@ -84,6 +87,17 @@ def shown_names(models: list[str]) -> list[str]:
     if len(set(names)) == len(names):
         return names
     return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def pictures_of_run(model: str, folder: str) -> list[str]:
+    """Pictures of the split that the model was scored on, as its report.html has them; none if there is no such report."""
+    pictures = list(read_thumbnails(model).values())[:4]
+    paths = [Path(folder, f"{number}.webp") for number in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        path.write_bytes(base64.b64decode(picture))
+    if paths:
+        logger.info("the examples are pictures of %s/report.html; --examples names a folder of others", model)
+    return list(map(str, paths))
 
 
 def draw_examples(folder: str) -> list[str]:

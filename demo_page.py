@@ -23,9 +23,16 @@ CSS = """
 .words {display: flex; flex-wrap: wrap; gap: 10px; margin: 0; padding: 0}
 .words figure {margin: 0; width: 90px}
 .words img {width: 90px; border-radius: 8px; display: block}
-.words figcaption {text-align: center; font-size: 0.95rem; padding-top: 4px; color: var(--body-text-color)}
+.words figcaption {overflow-wrap: anywhere; text-align: center; font-size: 0.95rem; padding-top: 4px; color: var(--body-text-color)}
 .picture img {width: 100%; height: 100%; object-fit: contain}
 :root, .dark {--font-mono: var(--font) !important}
+/* On a phone: the image, its caption, and then the examples, which are below the image elsewhere. */
+@media (max-width: 760px) {
+  .one > .ask {display: contents}
+  .one > .ask > * {flex: 1 1 100% !important}
+  .one .examples {order: 1}
+}
+footer .divider:last-child {display: none}
 .best textarea {font-size: 1.2rem !important; line-height: 1.4; field-sizing: content; height: auto !important}
 """
 # Names for screen readers: Gradio gives examples none, and the upload area one that differs from the text it shows.
@@ -55,18 +62,19 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
 
 def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[str]) -> None:
     """The tab for one image, which is captioned as soon as it is uploaded."""
-    with gr.Row():
-        with gr.Column(scale=2):
+    with gr.Row(elem_classes="one"):
+        with gr.Column(scale=2, elem_classes="ask"):
             image = gr.Image(
                 type="filepath", elem_classes="picture", label="Image", sources=["upload", "clipboard", "webcam"],
                 height=380, image_mode=None,
             )  # fmt: skip
             button = gr.Button("Caption it", variant="primary")
+            with gr.Column(elem_classes="examples"):
+                shown = gr.Examples(examples, image, label="Examples")
         outputs = []
         for name in captioners:
             with gr.Column(scale=3):
                 outputs += answer("Caption" if len(captioners) == 1 else f"Caption by {name}")
-    shown = gr.Examples(examples, image, label="Examples")
     refuse_urls(image)
     # Leave the upload unchanged: data.open_image reads it, and reports what is wrong with it.
     image.preprocess = lambda upload: upload and upload.path
@@ -176,16 +184,16 @@ def settings_panel(captioner: Captioner) -> dict:
             ),
             "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More take longer; at least one per caption"),
             "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about one per word"),
-            "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens"),
+            "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens: about one per word"),
             "length_penalty": slider("Length penalty", -2, 4, 0.1, own["length_penalty"], "Above 1: longer captions"),
         }
     with gr.Row():
         penalty = own["repetition_penalty"]
         return search | {
-            "repetition_penalty": slider("Repetition penalty", 1, 3, 0.1, penalty, "Above 1: fewer repeated words"),
+            "repetition_penalty": slider("Repetition", 1, 3, 0.1, penalty, "Penalty; above 1: fewer repeated words"),
             "do_sample": gr.Checkbox(False, label="Sample", info="Draw captions at random, not the likeliest"),
             "temperature": slider("Temperature", 0.1, 2, 0.1, 1.0, "For sampling: lower is safer"),
-            "top_p": slider("Top p", 0.05, 1, 0.05, 0.9, "For sampling: share of likely words drawn from"),
+            "top_p": slider("Top p", 0.05, 1, 0.05, 0.9, "For sampling: share of likely words"),
             "prompt": gr.Textbox(captioner.prompt, label="Prompt", max_length=200, info="Every caption continues it"),
         }
 

@@ -39,12 +39,14 @@ def histogram(values: list[float], title: str, whole: bool = False, x_name: str 
     `whole` numbers have one bar each if there are few of them.
     """
     low, high = min(values), max(values)
-    width = nice_step((high - low) / 20) if high > low else 1
+    width = nice_step((high - low) / 20 if high > low else (abs(low) or 1) / 10)
     if whole:
         width = max(1, round(width))
     start = math.floor(low / width + 1e-9) * width
+    if low == high:  # one bar, in the middle of ten or at the axis
+        start -= 5 * width if low < 0 else min(5 * width, start)
     counts = Counter(math.floor((value - start) / width + 1e-9) for value in values)
-    bins, most = max(counts) + 1, max(counts.values())
+    bins, most = max(counts) + 1 if low < high else max(10, max(counts) + 1), max(counts.values())
     alone = whole and width == 1  # a bar is one number, which is written below its middle
     edges = labels([start + width * number for number in range(bins + 1)], width)
     top, y_step = y_scale(most)
@@ -96,7 +98,8 @@ def line_charts(panels: list[dict]) -> list[dict]:
         low, high = min(values), max(values)
         y_step = nice_step((high - low) / 4) if high > low else nice_step(abs(high) or 1)
         bottom, top = math.floor(low / y_step + 1e-9), math.ceil(high / y_step - 1e-9)
-        bottom, top = (bottom, top) if bottom < top else (bottom - 1, top + 1)
+        if bottom == top:  # a score or a loss has no negative values to make room for
+            bottom, top = bottom - 1 if low < 0 else max(0, bottom - 1), top + 1
         y_values = [y_step * number for number in range(bottom, top + 1)]
 
         def x(step):

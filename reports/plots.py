@@ -52,10 +52,17 @@ def plot_curves(panels: list[dict], folder: Path) -> None:
                 marker = (
                     {"marker": "o", "ms": 4 if len(line["points"]) <= 10 else 2} if len(line["points"]) <= 60 else {}
                 )
-                axis.plot(*zip(*line["points"], strict=True), dash, color=colour, label=line["label"], **marker)
+                axis.plot(
+                    *zip(*line["points"], strict=True), dash, color=colour, label=line["label"], clip_on=False, **marker
+                )
             if panel["best_step"] is not None:
                 axis.axvline(panel["best_step"], color="#1b1d21", lw=1, ls=(0, (2, 2)), label="checkpoint kept")
             axis.set(title=panel["title"], xlabel="step")
+            axis.yaxis.set_major_formatter(
+                "{x:g}"
+            )  # matplotlib writes a factor of 1e-5 above the axis, in place of the title
+            if all(value >= 0 for line in panel["lines"] for _, value in line["points"]):
+                axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))
             axis.xaxis.set_tick_params(labelbottom=True)
             axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axis.grid(lw=0.6)

@@ -84,8 +84,11 @@ function text(row, most) {
   runs.forEach((run, number) => {
     if (several) box.append(element("span", { class: `run run${number}` }, run));
     box.append(element("p", { class: "prediction" }, row.captions[number] || "(empty)"));
-    const found = Object.entries(row.faults[number]);
-    const chips = found.map(([fault, what]) => element("span", { class: "fault" }, `${fault}: ${what}`));
+    const found = Object.entries(row.faults[number]).map(([fault, what]) => `${fault}: ${what}`);
+    const asked = [...document.querySelectorAll("#filters :checked")].map((box) => `${box.value}: `);
+    if (most) found.sort((a, b) => asked.some((name) => b.startsWith(name)) - asked.some((name) => a.startsWith(name)));
+    const chips = found.slice(0, most ? 1 : found.length).map((words) => element("span", { class: "fault", title: words }, words));
+    if (most && found.length > 1) chips.push(element("span", { class: "fault more", title: found.slice(1).join("\n") }, `+${found.length - 1}`));
     if (chips.length) box.append(element("div", { class: "chips" }, ...chips));
     const list = element("dl", { class: "values" });
     names.slice(0, most).forEach((name, column) => {
@@ -95,7 +98,7 @@ function text(row, most) {
     if (list.childElementCount) box.append(list);
   });
   row.tuples?.forEach((tuples, number) => {
-    if (!tuples) return;
+    if (!tuples || most) return; // a card has no room for them
     const name = several ? `SPICE's tuples of ${runs[number]}` : "SPICE's tuples";
     const details = element("details", {}, element("summary", {}, name));
     for (const [kind, found] of Object.entries(tuples)) {

@@ -11,6 +11,7 @@ photographs are used instead, each several times: only their size matters.
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ def main():
         screenshot(run, "captions", 1200, 820, ROOT / "docs/report.png")
         screenshot(run, "top", 390, 800, ROOT / "docs/report_phone.png")
         screenshot(comparison, "scores", 1200, 820, ROOT / "docs/comparison.png")
+        demo_screenshot(run, ROOT / "docs/demo.png")
         return
 
     folder = Path(os.environ["CAPTION_TEST_DATA"])
@@ -128,12 +130,33 @@ def screenshot(folder: Path, section: str, width: int, height: int, target: Path
         driver.get((folder / "report.html").resolve().as_uri())
         driver.execute_script(f"document.getElementById('{section}').scrollIntoView()")
         time.sleep(1)  # until visible images are decoded
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            driver.save_screenshot(file.name)
-            Image.open(file.name).convert("RGB").quantize(256).save(target, optimize=True)
-        print(target, f"{target.stat().st_size / 1000:.0f} kB")
+        save(driver, target)
     finally:
         driver.quit()
+
+
+def demo_screenshot(run: Path, target: Path) -> None:
+    """demo.py's page with the run's model, after a click on the first example."""
+    address = "http://127.0.0.1:7911"
+    command = [sys.executable, str(ROOT / "demo.py"), "--model_name_or_path", str(run), "--port", address[-4:]]
+    demo, driver = subprocess.Popen(command), browser.start(1200, 860)
+    try:
+        browser.screen(driver, 1200, 860)
+        browser.wait(lambda: driver.get(address) or driver.find_elements("css selector", ".gallery-item"), seconds=200)
+        browser.wait(lambda: driver.find_element("css selector", ".gallery-item").click() is None)
+        browser.wait(lambda: driver.find_elements("css selector", ".words figure"))
+        time.sleep(1)
+        save(driver, target)
+    finally:
+        driver.quit()
+        demo.terminate()
+
+
+def save(driver, target: Path) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        driver.save_screenshot(file.name)
+        Image.open(file.name).convert("RGB").quantize(256).save(target, optimize=True)
+    print(target, f"{target.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

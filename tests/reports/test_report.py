@@ -136,6 +136,8 @@ def test_a_reader_sorts_searches_and_filters_and_hostile_captions_stay_text(chro
         box.click()
         assert cards(chromium) == [image]
         assert said in [chip.text for chip in chromium.find_elements("css selector", ".fault")]
+        lines = "return [...document.querySelectorAll('#gallery .chips')].map((chips) => chips.offsetHeight)"
+        assert max(chromium.execute_script(lines)) < 30, "one line of flags, with the number of the others"
         box.click()
     assert "hacked" not in chromium.title
     assert chromium.find_elements("css selector", "img[src=x]") == []
@@ -514,6 +516,22 @@ def test_histograms_count_every_value_once():
     assert [(bar["text"], bar["height"]) for bar in words["bars"]] == [("3: 2 images", 40), ("5: 1 image", 20)]
     assert histogram([2.5, 2.5], "all the same")["bars"][0]["text"].endswith("2 images")
     assert histogram([-1.0, 1.0], "differences")["zero"] == pytest.approx(50, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("value", "whole"), [(0.0, False), (0.37, False), (6, True), (0, True), (-0.4, False), (1e-6, False)]
+)
+def test_equal_values_are_one_narrow_bar_and_axes_of_scores_have_no_negative_part(value, whole):
+    chart = histogram([value] * 5, "any", whole=whole)
+    (bar,) = chart["bars"]
+    assert bar["width"] <= 10
+    assert len(chart["x_ticks"]) >= 3
+    negative = any("\u2212" in tick["text"] for tick in chart["x_ticks"])
+    assert not negative or value < 0
+    panel = {"title": "any", "best_step": None, "lines": [{"label": None, "points": [(1, value), (2, value)]}]}
+    (drawn,) = line_charts([panel])
+    assert not any("\u2212" in tick["text"] for tick in drawn["y_ticks"]) or value < 0
+    assert all(0 <= point["y"] <= 40 for point in drawn["lines"][0]["points"])
 
 
 @pytest.mark.parametrize("seed", range(40))

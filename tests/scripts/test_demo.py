@@ -188,6 +188,27 @@ def test_a_port_that_is_taken_is_one_message():
         assert f"--port {port}" in tiny.run("demo.py", "--port", port, fails=True).stderr
 
 
+def test_the_examples_are_the_pictures_of_the_models_own_report(tmp_path):
+    import demo
+    from arguments import MetricArguments
+    from reports.outputs import score_captions, write_scores
+    from reports.report import write_report
+
+    pictures = [Image.new("RGB", (60, 40), colour) for colour in ("red", "lime", "blue", "white", "black")]
+    captions = {str(n): "a dog" for n in range(len(pictures))}
+    quick = MetricArguments(meteor=False, spice="false", bootstrap_samples=0)
+    scores, rows = score_captions(captions, {n: [text] for n, text in captions.items()}, quick, 0)
+    (tmp_path / "run").mkdir()
+    write_report(tmp_path / "run", write_scores(tmp_path / "run", scores, rows), rows, pictures)
+    (tmp_path / "out").mkdir()
+    paths = demo.pictures_of_run(str(tmp_path / "run"), str(tmp_path / "out"))
+    found = [Image.open(path).convert("RGB").getpixel((20, 20)) for path in paths]
+    assert len(found) == 4
+    for pixel, picture in zip(found, pictures, strict=False):
+        assert np.allclose(pixel, picture.getpixel((0, 0)), atol=20)
+    assert demo.pictures_of_run(str(tmp_path), str(tmp_path / "out")) == []
+
+
 def test_no_path_of_the_server_is_shown(tmp_path):
     from demo import shown_names
 
