@@ -16,9 +16,7 @@ class ImageRows(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        # Each worker reads all rows and takes its own; `datasets` would divide them among the workers a second time.
-        torch.utils.data._utils.worker._worker_info = None
-        for number, row in enumerate(self.rows()):
+        for number, row in enumerate(self.rows()):  # each worker reads all rows, and takes its own
             mine = worker is None or number // self.batch_size % worker.num_workers == worker.id
             if mine and self.left(row):
                 # The id carries the row from a worker process to the output.
