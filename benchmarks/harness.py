@@ -12,6 +12,7 @@ import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from common.files import write_json
+from common.processes import CPUINFO
 from common.provenance import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,17 @@ def blip_base(tiny: bool = False) -> BlipForConditionalGeneration:
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         text, vision = sizes | {"encoder_hidden_size": 32}, vision | sizes | {"patch_size": 96}
     return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes faster in bfloat16 than in float32: a GPU if torch says so, and a processor with
+    AVX-512 BF16 or AMX. On other processors bfloat16 is emulated, and several times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu" or not CPUINFO.exists() or not torch.backends.mkldnn.is_available():
+        return False
+    flags = next((line for line in CPUINFO.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), "")
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
 
 def summary(seconds: dict[str, list[float]], items: int) -> dict:

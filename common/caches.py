@@ -36,9 +36,8 @@ def use_writable_cache(beside: str | None) -> None:
 
 
 def _is_writable(folder: Path) -> bool:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_absolute() and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    place = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    return place.is_absolute() and place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def _user() -> str:

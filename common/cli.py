@@ -45,12 +45,11 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
 
     The first argument may be a recipe, a YAML file of flags, and the next one, or the first, a data set (or where there is
     no such flag a model). With `positional` ("paths"), arguments that are not flags are collected instead, and returned
-    as the last value (list of str); a dataclass's method `check_words` checks them.
-    What a dataclass can only do once torch is imported, its method `complete` does: it returns the instance.
+    as the last value (list of str). The dataclasses are common.flags.Flags.
     """
     parser, found, words = _read(dataclasses_, argv, positional)
     try:
-        found = [values.complete() if hasattr(values, "complete") else values for values in found]
+        found = [group.complete() for group in found]
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return (*found, words) if positional else tuple(found)
@@ -67,7 +66,7 @@ def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # logs show at once
     parser, found, _ = _read(dataclasses_, argv, positional)
     with mistakes_in_one_line(parser.prog):
-        answers = [group.answer() for group in found if hasattr(group, "answer")]
+        answers = [group.answer() for group in found]
     if answer := next(filter(None, answers), None):
         text, code = answer
         print(text)
@@ -126,8 +125,7 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
             found.append(cls(**{name: values[name] for name in names}))
         words = values[positional] if positional else []
         for group in found:
-            if hasattr(group, "check_words"):
-                group.check_words(words)
+            group.check_words(words)
             if here:
                 check_files(group)
         use_writable_cache(next((group.output_dir for group in found if hasattr(group, "output_dir")), None))
@@ -143,7 +141,7 @@ def _named_first(argv: list[str], subject: str, dataclasses_, actions: dict, par
     name, values = None, {}
     if argv and argv[0].lower().endswith((".yaml", ".yml")):
         values = read_recipe(argv.pop(0), actions, parser, replaced)
-        paths = [name for cls in dataclasses_ for name in (*getattr(cls, "FILES", ()), *getattr(cls, "HUB", ()))]
+        paths = [name for cls in dataclasses_ for name in (*cls.FILES, *cls.HUB)]
         values |= {name: in_the_repo(values[name]) for name in paths if values.get(name)}
     if subject and argv and not argv[0].startswith("-"):
         name = argv.pop(0)
@@ -188,7 +186,7 @@ def flags_of(parser) -> dict:
 
 def replaced_flags(dataclasses_: tuple) -> dict[str, str]:
     """The inherited flags that do nothing here, each with what to do instead."""
-    return {name: why for cls in dataclasses_ for name, why in getattr(cls, "REPLACED", {}).items()}
+    return {name: why for cls in dataclasses_ for name, why in cls.REPLACED.items()}
 
 
 def read_recipe(path: str, actions: dict, parser, replaced: dict[str, str]) -> dict:

@@ -5,17 +5,16 @@ import os
 import re
 
 from common.errors import DataError, UserError
+from common.flags import Flags
 
 OF_FILES = re.compile(r"\.(csv|tsv|jsonl?|txt|parquet|arrow|tar|zip|jpe?g|png|webp)", re.IGNORECASE)
 
 
-def check_files(values) -> None:
-    """UserError if a flag of the dataclass instance names what is not there. Its class lists in FILES the flags that name
-    a file or folder, and in HUB those that name one or something on the Hub."""
-    hub = getattr(values, "HUB", ())
-    for name in (*getattr(values, "FILES", ()), *hub):
-        if path := getattr(values, name):
-            check_exists(path, f"--{name} ", hub=name in hub)
+def check_files(group: Flags) -> None:
+    """UserError if a flag names what is not there."""
+    for name in (*group.FILES, *group.HUB):
+        if path := getattr(group, name):
+            check_exists(path, f"--{name} ", hub=name in group.HUB)
 
 
 def check_exists(path: str, flag: str = "", hub: bool = False) -> None:
@@ -30,7 +29,7 @@ def exists(path: str) -> bool:
     path = os.path.expanduser(path)
     if "://" in path or os.path.exists(path):
         return True
-    return any(sign in path for sign in "*?[") and next(glob.iglob(path, recursive=True), None) is not None
+    return glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None
 
 
 def refuse_web(name: str) -> None:

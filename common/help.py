@@ -37,7 +37,7 @@ class Help(ArgumentDefaultsHelpFormatter):
 def arrange(parser, dataclasses_: tuple) -> None:
     """Puts the flags of `parser` under the HEADING of the dataclass that declares each: first those of `dataclasses_` that its
     MOST_USED names, last those that are transformers' own."""
-    most_used = [name for cls in dataclasses_ for name in getattr(cls, "MOST_USED", ())]
+    most_used = [name for cls in dataclasses_ for name in cls.MOST_USED]
     owners = [base for cls in dataclasses_ for base in cls.__mro__ if "HEADING" in vars(base)]
     under: dict[str, list] = {"the most used": [], **{base.HEADING: [] for base in owners}}
     for action in parser._actions:

@@ -1,6 +1,7 @@
 """How many processors and how much memory this process may use: the machine's, or a container's if that is less."""
 
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -12,11 +13,10 @@ def cpus() -> int:
     """Processors that this process may use, at least 1: its affinity, and a CPU quota of its cgroup rounded up."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _cgroups("cpu"):
-        quota, _, period = _read(folder / "cpu.max").partition(" ")  # version 2: "max 100000", "150000 100000"
-        if not quota:
-            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")  # 1: -1 is none
-        if quota.isdigit() and period.isdigit() and int(period):
-            count = min(count, -(-int(quota) // int(period)))
+        limit = _read(folder / "cpu.max")  # version 2: "max 100000", "150000 100000"
+        limit = limit or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"  # 1: -1 is none
+        if match := re.fullmatch(r"(\d+) ([1-9]\d*)", limit):
+            count = min(count, -(-int(match[1]) // int(match[2])))
     return max(1, count)
 
 
@@ -28,7 +28,7 @@ def free_memory() -> int:
         if not limit:
             limit, used = _read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes")
         if limit.isdigit() and used.isdigit():
-            statistics = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines() if " " in line)
+            statistics = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat"), re.MULTILINE))
             cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
             free = min(free, int(limit) - int(used) + cache)
     return max(0, free)

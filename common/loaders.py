@@ -13,7 +13,7 @@ from common.limits import free_shared_memory
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 180  # seconds to wait for a worker's batch before the worker is considered dead
-said = []  # the warning that shared memory is small, once per process
+warned = []  # the warning that shared memory is small, once per process
 MEASURED = 2  # samples used to estimate the size of a batch
 
 
@@ -21,9 +21,8 @@ def data_loader(dataset, collate_fn, *, batch_size: int, num_workers: int = 0, p
     """A DataLoader with at most `num_workers` workers: no more than batches, none for a single one, which nothing could
     be prepared beside (where processes are spawned, each takes seconds to start), and as many as shared memory has room
     for. It raises a RuntimeError if a worker dies, or sends nothing for TIMEOUT seconds."""
-    if num_workers and not isinstance(dataset, IterableDataset):
-        batches = math.ceil(len(dataset) / batch_size)
-        num_workers = min(num_workers, batches) if batches > 1 else 0
+    if not isinstance(dataset, IterableDataset):
+        num_workers = min(num_workers, math.ceil(len(dataset) / batch_size)) if len(dataset) > batch_size else 0
     num_workers, prefetch = fit_workers(dataset, collate_fn, batch_size, num_workers)
     return DataLoader(
         dataset,
@@ -59,35 +58,31 @@ def fit_workers(
     """
     if num_workers:  # by name: file descriptors are fetched from the worker itself, which no timeout covers
         torch.multiprocessing.set_sharing_strategy("file_system")
+    asked = prefetch or 2
     free = free_shared_memory() if num_workers else None
-    if free is None:
-        return num_workers, (prefetch or 2) if num_workers else None
-    room = free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    batch = _batch_bytes(dataset, collate_fn, batch_size)
-    wanted = prefetch or 2
-    for ahead in range(wanted, 0, -1):
-        workers = min(num_workers, max(0, room // batch - held) // ahead) if batch else num_workers
-        if workers == num_workers or (ahead == 1 and workers):
-            break
-    if (workers, ahead) != (num_workers, wanted) and not said:
-        said.append(True)
+    batch = _batch_bytes(dataset, collate_fn, batch_size) if free is not None else 0
+    if not batch:
+        return num_workers, asked if num_workers else None
+    room = max(0, free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // batch - held)  # in batches
+    workers = min(num_workers, room)
+    ahead = min(asked, room // workers) if workers else 0
+    if (workers, ahead) != (num_workers, asked) and not warned:
+        warned.append(True)
         logger.warning(
             "/dev/shm has %.0f MB free and a batch takes %.0f MB: %d of %d DataLoader workers are used, %d batch(es) ahead. "
             "In Docker, --shm-size=8g gives it more (Kubernetes: an emptyDir of medium Memory at /dev/shm)",
-            free / 1e6, batch / 1e6, workers, num_workers, ahead if workers else 0,
+            free / 1e6, batch / 1e6, workers, num_workers, ahead,
         )  # fmt: skip
-    return workers, ahead if workers else None
+    return workers, ahead or None
 
 
 def _batch_bytes(dataset, collate_fn, batch_size: int) -> int:
     """An estimate from the first samples, plus a quarter as others may be larger."""
-    if isinstance(dataset, IterableDataset):
-        samples = list(itertools.islice(dataset, MEASURED))
-    else:
-        samples = [dataset[i] for i in range(min(MEASURED, len(dataset)))]
+    rows = dataset if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
+    samples = list(itertools.islice(rows, MEASURED))
     if not samples:
         return 0
-    batch = collate_fn(samples) if collate_fn else torch.utils.data.default_collate(samples)
+    batch = (collate_fn or torch.utils.data.default_collate)(samples)
     tensors = batch.values() if isinstance(batch, dict) else [batch]
     size = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
     return int(1.25 * size * batch_size / len(samples))

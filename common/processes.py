@@ -35,7 +35,8 @@ def processes() -> PartialState:
 def check_gpus() -> None:
     """UserError if more processes were started here than there are GPUs: two cannot share one."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if here > 1 and on_accelerator() and here > (gpus := torch.accelerator.device_count()):
+    gpus = torch.accelerator.device_count() if on_accelerator() else here
+    if here > max(1, gpus):
         raise UserError(f"{here} processes were started, and this machine has GPUs for {gpus}. Start one for each GPU.")
 
 
@@ -57,9 +58,9 @@ def on_accelerator() -> bool:
 
 def use_device(name: str) -> None:
     """Run on "cpu", "cuda" or "mps" from here on. UserError if this machine does not have it."""
-    there = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
-    if name not in there:
-        raise UserError(f"--device {name}: torch finds none on this machine. It can run on: {', '.join(there)}.")
+    devices = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
+    if name not in devices:
+        raise UserError(f"--device {name}: torch finds none on this machine. It can run on: {', '.join(devices)}.")
     os.environ["ACCELERATE_USE_CPU"] = str(name == "cpu").lower()
 
 
@@ -67,17 +68,6 @@ def captions_in_bfloat16(device: torch.device) -> bool:
     """The precision of captions in every script, where --bf16 is not given: bfloat16 on GPUs that have it, float32 on every
     other device, so that all processors write the same captions of a model."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether `device` computes faster in bfloat16 than in float32: a GPU if torch says so, and a processor with
-    AVX-512 BF16 or AMX. On other processors bfloat16 is emulated, and several times slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if device.type != "cpu" or not CPUINFO.exists() or not torch.backends.mkldnn.is_available():
-        return False
-    flags = next((line for line in CPUINFO.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), "")
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
 
 def keep_memory() -> None:

@@ -21,27 +21,13 @@ PACKAGES = ["torch", "transformers", "datasets", "accelerate", "peft", "sacreble
 def environment() -> dict:
     """Versions, hardware, commit and command of this process."""
 
-    def git(*args):
-        try:
-            run = subprocess.run(
-                ["git", "-C", ROOT, *args], capture_output=True, encoding="utf-8", timeout=10, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return run.stdout.strip()
-
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus = [f"{_cpu_name()} GPU (MPS)"]
-    commit = git("rev-parse", "HEAD")
+    commit = _git("rev-parse", "HEAD")
     # A benchmark that writes several results does not make the later ones "uncommitted".
-    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
+    if commit and _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
         commit += " with uncommitted changes"
     return {
         "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),
@@ -56,6 +42,17 @@ def environment() -> dict:
         },
         "versions": versions,
     }
+
+
+def _git(*words: str) -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", ROOT, *words]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
 
 
 SECRET = r"(?:token|secret|password|passwd|credentials?|authorization|(?:api|access|private|auth|q)?_?key)"
@@ -79,11 +76,11 @@ def _without_secrets(words: list[str]) -> list[str]:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]  # macOS: "Apple M2 Pro"
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if name := re.search(r"^model name\s*: (.+)", cpuinfo, re.MULTILINE):
+            return name[1].strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # macOS: "Apple M2 Pro"
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
+    return platform.processor() or platform.machine()

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import shutil
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 from common.errors import UserError
 
@@ -26,6 +26,8 @@ CLEANED = ("run.json", "coco_metrics.json")
 # Two parts or more below a root, a drive or a home; not a URL, not a closing tag.
 PATH = re.compile(r"""(?<![\w/.:<\\])(?:~|[A-Za-z]:)?[/\\][\w.@%+=~ -]*[\w.@%+=~-][/\\][^\s"'`|<>(),;]+""")
 
+BEGINS_AS_PATH = re.compile(r"[~/]|\\\\|[A-Za-z]:[/\\]")
+
 
 def copy_to_upload(source: Path, folder: Path) -> None:
     """Copies of the files that an upload of `source` takes; of weights, which nobody changes, links where there can be some."""
@@ -41,21 +43,21 @@ def copy_to_upload(source: Path, folder: Path) -> None:
 
 def files_to_upload(folder: Path) -> dict[str, Path | bytes]:
     """{name in the repository: file, or the content that is uploaded in its place}."""
-    found = sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
-    if not any(path.suffix == ".safetensors" for path in found):
+    files = sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
+    if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{folder} holds no weights (*.safetensors) to upload.")
-    return {path.relative_to(folder).as_posix(): _content(path) for path in found}
+    return {path.relative_to(folder).as_posix(): _content(path) for path in files}
 
 
 def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> None:
     """Upload `files_to_upload` to a Hub repository, which is created if needed; with `dry_run` only list them.
     `options` (token, revision, private) are huggingface_hub's."""
     files = files_to_upload(folder)
-    sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in files.items()}
     if dry_run:
-        for name, size in sizes.items():
+        sizes = [len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()]
+        for name, size in zip(files, sizes, strict=True):
             print(f"{size:>15,}  {name}")
-        print(f"{sum(sizes.values()):>15,}  bytes in {len(files)} files would be uploaded to {repo_id}")
+        print(f"{sum(sizes):>15,}  bytes in {len(files)} files would be uploaded to {repo_id}")
         return
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -63,7 +65,7 @@ def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> N
     repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
     api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, what if isinstance(what, bytes) else str(what)) for name, what in files.items()],
+        [CommitOperationAdd(name, content) for name, content in files.items()],
         commit_message="Upload the model, its card and its scores",
         revision=options.get("revision"),
     )
@@ -78,32 +80,32 @@ def without_local_paths(value, key: str = ""):
         return [without_local_paths(inner, key) for inner in value]
     if not isinstance(value, str):
         return value
-    if key == "command":
-        return shlex.join(_word(word) for word in shlex.split(value))
-    return _word(value)
+    return shlex.join(map(_word, shlex.split(value))) if key == "command" else _word(value)
 
 
 def _word(text: str) -> str:
-    if text.startswith("--") and "=" in text:
-        flag, _, value = text.partition("=")
+    flag, equals, value = text.partition("=")
+    if equals and flag.startswith("--"):
         return f"{flag}={_word(value)}"
-    absolute = text.startswith("~") or PurePath(text).is_absolute() or PureWindowsPath(text).is_absolute()
-    if "\n" not in text and len(text) < 4096 and (absolute or (re.search(r"[/\\]", text) and os.path.exists(text))):
-        return PureWindowsPath(text).name or text
-    return PATH.sub(lambda match: PureWindowsPath(match.group()).name, text)
+    is_path = "\n" not in text and len(text) < 4096 and (BEGINS_AS_PATH.match(text) or _is_relative_path(text))
+    return PureWindowsPath(text).name or text if is_path else _without_paths(text)
+
+
+def _is_relative_path(text: str) -> bool:
+    return bool(re.search(r"[/\\]", text)) and os.path.exists(text)
 
 
 def _content(path: Path) -> Path | bytes:
-    if path.name in CLEANED:
-        content = without_local_paths(json.loads(path.read_text(encoding="utf-8")))
-    elif path.name == "README.md":  # made without them, but a person may have edited it
-        return PATH.sub(lambda match: PureWindowsPath(match.group()).name, path.read_text(encoding="utf-8")).encode()
-    elif path.name == "config.json" or path.name.endswith("_config.json"):
+    """The file, or what is uploaded in its place if it names a path of this machine."""
+    if path.name == "README.md":  # made without them, but a person may have edited it
+        return _without_paths(path.read_text(encoding="utf-8")).encode()
+    if path.name in CLEANED or path.name.endswith("config.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        named = [name for name, value in content.items() if name.endswith("name_or_path") and isinstance(value, str)]
-        if all(_word(content[name]) == content[name] for name in named):
-            return path
-        content |= {name: _word(content[name]) for name in named}
-    else:
-        return path
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        cleaned = without_local_paths(content)
+        if cleaned != content:
+            return (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+    return path
+
+
+def _without_paths(text: str) -> str:
+    return PATH.sub(lambda match: PureWindowsPath(match.group()).name, text)

@@ -1,8 +1,12 @@
 """Sources and outputs at an address: s3://, gs://, hf:// and every other file system that fsspec knows, memory:// too."""
 
 import contextlib
+import glob
 import hashlib
+import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -43,44 +47,44 @@ def list_remote(name: str) -> list[str]:
     system, path = file_system(name)
     try:
         with reaching(name, FileNotFoundError):
-            if any(sign in name for sign in "*?["):
-                found = [file for file in system.glob(path) if system.isfile(file)]
-            elif system.isfile(path):
+            if system.isfile(path) and not glob.has_magic(name):
                 return [name]
-            else:
-                found = system.find(path)
+            files = list(filter(system.isfile, system.glob(path))) if glob.has_magic(name) else system.find(path)
     except FileNotFoundError:
-        found = []
-    if not found:
+        files = []
+    if not files:
         raise DataError(f"{name}: there is no such file or folder, and no file that matches it as a pattern.")
-    return sorted(system.unstrip_protocol(file) for file in found)
+    return sorted(map(system.unstrip_protocol, files))
+
+
+def tag_of(info: dict) -> str:
+    """What changes when a file does that fsspec lists so."""
+    marks = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "created")
+    return f"{info.get('size')}-{next((info[mark] for mark in marks if info.get(mark)), '')}"
 
 
 def local_copy(name: str, cache_dir=None) -> Path:
     """A copy of a file, a folder or the files of a pattern in the cache: fetched once, and again where its size or its
     version has changed. A file appears under its name only when complete."""
     system, path = file_system(name)
-    pattern = any(sign in name for sign in "*?[")
-    root = re.split(r"[^/]*[*?\[]", path)[0].rstrip("/") if pattern else path.rstrip("/")
-    folder = cache_folder(cache_dir) / "remote" / hashlib.sha256(f"{name}".encode()).hexdigest()[:16]
+    pattern = glob.has_magic(name)
+    root = re.split(r"[^/]*[*?\[]", path)[0].rstrip("/")
+    folder = cache_folder(cache_dir) / "remote" / hashlib.sha256(name.encode()).hexdigest()[:16]
     addresses = list_remote(name)
     for address in addresses:
         inner = file_system(address)[1]
-        relative = inner[len(root) :].lstrip("/") or Path(inner).name
-        target = folder / relative
+        target = folder / (inner[len(root) :].lstrip("/") or Path(inner).name)
         if not target.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{address}: this name leads out of the folder it would be copied to. Rename it")
-        info = system.info(inner)
-        version = hashlib.sha256(repr([info.get(k) for k in ("size", "ETag", "etag", "mtime", "created")]).encode())
-        mark = target.with_name(f".{target.name}.{version.hexdigest()[:16]}")
-        if target.exists() and mark.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob(f".{target.name}.*"):
-            old.unlink()
-        with reaching(address), whole(target) as part:
-            system.get_file(inner, str(part))
-        mark.touch()
+        version = hashlib.sha256(tag_of(system.info(inner)).encode()).hexdigest()[:16]
+        mark = target.with_name(f".{target.name}.{version}")
+        if not (target.exists() and mark.exists()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for old in target.parent.glob(f".{glob.escape(target.name)}.*"):
+                old.unlink()
+            with reaching(address), whole(target) as part:
+                system.get_file(inner, str(part))
+            mark.touch()
     if pattern:
         return folder / name[len(name) - len(path) + len(root) :].lstrip("/") if root else folder / path
     return folder / Path(path).name if addresses == [name] else folder
@@ -99,6 +103,25 @@ def upload(source: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
+def whole_at(place: str):
+    """A local path to write a file or a folder to. It appears at `place`, a path or an address, when the block ends
+    without an error: whole or not at all, but for a folder at an address."""
+    folder, name = (None, "") if is_remote(place) else os.path.split(os.path.abspath(place))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name[:100]}.") as temporary:
+        target = Path(temporary, "output")
+        yield target
+        if is_remote(place):
+            upload(target, place)
+        elif target.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(target, place)
+        else:
+            with open(target, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(target, place)
+
+
+@contextlib.contextmanager
 def reaching(name: str, *passing: type[Exception]):
     """Turn server errors of an address into a DataError of one line, an Unreachable where it may work later. Errors of
     the types `passing`, DataErrors and errors of local paths stay what they are."""
@@ -109,7 +132,7 @@ def reaching(name: str, *passing: type[Exception]):
     except Exception as error:
         if not is_remote(name):
             raise
-        kind = DataError if isinstance(error, FileNotFoundError | PermissionError) else Unreachable
-        raise kind(
+        error_class = DataError if isinstance(error, FileNotFoundError | PermissionError) else Unreachable
+        raise error_class(
             f"{name}: could not be reached, or was refused ({type(error).__name__}: {str(error)[:300]})"
         ) from None

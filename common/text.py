@@ -5,10 +5,12 @@ which is only assumed of text that looks like it, with a warning.
 """
 
 import codecs
+import functools
 import io
 import logging
 import os
 import re
+from collections.abc import Iterator
 
 from common.errors import DataError
 
@@ -23,12 +25,13 @@ MARKS = (
 )
 CHUNK = 1 << 20
 # Four bytes above ASCII in a row are a word of another script; a symbol within a word is a letter of another code page.
+# NUL and five more bytes are no letters there.
 FOREIGN = re.compile(
-    rb"[\x80-\xff]{4}|[A-Za-z\xc0-\xff][\xa1-\xa9\xac-\xaf\xb1-\xb3\xb5\xb6\xb8\xb9\xbc-\xbf][A-Za-z\xc0-\xff]"
+    rb"[\x00\x81\x8d\x8f\x90\x9d]|[\x80-\xff]{4}|[A-Za-z\xc0-\xff][\xa1-\xa9\xac-\xaf\xb1-\xb3\xb5\xb6\xb8\xb9\xbc-\xbf][A-Za-z\xc0-\xff]"
 )
 
-
-_said: set = set()
+say_once = functools.cache(logger.warning)
+_warned_inside: list[str] = []  # the text inside another file that a warning named
 
 
 class TextError(DataError):
@@ -42,9 +45,8 @@ def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOW
         TextError: naming the file and what it is not. OSError: as `open` does.
     """
     encoding = encoding_of(path)
-    if encoding == "cp1252" and path not in _said:
-        _said.add(path)
-        logger.warning("%s: not UTF-8, read as Windows-1252. Save it as UTF-8 if letters look wrong", path)
+    if encoding == "cp1252":
+        say_once("%s: not UTF-8, read as Windows-1252. Save it as UTF-8 if letters look wrong", path)
     return open(path, encoding=encoding, newline=newline)
 
 
@@ -63,8 +65,8 @@ def encoding_of(path: str | os.PathLike) -> str:
 def decode(content: bytes, name: str) -> str:
     """The text of a file that lies inside another; `name` is for messages. TextError as `open_text`."""
     encoding = _encoding(io.BytesIO(content), name)
-    if encoding == "cp1252" and "inside" not in _said:
-        _said.add("inside")
+    if encoding == "cp1252" and not _warned_inside:
+        _warned_inside.append(name)
         logger.warning("%s: not UTF-8, read as Windows-1252, as are others there", name)
     return content.decode(encoding)
 
@@ -73,34 +75,35 @@ def _encoding(file, path) -> str:
     first = file.read(CHUNK)
     marked = next((encoding for mark, encoding in MARKS if first.startswith(mark)), None)
     encoding = marked or _utf16_without_mark(first) or "utf-8"
-    decoder = codecs.getincrementaldecoder(encoding)()
-    fault = western = None
-    chunk = first
-    while True:
-        if fault is None:
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                fault = error
-                if encoding != "utf-8":
-                    break
-                file.seek(0)
-                western, chunk = True, file.read(CHUNK)
-        if western:
-            western = _looks_western(chunk)
-        if not chunk or western is False:
-            break
-        chunk = file.read(CHUNK)
+    file.seek(0)
+    fault = _fault(file, encoding)
     if fault is None:
         return encoding
-    if western:
-        return "cp1252"
     if encoding != "utf-8":
         raise TextError(f"{path}: begins as {encoding.upper()} text, but is not ({fault.reason}). Save it as UTF-8")
+    file.seek(0)
+    if all(map(_looks_western, _chunks(file))):
+        return "cp1252"
     raise TextError(
         f"{path}: not UTF-8 text (byte 0x{fault.object[fault.start]:02x}: {fault.reason}), nor UTF-16 or Windows-1252. "
         "Save it as UTF-8"
     )
+
+
+def _fault(file, encoding: str) -> UnicodeDecodeError | None:
+    """What keeps the file from being text of an encoding."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for chunk in _chunks(file):
+            decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        return error
+    return None
+
+
+def _chunks(file) -> Iterator[bytes]:
+    return iter(lambda: file.read(CHUNK), b"")
 
 
 def _utf16_without_mark(first: bytes) -> str | None:
@@ -113,10 +116,4 @@ def _utf16_without_mark(first: bytes) -> str | None:
 
 
 def _looks_western(chunk: bytes) -> bool:
-    if FOREIGN.search(chunk) or b"\0" in chunk:
-        return False
-    try:
-        chunk.decode("cp1252")
-    except UnicodeDecodeError:
-        return False
-    return True
+    return not FOREIGN.search(chunk)

@@ -18,10 +18,10 @@ LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passiv
 def trainer_flags() -> type:
     """A dataclass with the fields of the installed transformers' Seq2SeqTrainingArguments (names, types, defaults,
     help), without its methods: what a parser needs. tests/scripts/test_arguments.py compares it with the real class."""
-    found = importlib.util.find_spec("transformers")
-    if found is None:  # the error of `import transformers`; sagemaker/launch.py runs without it
+    package = importlib.util.find_spec("transformers")
+    if package is None:  # the error of `import transformers`; sagemaker/launch.py runs without it
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
-    folder = Path(found.origin).parent
+    folder = Path(package.origin).parent
     classes = []
     for name in SOURCES:
         for node in ast.parse((folder / name).read_text(encoding="utf-8")).body:
@@ -41,9 +41,8 @@ def trainer_flags() -> type:
         "is_torch_available": lambda: True,
     }
     names["trainer_log_levels"] = dict.fromkeys(LOG_LEVELS)
-    for node in ast.walk(module):
-        if isinstance(node, ast.Name) and not hasattr(builtins, node.id):
-            names.setdefault(node.id, _stand_in(node.id))
+    used = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
+    names |= {name: _stand_in(name) for name in used - names.keys() - vars(builtins).keys()}
     exec(compile(module, "training flags of transformers", "exec"), names)
     return names[CLASSES[-1]]
 
@@ -59,6 +58,6 @@ def _is_field(statement: ast.stmt) -> bool:
 
 def _stand_in(name: str):
     """A stand-in for an imported name: whether torch has some version, or a type."""
-    if found := re.fullmatch(r"is_torch_greater_or_equal_than_(\d+)_(\d+)", name):
-        return tuple(map(int, version("torch").split(".")[:2])) >= tuple(map(int, found.groups()))
+    if needed := re.fullmatch(r"is_torch_greater_or_equal_than_(\d+)_(\d+)", name):
+        return tuple(map(int, version("torch").split(".")[:2])) >= tuple(map(int, needed.groups()))
     return type(name, (str,), {})

@@ -25,6 +25,9 @@ BUFFERS = re.compile(
     r"embed_positions\._float_tensor|embed_positions\.weights|num_batches_tracked|qk_rel_pos_index)"
 )
 
+# Of cached_file: None for a file that is not there.
+MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
 # Those that captions depend on.
 MODEL_FILES = re.compile(
     r"(?!training_args).*\.(safetensors|bin|model|jinja)|merges\.txt|vocab\.\w+|"
@@ -45,10 +48,9 @@ def read_weights(model_class, source, *, revision: str = "main", unread: str = "
     for file in Path(source).glob("*.safetensors"):
         if not os.access(file, os.R_OK):  # the library says that there is no such file
             raise UserError(f"{file} cannot be read: permission denied.")
-    in_safetensors = _has(source, revision, SAFE_WEIGHTS_NAME) or _has(source, revision, SAFE_WEIGHTS_INDEX_NAME)
-    if not in_safetensors and (_has(source, revision, WEIGHTS_NAME) or _has(source, revision, WEIGHTS_INDEX_NAME)):
+    use_safetensors = _has(source, revision, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if not use_safetensors and _has(source, revision, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         logger.info("%s has no safetensors: its %s is read, tensors only", source, WEIGHTS_NAME)
-        use_safetensors = False
     else:
         use_safetensors = True
     with errors_in_one_line(source):
@@ -69,9 +71,9 @@ def errors_in_one_line(source):
     except (pickle.UnpicklingError, EOFError) as error:
         raise UserError(_refusal(source, error)) from None
     except RuntimeError as error:
-        if "PytorchStreamReader" in str(error) or "central directory" in str(error):
+        if re.search("PytorchStreamReader|central directory", str(error)):
             raise UserError(_refusal(source, error)) from None
-        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+        if re.search("size mismatch|ignore_mismatched_sizes", str(error)):
             raise UserError(
                 f"{source}: its weights have other shapes than its config says. Copy both from one source."
             ) from None
@@ -102,10 +104,9 @@ def fingerprint(source, revision: str = "main") -> str:
     """16 hex digits of a model's files, weights and what belongs to them, and of an adapter's base model: the same
     wherever the model lies, and others once it is trained further. `source` is a local folder or an id of the Hub."""
     configs = ("config.json", "adapter_config.json")
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     folder, digest = Path(source), xxhash.xxh3_64()
     if not folder.is_dir():
-        cached = filter(None, (cached_file(str(source), name, revision=revision, **options) for name in configs))
+        cached = filter(None, (cached_file(str(source), name, revision=revision, **MAY_BE_MISSING) for name in configs))
         folder = Path(next(cached, source)).parent
     for file in sorted(file for file in folder.glob("*") if MODEL_FILES.fullmatch(file.name)):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -119,23 +120,23 @@ def fingerprint(source, revision: str = "main") -> str:
     return digest.hexdigest()
 
 
-def _has(source, revision: str, name: str) -> bool:
+def _has(source, revision: str, *names: str) -> bool:
+    """Whether one of the files is there."""
     if Path(source).is_dir():
-        return Path(source, name).is_file()
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(str(source), name, revision=revision, **options) is not None
+        return any(Path(source, name).is_file() for name in names)
+    return any(cached_file(str(source), name, revision=revision, **MAY_BE_MISSING) for name in names)
 
 
 def _refusal(source, error: Exception) -> str:
-    found = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL|callable)[^\w]*(.*)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and found:
-        what = re.search(r"(?:GLOBAL|class|operand|callable)\s+([\w.]+)", str(error))
-        named = f" ({what[1]})" if what else ""
+    reason = str(error)
+    refused = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL|callable)", reason)
+    if isinstance(error, pickle.UnpicklingError) and refused:
+        name = re.search(r"(?:GLOBAL|class|operand|callable)(\s+)([\w.]+)|$", reason)[2]
         return (
-            f"The .bin weights in {source} hold more than tensors{named}: a file that could run code is not loaded. "
-            "Ask its author for safetensors."
+            f"The .bin weights in {source} hold more than tensors{f' ({name})' if name else ''}: a file that could run "
+            "code is not loaded. Ask its author for safetensors."
         )
     return (
         f"The .bin weights in {source} are damaged, or a Git LFS pointer in their place "
-        f"({str(error).splitlines()[0][:80] if str(error) else type(error).__name__}): copy or download them again."
+        f"({reason.partition(chr(10))[0][:80] or type(error).__name__}): copy or download them again."
     )

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 import data
-from benchmarks.harness import RESULTS, write_result
+from benchmarks.harness import RESULTS, has_bfloat16, write_result
 from benchmarks.speed.captioning import int8
 from captioner import Captioner
-from common.processes import has_bfloat16
 from metrics import CiderD, tokenize
 
 SAMPLES = 10_000

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import RESULTS, ROOT, blip_base, summary, timed, write_result
-from common.processes import has_bfloat16
+from benchmarks.harness import RESULTS, ROOT, blip_base, has_bfloat16, summary, timed, write_result
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.decoding import generate

@@ -20,8 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import RESULTS, blip_base, timed, write_result
-from common.processes import has_bfloat16
+from benchmarks.harness import RESULTS, blip_base, has_bfloat16, timed, write_result
 from common.provenance import environment
 from models.blip_attention import FAST, put_classes
 

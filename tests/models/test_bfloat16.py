@@ -15,8 +15,8 @@ from transformers import BlipForConditionalGeneration
 import evaluate as evaluate_script
 import infer as infer_script
 from arguments import EVALUATE_GROUPS, INFER_GROUPS
+from benchmarks import harness
 from captioner import Captioner
-from common import processes
 from common.cli import parse
 from models.adapters import add_adapter
 from models.loading import load_model
@@ -37,11 +37,11 @@ IMAGES = [Image.effect_noise((48, 40), 90 + 60 * number).convert("RGB") for numb
 )
 def test_bfloat16_is_told_from_the_processor(flags, expected, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: avx512_bf16 in a name\n{flags}\n")
-    monkeypatch.setattr(processes, "CPUINFO", tmp_path / "cpuinfo")
-    assert processes.has_bfloat16(torch.device("cpu")) == expected
-    assert not processes.has_bfloat16(torch.device("mps"))
-    monkeypatch.setattr(processes, "CPUINFO", tmp_path / "none")
-    assert not processes.has_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(harness, "CPUINFO", tmp_path / "cpuinfo")
+    assert harness.has_bfloat16(torch.device("cpu")) == expected
+    assert not harness.has_bfloat16(torch.device("mps"))
+    monkeypatch.setattr(harness, "CPUINFO", tmp_path / "none")
+    assert not harness.has_bfloat16(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def model_folder(tmp_path_factory):
 @pytest.mark.parametrize("named", ["avx2", "avx2 avx512_bf16 amx_bf16"])
 def test_on_every_processor_every_script_has_one_precision(named, asked, model_folder, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(f"flags\t\t: {named}\n")
-    monkeypatch.setattr(processes, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(harness, "CPUINFO", tmp_path / "cpuinfo")
     words = [] if asked is None else ["--bf16", str(asked)]
     words = ["--model_name_or_path", model_folder, "--device", "cpu", *words]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words, "--output_dir", str(tmp_path / "out")])
