@@ -1,12 +1,17 @@
 """What a run of train.py has seen, step by step, in any number of processes, killed and resumed or not."""
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 import small_run
 import tiny
 from ranks import ROOT, Ranks
 
+NEEDS_FORKS = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="runs are forks of one process, to spare their imports"
+)
 DDP = ROOT / "recipes/accelerate/ddp.yaml"
 
 # One to three captions per image, 25 of them trained on: the last step has a single one.
@@ -34,6 +39,12 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder, self.dataset = folder, tiny.write_photos(folder / "photos", CAPTIONS, SPLITS)
         self.ranks = Ranks(folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ranks.close()
 
     def run(self, name: str, *, config=None, processes=1, moment="", signal="SIGKILL", code=0, **changed):
         """Starts or resumes the run `name`; returns (its Run, each process's log)."""

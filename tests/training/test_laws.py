@@ -2,7 +2,6 @@
 learning rate, and the loss. benchmarks/quality/laws.py makes the whole table of ways and options."""
 
 import json
-import os
 
 import laws
 import pytest
@@ -11,14 +10,13 @@ from small_run import equal_weights
 
 from benchmarks.quality.laws import OPTIONS, table
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks of one process, to spare their imports")
+pytestmark = laws.NEEDS_FORKS
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    runs = laws.Runs(tmp_path_factory.mktemp("runs"))
-    yield runs
-    runs.ranks.close()
+    with laws.Runs(tmp_path_factory.mktemp("runs")) as runs:
+        yield runs
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import os
 
 import datasets
 import laws
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks of one process, to spare their imports")
+pytestmark = laws.NEEDS_FORKS
 
 # 25 pairs a pass and 8 a step: passes end within the steps 4, 7 and 10, and the run in the fourth.
 FLAGS = {"streaming": "true", "max_steps": 12, "report": "false"} | laws.AUGMENTED
@@ -17,9 +16,8 @@ OFTEN = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    runs = laws.Runs(tmp_path_factory.mktemp("runs"))
-    yield runs
-    runs.ranks.close()
+    with laws.Runs(tmp_path_factory.mktemp("runs")) as runs:
+        yield runs
 
 
 @pytest.fixture(scope="module")
