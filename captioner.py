@@ -259,8 +259,8 @@ class Captioner:
         for batch in loader if num_workers else ahead(loader):
             errors = batch["errors"]
             captions = iter(self.caption_batch(batch, sweep) if len(errors) < len(batch["image_ids"]) else [])
-            for image_id in batch["image_ids"]:
-                yield image_id, errors[image_id] if image_id in errors else next(captions)
+            for position, image_id in enumerate(batch["image_ids"]):
+                yield image_id, errors[position] if position in errors else next(captions)
 
     def caption_split(self, records, *, batch_size: int = 16, num_workers: int = 0) -> dict[str, str]:
         """`{image_id: caption}` of a whole split, in its order. With several processes, each captions every n-th image,

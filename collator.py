@@ -152,7 +152,7 @@ class ImageCollator:
 
     def __call__(self, samples: list[dict]) -> dict:
         """The model inputs of the I readable images (`pixel_values` (I, 3, H, W), `input_ids` and `attention_mask`
-        (I, P) of the prompt), `image_ids` of all samples, and `errors`, {image id: ImageError} of the unreadable ones.
+        (I, P) of the prompt), `image_ids` of all samples, and `errors`, {position: ImageError} of the unreadable ones.
         Without `skip_bad_images` such an error is raised. Samples with "features" instead of "image" have these as
         `pixel_values`."""
         ids = [sample["image_id"] for sample in samples]
@@ -161,7 +161,7 @@ class ImageCollator:
             return {"pixel_values": pixel_values, **self.prompts(len(samples)), "image_ids": ids, "errors": {}}
         opened = in_threads(self._image, samples)
         images = [found for found in opened if not isinstance(found, ImageError)]
-        errors = {i: found for i, found in zip(ids, opened, strict=True) if isinstance(found, ImageError)}
+        errors = {i: found for i, found in enumerate(opened) if isinstance(found, ImageError)}
         return {**(self.inputs(images) if images else {}), "image_ids": ids, "errors": errors}
 
     def _image(self, sample: dict) -> Image.Image | ImageError:

@@ -39,8 +39,8 @@ from common.processes import default_workers, own_share, show_progress
 from common.remote import is_remote
 from common.weights import fingerprint
 from data.rows import Options
-from jobs import progress, queue
-from jobs.shards import reachable
+from jobs import queue
+from jobs.run import Run
 
 logger = logging.getLogger("infer")
 
@@ -101,8 +101,8 @@ def say_left_out(paths: list[str]) -> None:
     for folder in [path for path in paths if not is_remote(path) and os.path.isdir(path)]:
         counted += left_out(folder)
     if counted:
-        what = ", ".join(f"{number} {ending}" for ending, number in counted.most_common())
-        logger.warning("left out, as they are not images: %s", what)
+        endings = ", ".join(f"{number} {ending}" for ending, number in counted.most_common())
+        logger.warning("left out, as they are not images: %s", endings)
 
 
 def print_captions(loaded, rows, args) -> None:
@@ -146,17 +146,16 @@ def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]
     folder = caption_output.shard_folder(args.output, form)
     folder.check()
     source = ImageSource(paths, options(args))
-    caption_output.check_names(args.output, form, source, paths)
-    size = args.shard_size or folder.size(1000, queue.sharing(args, share), source.first)
+    caption_output.check_names(args.output, form, source)
+    size = args.shard_size or folder.size(1000, queue.sharing(args, share), source.stream())
     shards = source.shards(size)
-    earlier = caption_output.Earlier(folder, caption_output.stale_files(folder, shards))
-    work = CaptionShards(load, args, source, folder, earlier)
-    carried = functools.partial(earlier.count, source.listed)
-    begin = functools.partial(progress.begin, folder, shards, size, "images", share, carried=carried)
-    there = functools.partial(reachable, folder.name)
-    queue.run(work, begin, there, args, len(shards))
-    queue.Patient(functools.partial(caption_output.finish, folder, shards, form, source, paths), there)()
-    return queue.Patient(functools.partial(progress.failures, folder, shards), there)()
+    earlier = caption_output.Earlier(folder, shards)
+    run_of_all = Run(folder, shards, size, "images", share, lambda left: earlier.count(source, left))
+    return run_of_all.complete(
+        CaptionShards(load, args, source, folder, earlier),
+        lambda: caption_output.finish(folder, shards, form, source, paths),
+        args,
+    )
 
 
 class CaptionShards:
@@ -174,19 +173,18 @@ class CaptionShards:
         return self.settings
 
     def __call__(self, shard, tick) -> dict:
-        started, listed, known, captioned = time.time(), [], {}, {}
+        started, captioned = time.time(), {}
         self.captioner.count_anew()
         rows = functools.partial(self.source.rows, shard)
-        if shard.kind == "rows" and (self.earlier.stale or self.args.dataloader_num_workers):
-            listed = list(rows())  # else each DataLoader worker would read the source up to here
-            known = self.earlier.outcomes(listed)
-            rows = lambda: (row for row in listed if row["key"] not in known)  # noqa: E731
-        for row, outcome in caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args):
-            captioned[row["key"]] = (row, outcome)
-            tick(len(captioned))
-        if known:
-            captioned = {row["key"]: captioned.get(row["key"]) or (row, known[row["key"]]) for row in listed}
-        output = [caption_output.row_of(row, outcome) for row, outcome in captioned.values()]
+        if shard.storage == "rows":  # else each DataLoader worker would read the source up to here
+            listed = rows()
+            captioned = {row["key"]: (row, self.earlier.of(row)) for row in listed}
+            rows = functools.partial(iter, [row for row in listed if captioned[row["key"]][1] is None])
+        captions = caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args)
+        for number, (row, outcome) in enumerate(captions, 1):
+            captioned[row["key"]] = row, outcome
+            tick(number)
+        output = [caption_output.row_of(self.folder, row, outcome) for row, outcome in captioned.values()]
         sources = {row["source"] for row, _ in captioned.values()}
         seconds = time.time() - started
         cut = self.captioner.cut

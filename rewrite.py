@@ -30,14 +30,15 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.processes import own_share
-from jobs import progress, queue
-from jobs.shards import ShardFolder, reachable
+from jobs import queue
+from jobs.run import Run
+from jobs.shards import ShardFolder
 from rewriting import output
 from rewriting import results as res
-from rewriting.backends import load_tokenizer, open_backend
+from rewriting.backends import is_chat, load_tokenizer, open_backend
 from rewriting.checks import Checker
 from rewriting.prompts import Prompt, Tokens, load_prompt
-from rewriting.rows import Source, open_source, plain_row, tables, told_from
+from rewriting.rows import Source, inferred_features, open_source, plain_row, tables
 
 logger = logging.getLogger("rewrite")
 
@@ -58,16 +59,15 @@ def main():
     folder = ShardFolder(args.output, single=args.output.endswith(".jsonl"))
     folder.check()
     args.on_reject = args.on_reject or res.FALLBACKS[task]
-    first = lambda limit: itertools.islice(source.read(source.columns), limit)  # noqa: E731
-    args.rows_per_file = args.rows_per_file or folder.size(10_000, queue.sharing(args, share), first)
+    if args.rows_per_file is None:
+        args.rows_per_file = folder.size(10_000, queue.sharing(args, share), source.read(source.columns))
     shards = res.plan(source, args.rows_per_file, args.max_samples, args.on_reject, args.output_column)
     opened = functools.partial(open_source, task, name, args)
     work = RewriteShards(task, args, llm_args, prompt, opened, source_features(source, folder), folder)
-    begin = functools.partial(progress.begin, folder, shards, args.rows_per_file, "rows", share)
-    there = functools.partial(reachable, folder.name)
-    queue.run(work, begin, there, args, len(shards))
-    queue.Patient(functools.partial(output.finish, source, folder, shards, args, llm_args), there)()
-    if queue.Patient(functools.partial(progress.failures, folder, shards), there)():
+    failed = Run(folder, shards, args.rows_per_file, "rows", share).complete(
+        work, lambda: output.finish(source, folder, shards, args, llm_args), args
+    )
+    if failed:
         sys.exit(1)
 
 
@@ -111,8 +111,8 @@ class RewriteShards:
 
     def ask(self, shard, answers: res.Answers, tick) -> None:
         """Rewrite the rows that have no answer yet; each is saved as soon as it passes the checks or is given up."""
-        left = res.rows_left(self.rows.read(shard, self.rows.source.columns), self.rows.source, answers)
-        jobs = res.jobs(left, self.prompt, self.llm.tokens, self.llm_args.max_prompt_tokens)
+        source, limit = self.rows.source, self.llm_args.max_prompt_tokens
+        jobs = res.jobs(self.rows.read(shard, source.columns), source, answers, self.prompt, self.llm.tokens, limit)
         finished = self.llm.run(jobs, lambda job, text, ended: self.checker.fault(text, job.inputs, ended))
         for job, outcome in finished:
             answers.add(res.result_row(job, outcome))
@@ -134,15 +134,15 @@ def source_features(source: Source, folder: ShardFolder):
     """Column types of the input, for Parquet: as declared, or else inferred from its first 1,000 rows."""
     if folder.single:
         return None
-    return source.features or told_from(list(itertools.islice(source.read(None), 1000)))
+    return source.features or inferred_features(list(itertools.islice(source.read(None), 1000)))
 
 
 def counting_tokens(llm: str, llm_args) -> Tokens:
     """The tokenizer that a dry run counts with: the hf model's own, or the one given for a server."""
     if llm.startswith("hf:"):
         tokenizer = load_tokenizer(llm.removeprefix("hf:"))
-        return Tokens(tokenizer, tokenizer.chat_template is not None if llm_args.chat is None else llm_args.chat)
-    return Tokens(load_tokenizer(llm_args.tokenizer) if llm_args.tokenizer else None)
+        return Tokens(tokenizer, is_chat(tokenizer, llm_args))
+    return Tokens(load_tokenizer(llm_args.tokenizer))
 
 
 def warn_early(reasons: Counter, answers: Path) -> None:

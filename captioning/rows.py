@@ -1,7 +1,5 @@
 """Runs infer.py's images through a captioner: rows that say which caption belongs to which image."""
 
-import json
-
 import torch
 
 from data.images import ImageError
@@ -19,9 +17,7 @@ class ImageRows(torch.utils.data.IterableDataset):
         for number, row in enumerate(self.rows()):  # each worker reads all rows, and takes its own
             mine = worker is None or number // self.batch_size % worker.num_workers == worker.id
             if mine and self.left(row):
-                # The id carries the row from a worker process to the output.
-                carried = {name: value for name, value in row.items() if name != "image"}
-                yield {"image": row["image"], "image_id": json.dumps(carried, default=str)}
+                yield {"image": row["image"], "image_id": row | {"image": None}}
 
 
 def caption(captioner, rows: ImageRows, args):
@@ -35,7 +31,7 @@ def caption(captioner, rows: ImageRows, args):
     try:
         for row, captions in stream:
             failed = isinstance(captions, ImageError)
-            yield json.loads(row), {"error": str(captions)} if failed else {"caption": captions[0]}
+            yield row, {"error": str(captions)} if failed else {"caption": captions[0]}
     except ImageError as error:
         # A DataLoader worker passes its error on as text with the whole traceback.
         reason = str(error).strip().splitlines()[-1].removeprefix("data.images.ImageError: ")

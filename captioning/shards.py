@@ -3,23 +3,18 @@
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
-from captioning.sources import pieces, rows_of, unique
+from captioning.names import EachOnce, short
+from captioning.sources import content_of, pieces, rows_of
 from common.errors import DataError
-from common.remote import file_system, is_remote, open_remote, reaching
+from common.remote import file_system, is_remote, open_remote, reaching, tag_of
 from data.rows import Options
-from jobs.shards import Cursor, Digest, Shard, digest_of, group_starts, parquet_ranges, tag_of, version_of
-
-
-def short(*words: str) -> bytes:
-    """A stand-in for words, so that those of a million rows fit in little memory."""
-    return xxhash.xxh3_128_digest("\n".join(words).encode("utf-8", "surrogateescape"))[:12]
+from jobs.shards import Cursor, Shard, digest_of, parquet_ranges, row_ranges, version_of
 
 
 class ImageSource:
@@ -32,40 +27,38 @@ class ImageSource:
     """
 
     def __init__(self, paths: list[str], options: Options):
-        self.options, self.folders = options, {}
-        self.named = {
-            piece: os.path.realpath(p) if os.path.exists(p) else p for p in paths for piece in pieces([p], options)
-        }
+        self.options = options
+        self.named = {piece: _whole_path(path) for path in paths for piece in pieces([path], options)}
         files = [piece for piece in self.named if piece[0] in ("tar", "parquet")]
         with ThreadPoolExecutor(16) as pool:
-            contents = dict(zip(files, pool.map(_content, files), strict=True))
-        self.files = {piece: content for piece, content in contents.items() if content is not None}
-        self.loose = [piece for piece in self.named if piece not in self.files]
-        self.labels, self.listed = self._labels(), {}
-        self.place, self.cursor = None, None
+            contents = list(zip(files, pool.map(_content, files), strict=True))
+        self.files = {piece: content for piece, content in contents if content is not None}
+        self.streamed = [piece for piece in self.named if piece not in self.files]
+        self.count_of_name = Counter(os.path.basename(place) for _, place in self.files)
+        self.images: list[int] = []
+        self.place, self.cursor, self.listings = None, None, {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"place": None, "cursor": None, "folders": {}, "listed": {}}  # a worker has its own
+        return self.__dict__ | {"images": [], "place": None, "cursor": None, "listings": {}}  # a worker has its own
 
     def shards(self, size: int) -> list[Shard]:
         """All shards in the order of the source, of `size` rows, except tars, which are one each. Lists and folders are
-        scanned once, tars are not opened. `listed` then has the identities of the rows of each shard that was scanned."""
-        planned, seen, first = [], self._seen(), 0
+        scanned once, tars are not opened. `images` then has the identity of each row of the stream, in its order."""
+        planned, once, self.images = [], self._once(), []
         for piece, group in itertools.groupby(self.named, key=lambda piece: piece if piece in self.files else None):
             if piece is None:
-                for ids, digest in _counted(self._rows_of(group, seen), size):
-                    self.listed[len(planned)] = ids
-                    planned.append(Shard(len(planned), "rows", "", "images", first, first + len(ids), len(ids), digest))
-                    first += len(ids)
-                continue
-            metadata, version = self.files[piece]
-            ranges = parquet_ranges(metadata, size, version) if metadata else [(0, None, digest_of(version))]
+                storage, place, label = "rows", "", "images"
+                ranges = row_ranges(map(self._noted, self._stream(group, once)), size, len(self.images))
+            else:
+                (storage, place), (metadata, version) = piece, self.files[piece]
+                label = self._label(place)
+                ranges = parquet_ranges(metadata, size, version) if metadata else [(0, None, digest_of(version))]
             for start, stop, digest in ranges:
                 rows = stop and stop - start
-                planned.append(Shard(len(planned), *piece, self.labels[piece[1]], start, stop, rows, digest))
+                planned.append(Shard(len(planned), storage, place, label, start, stop, rows, digest))
         return planned
 
-    def rows(self, shard: Shard) -> Iterator[dict]:
+    def rows(self, shard: Shard) -> Iterable[dict]:
         """The rows of a shard: {"key", "name", "image", "columns", "relative", "source", "version"}.
 
         Raises:
@@ -74,98 +67,102 @@ class ImageSource:
         if self.place != shard.place:
             self.place, self.cursor = shard.place, Cursor(lambda start: self._open(shard, start))
         rows = self.cursor.read(shard.start, shard.stop)
-        if shard.kind != "rows":
-            numbered = (self._named(row, number, shard) for number, row in enumerate(rows, shard.start))
-            yield from map(self._versioned, unique(numbered, {}))
-            return
-        digest = Digest()
-        for row in rows:
-            digest.add(row["name"], row["columns"], row["version"])
-            yield row
-        if str(digest) != shard.digest:
+        if shard.storage != "rows":
+            numbered = (self._row_of_file(row, number, shard) for number, row in enumerate(rows, shard.start))
+            return map(_keyed, EachOnce(version_in)(numbered))
+        rows = list(rows)
+        if digest_of(*map(_told_by, rows)) != shard.digest:
             raise DataError(f"{shard}: the source has changed while this was running. Start the same command again")
-
-    def first(self, limit: int) -> Iterator[dict]:
-        """The first rows that are not in tars or Parquet files."""
-        return itertools.islice(self.stream(), limit)
+        return rows
 
     def stream(self) -> Iterator[dict]:
-        """All rows that are not in tars or Parquet files."""
-        return self._rows_of(self.loose, self._seen())
+        """All rows that are not in tars or Parquet files of images."""
+        return self._stream(self.streamed, self._once())
 
-    def _rows_of(self, loose, seen: dict | None) -> Iterator[dict]:
-        rows = (row | {"source": self.named[piece]} for piece in loose for row in rows_of(*piece, self.options))
-        for row in unique(rows, seen):
-            yield self._versioned(row)
+    def _stream(self, streamed: Iterable[tuple[str, str]], once) -> Iterator[dict]:
+        rows = (self._versioned(row, self.named[piece]) for piece in streamed for row in rows_of(*piece, self.options))
+        return map(_keyed, once(rows))
+
+    def _once(self):
+        return (
+            iter if [storage for storage, _ in self.streamed] == ["folder"] else EachOnce(version_in)
+        )  # its names differ
+
+    def _noted(self, row: dict) -> tuple:
+        self.images.append(identity(row))
+        return _told_by(row)
 
     def _open(self, shard: Shard, start: int) -> tuple[int, Iterator[dict]]:
-        """(number of the first row, rows) of what a shard belongs to, from the row group that holds row `start`."""
-        if shard.kind == "rows":
+        """(number of the first row, rows) of what a shard belongs to, from row `start` or an earlier one."""
+        if shard.storage == "rows":
             return 0, self.stream()
-        metadata, _ = self.files[shard.kind, shard.place]
-        first = max((first for _, first in group_starts(metadata) if first <= start), default=0) if metadata else 0
-        return first, rows_of(shard.kind, shard.place, self.options, first)
+        first = start if shard.storage == "parquet" else 0
+        return first, rows_of(shard.storage, shard.place, self.options, first)
 
-    def _named(self, row: dict, number: int, shard: Shard) -> dict:
+    def _label(self, place: str) -> str:
+        """The name of a tar or Parquet file, or the path of one that shares its name with another."""
+        name = os.path.basename(place)
+        return name if self.count_of_name[name] == 1 else place
+
+    def _row_of_file(self, row: dict, number: int, shard: Shard) -> dict:
         base = os.path.basename(shard.place)
-        name = shard.label + row["name"][len(base) :] if row["name"].startswith(base) else row["name"]
-        key = {"key": f"{shard.label}#{number}"} if shard.kind == "parquet" else {}
-        return row | key | {"name": name, "source": self.named[shard.kind, shard.place]}
+        row["name"] = shard.label + row["name"].removeprefix(base) if row["name"].startswith(base) else row["name"]
+        row = self._versioned(row, self.named[shard.storage, shard.place])
+        return row | {"key": f"{shard.label}#{number}"} if shard.storage == "parquet" else row
 
-    def _versioned(self, row: dict) -> dict:
-        """The row with its key, and the version of its image: size and time of a file, or a digest of what is not one."""
-        image, row = row["image"], {"key": row["name"]} | row
-        if isinstance(image, dict) and image.get("bytes") is not None:
-            return row | {"version": xxhash.xxh3_64_hexdigest(image["bytes"])}
-        place = image["path"] if isinstance(image, dict) else image
-        try:
-            return row | {"version": self._listed(place) if is_remote(place) else version_of(place)}
-        except (OSError, TypeError):  # captioning it says what is wrong
-            return row | {"version": ""}
+    def _versioned(self, row: dict, source: str) -> dict:
+        """The row with its source, and the version of its image: a digest of its content, or size and time of its file."""
+        image, version = row["image"], content_of(row)
+        if version is None:
+            place = image["path"] if isinstance(image, dict) else image
+            try:
+                version = self._listed(place) if is_remote(place) else version_of(place)
+            except (OSError, TypeError):  # captioning it says what is wrong
+                version = ""
+        return row | {"source": source, "version": version}
 
     def _listed(self, place: str) -> str:
         """The version of an image at an address: folders are listed, which costs less than asking for each image."""
         folder, _, name = place.rpartition("/")
-        if folder not in self.folders:
+        if folder not in self.listings:
             with reaching(folder, FileNotFoundError):
                 system, path = file_system(folder)
-                found = system.ls(path, detail=True)
-            self.folders[folder] = {info["name"].rpartition("/")[2]: tag_of(info) for info in found}
-        return self.folders[folder].get(name, "")
+                listing = system.ls(path, detail=True)
+            self.listings[folder] = {info["name"].rpartition("/")[2]: tag_of(info) for info in listing}
+        return self.listings[folder].get(name, "")
 
-    def _seen(self) -> dict | None:
-        return None if [kind for kind, _ in self.loose] == ["folder"] else {}  # in one folder, all names differ
 
-    def _labels(self) -> dict[str, str]:
-        """The names of tars and Parquet files, and the paths of those that share a name with another."""
-        count = Counter(os.path.basename(place) for _, place in self.files)
-        return {
-            place: place if count[os.path.basename(place)] > 1 else os.path.basename(place) for _, place in self.files
-        }
+def identity(row: dict) -> int:
+    """What stands for a row and the version of its image."""
+    return short(row["key"], row["version"])
+
+
+def _keyed(row: dict) -> dict:
+    return {"key": row["name"]} | row
+
+
+def _whole_path(path: str) -> str:
+    return os.path.realpath(path) if os.path.exists(path) else path
+
+
+def version_in(row: dict) -> str:
+    return row["version"]
+
+
+def _told_by(row: dict) -> tuple:
+    return row["name"], row["columns"], row["version"]
 
 
 def _content(piece: tuple[str, str]):
     """(Parquet metadata or None, version) of a file; None for a Parquet file of paths, which is a list. A broken file has
     no metadata, and is one shard, whose rows report what is wrong with it."""
-    kind, place = piece
+    storage, place = piece
     try:
         version = version_of(place)
-        if kind == "tar":
+        if storage == "tar":
             return None, version
         with open_remote(place) if is_remote(place) else open(place, "rb") as file:
             metadata = pq.read_metadata(file)
     except (OSError, pa.ArrowException):
         return None, place
     return (metadata, version) if "binary" in str(metadata.schema.to_arrow_schema().types) else None
-
-
-def _counted(rows: Iterator[dict], size: int) -> Iterator[tuple[list[bytes], str]]:
-    """(identities, digest) of every `size` rows."""
-    while True:
-        digest, ids = Digest(), []
-        for row in itertools.islice(rows, size):
-            digest.add(row["name"], row["columns"], row["version"])
-            ids.append(short(row["key"], row["version"]))
-        if not ids:
-            return
-        yield ids, str(digest)

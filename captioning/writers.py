@@ -1,12 +1,11 @@
-"""Writes captions in the form that the file's name says. One function per format:
+"""Writes captions in the form that the file's name says. One function per form:
 
-    write(rows, target, images)    rows() yields {"image", "caption" or "error", columns ...} for each image in order,
-                                   whenever it is called; target is a local path that does not exist; images() yields
-                                   what captioning.sources does for the same images, for formats that hold or copy them
+    write(captions, target)    `captions` are Captions; target is a local path that does not exist
 
 Rows are streamed; what is written appears complete or not at all, since the caller renames it.
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -16,112 +15,138 @@ import logging
 import os
 import re
 import tarfile
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
-from captioning.shards import short
+from captioning.names import Different, folded, inside, printable, short, stem_and_ending
 from common.errors import DataError, UserError
-from common.files import write_text
+from common.files import whole, write_text
 from common.remote import is_remote, open_remote
 from data.formats import webdataset
-from data.images import ENDINGS, ImageError
+from data.images import ImageError
 
 logger = logging.getLogger(__name__)
 BATCH = 5_000
+CHANGED = "the source has changed while this was running. Start the same command again"
 
 
-def write_jsonl(rows: Callable[[], Iterator[dict]], target: Path, images) -> None:
-    with open(target, "w", encoding="utf-8", newline="\n") as file:
-        for row in rows():
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+@dataclass
+class Captions:
+    """What an output is made of; rows() and images() yield the same images in the same order, whenever they are called."""
+
+    rows: Callable[[], Iterator[dict]]  # {"image", "caption" or "error", columns ...}
+    images: Callable[[], Iterator[dict]]  # what captioning.sources yields, for forms that hold or copy the images
+    output: str  # the value of --output
+    tars: list[str]  # of the source, for copies of them
+
+    def captioned(self) -> Iterator[dict]:
+        return (row for row in self.rows() if "caption" in row)
 
 
-def write_csv(rows, target: Path, images) -> None:
-    with open(target, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _columns(rows))
-        writer.writeheader()
-        for row in rows():
-            writer.writerow({name: _cell(value) for name, value in row.items()})
+def write_jsonl(captions: Captions, target: Path) -> None:
+    _write_lines(captions.rows(), target)
 
 
-def write_parquet(rows, target: Path, images) -> None:
-    schema = schema_of(rows)
+def write_csv(captions: Captions, target: Path) -> None:
+    _write_table(captions.rows, target)
+
+
+def write_parquet(captions: Captions, target: Path) -> None:
+    schema = schema_of(captions.rows)
     with pq.ParquetWriter(target, schema) as writer:
-        for batch in _batches(rows(), BATCH):
+        for batch in _batches(captions.rows()):
             writer.write_table(table_of(batch, schema))
 
 
-def write_coco(rows, target: Path, images) -> None:
+def write_coco(captions: Captions, target: Path) -> None:
     """COCO's results, as evaluate.py --predictions and other scorers read them. The id is the source's, else COCO's
     number in the file's name, else that name; where two images have one id, all have the whole names of `image`."""
-    ids = [short(str(_coco_id(row))) for row in rows() if "caption" in row]
-    names = len(set(ids)) < len(ids)
-    if names:
-        logger.warning(
-            "%d images share their image_id with another: the ids are the images' whole names", len(ids) - len(set(ids))
-        )
+    number_of_id = Counter(short(str(_coco_id(row))) for row in captions.captioned())
+    doubled = number_of_id.total() - len(number_of_id)
+    if doubled:
+        logger.warning("%d images share their image_id with another: the ids are the images' whole names", doubled)
     with open(target, "w", encoding="utf-8", newline="\n") as file:
-        for number, row in enumerate(row for row in rows() if "caption" in row):
-            entry = {"image_id": row["image"] if names else _coco_id(row), "caption": row["caption"]}
-            file.write(("[\n" if number == 0 else ",\n") + json.dumps(entry, ensure_ascii=False))
-        file.write("[]\n" if file.tell() == 0 else "\n]\n")
+        file.write("[")
+        for before, row in zip(itertools.chain(["\n"], itertools.repeat(",\n")), captions.captioned(), strict=False):
+            entry = {"image_id": row["image"] if doubled else _coco_id(row), "caption": row["caption"]}
+            file.write(before + json.dumps(entry, ensure_ascii=False))
+        file.write("\n]\n")
 
 
-def write_metadata(rows, target: Path, images, folder: Path, ending: str) -> None:
-    """metadata.jsonl or metadata.csv of `load_dataset("imagefolder")`: `file_name`, relative to `folder`, which holds the
-    images; those that are inside a source are written there."""
-    copies: dict[str, str] = {}
-    if any(not os.path.exists(row["image"]) for row in rows() if "caption" in row):
-        different = Different()
-        for row in images():
-            if not (isinstance(row["image"], ImageError) or os.path.exists(row["name"])):
-                copies[row["name"]] = _copy(row["image"], folder, f"images/{_safe(row['name'])}", different)
+def write_metadata(captions: Captions, target: Path) -> None:
+    """metadata.jsonl or metadata.csv of `load_dataset("imagefolder")`: `file_name`, relative to the output's folder, which
+    holds the images; those that are inside a source are written there."""
+    folder = Path(captions.output).parent
+    different = Different(_numbered_before_ending)
+    copies = {
+        row["name"]: _copy(row, folder, different)
+        for row in captions.images()
+        if not (isinstance(row["image"], ImageError) or os.path.exists(row["name"]))
+    }
 
     def entries():
-        for row in rows():
-            if "caption" in row:
-                columns = {key: value for key, value in row.items() if key not in ("image", "file_name")}
-                yield {"file_name": copies.get(row["image"]) or _below(row["image"], folder)} | columns
+        for row in captions.captioned():
+            if row["image"] in copies or os.path.exists(row["image"]):  # else it is in a source of an earlier run
+                name = copies.get(row["image"]) or _below(row["image"], folder)
+                yield {"file_name": name} | {k: v for k, v in row.items() if k not in ("image", "file_name")}
 
-    (write_csv if ending == ".csv" else write_jsonl)(entries, target, images)
+    if captions.output.endswith(".csv"):
+        _write_table(entries, target)
+    else:
+        _write_lines(entries(), target)
 
 
-def check_folder(output: str) -> None:
+def check_metadata(output: str, images: Iterator[dict]) -> None:
+    """DataError if one of the images is a file that a metadata file there cannot name."""
     if is_remote(output):
         raise DataError(f"--output {output}: metadata.jsonl and metadata.csv are written into a local folder of images")
+    for row in images:
+        if isinstance(row["image"], str) and os.path.exists(row["name"]):
+            _below(row["name"], Path(output).parent)
 
 
-def check_below(row: dict, folder: Path) -> None:
-    """DataError if an image is a file that a metadata file in `folder` cannot name."""
-    if isinstance(row["image"], str) and os.path.exists(row["name"]):
-        _below(row["name"], folder)
-
-
-def write_tar(rows, target: Path, images) -> None:
+def write_tar(captions: Captions, target: Path) -> None:
     """One tar file of all samples: each image, its caption as .txt, and its row as .json, which has its own name. The
     images' endings are made the same where they differ, as `datasets` wants them."""
-    endings = {_stem(row["image"])[1] for row in rows() if "caption" in row}
+    endings = {stem_and_ending(row["image"])[1] for row in captions.captioned()}
     ending = endings.pop() if len(endings) == 1 else ".jpg"
-    captions, different = rows(), Different()
+    different = Different("{}-{}".format)
     with tarfile.open(target, "w") as tar:
-        for row, image in zip(captions, images(), strict=True):
-            if row["image"] != image["name"]:
-                raise DataError(
-                    f"{image['name']}: the source has changed while this was running. Start the same command again"
-                )
+        for row, image in itertools.zip_longest(captions.rows(), captions.images(), fillvalue={}):
+            if row.get("image") != image.get("name"):
+                raise DataError(f"{image.get('name') or row['image']}: {CHANGED}")
             if "caption" in row:
                 # A sample's name ends at its first dot, and `datasets` leaves out names that begin with a dot or __.
-                key = re.sub(r"(^|/)__+", r"\1_", _stem(inside(image["relative"]))[0].replace(".", "_"))
-                key = different(key, lambda number, key=key: f"{key}-{number}")
+                stem, _ = stem_and_ending(inside(image["relative"]))
+                key = different(re.sub(r"(^|/)__+", r"\1_", stem.replace(".", "_")))
                 _add(tar, f"{key}{ending}", _content(image["image"]))
                 _add(tar, f"{key}.txt", row["caption"].encode())
                 _add(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
+
+
+def write_tars(captions: Captions, target: Path) -> None:
+    """The tar files of the source again, each sample with its caption as .txt; one it had is kept as .source.txt."""
+    target.mkdir()
+    rows = captions.rows()
+    row = next(rows, None)
+    for tar in captions.tars:
+        base = os.path.basename(tar)
+        with tarfile.open(target / base, "w") as copy, _opened(tar) as opened:
+            for sample in webdataset.samples(tar, captions=False, opened=opened):
+                for member, content in sample["members"]:
+                    _add(copy, re.sub(r"\.txt$", ".source.txt", member, flags=re.IGNORECASE), content)
+                name = printable(f"{base}/{sample['image']['path'] if sample['image'] else sample['key']}")
+                if row is not None and row["image"].startswith(name):
+                    if "caption" in row:
+                        _add(copy, f"{sample['key']}.txt", row["caption"].encode())
+                    row = next(rows, None)
+    if row is not None:
+        raise DataError(f"{row['image']}: {CHANGED}")
 
 
 def check_tars(tars: list[str]) -> list[str]:
@@ -132,26 +157,7 @@ def check_tars(tars: list[str]) -> list[str]:
     return tars
 
 
-def write_tars(rows, target: Path, images, tars: list[str]) -> None:
-    """The tar files of the source again, each sample with its caption as .txt; one it had is kept as .source.txt."""
-    check_tars(tars)
-    target.mkdir()
-    captions = rows()
-    row = next(captions, None)
-    for tar in tars:
-        opened = open_remote(tar) if is_remote(tar) else None
-        with tarfile.open(target / os.path.basename(tar), "w") as out:
-            for sample in webdataset.samples(tar, captions=False, opened=opened):
-                name = sample["image"]["path"] if sample["image"] else sample["key"]
-                for member, content in sample["members"]:
-                    kept = re.sub(r"\.txt$", ".source.txt", member, flags=re.IGNORECASE)
-                    _add(out, kept, content)
-                if row is not None and row["image"].startswith(f"{os.path.basename(tar)}/{name}"):
-                    if "caption" in row:
-                        _add(out, f"{sample['key']}.txt", row["caption"].encode())
-                    row = next(captions, None)
-        if opened is not None:
-            opened.close()
+# ---------------------------------------------------------------- a text beside each image
 
 
 class Texts:
@@ -169,11 +175,12 @@ class Texts:
     def __init__(self, rows: Iterator[dict], folder: Path | None):
         self.folder, self.images, self.stems, self.shared = folder, set(), set(), set()
         self.real = functools.lru_cache(maxsize=1000)(os.path.realpath)
-        writable, called_txt = set(), []
+        check_writable, named_as_texts = functools.cache(check_folder_writable), []
         for row in rows:
-            if folder is None and not (isinstance(row["image"], str) and os.path.isfile(row["image"])):
+            if folder is None and (not isinstance(row["image"], str) or is_remote(row["image"])):
                 raise UserError(f"{row['name']} is inside a source: name a folder for the .txt files with --output.")
-            image, text = self._place(row), text_of(self._place(row))
+            image = self._place(row)
+            text = text_of(image)
             if short(image) in self.images:
                 if folder is None:  # the same file by another name
                     continue
@@ -182,13 +189,11 @@ class Texts:
                     "Caption each source into a folder of its own, or name a table: --output captions.jsonl."
                 )
             self.images.add(short(image))
-            (self.shared if _same(text) in self.stems else self.stems).add(_same(text))
-            if text.parent not in writable and not text.exists():
+            (self.shared if folded(str(text)) in self.stems else self.stems).add(folded(str(text)))
+            if not text.exists():
                 check_writable(text.parent)
-                writable.add(text.parent)
-            if image.endswith(".txt"):
-                called_txt.append(image)
-        if clash := next((image for image in called_txt if short(image.removesuffix(".txt")) in self.images), None):
+            named_as_texts += [image] * image.endswith(".txt")
+        if clash := next((i for i in named_as_texts if short(i.removesuffix(".txt")) in self.images), None):
             raise UserError(
                 f"{clash} is an image, in the place of another's text. Name a table: --output captions.jsonl."
             )
@@ -202,16 +207,15 @@ class Texts:
         """The path of the text of an image."""
         image = self._place(row)
         usual = str(text_of(image))
-        alone = _same(usual) not in self.shared and not {short(usual), short(usual.removesuffix(".txt"))} & self.images
-        return Path(usual if alone else f"{image}.txt")
+        is_image = {short(usual), short(usual.removesuffix(".txt"))} & self.images
+        return Path(f"{image}.txt" if is_image or folded(usual) in self.shared else usual)
 
 
-def check_writable(folder: Path) -> bool:
+def check_folder_writable(folder: Path) -> None:
     """UserError if no file can be made in the folder, or where it will be."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{place} cannot be written to. Name another folder for the .txt files with --output FOLDER.")
-    return True
 
 
 def text_of(image: str) -> Path:
@@ -239,6 +243,11 @@ FORMATS = {
     "tar": "x.tar, or with --output_format tar a folder for copies of the source's tars",
     "txt": "--output_format txt: a .txt next to each image, or in the folder --output",
 }
+FORM_OF_NAME = {"metadata.jsonl": "metadata", "metadata.csv": "metadata"}
+FORM_OF_ENDING = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco",
+                  ".tar": "tar", "": "parquet"}  # fmt: skip
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet, "coco": write_coco,
+           "metadata": write_metadata, "tar": write_tar}  # fmt: skip
 
 
 def form_of(output: str | None, output_format: str | None) -> str:
@@ -253,87 +262,89 @@ def form_of(output: str | None, output_format: str | None) -> str:
         if output is None and output_format != "txt":
             raise DataError(f"--output_format {output_format} needs --output, where to write it")
         return output_format
-    name = re.split(r"[/\\]", output.rstrip("/\\"))[-1]
-    ending = os.path.splitext(name)[1].lower()
-    if output.endswith(("/", "\\")) or not ending or (not is_remote(output) and os.path.isdir(output)):
+    if output.endswith(("/", "\\")) or os.path.isdir(output):
         return "parquet"
-    if name in ("metadata.jsonl", "metadata.csv"):
-        return "metadata"
-    known = {
-        ".jsonl": "jsonl",
-        ".ndjson": "jsonl",
-        ".csv": "csv",
-        ".parquet": "parquet",
-        ".json": "coco",
-        ".tar": "tar",
-    }
-    if ending not in known:
+    name = re.split(r"[/\\]", output)[-1]
+    ending = os.path.splitext(name)[1].lower()
+    form = FORM_OF_NAME.get(name, FORM_OF_ENDING.get(ending))
+    if form is None:
         raise DataError(
             f"--output {output}: the extension {ending} does not say what to write: {'; '.join(FORMATS.values())}"
         )
-    return known[ending]
+    return form
 
 
 def is_folder(output: str, form: str) -> bool:
     return form in ("parquet", "tar") and os.path.splitext(output.rstrip("/\\"))[1].lower() not in (".parquet", ".tar")
 
 
-# ---------------------------------------------------------------- helpers
+# ---------------------------------------------------------------- tables
 
 
-def _columns(rows) -> list[str]:
-    columns: dict[str, None] = {}
-    for row in rows():
-        columns.update(dict.fromkeys(row))
-    return list(columns)
+def _write_lines(rows: Iterator[dict], target: Path) -> None:
+    with open(target, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
-def _cell(value):
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list | bool) else value
+def _write_table(rows: Callable[[], Iterator[dict]], target: Path) -> None:
+    with open(target, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain.from_iterable(rows()))))
+        writer.writeheader()
+        for row in rows():
+            writer.writerow({name: _json_of(v) if isinstance(v, dict | list | bool) else v for name, v in row.items()})
 
 
 def schema_of(rows, text: tuple[str, ...] = ("image", "caption"), nulls: bool = False) -> pa.Schema:
     """Types that hold every row: a column of several types becomes text, and one without values unless `nulls`. The
     columns `text` come first."""
     schemas = [pa.schema([(name, pa.string()) for name in text])]
-    for batch in _batches(rows(), BATCH):
-        found = []
-        for name in dict.fromkeys(key for row in batch for key in row):
-            try:
-                found.append((name, pa.array([row.get(name) for row in batch]).type))
-            except pa.ArrowException:
-                found.append((name, pa.string()))
-        schemas.append(common_schema([*schemas[-1:], pa.schema(found)], nulls=True))
-    return common_schema(schemas[-1:], nulls)
+    for batch in _batches(rows()):
+        names = dict.fromkeys(itertools.chain.from_iterable(batch))
+        schemas.append(pa.schema([(name, _type_of([row.get(name) for row in batch])) for name in names]))
+    return common_schema(schemas, nulls)
 
 
 def common_schema(schemas: list[pa.Schema], nulls: bool = False) -> pa.Schema:
     """One schema for tables of all of these; a column without any value is text, unless `nulls`."""
-    types: dict[str, pa.DataType] = {}
-    for name, kind in (field for schema in schemas for field in zip(schema.names, schema.types, strict=True)):
-        known = types.get(name, pa.null())
-        if pa.types.is_null(known):
-            types[name] = kind
-        elif not pa.types.is_null(kind) and kind != known:
-            numbers = all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (kind, known))
-            types[name] = pa.float64() if numbers else pa.string()
-    return pa.schema([(n, pa.string() if pa.types.is_null(k) and not nulls else k) for n, k in types.items()])
+    types: dict[str, set[pa.DataType]] = {}
+    for field in itertools.chain.from_iterable(schemas):
+        types.setdefault(field.name, {pa.null()}).add(field.type)
+    unknown = pa.null() if nulls else pa.string()
+    return pa.schema([(name, _common_type(kinds - {pa.null()}, unknown)) for name, kinds in types.items()])
+
+
+def _common_type(types: set[pa.DataType], unknown: pa.DataType) -> pa.DataType:
+    if len(types) < 2:
+        return next(iter(types), unknown)
+    return pa.float64() if all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in types) else pa.string()
+
+
+def _type_of(values: list) -> pa.DataType:
+    try:
+        return pa.array(values).type
+    except pa.ArrowException:  # values of several types
+        return pa.string()
 
 
 def table_of(rows: list[dict], schema: pa.Schema) -> pa.Table:
     """Rows as a table; other values in a text column are written as JSON."""
 
-    def fit(value, kind):
-        if value is None or not pa.types.is_string(kind) or isinstance(value, str):
-            return value
-        return json.dumps(value, ensure_ascii=False, default=str)
+    def text(value):
+        return value if isinstance(value, str | None) else _json_of(value)
 
-    columns = {field.name: [fit(row.get(field.name), field.type) for row in rows] for field in schema}
-    return pa.table(columns, schema=schema)
+    fit = {field.name: text if pa.types.is_string(field.type) else lambda value: value for field in schema}
+    return pa.table({name: [fit[name](row.get(name)) for row in rows] for name in schema.names}, schema=schema)
 
 
-def _batches(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
-    return iter(lambda: list(itertools.islice(rows, size)), [])
+def _json_of(value) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    return iter(lambda: list(itertools.islice(rows, BATCH)), [])
+
+
+# ---------------------------------------------------------------- names and files
 
 
 def _coco_id(row: dict):
@@ -342,7 +353,7 @@ def _coco_id(row: dict):
         name = re.split(r"[/\\]", row["image"])[-1]
         number = re.search(r"(?:^|_)(\d{12})\.\w+$", name)
         return int(number[1]) if number else name
-    return int(image_id) if isinstance(image_id, str) and re.fullmatch(r"[1-9]\d{0,17}|0", image_id) else image_id
+    return int(image_id) if re.fullmatch(r"[1-9]\d{0,17}|0", str(image_id)) else image_id
 
 
 def _below(image: str, folder: Path) -> str:
@@ -355,21 +366,9 @@ def _below(image: str, folder: Path) -> str:
         ) from None
 
 
-def inside(name: str) -> str:
-    """The name without anything that leads out of the folder it is put in: a source's names are not to be trusted."""
-    parts = re.split(r"[/\\]", name)
-    return "/".join(part.replace(":", "_") for part in parts if part.strip(". ")) or "image"
-
-
-def _safe(name: str) -> str:
-    return "".join(_stem(inside(re.sub(r"[^\w.\-/\\]+", "_", name))))
-
-
-def _stem(name: str) -> tuple[str, str]:
-    """(stem, ending) of the name of an image; all of a name that has no image's ending is its stem. The number that makes
-    a name differ from others is no part of its ending."""
-    stem, ending = os.path.splitext(re.sub(r"(#\d+)+$", "", name))
-    return (stem, ending.lower()) if ending.lower() in ENDINGS else (name, ".jpg")
+def _opened(place: str):
+    """The binary file at an address, opened; None, in a context, for a path."""
+    return open_remote(place) if is_remote(place) else contextlib.nullcontext()
 
 
 def _content(image) -> bytes:
@@ -380,44 +379,25 @@ def _content(image) -> bytes:
         return file.read()
 
 
-def _copy(image, folder: Path, name: str, different: "Different") -> str:
+def _copy(row: dict, folder: Path, different: Different) -> str:
     """Writes an image into the folder, under a name that no other image of the run has, nor a file that is there and is
     another. Returns the name."""
-    content, (stem, ending) = _content(image), os.path.splitext(name)
+    content = _content(row["image"])
+    name = "images/" + "".join(stem_and_ending(inside(re.sub(r"[^\w.\-/\\]+", "_", row["name"]))))
     while True:
-        free = different(name, lambda number: f"{stem}-{number}{ending}")
+        free = different(name)
         target = folder / free
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            with whole(target) as temporary:
+                temporary.write_bytes(content)
         if target.read_bytes() == content:
             return free
 
 
-def _same(name) -> int:
-    """Equal for names that some file system takes for the same."""
-    folded = unicodedata.normalize("NFC", str(name)).casefold()
-    return xxhash.xxh3_64_intdigest(folded.encode("utf-8", "surrogateescape"))
-
-
-class Different:
-    """Makes names differ from each other.
-
-    Args:
-        same: equal for names that are the same; by default in any case and Unicode form, as some file systems have it.
-    """
-
-    def __init__(self, same: Callable = _same):
-        self.same, self.taken = same, {}
-
-    def __call__(self, name: str, numbered: Callable[[int], str]) -> str:
-        """The name, or if it is taken what `numbered` makes of the first free number."""
-        free = name
-        while self.same(free) in self.taken:
-            self.taken[self.same(name)] += 1
-            free = numbered(self.taken[self.same(name)])
-        self.taken[self.same(free)] = 1
-        return free
+def _numbered_before_ending(name: str, number: int) -> str:
+    stem, ending = os.path.splitext(name)
+    return f"{stem}-{number}{ending}"
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

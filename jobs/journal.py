@@ -1,7 +1,6 @@
 """A journal: rows that a process appends as they are finished, so that a kill loses none."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
@@ -12,25 +11,35 @@ class JournalInUse(UserError):
     of_one_shard = True
 
 
-def whole_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, except for one that a kill cut short; none if there is no file."""
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            yield from (line for line in file if line.endswith("\n"))
+class Journal:
+    """A file of JSON lines, opened to append to; `rows` are those that it had.
 
+    Raises:
+        JournalInUse: another run has it.
+    """
 
-def open_journal(path: Path):
-    """The file, opened to append to, without a line that a kill cut short. JournalInUse if another run has it."""
-    try:
-        file, _ = hold(path)  # released when the process ends, however that happens
-    except Busy:
-        raise JournalInUse(f"{path}: another run is writing it. Let it finish, or stop it.") from None
-    with open(path, "r+b") as lines:
-        lines.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
-    return file
+    def __init__(self, path: Path):
+        try:
+            self.file, _ = hold(path)  # released when the process ends, however that happens
+        except Busy:
+            raise JournalInUse(f"{path}: another run is writing it. Let it finish, or stop it.") from None
+        self.rows, end = [], 0
+        with open(path, "r+b") as lines:
+            for line in lines:
+                try:
+                    self.rows.append(json.loads(line[:-1]))  # a line that a kill cut short has no end to take away
+                except ValueError:
+                    break
+                end += len(line)
+            lines.truncate(end)
 
+    def __enter__(self):
+        return self
 
-def write_row(file, row: dict) -> None:
-    """Append one row, so that it survives this process."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def add(self, row: dict) -> None:
+        """Append one row, so that it survives this process."""
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()

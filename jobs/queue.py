@@ -9,14 +9,17 @@ import errno
 import logging
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common.errors import Unreachable, UserError
+from jobs.journal import JournalInUse
 
 logger = logging.getLogger(__name__)
 TRIES = 2
 IN_A_ROW = 5  # consecutive unexpected errors that end a run: the shards are not the problem
+PAUSE, LONGEST_PAUSE, LONGEST_WAIT = 2.0, 60.0, 600.0  # seconds between questions to a server that does not answer
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Outcome:
     ends_run: bool = False
     expected: bool = True
     lost: bool = False  # its worker died
+    in_use: bool = False  # another run is working on it
     trace: str = ""
     raised: Exception | None = None  # the error itself, if it was raised in this process
 
@@ -34,18 +38,58 @@ class Outcome:
         return self.error if self.shard.label in self.error else f"{self.shard}: {self.error}"
 
 
-def attempt(work: Callable, shard, tick: Callable[[int], None]) -> Outcome:
-    """The outcome of a shard; errors are returned."""
+def attempt(call: Callable[[], dict], shard) -> Outcome:
+    """The outcome of a shard, whose counts `call()` returns; errors are returned."""
     try:
-        return Outcome(shard, work(shard, tick))
+        return Outcome(shard, call())
     except Exception as error:
         disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        ends_run = disk_full or (isinstance(error, UserError) and not error.of_one_shard)
-        message = str(error).strip().splitlines()[-1:] or [""]
-        text = message[0] if isinstance(error, UserError) else f"{type(error).__name__}: {message[0]}"
         expected = isinstance(error, UserError | OSError)
-        trace = "" if expected else traceback.format_exc()
-        return Outcome(shard, {}, text, ends_run, expected, trace=trace, raised=error)
+        return Outcome(
+            shard,
+            error=_last_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_last_line(error)}",
+            ends_run=disk_full or (isinstance(error, UserError) and not error.of_one_shard),
+            expected=expected,
+            in_use=isinstance(error, JournalInUse),
+            trace="" if expected else traceback.format_exc(),
+            raised=error,
+        )
+
+
+def work_on(work: Callable, shard, tick: Callable[[int], None], reachable: Callable) -> Outcome:
+    return attempt(lambda: wait_for_servers(lambda: work(shard, tick), reachable, shard), shard)
+
+
+def wait_for_servers(call: Callable, reachable: Callable, shard=None):
+    """`call()`, again after an error if a server was away meanwhile. It is waited for, up to ten minutes in all.
+
+    Args:
+        reachable: called with the shard; whether the servers that it needs answer, without a shard those of the outputs.
+    """
+    waited, tries = 0.0, 0
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if isinstance(error, UserError) and not error.of_one_shard:
+                raise
+            pause, trouble = PAUSE, f"{shard or 'the output'}: {_last_line(error)}"
+            while not reachable(shard):
+                if waited >= LONGEST_WAIT:
+                    raise
+                logger.warning("%s. Waiting for it", trouble)
+                time.sleep(pause)
+                waited, pause = waited + pause, min(LONGEST_PAUSE, 2 * pause)
+            if pause == PAUSE:  # it answers; maybe it came back while its client was still trying
+                if not isinstance(error, Unreachable) or tries == TRIES:
+                    raise
+                tries += 1
+                logger.warning("%s. Trying again", trouble)
+                time.sleep(pause)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 class Queue:
@@ -53,7 +97,7 @@ class Queue:
 
     def __init__(self, shards: list, report: Callable[[Outcome], None]):
         self.left, self.again = list(reversed(shards)), []
-        self.tries: dict = {}
+        self.tries: Counter = Counter()
         self.report, self.failed, self.unexpected = report, [], 0
 
     def empty(self) -> bool:
@@ -69,22 +113,23 @@ class Queue:
         """Record the outcome of a shard. Raises an error that ends the run."""
         if outcome.error is None:
             self.unexpected = 0
+            self.report(outcome)
+            return
+        self.unexpected += not outcome.expected
+        if outcome.trace:
+            logger.warning("%s: %s", outcome.shard, outcome.trace)
+        if outcome.ends_run or self.unexpected == IN_A_ROW:
+            raise outcome.raised or UserError(outcome.error)
+        self.tries[outcome.shard] += 1
+        if self.tries[outcome.shard] < (2 * TRIES if outcome.lost else TRIES):
+            logger.warning("%s. It will be retried", str(outcome).rstrip("."))
+            self.again.append(outcome.shard)
         else:
-            self.unexpected += not outcome.expected
-            if outcome.trace:
-                logger.warning("%s: %s", outcome.shard, outcome.trace)
-            if outcome.ends_run or self.unexpected == IN_A_ROW:
-                raise outcome.raised or UserError(outcome.error)
-            self.tries[outcome.shard] = self.tries.get(outcome.shard, 0) + 1
-            if self.tries[outcome.shard] < (2 * TRIES if outcome.lost else TRIES):
-                logger.warning("%s. It will be retried", str(outcome).rstrip("."))
-                self.again.append(outcome.shard)
-                return
             self.failed.append(outcome)
-        self.report(outcome)
+            self.report(outcome)
 
 
-def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Outcome]:
+def run(work, begin: Callable, reachable: Callable, args, max_shards: int) -> list[Outcome]:
     """Work on the shards of a run. Returns those that failed here.
 
     Args:
@@ -92,17 +137,16 @@ def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Out
         begin: called with the settings; returns (the shards that are left, Progress).
         reachable: whether the servers that a shard needs answer.
         args: --engine and its flags.
-        most: the largest possible number of shards.
+        max_shards: the largest possible number of shards.
     """
     if args.engine == "ray":
         from jobs import ray_engine
 
-        return ray_engine.run(work, begin, reachable, args, most)
+        return ray_engine.run(work, begin, reachable, args, max_shards)
     shards, progress = begin(work.start())
     queue = Queue(shards, progress.finished)
-    patient = Patient(work, reachable)
     while (shard := queue.take()) is not None:
-        queue.give(attempt(patient, shard, progress.tick))
+        queue.give(work_on(work, shard, progress.tick, reachable))
     progress.close()
     return queue.failed
 
@@ -110,39 +154,3 @@ def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Out
 def sharing(args, share: tuple[int, int]) -> tuple[int, int]:
     """(number, count) of those who share the work; a Ray cluster may have more workers than that."""
     return (0, args.workers or 8) if args.engine == "ray" else share
-
-
-class Patient:
-    """Work that waits for a server that does not answer, up to ten minutes in all, instead of failing, and tries again
-    if the server is back by then. Building the output from all shards is such work, too, without a shard:
-    `Patient(finish, reachable)()`.
-
-    Args:
-        reachable: whether the servers that a shard needs answer; for None, those of the outputs.
-    """
-
-    def __init__(self, work: Callable, reachable: Callable[[object], bool], patience: float = 600):
-        self.work, self.reachable, self.patience = work, reachable, patience
-
-    def __call__(self, *args):
-        shard, waited, again = args[0] if args else None, 0.0, 0
-        while True:
-            try:
-                return self.work(*args)
-            except Exception as error:
-                if isinstance(error, UserError) and not error.of_one_shard:
-                    raise
-                pause = 2.0
-                if self.reachable(shard):  # also if it came back while its client was still trying
-                    if not isinstance(error, Unreachable) or again == TRIES:
-                        raise
-                    again += 1
-                    logger.warning("%s: %s. Trying again", shard or "the output", str(error).strip().splitlines()[-1])
-                    time.sleep(pause)
-                    continue
-                while not self.reachable(shard):
-                    if waited >= self.patience:
-                        raise
-                    logger.warning("%s: %s. Waiting for it", shard or "the output", str(error).strip().splitlines()[-1])
-                    time.sleep(pause)
-                    waited, pause = waited + pause, min(60, 2 * pause)

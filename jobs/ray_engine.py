@@ -1,6 +1,7 @@
 """The actors of a Ray cluster that process shards. A worker returns a shard's error instead of raising it; one that
 dies, or whose node does, is replaced, and its shard given to another."""
 
+import contextlib
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from common.errors import UserError
-from jobs.queue import Outcome, Patient, Queue, attempt
+from jobs.queue import Outcome, Queue, attempt, work_on
 
 logger = logging.getLogger(__name__)
 POLL = 2.0  # seconds between checks of the workers' progress
@@ -29,35 +30,38 @@ def connect(args):
     except ImportError:
         raise UserError("--engine ray needs Ray: pip install ray -c constraints.txt") from None
     address = os.environ.get("RAY_ADDRESS")
-    if found := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address or ""):
+    if server := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address or ""):
         try:
-            socket.create_connection((found[1], int(found[2])), timeout=5).close()
+            socket.create_connection((server[1], int(server[2])), timeout=5).close()
         except OSError as error:
             raise UserError(
                 f"RAY_ADDRESS={address}: nothing answers there ({error}). Start the cluster (ray start --head), or unset it "
                 "to run on this machine alone."
             ) from None
-    own = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
+    of_this_machine = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **of_this_machine)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"RAY_ADDRESS={address}: {str(error).splitlines()[0]}") from None
-    there = ray.cluster_resources()
-    wanted = (args.gpus_per_worker or 0) * (args.workers or 1)
-    if wanted > there.get("GPU", 0):
-        raise UserError(f"--engine ray: {wanted:g} GPUs are wanted, and the cluster has {there.get('GPU', 0):g}.")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    needed = (args.gpus_per_worker or 0) * (args.workers or 1)
+    if needed > gpus:
+        raise UserError(f"--engine ray: {needed:g} GPUs are wanted, and the cluster has {gpus:g}.")
     return ray
 
 
-def resources(ray, args, most: int) -> tuple[int, dict]:
+def resources(ray, args, max_shards: int) -> tuple[int, dict]:
     """(workers, what each is given): one per GPU; without GPUs one per node, with all of its cores."""
-    there = ray.cluster_resources()
-    gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(there.get("GPU", 0) > 0)
+    total = ray.cluster_resources()
+    gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(total.get("GPU", 0) > 0)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = args.workers or (int(there["GPU"] // gpus) if gpus else len(nodes))
-    cpus = there["CPU"] / workers
-    smallest = min(node["CPU"] for node in nodes if node.get("CPU"))
-    return min(workers, max(1, most)), {"num_gpus": gpus, "num_cpus": min(smallest, int(cpus) if cpus >= 1 else cpus)}
+    workers = args.workers or (int(total["GPU"] // gpus) if gpus else len(nodes))
+    cpus = total["CPU"] / workers
+    smallest = min(filter(None, (node.get("CPU") for node in nodes)))
+    return min(workers, max(1, max_shards)), {
+        "num_gpus": gpus,
+        "num_cpus": min(smallest, int(cpus) if cpus >= 1 else cpus),
+    }
 
 
 class Actor:
@@ -67,25 +71,19 @@ class Actor:
         sys.path[:] = [*path, *(place for place in sys.path if place not in path)]
         if os.path.isdir(folder):
             os.chdir(folder)  # relative paths mean the same as where the run was started
-        self.work, self.patient, self.rows = work, Patient(work, reachable), 0
+        self.work, self.reachable, self.rows = work, reachable, 0
 
-    def start(self) -> tuple[dict | None, Outcome | None]:
-        """(settings, None), or (None, why not)."""
-        settings: dict = {}
-
-        def begin(*_) -> dict:
-            settings.update(self.work.start())
-            return {}
-
-        outcome = attempt(begin, None, self.tick)
+    def start(self) -> Outcome:
+        """With the settings as counts, or why it cannot start."""
+        outcome = attempt(self.work.start, None)
         outcome.raised = None  # of a class that may be unknown elsewhere
-        return (None, outcome) if outcome.error else (settings, None)
+        return outcome
 
     def tick(self, rows: int) -> None:
         self.rows = rows
 
     def work_on(self, shard) -> Outcome:
-        outcome = attempt(self.patient, shard, self.tick)
+        outcome = work_on(self.work, shard, self.tick, self.reachable)
         self.rows, outcome.raised = 0, None
         return outcome
 
@@ -96,84 +94,86 @@ class Actor:
 class Pool:
     """The workers, and what each is doing."""
 
-    def __init__(self, ray, work, reachable: Callable, workers: int, each: dict):
+    def __init__(self, ray, work, reachable: Callable, workers: int, resources: dict):
         self.ray, self.deaths, self.polled = ray, 0, {}
-        kind = ray.remote(Actor).options(max_concurrency=2, scheduling_strategy="SPREAD", **each)
+        actor_class = ray.remote(Actor).options(max_concurrency=2, scheduling_strategy="SPREAD", **resources)
         arguments = ray.put(work), reachable, os.getcwd(), [place for place in sys.path if place]
-        self.new = lambda: kind.remote(*arguments)
-        self.starting, self.busy, self.idle = {}, {}, []
+        self.new = lambda: actor_class.remote(*arguments)
+        self.tasks, self.idle = {}, []  # {what a worker will return: (worker, its shard, None while it starts)}
         for _ in range(workers):
             self.add()
 
+    @property
+    def busy(self) -> list:
+        """The workers that have a shard."""
+        return [actor for actor, shard in self.tasks.values() if shard is not None]
+
     def add(self) -> None:
         actor = self.new()
-        self.starting[actor.start.remote()] = actor
+        self.tasks[actor.start.remote()] = actor, None
 
     def give(self, shard) -> None:
         actor = self.idle.pop()
-        self.busy[actor.work_on.remote(shard)] = (actor, shard)
+        self.tasks[actor.work_on.remote(shard)] = actor, shard
 
     def wait(self):
-        """Waits up to POLL seconds, and yields (settings, None) for each worker that has started and (None, outcome)
-        for each shard that has ended. Raises an error that keeps workers from starting."""
-        ready, _ = self.ray.wait([*self.starting, *self.busy], timeout=POLL)
+        """Waits up to POLL seconds, and yields the Outcome of each shard that has ended, and of each worker that has
+        started, which has no shard. Raises an error that keeps workers from starting."""
+        ready, _ = self.ray.wait([*self.tasks], timeout=POLL)
         for ref in ready:
-            actor, shard = self.busy.pop(ref) if ref in self.busy else (self.starting.pop(ref), None)
+            actor, shard = self.tasks.pop(ref)
             try:
-                found = self.ray.get(ref)
+                outcome = self.ray.get(ref)
             except self.ray.exceptions.RayError as error:
                 logger.warning("a worker has died, another takes its place: %s", str(error).strip().splitlines()[0])
                 self.add()
-                if shard is not None:
-                    yield None, Outcome(shard, {}, "its worker died: out of memory, or its node is gone", lost=True)
-                    continue
-                self.deaths += 1
+                self.deaths += shard is None
                 if self.deaths == DEATHS and not self.busy and not self.idle:
                     raise UserError(f"--engine ray: workers die while they load the model. {error}") from None
+                if shard is not None:
+                    yield Outcome(shard, {}, "its worker died: out of memory, or its node is gone", lost=True)
                 continue
-            if shard is None and found[1] is not None:
-                raise UserError(found[1].error if found[1].expected else f"a worker cannot start: {found[1].trace}")
+            if shard is None and outcome.error:
+                raise UserError(outcome.error if outcome.expected else f"a worker cannot start: {outcome.trace}")
             self.idle.append(actor)
-            yield (found[0], None) if shard is None else (None, found)
+            yield outcome
 
     def rows(self) -> int:
         """Finished rows of the shards in progress."""
-        asked = {actor: actor.progress.remote() for actor, _ in self.busy.values()}
-        ready, _ = self.ray.wait([*asked.values()], num_returns=len(asked), timeout=0.5) if asked else ([], [])
-        known = {}
-        for actor, ref in asked.items():
-            try:
-                known[actor] = self.ray.get(ref) if ref in ready else self.polled.get(actor, 0)
-            except self.ray.exceptions.RayError:
-                known[actor] = 0
-        self.polled = known
-        return sum(known.values())
+        asked = {actor.progress.remote(): actor for actor in self.busy}
+        ready, _ = self.ray.wait([*asked], num_returns=len(asked), timeout=0.5) if asked else ([], [])
+        for ref in ready:
+            with contextlib.suppress(self.ray.exceptions.RayError):  # it died: `wait` says so
+                self.polled[asked[ref]] = self.ray.get(ref)
+        return sum(self.polled.get(actor, 0) for actor in asked.values())
 
 
-def run(work, begin: Callable, reachable: Callable, args, most: int) -> list[Outcome]:
+def run(work, begin: Callable, reachable: Callable, args, max_shards: int) -> list[Outcome]:
     """`jobs.queue.run` on a Ray cluster."""
     ray = connect(args)
     try:
-        workers, each = resources(ray, args, most)
-        logger.info("ray: %d workers with %g CPUs and %g GPUs each", workers, each["num_cpus"], each["num_gpus"])
-        pool = Pool(ray, work, reachable, workers, each)
-        settings, queue, progress, waiting = None, None, None, time.monotonic()
+        workers, per_worker = resources(ray, args, max_shards)
+        logger.info(
+            "ray: %d workers with %g CPUs and %g GPUs each", workers, per_worker["num_cpus"], per_worker["num_gpus"]
+        )
+        pool = Pool(ray, work, reachable, workers, per_worker)
+        settings, queue, progress, waiting = {}, None, None, time.monotonic()
         while queue is None or pool.busy or not queue.empty():
             while pool.idle and queue is not None and not queue.empty():
                 pool.give(queue.take())
-            for started, outcome in pool.wait():
-                if outcome is not None:
+            for outcome in pool.wait():
+                if outcome.shard is not None:
                     queue.give(outcome)
-                elif settings is None:
-                    settings = started
+                elif queue is None:
+                    settings = outcome.counts
                     shards, progress = begin(settings)
                     queue = Queue(shards, progress.finished)
-                elif started != settings:
-                    raise UserError(f"--engine ray: workers differ in {_differing(settings, started)}.")
+                elif outcome.counts != settings:
+                    raise UserError(f"--engine ray: workers differ in {_differing(settings, outcome.counts)}.")
             if pool.busy:
                 waiting = time.monotonic()
                 progress.tick(pool.rows())
-            elif pool.starting and time.monotonic() - waiting > 60:
+            elif time.monotonic() - waiting > 60:
                 waiting = time.monotonic()
                 logger.warning("ray: no worker has started yet; free resources: %s", ray.available_resources())
         progress.close()

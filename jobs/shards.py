@@ -4,13 +4,13 @@ A shard is a tar, or a number of rows of a Parquet file, a folder, a list or ano
 """
 
 import contextlib
+import glob
 import itertools
 import json
 import logging
 import math
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +24,12 @@ import xxhash
 
 from common import files
 from common.errors import UserError
-from common.files import whole
-from common.remote import file_system, is_remote, reaching
+from common.locks import Busy, hold
+from common.remote import file_system, is_remote, reaching, tag_of, whole_at
 
 logger = logging.getLogger(__name__)
-FILE = re.compile(r"\d{5,}-([0-9a-f]{12})([0-9a-f]{8})\.parquet")
-SETTINGS, REPORT = "_settings.json", "_report.json"
+FILE = re.compile(r"\d{5,}-([0-9a-f]{20})\.parquet")
+SETTINGS, REPORT, FAILED = "_settings.json", "_report.json", "_failed-"
 NAMES = {"model", "revision"}  # settings that may differ if those that they stand for, the `weights`, are the same
 DAMAGED = (json.JSONDecodeError, UnicodeDecodeError)
 FOOTER = b"image_captioning"  # key of a shard's counts in its file's metadata
@@ -40,10 +40,10 @@ class Shard:
     """Rows that are worked on together."""
 
     position: int  # in the order of the source
-    kind: str  # "tar", "parquet" or "rows"
+    storage: str  # "tar", "parquet" or "rows"
     place: str  # path or address; empty for rows
     label: str  # what its images are named after: the file's name, or its path where several have that name
-    start: int  # first row, counted from the beginning of the file, or of all rows of their kind
+    start: int  # first row, counted from the beginning of the file, or of all rows of their storage
     stop: int | None  # one past the last row; None for all
     rows: int | None  # how many, if known
     digest: str  # 8 hex digits of what is in it
@@ -51,15 +51,25 @@ class Shard:
     @property
     def id(self) -> str:
         """12 hex digits that stay the same when the source grows."""
-        return xxhash.xxh3_64_hexdigest(f"{self.kind}\n{self.label}\n{self.start}".encode())[:12]
+        return xxhash.xxh3_64_hexdigest(f"{self.storage}\n{self.label}\n{self.start}".encode())[:12]
+
+    @property
+    def key(self) -> str:
+        """20 hex digits that stay the same as long as what is in it does."""
+        return self.id + self.digest
 
     @property
     def file(self) -> str:
-        return f"{self.position:05d}-{self.id}{self.digest}.parquet"
+        return f"{self.position:05d}-{self.key}.parquet"
+
+    @property
+    def mark(self) -> str:
+        """The file that says that it was given up."""
+        return f"{FAILED}{self.key}.json"
 
     def __str__(self) -> str:
         rows = f"rows {self.start} to {self.stop}" if self.stop is not None else "all rows"
-        return f"{self.label}, {rows}" if self.kind != "tar" else self.label
+        return f"{self.label}, {rows}" if self.storage != "tar" else self.label
 
 
 def rows_of(shards: list[Shard]) -> int | None:
@@ -68,25 +78,18 @@ def rows_of(shards: list[Shard]) -> int | None:
     return None if None in rows else sum(rows)
 
 
-class Digest:
-    """A running digest of rows."""
-
-    def __init__(self):
-        self.hash = xxhash.xxh3_64()
-
-    def add(self, *values) -> None:
-        self.hash.update(
-            json.dumps(values, default=str, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        )
-
-    def __str__(self) -> str:
-        return self.hash.hexdigest()[:8]
-
-
 def digest_of(*values) -> str:
-    digest = Digest()
-    digest.add(*values)
-    return str(digest)
+    """8 hex digits of values that JSON can hold, or that str() tells apart."""
+    text = json.dumps(values, default=str, ensure_ascii=False)
+    return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "backslashreplace"))[:8]
+
+
+def row_ranges(rows: Iterator, size: int, first: int = 0) -> Iterator[tuple[int, int, str]]:
+    """(first row, one past the last, digest) of every `size` rows, of which each is what tells it from others; `first` is
+    the number of the first one."""
+    while group := list(itertools.islice(rows, size)):
+        yield first, first + len(group), digest_of(*group)
+        first += len(group)
 
 
 class Cursor:
@@ -102,32 +105,20 @@ class Cursor:
     def read(self, start: int, stop: int | None) -> Iterator:
         if self.stream is None or start < self.position:
             self.position, self.stream = self.open_at(start)
-        try:
-            while stop is None or self.position < stop:
-                row = next(self.stream)
-                self.position += 1
-                if self.position > start:
-                    yield row
-        except StopIteration:
-            self.stream = None
-        except Exception:
-            self.stream = None  # a stream that failed has ended
-            raise
-
-
-def group_starts(metadata) -> list[tuple[int, int]]:
-    """(row group, number of its first row) of a Parquet file."""
-    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return list(zip(range(len(sizes)), itertools.accumulate(sizes, initial=0), strict=False))
+        stream, self.stream = self.stream, None  # a stream that fails has ended
+        for row in itertools.islice(stream, stop and stop - self.position):
+            self.position += 1
+            if self.position > start:
+                yield row
+        self.stream = stream
 
 
 def parquet_ranges(metadata, size: int, version: str) -> Iterator[tuple[int, int, str]]:
     """(first row, one past the last, digest) of at most `size` rows each. As few of them as possible begin within a row
     group, which has to be read from its beginning. `version` is the file's."""
     start = 0
-    for group, first in group_starts(metadata):
-        end = first + metadata.row_group(group).num_rows
-        if end - start >= size or group == metadata.num_row_groups - 1:
+    for end in itertools.accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)):
+        if end - start >= size or end == metadata.num_rows:
             for row in range(start, end, size):
                 yield row, min(row + size, end), digest_of(version, row, min(row + size, end))
             start = end
@@ -139,12 +130,6 @@ def version_of(place: str) -> str:
         return files.version_of(place)
     system, path = file_system(place)
     return tag_of(system.info(path))
-
-
-def tag_of(info: dict) -> str:
-    """The version of a file that fsspec lists."""
-    marks = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "created")
-    return f"{info.get('size')}-{next((info[mark] for mark in marks if info.get(mark)), '')}"
 
 
 class ShardFolder:
@@ -162,27 +147,20 @@ class ShardFolder:
         local = (fsspec.filesystem("file"), str(Path(self.name).absolute()))
         self.system, self.path = file_system(self.name) if self.remote else local
 
-    def __getstate__(self) -> dict:
-        return {"output": self.output, "single": self.single, "path": self.path}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["output"], state["single"])
-        self.path = state["path"]  # of the process that began the run, which may have run elsewhere
-
-    def size(self, default: int, share: tuple[int, int], first: Callable[[int], Iterator]) -> int:
+    def size(self, default: int, share: tuple[int, int], rows: Iterator) -> int:
         """Rows per shard where none are given: those the run was started with, else `default`, or fewer so that each of
         the processes has a shard.
 
         Args:
             share: (number, count) of this process.
-            first: called with a number; returns that many rows of the source, or all.
+            rows: of the source; only as many are read as are needed to know.
         """
-        before = self.read_json(SETTINGS)
-        if before is not None:
+        if before := self.read_json(SETTINGS):
             return before["size"]
         count = share[1]
-        rows = sum(1 for _ in first(default * count)) if count > 1 else math.inf
-        return default if rows >= default * count else max(1, math.ceil(rows / count))
+        if count == 1:
+            return default
+        return min(default, max(1, math.ceil(sum(1 for _ in itertools.islice(rows, default * count)) / count)))
 
     def begin(self, settings: dict, shards: list[Shard], size: int) -> None:
         """Record what the run is; `size` is that of its shards.
@@ -191,13 +169,14 @@ class ShardFolder:
             UserError: it was started with other settings.
         """
         before = (self.read_json(SETTINGS) or {"settings": settings})["settings"]
-        differ = {name for name, value in settings.items() if before.get(name, "not recorded") != value}
-        if differ - NAMES or ("weights" not in settings and differ):
-            changes = (
-                f"{n} was {before.get(n, 'not recorded')!r}, is {settings[n]!r}" for n in settings if n in differ
-            )
+        changes = {
+            name: f"{name} was {before.get(name, 'not recorded')!r}, is {value!r}"
+            for name, value in settings.items()
+            if before.get(name, "not recorded") != value
+        }
+        if changes.keys() - NAMES or (changes and "weights" not in settings):
             raise UserError(
-                f"{self.output} was started with other settings: {'; '.join(changes)}. Name another --output."
+                f"{self.output} was started with other settings: {'; '.join(changes.values())}. Name another --output."
             )
         if not self.remote:
             os.makedirs(self.path, exist_ok=True)
@@ -209,53 +188,46 @@ class ShardFolder:
         if self.read_json(SETTINGS) is not None:
             return
         if self.remote:
-            if self.single and file_system(self.output)[0].exists(file_system(self.output)[1]):
-                raise UserError(f"--output {self.output} exists already, and was not made by a run here. Name another.")
-            return
-        output = Path(self.output)
-        if not output.absolute().parent.is_dir():
-            raise UserError(f"--output {output}: its folder does not exist.")
-        older = [*output.parent.glob(f"{output.name}.part-*"), *output.parent.glob(f"{output.name}.settings.json")]
-        if older:
+            system, path = file_system(self.output)
+            is_taken = self.single and system.exists(path)
+        else:
+            output = Path(self.output)
+            if not output.absolute().parent.is_dir():
+                raise UserError(f"--output {output}: its folder does not exist.")
+            for left in ("part-*", "settings.json"):
+                for file in output.parent.glob(f"{glob.escape(output.name)}.{left}"):
+                    raise UserError(
+                        f"--output {output} was started by an earlier version, which left {file.name}: finish it with that "
+                        "version, or name another --output."
+                    )
+            is_taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
+        if is_taken:
             raise UserError(
-                f"--output {output} was started by an earlier version, which left {older[0].name}: finish it with that "
-                "version, or name another --output."
+                f"--output {self.output} exists already, and was not made by a run like this one. Name another."
             )
-        if output.exists() and (output.is_file() or any(output.iterdir())):
-            raise UserError(f"--output {output} exists already, and was not made by a run like this one. Name another.")
 
     def files(self) -> list[str]:
         """Names of all files in the folder, sorted."""
         self.system.invalidate_cache()
         try:
             with reaching(self.name, FileNotFoundError):
-                found = self.system.ls(self.path, detail=False)
+                places = self.system.ls(self.path, detail=False)
         except FileNotFoundError:
             return []
-        return sorted(file.rstrip("/").rsplit("/", 1)[-1] for file in found)
+        return sorted(place.rstrip("/").rpartition("/")[2] for place in places)
 
     def outputs(self) -> dict[str, str]:
-        """{id and digest of a shard: name of its file} of all that are there."""
-        return {found[1] + found[2]: name for name in self.files() if (found := FILE.fullmatch(name))}
+        """{key of a shard: name of its file} of all that are there."""
+        return {match[1]: match[0] for match in filter(None, map(FILE.fullmatch, self.files()))}
 
     def done(self, shards: list[Shard]) -> dict[Shard, str]:
         """The file of each shard that has one."""
-        there = self.outputs()
-        return {shard: there[key] for shard in shards if (key := shard.id + shard.digest) in there}
+        outputs = self.outputs()
+        return {shard: outputs[shard.key] for shard in shards if shard.key in outputs}
 
-    @contextlib.contextmanager
     def whole(self, name: str):
-        """A local path to write to; the file appears under `name` when the block ends without an error."""
-        if not self.remote:
-            with whole(Path(self.path) / name) as temporary:
-                yield temporary
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / name
-            with reaching(self.name):
-                self.system.put_file(str(Path(folder) / name), f"{self.path}/{name}")
+        """A context: a local path to write to; the file appears under `name` when the block ends without an error."""
+        return whole_at(f"{self.name if self.remote else self.path}/{name}")
 
     def open(self, name: str):
         return self.system.open(f"{self.path}/{name}")
@@ -295,6 +267,10 @@ class ShardFolder:
                 f"{self.name}/{name} is damaged ({str(error).splitlines()[0]}). Delete it, and the same command makes it again."
             ) from None
 
+    def rows(self, name: str, columns: list[str] | None = None) -> Iterator[dict]:
+        for batch in self.read(name, columns):
+            yield from batch.to_pylist()
+
     def footers(self, names: list[str]) -> dict[str, tuple[pa.Schema, dict]]:
         """{name: (schema, counts)} of the files that are whole, in their order."""
 
@@ -308,6 +284,27 @@ class ShardFolder:
 
         with ThreadPoolExecutor(16) as pool:
             return {name: content for name, content in zip(names, pool.map(footer, names), strict=True) if content}
+
+    @contextlib.contextmanager
+    def assembling(self, shards: list[Shard]):
+        """{name: (schema, counts)} of the files of all shards, to make the output from; None if some are left, or if
+        another process here is making it, as far as the file system has locks."""
+        contents = self.whole_files(list(self.done(shards).values()))
+        if len(contents) < len(shards):
+            text = "%d of %d shards are left, to other processes of this run or to the same command again"
+            logger.info(text, len(shards) - len(contents), len(shards))
+            yield None
+            return
+        lock = Path(self.path) / "_lock"
+        try:
+            file = contextlib.nullcontext() if self.remote else hold(lock)[0]
+        except Busy:
+            yield None
+            return
+        with file:
+            yield contents
+        if not self.remote:
+            lock.unlink(missing_ok=True)
 
     def whole_files(self, names: list[str]) -> dict[str, tuple[pa.Schema, dict]]:
         """`footers`, and the damaged files are removed, so that they are made again."""

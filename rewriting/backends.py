@@ -55,16 +55,21 @@ class Outcome:
 
 def open_backend(llm: str, args):
     """The backend that --llm names, `openai:MODEL` or `hf:MODEL`. `args` are LLMArguments."""
-    kind, _, model = (llm or "").partition(":")
-    if kind not in ("openai", "hf") or not model:
+    backend, _, model = (llm or "").partition(":")
+    if backend not in ("openai", "hf") or not model:
         raise UserError(f"--llm {llm}: expected openai:MODEL (on a server) or hf:MODEL (a folder or Hub id).")
-    return OpenAIBackend(model, args) if kind == "openai" else HFBackend(model, args)
+    return OpenAIBackend(model, args) if backend == "openai" else HFBackend(model, args)
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str | None):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name) if name else None
+
+
+def is_chat(tokenizer, args) -> bool:
+    """Whether prompts are wrapped in the tokenizer's chat template: by default if it has one."""
+    return tokenizer.chat_template is not None if args.chat is None else args.chat
 
 
 # ---------------------------------------------------------------- a server
@@ -107,12 +112,12 @@ class OpenAIBackend:
         if not key and not base_url:
             raise UserError("Set OPENAI_API_KEY in the environment, or name another server with --base_url.")
         self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=args.timeout, max_retries=0)
-        self.tokens = Tokens(load_tokenizer(args.tokenizer) if args.tokenizer else None)
+        self.tokens = Tokens(load_tokenizer(args.tokenizer))
         # OpenAI's newer models take max_completion_tokens, most other servers max_tokens.
-        limit = "max_tokens" if base_url and "api.openai.com" not in base_url else "max_completion_tokens"
+        limit = "max_completion_tokens" if "api.openai.com" in str(self.client.base_url) else "max_tokens"
         self.request = {"model": model, limit: args.max_new_tokens}
         try:
-            self.request["extra_body"] = json.loads(args.extra_body) if args.extra_body else {}
+            self.request["extra_body"] = json.loads(args.extra_body or "{}")
         except json.JSONDecodeError as error:
             raise UserError(f"--extra_body is not JSON: {error}") from None
         self.requests, self.volume = Pace(args.requests_per_minute), Pace(args.tokens_per_minute)
@@ -128,13 +133,12 @@ class OpenAIBackend:
 
     def run(self, jobs: Iterable[Job], judge: Callable) -> Iterator[tuple[Job, Outcome]]:
         self.stop.clear()
-        waiting: dict = {}
-        jobs, error = iter(jobs), None
+        jobs, waiting, error = iter(jobs), {}, None
         pool = concurrent.futures.ThreadPoolExecutor(self.args.concurrency)
         try:
             while True:
-                for job in itertools.islice(jobs, 2 * self.args.concurrency - len(waiting) if not error else 0):
-                    waiting[pool.submit(self.rewrite, job, judge)] = job
+                room = 0 if error else 2 * self.args.concurrency - len(waiting)
+                waiting |= {pool.submit(self.rewrite, job, judge): job for job in itertools.islice(jobs, room)}
                 if not waiting:
                     break
                 try:
@@ -143,11 +147,11 @@ class OpenAIBackend:
                     error, done = interrupt, []
                     self.stop.set()
                 for future in done:
-                    job = waiting.pop(future)
-                    if future.exception() is None:
+                    job, failure = waiting.pop(future), future.exception()
+                    if failure is None:
                         yield job, future.result()
-                    elif not isinstance(future.exception(), Stopped):
-                        error = error or future.exception()
+                    elif not isinstance(failure, Stopped):
+                        error = error or failure
                         self.stop.set()
         finally:
             self.stop.set()
@@ -166,9 +170,8 @@ class OpenAIBackend:
             choice = answer.choices[0]
             content = choice.message.content
             outcome.text = tidy(content if isinstance(content, str) else "")
-            if answer.usage:
-                outcome.tokens_in += answer.usage.prompt_tokens or 0
-                outcome.tokens_out += answer.usage.completion_tokens or 0
+            outcome.tokens_in += getattr(answer.usage, "prompt_tokens", None) or 0
+            outcome.tokens_out += getattr(answer.usage, "completion_tokens", None) or 0
             if choice.finish_reason == "content_filter":
                 outcome.reason = "server_refused"
             else:
@@ -179,47 +182,22 @@ class OpenAIBackend:
 
     def ask(self, job: Job, attempt: int):
         """The server's answer, or None if it refuses the prompt."""
-        options = dict(self.request)
-        if self.args.temperature is not None:
-            options["temperature"] = self.args.temperature if attempt == 0 else max(self.args.temperature, 0.7)
-        if self.args.seed is not None:
-            options["seed"] = self.args.seed + attempt
+        options = self.options(attempt)
         for trial in range(self.args.max_retries + 1):
-            self.stop.wait(max(0, self.not_before - time.monotonic()))
-            self.requests.wait()
-            self.volume.wait(len(job.ids) + self.args.max_new_tokens)
-            if self.stop.is_set():
-                raise Stopped
-            wait = 0.0
+            self.wait_for_turn(job)
             try:
                 answer = self.client.chat.completions.create(
                     messages=[{"role": "user", "content": job.prompt}], **options
                 )
-                choice = next(iter(getattr(answer, "choices", None) or []), None)
-                if hasattr(getattr(choice, "message", None), "content"):
+                if has_message(answer):
                     self.answered.set()
                     return answer
-                trouble = WITHOUT_TEXT
-            except self.openai.APITimeoutError:
-                trouble = f"did not answer in {self.args.timeout:g} s"
-            except self.openai.APIConnectionError as error:
-                trouble = f"could not be reached ({type(error.__cause__ or error).__name__})"
-            except self.openai.APIStatusError as error:
-                code, message = error.status_code, server_message(error)
-                if code in (400, 413, 422) and self.answered.wait(20):
-                    self.note(f"refused a prompt, which is left ({code}: {message})")
+                trouble, wait = WITHOUT_TEXT, 0.0
+            except (self.openai.OpenAIError, ValueError) as error:
+                if getattr(error, "status_code", None) in REFUSALS and self.answered.wait(20):
+                    self.note(f"refused a prompt, which is left ({error.status_code}: {server_message(error)})")
                     return None
-                if (code not in (408, 409, 429) and code < 500) or error.code == "insufficient_quota":
-                    raise UserError(
-                        f"the server of {self.model} answers {code}: {message}. {ADVICE.get(code, '')}"
-                    ) from None
-                trouble, wait = f"answered {code}", retry_after(error.response.headers)
-                if wait > TOLD_WAIT:
-                    trouble += f" and asks to wait {wait / 60:.0f} minutes"
-                if code == 429:
-                    self.not_before = max(self.not_before, time.monotonic() + wait)
-            except ValueError as error:
-                trouble = f"sent invalid JSON ({type(error).__name__})"
+                trouble, wait = self.trouble_of(error)
             self.note(f"{trouble}; trying again")
             self.stop.wait(wait or min(60, 0.5 * 2**trial) * random.uniform(0.5, 1))
         if trouble == WITHOUT_TEXT and self.answered.is_set():  # it answers other prompts
@@ -228,6 +206,41 @@ class OpenAIBackend:
             f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. Finished rows are kept; "
             "the same command resumes from there."
         )
+
+    def options(self, attempt: int) -> dict:
+        """Options of a row's request: each attempt has another seed, and samples if it is not the first."""
+        options, temperature = dict(self.request), self.args.temperature
+        if temperature is not None:
+            options["temperature"] = max(temperature, 0.7) if attempt else temperature
+        if self.args.seed is not None:
+            options["seed"] = self.args.seed + attempt
+        return options
+
+    def wait_for_turn(self, job: Job) -> None:
+        self.stop.wait(max(0, self.not_before - time.monotonic()))
+        self.requests.wait()
+        self.volume.wait(len(job.ids) + self.args.max_new_tokens)
+        if self.stop.is_set():
+            raise Stopped
+
+    def trouble_of(self, error: Exception) -> tuple[str, float]:
+        """(what the server did, seconds that it asks to wait). UserError for what does not pass by itself."""
+        if isinstance(error, self.openai.APITimeoutError):
+            return f"did not answer in {self.args.timeout:g} s", 0.0
+        if isinstance(error, self.openai.APIConnectionError):
+            return f"could not be reached ({type(error.__cause__ or error).__name__})", 0.0
+        if not isinstance(error, self.openai.APIStatusError):
+            return f"sent invalid JSON ({type(error).__name__})", 0.0
+        code = error.status_code
+        if (code not in TRANSIENT and code < 500) or error.code == "insufficient_quota":
+            raise UserError(
+                f"the server of {self.model} answers {code}: {server_message(error)}. {ADVICE.get(code, '')}"
+            ) from None
+        wait = retry_after(error.response.headers)
+        if code == 429:
+            self.not_before = max(self.not_before, time.monotonic() + wait)
+        asks = f" and asks to wait {wait / 60:.0f} minutes" if wait > TOLD_WAIT else ""
+        return f"answered {code}{asks}", wait
 
     def note(self, trouble: str) -> None:
         """Count an error, and log the recent ones on one line, at most every five seconds."""
@@ -238,15 +251,23 @@ class OpenAIBackend:
                 return
             self.noted = time.monotonic()
             recent, self.fresh = self.fresh, Counter()
-        logger.warning("server: %s", ", ".join(f"{what} (×{n})" for what, n in recent.items()))
+        logger.warning("server: %s", ", ".join(f"{trouble} (×{n})" for trouble, n in recent.items()))
 
 
+REFUSALS = (400, 413, 422)  # of one prompt, if others are answered
+TRANSIENT = (408, 409, 429)  # and all from 500 on
 ADVICE = {
     401: "Is OPENAI_API_KEY right?",
     403: "Is the key allowed to use this model?",
     404: "Is the model's name right, and --base_url (it usually ends in /v1)?",
     429: "The account has no credit left.",
 }
+
+
+def has_message(answer) -> bool:
+    """Whether an answer has what the protocol says; servers and gateways send others, too."""
+    choice = next(iter(getattr(answer, "choices", None) or []), None)
+    return hasattr(getattr(choice, "message", None), "content")
 
 
 def server_message(error) -> str:
@@ -285,36 +306,34 @@ class HFBackend:
         from models.loading import quantization_config
 
         self.args, self.device = args, torch.device(device) if device else processes().device
-        cuda = self.device.type == "cuda"
-        self.dtype = torch.bfloat16 if (cuda if args.bf16 is None else args.bf16) else torch.float32
+        bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         options = {"dtype": self.dtype}
         if args.quantization:
             options["quantization_config"] = quantization_config(args.quantization)
             options["device_map"] = {"": self.device}
         config = transformers.AutoConfig.from_pretrained(model)
         seq2seq = config.is_encoder_decoder
-        kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-        # A vision-language checkpoint has weights that its language model does not use.
-        self.model = read_weights(
-            kind, model, unread=r"(.*\.)?(vision|visual|multi_modal|mm_)\w*\..*", **options
-        ).eval()
-        if not args.quantization:
-            self.model.to(self.device)
-        tokenizer = load_tokenizer(model)
-        if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        tokenizer.padding_side = "right" if seq2seq else "left"
-        chat = args.chat if args.chat is not None else tokenizer.chat_template is not None
-        self.tokens = Tokens(tokenizer, chat)
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if ends is not None else tokenizer.eos_token_id
-        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
         limit = getattr(config, "max_position_embeddings", None)
         if limit and not seq2seq and args.max_prompt_tokens + args.max_new_tokens > limit:
             raise UserError(
                 f"{model} has a context of {limit} tokens; --max_prompt_tokens {args.max_prompt_tokens} plus --max_new_tokens "
                 f"{args.max_new_tokens} exceed it."
             )
+        model_class = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        # A vision-language checkpoint has weights that its language model does not use.
+        unread = r"(.*\.)?(vision|visual|multi_modal|mm_)\w*\..*"
+        self.model = read_weights(model_class, model, unread=unread, **options).eval()
+        if not args.quantization:
+            self.model.to(self.device)
+        tokenizer = load_tokenizer(model)
+        if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.padding_side = "right" if seq2seq else "left"
+        self.tokens = Tokens(tokenizer, is_chat(tokenizer, args))
+        ends = self.model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends = torch.atleast_1d(torch.tensor(ends, device=self.device))
 
     def settings(self) -> dict:
         named = ("max_new_tokens", "max_prompt_tokens", "num_beams", "temperature", "quantization")
@@ -348,23 +367,30 @@ class HFBackend:
         inputs = self.tokens.tokenizer.pad({"input_ids": [job.ids for job in batch]}, return_tensors="pt").to(
             self.device
         )
-        how = {"do_sample": False, "num_beams": self.args.num_beams, "temperature": None, "top_p": None, "top_k": None}
+        search = {
+            "do_sample": False,
+            "num_beams": self.args.num_beams,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
         if attempt:
             torch.manual_seed(hash((self.args.seed, attempt, batch[0].row)) % 2**32)
-            how = {"do_sample": True, "num_beams": 1, "temperature": self.args.temperature or 0.7, "top_p": 0.95}
+            search = {"do_sample": True, "num_beams": 1, "temperature": self.args.temperature or 0.7, "top_p": 0.95}
         try:
-            if how["num_beams"] > 1:
-                how["past_key_values"] = prompt_cache(self.model, inputs, how["num_beams"], self.args.max_new_tokens)
+            if search["num_beams"] > 1:
+                beams, room = self.args.num_beams, self.args.max_new_tokens
+                search["past_key_values"] = prompt_cache(self.model, inputs, beams, room)
             tokens = self.model.generate(
                 **inputs,
-                **how,
+                **search,
                 max_new_tokens=self.args.max_new_tokens,
                 pad_token_id=self.tokens.tokenizer.pad_token_id,
             )
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            tokens = how = None  # retried outside the handler, which keeps the memory in use
+            tokens = search = None  # retried outside the handler, which keeps the memory in use
         if tokens is None:
             torch.cuda.empty_cache()
             half = len(batch) // 2

@@ -1,6 +1,7 @@
 """Prompts: files with fields, filled with a row's captions and shortened until they fit."""
 
 import hashlib
+import itertools
 import re
 import string
 from dataclasses import dataclass
@@ -27,22 +28,19 @@ def load_prompt(task: str, path: str | None = None) -> Prompt:
         ValueError: a field is missing or unknown; a literal brace is written twice, {{ or }}.
     """
     file = Path(path) if path else PROMPT_FILES[task]
-    lines = read_text(file).splitlines()
-    while lines and lines[0].startswith("#"):
-        lines.pop(0)
+    lines = itertools.dropwhile(lambda line: line.startswith("#"), read_text(file).splitlines())
     template = "\n".join(lines).strip()
-    wanted = FIELDS[task]
     try:
-        fields = [(name, spec or conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
+        list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"{file}: {error}. Write a brace that is not a field twice: {{{{ or }}}}.") from None
-    names = [name for name, _ in fields if name is not None]
-    wrong = [name for name, extra in fields if name is not None and (name not in wanted or extra)]
-    missing = [name for name in wanted if name not in names]
-    if wrong or missing:
-        expected = " ".join(f"{{{name}}}" for name in wanted)
-        what = f"{{{wrong[0]}}} is not a field" if wrong else f"the field {{{missing[0]}}} is missing"
-        raise UserError(f"{file}: {what}. A prompt for '{task}' has {expected}, and no other braces.")
+    fields = re.findall(r"\{[^{}]*\}", template.replace("{{", "").replace("}}", ""))
+    expected = [f"{{{name}}}" for name in FIELDS[task]]
+    faults = [f"{field} is not a field" for field in fields if field not in expected]
+    faults += [f"the field {field} is missing" for field in expected if field not in fields]
+    if faults:
+        fields = " ".join(expected)
+        raise UserError(f"{file}: {faults[0]}. A prompt for '{task}' has {fields}, and no other braces.")
     return Prompt(template, hashlib.sha256(template.encode()).hexdigest()[:12])
 
 
@@ -61,17 +59,15 @@ class Tokens:
 
     def encode(self, prompt: str) -> list:
         """Tokens of a whole prompt as the model gets it, with start token and chat template."""
-        if self.tokenizer is None:
-            return self.PIECE.findall(prompt)
-        if not self.chat:
-            return self.tokenizer(prompt).input_ids
+        if self.tokenizer is None or not self.chat:
+            return self.pieces(prompt, add_special_tokens=True)
         message = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
 
-    def pieces(self, text: str) -> list:
+    def pieces(self, text: str, add_special_tokens: bool = False) -> list:
         if self.tokenizer is None:
             return self.PIECE.findall(text)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
 
     def cut(self, text: str, length: int) -> str:
         """The first `length` tokens of a text, or as many more as are needed for it not to be blank."""
@@ -85,9 +81,9 @@ class Tokens:
 
 def fill(prompt: Prompt, inputs: dict) -> str:
     """The prompt of one row. `inputs` are {"captions": [str, ...]} or {"raw": str, "synthetic": str}."""
-    values = {
-        name: value if isinstance(value, str) else "\n".join(f"- {c}" for c in value) for name, value in inputs.items()
-    }
+    values = dict(inputs)
+    if "captions" in inputs:
+        values["captions"] = "\n".join(f"- {caption}" for caption in inputs["captions"])
     return prompt.template.format(**values)
 
 
@@ -100,27 +96,26 @@ def fit(prompt: Prompt, inputs: dict, tokens: Tokens, limit: int) -> tuple[str, 
     Raises:
         ValueError: the prompt without captions leaves no room.
     """
-    text = fill(prompt, inputs)
-    ids = tokens.encode(text)
-    if len(ids) <= limit:
-        return text, ids
-    inputs = {name: value if isinstance(value, str) else list(value) for name, value in inputs.items()}
-    while len(ids) > limit:
-        if "captions" in inputs:
-            captions = inputs["captions"]
-            where, key = captions, max(range(len(captions)), key=lambda i: len(tokens.pieces(captions[i])))
-        else:
-            where, key = inputs, "raw" if len(tokens.pieces(inputs["raw"])) > 1 else "synthetic"
-        before = where[key]
-        where[key] = tokens.cut(before, len(tokens.pieces(before)) - (len(ids) - limit))
-        if where[key] == before and key == "raw":
-            where, key, before = inputs, "synthetic", inputs["synthetic"]
-            where[key] = tokens.cut(before, len(tokens.pieces(before)) - (len(ids) - limit))
-        if where[key] == before:
+    inputs = {name: [value] if isinstance(value, str) else list(value) for name, value in inputs.items()}
+    while True:
+        text = fill(prompt, {name: value if name == "captions" else value[0] for name, value in inputs.items()})
+        ids = tokens.encode(text)
+        excess = len(ids) - limit
+        if excess <= 0:
+            return text, ids
+        if not any(
+            _cut_one(inputs[name], tokens, excess) for name in ("captions", "raw", "synthetic") if name in inputs
+        ):
             raise UserError(
                 f"The prompt alone takes {len(tokens.encode(prompt.template))} tokens, which leaves no room for captions "
                 f"in --max_prompt_tokens {limit}. Raise it, or shorten the prompt file."
             )
-        text = fill(prompt, inputs)
-        ids = tokens.encode(text)
-    return text, ids
+
+
+def _cut_one(captions: list[str], tokens: Tokens, excess: int) -> bool:
+    """Cut the longest of the captions by `excess` tokens, or to its first; returns whether it could be cut."""
+    lengths = [len(tokens.pieces(caption)) for caption in captions]
+    longest = lengths.index(max(lengths))
+    before = captions[longest]
+    captions[longest] = tokens.cut(before, lengths[longest] - excess)
+    return captions[longest] != before

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import math
-import shutil
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +15,9 @@ import xxhash
 from common.caches import cache_folder
 from common.errors import UserError
 from common.files import whole
-from jobs.journal import open_journal, whole_lines, write_row
-from jobs.shards import Cursor, Digest, Shard, ShardFolder, digest_of, parquet_ranges, version_of
+from common.remote import upload
+from jobs.journal import Journal
+from jobs.shards import Cursor, Shard, ShardFolder, digest_of, parquet_ranges, row_ranges, version_of
 from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
 from rewriting.prompts import Prompt, Tokens, fit
@@ -33,8 +34,8 @@ def digest(inputs: dict) -> str:
 
 def captions(inputs: dict) -> list[str]:
     """A row's captions as a list; for `fuse`, raw before synthetic. Empty if one is missing."""
-    found = inputs.get("captions", [inputs.get("raw"), inputs.get("synthetic")])
-    return found if all(found) else []
+    texts = inputs.get("captions", [inputs.get("raw"), inputs.get("synthetic")])
+    return texts if all(texts) else []
 
 
 def result_row(job: Job, outcome: Outcome) -> dict:
@@ -59,37 +60,39 @@ class Answers:
             self.path = cache_folder() / "answers" / digest({"folder": folder.name}) / f"{shard.id}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if folder.remote and not self.path.exists():
-            with contextlib.suppress(FileNotFoundError), folder.open(self.name) as there, whole(self.path) as temporary:
-                temporary.write_bytes(there.read())
+            with (
+                contextlib.suppress(FileNotFoundError),
+                folder.open(self.name) as stored,
+                whole(self.path) as temporary,
+            ):
+                temporary.write_bytes(stored.read())
 
     def __enter__(self):
-        self.file = open_journal(self.path)
-        self.rows = {row["row"]: row for row in map(json.loads, whole_lines(self.path))}
+        self.journal = Journal(self.path)
+        self.rows = {row["row"]: row for row in self.journal.rows}
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        self.journal.file.close()
 
     def add(self, row: dict) -> None:
-        write_row(self.file, row)
+        self.journal.add(row)
         self.rows[row["row"]] = row
 
     def has(self, row: int, value: str) -> bool:
         """Whether the row has an answer. ValueError if that was for other captions than it has now."""
-        known = self.rows.get(row)
-        if known and known["input"] != value:
+        answer = self.rows.get(row)
+        if answer and answer["input"] != value:
             raise UserError(
                 f"{self.shard.label}: row {row} has other captions than when it was rewritten. Give the input as it was, "
                 "or name another --output."
             )
-        return known is not None
+        return answer is not None
 
     def keep(self) -> None:
         """Upload them to where other machines find them."""
         if self.folder.remote:
-            with self.folder.whole(self.name) as temporary:
-                temporary.parent.mkdir(exist_ok=True)
-                shutil.copy(self.path, temporary)
+            upload(self.path, f"{self.folder.name}/{self.name}")
 
 
 # ---------------------------------------------------------------- shards of a table
@@ -107,7 +110,7 @@ def plan(source: Source, size: int, limit: int | None, *settings) -> list[Shard]
         if part.parquet:
             ranges = parquet_ranges(pq.read_metadata(part.parquet), size, version_of(part.parquet))
         else:
-            ranges = _counted(part, source, size)
+            ranges = row_ranges(map(source.inputs, part.read(source.columns)), size)
         for start, stop, content in ranges:
             rows = min(stop - start, left)
             if not rows:
@@ -116,19 +119,6 @@ def plan(source: Source, size: int, limit: int | None, *settings) -> list[Shard]
             content = digest_of(content, rows, *settings)
             shards.append(Shard(len(shards), "table", "", part.label, start, start + rows, rows, content))
     return shards
-
-
-def _counted(part, source: Source, size: int) -> Iterator[tuple[int, int, str]]:
-    rows, start = part.read_from(source.columns, 0)[1], 0
-    while True:
-        content, count = Digest(), 0
-        for row in itertools.islice(rows, size):
-            content.add(source.inputs(row))
-            count += 1
-        if not count:
-            return
-        yield start, start + count, str(content)
-        start += count
 
 
 class Rows:
@@ -142,38 +132,29 @@ class Rows:
         key = shard.label, columns is None
         if key not in self.cursors:
             part = self.parts[shard.label]
-            self.cursors[key] = Cursor(lambda start: part.read_from(columns, start))
+            self.cursors[key] = Cursor(lambda start: (start, part.read(columns, start)))
         return enumerate(self.cursors[key].read(shard.start, shard.stop), shard.start)
 
 
-def rows_left(rows: Iterator[tuple[int, dict]], source: Source, answers: Answers) -> Iterator[tuple[int, dict, str]]:
-    """(number, inputs, digest) of each row that has captions and no answer yet."""
+def jobs(
+    rows: Iterator[tuple[int, dict]], source: Source, answers: Answers, prompt: Prompt, tokens: Tokens, limit: int
+):
+    """A Job, with its prompt in at most `limit` tokens, for each of `rows` that has captions and no answer yet."""
     for number, row in rows:
         inputs = source.inputs(row)
-        if captions(inputs):
-            value = digest(inputs)
-            if not answers.has(number, value):
-                yield number, inputs, value
-
-
-def jobs(left, prompt: Prompt, tokens: Tokens, limit: int) -> Iterator[Job]:
-    """A job for each of `left`, with its prompt in at most `limit` tokens."""
-    for number, inputs, value in left:
-        text, ids = fit(prompt, inputs, tokens, limit)
-        yield Job(number, value, captions(inputs), text, ids)
+        if captions(inputs) and not answers.has(number, digest(inputs)):
+            text, ids = fit(prompt, inputs, tokens, limit)
+            yield Job(number, digest(inputs), captions(inputs), text, ids)
 
 
 def fallback(task: str, inputs: dict, on_reject: str) -> tuple[str | None, str]:
     """(caption, status) for a row whose text was rejected; status null if there is nothing to keep."""
     if on_reject == "drop":
         return None, "dropped"
-    kept = None
-    if on_reject == "keep_synthetic":
-        kept = inputs["synthetic"]
-    elif on_reject == "keep_raw":
-        sentences = [c if c.endswith((".", "!", "?")) else f"{c}." for c in inputs.get("captions", [])]
-        kept = " ".join(sentences) if task == "paragraph" else inputs["raw"]
-    return (kept, f"kept_{on_reject.removeprefix('keep_')}") if kept else (None, "null")
+    sentences = [c if c.endswith((".", "!", "?")) else f"{c}." for c in inputs.get("captions", [])]
+    source = on_reject.removeprefix("keep_")
+    kept = " ".join(sentences) or inputs.get(source)  # of a paragraph only the raw captions can be kept
+    return (kept, f"kept_{source}") if kept and on_reject != "null" else (None, "null")
 
 
 class Report:
@@ -194,9 +175,9 @@ class Report:
         self.tokens = [a + b for a, b in zip(self.tokens, tokens, strict=True)]
         if facts["reason"]:
             self.reasons[facts["reason"]] += 1
-        shown = self.samples.setdefault(facts["reason"] or "rewritten", [])
-        if len(shown) < 5:
-            shown.append(
+        samples = self.samples.setdefault(facts["reason"] or "rewritten", [])
+        if len(samples) < 5:
+            samples.append(
                 {"inputs": inputs, "caption": caption, "rejected": facts["rejected"], "warnings": facts["warnings"]}
             )
         if facts["status"] == "rewritten":
@@ -208,16 +189,13 @@ class Report:
             getattr(self, name).update(other[name])
         self.tokens = [a + b for a, b in zip(self.tokens, other["tokens"], strict=True)]
         self.rows, self.warned = self.rows + other["rows"], self.warned + other["warned"]
-        for reason, shown in other["samples"].items():
-            self.samples[reason] = (self.samples.get(reason, []) + shown)[:5]
+        for reason, samples in other["samples"].items():
+            self.samples[reason] = (self.samples.get(reason, []) + samples)[:5]
 
     def summary(self, price_in: float | None, price_out: float | None) -> dict:
         lengths = sorted((int(length), number) for length, number in self.lengths.items())
         written = self.lengths.total()
-        passed = list(itertools.accumulate(number for _, number in lengths))
-        cost = None
-        if price_in is not None and price_out is not None:
-            cost = (self.tokens[0] * price_in + self.tokens[1] * price_out) / 1e6
+        up_to = list(itertools.accumulate(number for _, number in lengths))
         return {
             "rows": self.rows,
             "status": dict(self.statuses),
@@ -225,33 +203,32 @@ class Report:
             "rows_with_unsupported_names_or_numbers": self.warned,
             "attempts": dict(sorted(self.attempts.items())),
             "tokens": {"prompts": self.tokens[0], "written": self.tokens[1]},
-            "cost": cost,
+            "cost": cost_of(*self.tokens, price_in, price_out),
             "words": {
                 "mean": sum(length * number for length, number in lengths) / written if written else None,
-                **{
-                    f"p{s}": next(n for (n, _), p in zip(lengths, passed, strict=True) if p >= written * s / 100)
-                    for s in (5, 50, 95)
-                    if written
-                },
+                **{f"p{p}": lengths[bisect_left(up_to, written * p / 100)][0] for p in (5, 50, 95) if written},
             },
             "samples": self.samples,
         }
 
 
+def cost_of(prompts: float, written: float, price_in: float | None, price_out: float | None) -> float | None:
+    """Of so many tokens, at prices per million; None where one is not given."""
+    return None if None in (price_in, price_out) else (prompts * price_in + written * price_out) / 1e6
+
+
 def vocabulary(rows: Iterator[dict], source: Source, column: str) -> dict:
     """Distinct words, and count of the most frequent text, of the rewritten rows among an output's first SAMPLED."""
-    found: dict[str, set] = {"inputs": set(), "rewritten": set()}
-    texts: Counter = Counter()
-    number = 0
+    of_inputs, of_rewritten, texts, number = set(), set(), Counter(), 0
     for row in itertools.islice(rows, SAMPLED):
         number += 1
         if row["rewrite"]["status"] == "rewritten":
             texts[hash(row[column])] += 1
-            found["rewritten"].update(words(row[column]))
-            found["inputs"].update(word for text in captions(source.inputs(row)) for word in words(text))
-    sizes = {name: len(different) for name, different in found.items()}
+            of_rewritten.update(words(row[column]))
+            of_inputs.update(*map(words, captions(source.inputs(row))))
+    gain = len(of_rewritten) / len(of_inputs) if of_inputs else None
     return {
-        "vocabulary": {**sizes, "gain": sizes["rewritten"] / sizes["inputs"] if sizes["inputs"] else None},
+        "vocabulary": {"inputs": len(of_inputs), "rewritten": len(of_rewritten), "gain": gain},
         "most_frequent_text": max(texts.values(), default=0),
         "vocabulary_and_frequency_of_first_rows": number,
     }
@@ -265,9 +242,9 @@ def merged(rows, source: Source, answers: Answers, task: str, args, provenance: 
     """
     for number, row in rows:
         inputs = source.inputs(row)
-        given = captions(inputs)
+        texts = captions(inputs)
         result = {"text": None, "reason": "no_input", "attempts": 0, "tokens": [0, 0]}
-        if given:
+        if texts:
             if not answers.has(number, digest(inputs)):
                 raise UserError(f"{answers.shard.label}: row {number} has no answer. Run the same command again.")
             result = answers.rows[number]
@@ -277,40 +254,41 @@ def merged(rows, source: Source, answers: Answers, task: str, args, provenance: 
         facts = {
             "status": status,
             "reason": result["reason"],
-            "warnings": unsupported_facts(caption, given) if status == "rewritten" else [],
+            "warnings": unsupported_facts(caption, texts) if status == "rewritten" else [],
             "rejected": result["text"] if result["reason"] else None,
             "attempts": result["attempts"],
             **provenance,
         }
-        report.add(given, caption, facts, result["tokens"])
+        report.add(texts, caption, facts, result["tokens"])
         if status != "dropped":
             yield {**row, args.output_column: caption, "rewrite": facts}
 
 
 def estimate(source: Source, prompt: Prompt, tokens: Tokens, args, llm, sample: int = 2000) -> str:
     """What a run would take, as text: rows, tokens, cost, and the first prompt."""
-    rows, empty, prompts, written, first = 0, 0, 0, 0, None
+    rows, asked, prompts, written, first = 0, 0, 0, 0, None
     for row in itertools.islice(source.read(source.columns), args.max_samples):
-        inputs = source.inputs(row)
+        texts = captions(source.inputs(row))
         rows += 1
-        empty += not captions(inputs)
-        if captions(inputs) and rows - empty <= sample:
-            text, ids = fit(prompt, inputs, tokens, llm.max_prompt_tokens)
+        asked += bool(texts)
+        if texts and asked <= sample:
+            text, ids = fit(prompt, source.inputs(row), tokens, llm.max_prompt_tokens)
             first = first or text
             prompts += len(ids)
-            written += min(llm.max_new_tokens, sum(len(tokens.pieces(caption)) for caption in captions(inputs)))
-    asked = rows - empty
+            written += min(llm.max_new_tokens, sum(map(len, map(tokens.pieces, texts))))
     scale = asked / max(1, min(asked, sample))
-    how = "counted with its tokenizer" if tokens.tokenizer else "estimated without a tokenizer"
-    lines = [
-        f"{rows} rows, {empty} of them without captions to rewrite",
-        f"prompts: {prompts * scale:,.0f} tokens, {how}",
-        f"written: about {written * scale:,.0f} tokens, at most {asked * llm.max_new_tokens:,} (first attempts only)",
-    ]
-    if llm.price_in is not None and llm.price_out is not None:
-        low = (prompts * llm.price_in + written * llm.price_out) * scale / 1e6
-        high = (prompts * scale * llm.price_in + asked * llm.max_new_tokens * llm.price_out) / 1e6 * llm.max_attempts
-        lines.append(f"cost: about {low:,.2f}, at most {high:,.2f} if each row took {llm.max_attempts} attempts")
-    else:
-        lines.append("cost: give --price_in and --price_out, the prices per million tokens")
-    return "\n".join(lines) + f"\nthe first prompt:\n{'-' * 40}\n{first}\n{'-' * 40}"
+    method = "counted with its tokenizer" if tokens.tokenizer else "estimated without a tokenizer"
+    cost = "give --price_in and --price_out, the prices per million tokens"
+    low = cost_of(prompts * scale, written * scale, llm.price_in, llm.price_out)
+    if low is not None:
+        high = cost_of(prompts * scale, asked * llm.max_new_tokens, llm.price_in, llm.price_out) * llm.max_attempts
+        cost = f"about {low:,.2f}, at most {high:,.2f} if each row took {llm.max_attempts} attempts"
+    return "\n".join(
+        [
+            f"{rows} rows, {rows - asked} of them without captions to rewrite",
+            f"prompts: {prompts * scale:,.0f} tokens, {method}",
+            f"written: about {written * scale:,.0f} tokens, at most {asked * llm.max_new_tokens:,} (first attempts only)",
+            f"cost: {cost}",
+            f"the first prompt:\n{'-' * 40}\n{first}\n{'-' * 40}",
+        ]
+    )

@@ -18,7 +18,7 @@ import data
 from common.errors import DataError
 from data import reader
 from data.caption_files import load_predictions
-from data.columns import LOOKED_AT, captions_of, find_columns, is_missing, usual_name
+from data.columns import LOOKED_AT, captions_of, find_columns, first_values, is_missing, usual_name
 from data.formats.parquet import file_rows
 from data.rows import Options
 from data.sources import open_rows, require_splits
@@ -35,15 +35,14 @@ class Part:
     """A file, or a split, of a source, whose rows come in the same order on every call."""
 
     label: str
-    # open_at(columns, start) -> (number of the first row, rows), from row `start` or an earlier one on; formats that
-    # support it read these columns only
-    open_at: Callable[..., tuple[int, Iterator[dict]]]
+    # rows(columns, start) yields the rows from row `start` on; formats that support it read these columns only
+    rows: Callable[[list[str] | None, int], Iterator[dict]]
     split: str | None = None  # that rows are given as a column, if they have none
     parquet: Path | None = None
 
-    def read_from(self, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-        first, rows = self.open_at(columns, start)
-        return first, rows if self.split is None else ({**row, "split": row.get("split", self.split)} for row in rows)
+    def read(self, columns: list[str] | None, start: int = 0) -> Iterator[dict]:
+        rows = self.rows(columns, start)
+        return rows if self.split is None else ({**row, "split": row.get("split", self.split)} for row in rows)
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Source:
 
 
 def rows_in(parts: list[Part], columns: list[str] | None = None) -> Iterator[dict]:
-    return itertools.chain.from_iterable(part.read_from(columns, 0)[1] for part in parts)
+    return itertools.chain.from_iterable(part.read(columns) for part in parts)
 
 
 def open_source(task: str, name: str, args) -> Source:
@@ -81,12 +80,14 @@ def open_source(task: str, name: str, args) -> Source:
     as_rows, raw_column = is_table(source), args.raw_column
     if as_rows:
         parts, features = table_parts(source, args.split)
-        examples = examples_of(parts, features, name)
+        examples = first_values(itertools.islice(rows_in(parts), LOOKED_AT))
         as_rows = task == "fuse" or not holds_images(source, examples, features)
     if not as_rows:
         parts, features = record_parts(name, source.format.NAME, args)
-        examples = examples_of(parts, features, name)
+        examples = first_values(itertools.islice(rows_in(parts), LOOKED_AT))
         raw_column, options = "captions", Options(caption_column="captions")
+    if not examples:
+        raise DataError(f"{name}: there are no rows")
     columns = find_columns(examples, replace(options, images=False, captions=task == "paragraph"), name)
     if task == "paragraph":
         return Source(name, parts, features, paragraph_inputs(columns.captions, name), columns.captions)
@@ -96,16 +97,7 @@ def open_source(task: str, name: str, args) -> Source:
         inputs = matched_inputs(raw, names, source.root, args.synthetic_file)
         return Source(name, parts, features, inputs, [raw, *names])
     synthetic = find_column(examples, args.synthetic_column, SYNTHETIC_COLUMNS, "synthetic_column", name)
-    return Source(name, parts, features, fuse_inputs(raw, synthetic), [raw, synthetic])
-
-
-def examples_of(parts: list[Part], features, name: str) -> dict:
-    """{column: one of its first values} of all columns: as many rows are read as are needed to know them."""
-    rows = list(itertools.islice(rows_in(parts), 1 if features is not None else LOOKED_AT))
-    if not rows:
-        raise DataError(f"{name}: there are no rows")
-    values = {column: value for row in reversed(rows) for column, value in row.items() if value is not None}
-    return dict.fromkeys(itertools.chain.from_iterable(rows)) | values
+    return Source(name, parts, features, fuse_inputs(raw, synthetic), list({raw: None, synthetic: None}))
 
 
 def holds_images(source: reader.Source, examples: dict, features) -> bool:
@@ -182,14 +174,12 @@ def record_parts(name: str, data_format: str, args) -> tuple[list[Part], dataset
     return parts, with_split(next(iter(splits.values())).features, parts)
 
 
-def table_rows(table, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-    table = table.select_columns(columns) if columns else table
-    return start, iter(table.skip(start) if start else table)
+def table_rows(table, columns: list[str] | None, start: int) -> Iterator[dict]:
+    return iter((table.select_columns(columns) if columns else table).skip(start))
 
 
-def record_rows(table, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-    first, rows = table_rows(table, columns, start)
-    return first, map(with_whole_path, rows)
+def record_rows(table, columns: list[str] | None, start: int) -> Iterator[dict]:
+    return map(with_whole_path, table_rows(table, columns, start))
 
 
 def with_whole_path(row: dict) -> dict:
@@ -199,22 +189,16 @@ def with_whole_path(row: dict) -> dict:
     return row
 
 
-def parquet_rows(place: str, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-    def rows():
-        with pq.ParquetFile(place) as file:
-            yield from file_rows(file, start, columns=columns)
-
-    return start, rows()
+def parquet_rows(place: str, columns: list[str] | None, start: int) -> Iterator[dict]:
+    with pq.ParquetFile(place) as file:
+        yield from file_rows(file, start, columns=columns)
 
 
-def text_rows(place: str, columns: list[str] | None, start: int) -> tuple[int, Iterator[dict]]:
-    def rows():
-        for row, where in table_objects(Path(place)):
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected an object, got {row!r:.80}")
-            yield row
-
-    return 0, rows()
+def text_rows(place: str, columns: list[str] | None, start: int) -> Iterator[dict]:
+    for row, where in itertools.islice(table_objects(Path(place)), start, None):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object, got {row!r:.80}")
+        yield row
 
 
 def undecoded(features: datasets.Features) -> datasets.Features:
@@ -314,25 +298,28 @@ def tables(rows: Iterator[dict], features: datasets.Features | None, column: str
         features: types of the input's columns.
         column: name of the caption column; everything else about the result is in `rewrite`.
     """
-    schema = None if features is None else output_features(features, column).arrow_schema
-    empty = True
+    schema = LINES if features is None else output_features(features, column).arrow_schema
+    table_of = lines_of if features is None else typed_table
+    yield table_of(list(itertools.islice(rows, 1000)), schema)  # a shard whose rows were all dropped has a file, too
     while group := list(itertools.islice(rows, 1000)):
-        empty = False
-        if schema is None:
-            lines = [json.dumps(plain_row(row), ensure_ascii=False, default=str) for row in group]
-            yield pa.table({"line": lines}, schema=LINES)
-            continue
-        try:
-            for name in set().union(*group) - set(schema.names):
-                raise DataError(f"column {name} is not in the first 1,000 rows, nor in the Parquet schema. Write JSONL")
-            yield pa.Table.from_pylist(group, schema)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
-    if empty:  # a shard whose rows were all dropped has a file, too
-        yield (LINES if schema is None else schema).empty_table()
+        yield table_of(group, schema)
 
 
-def told_from(rows: list[dict]) -> datasets.Features:
+def lines_of(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    lines = [json.dumps(plain_row(row), ensure_ascii=False, default=str) for row in rows]
+    return pa.table({"line": lines}, schema=schema)
+
+
+def typed_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    for name in set().union(*rows) - set(schema.names):
+        raise DataError(f"column {name} is not in the first 1,000 rows, nor in the Parquet schema. Write JSONL")
+    try:
+        return pa.Table.from_pylist(rows, schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"a column holds values of several types: {error}. Write JSONL instead") from None
+
+
+def inferred_features(rows: list[dict]) -> datasets.Features:
     """Column types inferred from some of the input's rows; a column without values is text."""
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     table = pa.table({name: [row.get(name) for row in rows] for name in names})
@@ -344,20 +331,22 @@ def told_from(rows: list[dict]) -> datasets.Features:
 
 def output_features(features: datasets.Features, column: str) -> datasets.Features:
     string = datasets.Value("string")
-    kinds = {name: datasets.List(string) if kind == "list" else datasets.Value(kind) for name, kind in RESULT.items()}
-    return datasets.Features({**features, column: string, "rewrite": kinds})
+    types = {
+        name: datasets.List(string) if dtype == "list" else datasets.Value(dtype) for name, dtype in RESULT.items()
+    }
+    return datasets.Features({**features, column: string, "rewrite": types})
 
 
 def plain_row(row: dict) -> dict:
     """A row as JSON can hold it: an image's path in place of its struct."""
-    row = dict(row)
-    for name, value in row.items():
-        image = isinstance(value, dict) and set(value) == {"bytes", "path"}
-        if isinstance(value, bytes) or image:
-            if not image or value["bytes"] is not None:
-                raise DataError(
-                    f"column {name} holds images or other bytes, which JSONL cannot hold. Give an --output that does not "
-                    "end in .jsonl: it becomes a folder of Parquet files"
-                )
-            row[name] = value["path"]
-    return row
+    return {name: plain_value(value, name) for name, value in row.items()}
+
+
+def plain_value(value, column: str):
+    is_image = isinstance(value, dict) and set(value) == {"bytes", "path"}
+    if isinstance(value, bytes) or (is_image and value["bytes"] is not None):
+        raise DataError(
+            f"column {column} holds images or other bytes, which JSONL cannot hold. Give an --output that does not "
+            "end in .jsonl: it becomes a folder of Parquet files"
+        )
+    return value["path"] if is_image else value

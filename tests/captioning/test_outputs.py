@@ -31,6 +31,7 @@ from captioning import writers
 from common.errors import UserError
 from data.formats import webdataset
 from data.images import open_image
+from jobs import progress
 
 infer = importlib.import_module("infer")
 TABLES = ("o.jsonl", "o.csv", "o.parquet", "folder")
@@ -319,6 +320,11 @@ def test_what_has_no_name_in_the_output_is_refused_before_anything_is_captioned(
         caption([tmp_path / "a/1.png", tmp_path / "b/1.png"], tmp_path / "out", "txt")
     with pytest.raises(UserError, match="is inside a source"):
         caption([tmp_path / "a/0.tar"], None, "txt")
+    (tmp_path / "list.txt").write_text("gone.png")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"gone\.png: no such image file"):
+        caption([tmp_path / "list.txt"], None, "txt")
+    monkeypatch.setattr(Colours, "stream", None)
     with pytest.raises(UserError, match="in the place of another's text"):
         caption([tmp_path / "a"], None, "txt")
     assert not (tmp_path / "out").exists()
@@ -455,6 +461,38 @@ def test_rows_of_another_source_stay_and_those_of_a_file_that_is_gone_go(tmp_pat
     assert sorted(numbers(tmp_path / "p.jsonl")) == ["6.png"]
 
 
+def test_two_tars_one_after_the_other_into_one_metadata_file(tmp_path):
+    output = tmp_path / "out/metadata.csv"
+    output.parent.mkdir()
+    photos(output.parent, 3)
+    for number in (1, 2):
+        caption([pack(tmp_path / f"{number}.tar", [("x.png", png(number))])], output)
+    caption([output.parent / "3.png"], output)
+    rows = pandas.read_csv(output)
+    assert [colour(output.parent / name) for name in rows.file_name] == list(rows.caption)
+    assert colour(png(3)) in list(rows.caption)
+
+
+def test_copies_of_tars_whose_names_are_no_text_and_that_change_meanwhile(tmp_path, monkeypatch):
+    names = [os.fsdecode(b"\xe9.png"), "b.png"]
+    tar = pack(tmp_path / "0.tar", [(name, png(number)) for number, name in enumerate(names)])
+    caption([tar], tmp_path / "out", "tar")
+    samples = list(webdataset.samples(str(tmp_path / "out/0.tar")))
+    assert [sample["captions"] for sample in samples] == [[colour(png(0))], [colour(png(1))]]
+
+    said = Colours.stream
+
+    def change(self, *words, **options):
+        yield from said(self, *words, **options)
+        pack(tar, [("b.png", png(1)), ("c.png", png(3))])
+
+    monkeypatch.setattr(Colours, "stream", change)
+    for output, form in ((tmp_path / "again", "tar"), (tmp_path / "again.tar", None)):
+        pack(tar, [(f"{number}.png", png(number)) for number in range(3)])
+        with pytest.raises(UserError, match="the source has changed while this was running"):
+            caption([tar], output, form)
+
+
 # ---------------------------------------------------------------- shards
 
 
@@ -478,7 +516,7 @@ def test_a_damaged_shard_is_made_again_and_named(tmp_path, left, caplog):
     caption([photos(tmp_path / "p", *range(6))], tmp_path / "out", shard_size=2)
     damaged = sorted((tmp_path / "out").glob("0*.parquet"))[1]
     os.truncate(damaged, left if left >= 0 else damaged.stat().st_size + left)
-    assert "4 of 6 images" in infer.progress.status(str(tmp_path / "out"), "images")
+    assert "4 of 6 images" in progress.status(str(tmp_path / "out"), "images")
     assert caption([tmp_path / "p"], tmp_path / "out", shard_size=2).said == 2
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         f"{damaged} is damaged, and is made again"

@@ -23,6 +23,7 @@ from captioning.sources import image_rows
 from common.errors import DataError, Unreachable, UserError
 from data.rows import Options
 from jobs import progress, queue
+from jobs.run import Run
 from jobs.shards import ShardFolder
 
 
@@ -137,7 +138,7 @@ def test_names_that_two_parquet_files_share_are_numbered_in_one_file(root, tmp_p
     folder = ShardFolder(str(tmp_path / "out.jsonl"), single=True)
     folder.begin({"model": "m"}, shards, 4)
     written(folder, shards, lambda shard: [
-        {"key": row["key"], "image": row["name"], **row["columns"], "caption": row["key"]} for row in source.rows(shard)
+        caption_output.row_of(folder, row, {"caption": row["key"]}) for row in source.rows(shard)
     ])  # fmt: skip
     caption_output.finish(folder, shards, "jsonl", source, [])
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -228,7 +229,7 @@ def test_a_fault_of_the_program_in_shard_after_shard_ends_the_run():
 def test_a_server_that_is_gone_is_waited_for(monkeypatch):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    answers = iter([False, False, False, True])
+    answers = iter([False, False, True])
     work, failed = run({"1": [DataError("could not be reached")]}, reachable=lambda shard: next(answers, True))
     assert not failed
     assert work.done == ["0", "1", "2", "3"]  # it was not counted as a try
@@ -247,9 +248,8 @@ def test_the_output_of_all_shards_waits_for_its_server_too(monkeypatch):
             raise left.pop()
         return "made"
 
-    answers = iter([False, False, True, False, False, True])
-    patient = queue.Patient(finish, lambda shard: asked.append(shard) or next(answers))
-    assert patient() == "made"
+    answers = iter([False, True, False, True])
+    assert queue.wait_for_servers(finish, lambda shard: asked.append(shard) or next(answers)) == "made"
     assert slept == [2, 2]
     assert set(asked) == {None}
 
@@ -257,7 +257,7 @@ def test_the_output_of_all_shards_waits_for_its_server_too(monkeypatch):
         raise KeyError("ours")
 
     with pytest.raises(KeyError):  # a fault of the program is none of the server's
-        queue.Patient(broken, lambda shard: True)()
+        queue.wait_for_servers(broken, lambda shard: True)
     assert slept == [2, 2]
 
 
@@ -270,11 +270,11 @@ def test_work_is_tried_again_if_its_server_is_back_before_it_is_asked_for(monkey
             raise left.pop()
         return "made"
 
-    assert queue.Patient(finish, lambda shard: True)() == "made"
+    assert queue.wait_for_servers(finish, lambda shard: True) == "made"
     assert slept == [2, 2]
     left += [Unreachable("wrong")] * 9  # a server that answers, and never as it should
     with pytest.raises(Unreachable):
-        queue.Patient(finish, lambda shard: True)()
+        queue.wait_for_servers(finish, lambda shard: True)
     assert len(left) == 6
 
 
@@ -312,11 +312,11 @@ def test_status_tells_from_the_files_alone(root, tmp_path):
     source = ImageSource([str(root / "photos")], Options())
     shards = source.shards(2)
     folder = ShardFolder(output, single=True)
-    left, shown = progress.begin(folder, shards, 2, "images", (0, 1), {"model": "m"})
+    left, shown = Run(folder, shards, 2, "images", (0, 1)).begin({"model": "m"})
     assert left == shards
     assert progress.status(output, "images") == "0 of 7 images, 0 of 4 shards"
     written(folder, shards[:2], lambda shard: [
-        {"key": row["key"], "image": row["name"], "error": "broken"} for row in source.rows(shard)
+        caption_output.row_of(folder, row, {"error": "broken"}) for row in source.rows(shard)
     ])  # fmt: skip
     shown.finished(queue.Outcome(shards[2], {}, "the file is gone"))
     said = progress.status(output, "images")
@@ -324,7 +324,7 @@ def test_status_tells_from_the_files_alone(root, tmp_path):
     assert "4 without a result, 1 shards failed" in said
     assert said.endswith("failed: images, rows 4 to 6: the file is gone")
     assert (progress.look(output).state, progress.look(output).exit_code) == ("failed", 1)
-    left, shown = progress.begin(folder, shards, 2, "images", (1, 2), {"model": "m"})
+    left, shown = Run(folder, shards, 2, "images", (1, 2)).begin({"model": "m"})
     assert left == [shards[3]]  # the second of two processes, of those that are left
 
 
@@ -332,7 +332,7 @@ def test_the_status_of_a_run_that_has_stopped_says_when_it_wrote_last(root, tmp_
     output = str(tmp_path / "o.csv")
     source = ImageSource([str(root / "photos")], Options())
     folder, shards = ShardFolder(output, single=True), source.shards(2)
-    progress.begin(folder, shards, 2, "images", (0, 1), {"model": "m"})
+    Run(folder, shards, 2, "images", (0, 1)).begin({"model": "m"})
     started = time.time()
     row = lambda shard: [{"key": row["key"], "image": row["name"], "error": None} for row in source.rows(shard)]  # noqa: E731
     for number, shard in enumerate(shards[:2], 1):
@@ -352,7 +352,7 @@ def test_every_process_of_a_job_array_says_what_it_does(root, tmp_path, caplog):
     folder = ShardFolder(str(tmp_path / "o.csv"), single=True)
     with caplog.at_level("INFO"):
         for number in range(3):
-            progress.begin(folder, shards, 2, "images", (number, 3), {"model": "m"})
+            Run(folder, shards, 2, "images", (number, 3)).begin({"model": "m"})
     assert [record.getMessage() for record in caplog.records] == [
         f"7 images, 0 of them done before; process {number + 1} of 3 takes {mine} of 4 shards"
         for number, mine in enumerate((2, 1, 1))

@@ -85,7 +85,7 @@ def test_a_batch_is_the_same_on_several_threads(tmp_path):
         batches.append(ImageCollator(processor, model.config, skip_bad_images=True)(samples))
     torch.set_num_threads(before)
     assert batches[0]["pixel_values"].equal(batches[1]["pixel_values"])
-    assert [list(batch["errors"]) for batch in batches] == [["4"], ["4"]]
+    assert [list(batch["errors"]) for batch in batches] == [[4], [4]]
     assert batches[0]["image_ids"] == batches[1]["image_ids"]
 
 

@@ -46,7 +46,7 @@ def test_the_published_prompt_is_word_for_word_that_of_capsfusion():
     [
         ("Join {raw}.", "the field {synthetic} is missing"),
         ("Join {raw} and {synthetic} and {caption}", "{caption} is not a field"),
-        ("Join {raw!r} and {synthetic}", "{raw} is not a field"),
+        ("Join {raw!r} and {synthetic}", "{raw!r} is not a field"),
         ("Join {raw and {synthetic}", "Write a brace that is not a field twice"),
         ("Join {} {raw} {synthetic}", "{} is not a field"),
     ],

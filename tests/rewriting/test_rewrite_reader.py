@@ -157,13 +157,11 @@ def test_rows_of_parquet_are_read_from_any_row_on_and_row_groups_before_are_not_
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet", row_group_size=5)
     (part,) = opened("fuse", tmp_path / "c.parquet").parts
     for start in range(24):
-        first, read = part.read_from(None, start)
-        assert list(read) == rows[first:]
-        assert first == start
+        assert list(part.read(None, start)) == rows[start:]
     with open(tmp_path / "c.parquet", "r+b") as file:  # the first row groups are lost
         file.seek(4)
         file.write(b"\xff" * (pq.read_metadata(tmp_path / "c.parquet").row_group(0).total_byte_size // 2))
-    assert [row["raw"] for row in part.read_from(["raw"], 10)[1]] == [row["raw"] for row in rows[10:]]
+    assert [row["raw"] for row in part.read(["raw"], 10)] == [row["raw"] for row in rows[10:]]
 
 
 def test_tables_of_several_splits_say_which_a_row_is_of_and_one_can_be_chosen(tmp_path):
@@ -196,14 +194,26 @@ def test_a_journal_is_written_where_there_are_no_locks(number, monkeypatch, tmp_
 
     (tmp_path / "a.jsonl").write_text('{"row": 1}\n{"ro')
     monkeypatch.setattr(fcntl, "flock", flock)
-    with journal.open_journal(tmp_path / "a.jsonl") as file:
-        journal.write_row(file, {"row": 2})
-    assert [json.loads(line)["row"] for line in journal.whole_lines(tmp_path / "a.jsonl")] == [1, 2]
+    with journal.Journal(tmp_path / "a.jsonl") as opened_again:
+        opened_again.add({"row": 2})
+    with journal.Journal(tmp_path / "a.jsonl") as opened_again:
+        assert opened_again.rows == [{"row": 1}, {"row": 2}]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 9, '{"row": "é'.encode()[:-1], b'{"row": 2}', b'{"row": 2}\0\0\n{"row": 3}\n']
+)
+def test_what_a_kill_or_a_power_cut_left_at_a_journals_end_is_cut_off(damage, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"row": 1}\n' + damage)
+    with journal.Journal(tmp_path / "a.jsonl") as first:
+        assert first.rows == [{"row": 1}]
+        first.add({"row": 4})
+    assert (tmp_path / "a.jsonl").read_bytes() == b'{"row": 1}\n{"row": 4}\n'
 
 
 def test_a_journal_that_another_run_writes_is_refused(tmp_path):
     with (
-        journal.open_journal(tmp_path / "a.jsonl"),
+        journal.Journal(tmp_path / "a.jsonl"),
         pytest.raises(journal.JournalInUse, match="another run is writing it"),
     ):
-        journal.open_journal(tmp_path / "a.jsonl")
+        journal.Journal(tmp_path / "a.jsonl")

@@ -56,6 +56,16 @@ def rewrite(monkeypatch, capsys, caplog):
     return run
 
 
+def slowly(seconds: float):
+    """Answers as `fused`, after some seconds."""
+
+    def answer(prompt, request):
+        time.sleep(seconds)
+        return fused(prompt)
+
+    return answer
+
+
 def test_every_row_keeps_its_columns_and_gets_a_caption_and_its_provenance(rewrite, tmp_path):
     source, output = write_rows(tmp_path, 20), tmp_path / "out.jsonl"
     with LLMServer(fused) as server:
@@ -246,8 +256,10 @@ def test_a_prompt_that_the_server_refuses_is_that_rows_fault_alone(rewrite, tmp_
         return (400, {"error": {"message": "content policy"}}, {}) if "Shop 0 " in prompt else fused(prompt)
 
     with LLMServer(answer) as server:
-        rewrite(*command(source, output, server))
+        said = rewrite(*command(source, output, server))
     assert [row["rewrite"]["reason"] for row in rows(output)] == ["server_refused", None, None, None, None]
+    assert "server: refused a prompt, which is left (400: content policy)" in said
+    assert "trying again" not in said
 
 
 def test_requests_keep_to_the_limit_a_minute(rewrite, tmp_path):
@@ -260,12 +272,7 @@ def test_requests_keep_to_the_limit_a_minute(rewrite, tmp_path):
 
 def test_two_processes_share_the_rows_and_one_killed_run_is_finished_by_one_process(rewrite, tmp_path):
     source, output = write_rows(tmp_path, 200), tmp_path / "out.jsonl"
-
-    def answer(prompt, request):
-        time.sleep(0.03)
-        return fused(prompt)
-
-    with LLMServer(answer) as server:
+    with LLMServer(slowly(0.03)) as server:
         arguments = command(source, output, server, "--concurrency", 2, "--rows_per_file", 50)
         process = tiny.start("rewrite.py", *arguments, processes=2)
         deadline = time.time() + 200
@@ -433,12 +440,7 @@ def test_images_that_jsonl_cannot_hold_are_refused_before_anything_is_asked(rewr
 
 def test_two_runs_at_once_leave_no_shard_failed(rewrite, tmp_path):
     source, output = write_rows(tmp_path, 60), tmp_path / "out.jsonl"
-
-    def answer(prompt, request):
-        time.sleep(0.05)
-        return fused(prompt)
-
-    with LLMServer(answer) as server:
+    with LLMServer(slowly(0.05)) as server:
         arguments = command(source, output, server, "--concurrency", 1, "--rows_per_file", 20)
         runs = [tiny.start("rewrite.py", *arguments) for _ in range(2)]
         errors = [run.communicate(timeout=200)[1] for run in runs]

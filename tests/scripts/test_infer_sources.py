@@ -1,5 +1,6 @@
 """infer.py: every source that train.py reads, every form of output, local and at addresses, gives the same captions."""
 
+import base64
 import csv
 import importlib
 import io
@@ -25,8 +26,9 @@ from conftest import ROOT
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 
+from captioning.names import inside
 from captioning.sources import image_rows
-from captioning.writers import Texts, inside, write_tars
+from captioning.writers import Texts, check_tars
 from common.errors import UserError
 from common.remote import local_copy
 from data.rows import Options
@@ -304,16 +306,17 @@ def test_a_server_that_is_back_before_it_is_asked_whether_it_is(server):
     folder = ShardFolder(f"{server}/out/", single=False)
     folder.write_json("a.json", {})
     server_at[0].stop()
-    assert queue.Patient(folder.files, lambda shard: start_again() or True)() == ["a.json"]
+    assert queue.wait_for_servers(folder.files, lambda shard: start_again() or True) == ["a.json"]
 
 
 def test_progress_of_others_that_cannot_be_read_ends_no_run(server):
-    told = progress.Progress(ShardFolder(f"{server}/out/", single=False), [], "images", others=True)
-    told.rows, told.watched = 5, 0
+    told = progress.Progress(ShardFolder(f"{server}/out/", single=False), [], "images")
+    told.done["rows"], told.looked = 5, 0
     server_at[0].stop()
     told.say()
     start_again()
-    assert told.rows == 5  # a look would have found none
+    assert told.done["rows"] == 5  # a look would have found none
+    assert told.looked > 0
 
 
 # ---- addresses
@@ -393,6 +396,26 @@ def test_sources_and_outputs_at_addresses(model, sources, expected, kind, reques
         assert pq.read_table(file)["caption"].to_pylist() == expected
     with pytest.raises(UserError, match="there is no such file"):
         infer(model, f"{root}/nothing")
+
+
+def test_a_list_at_an_address_gives_what_it_gives_in_a_folder(memory, tmp_path):
+    """Images in base64, names of files, and the columns beside them."""
+    coded = base64.b64encode(jpeg(1)).decode()
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    for column, name in (("image", coded), ("file", "0.jpg")):
+        text = json.dumps({column: name, "sku": "s", "image_id": 7, "split": "test"})
+        (tmp_path / "list.jsonl").write_text(text)
+        fsspec.filesystem("memory").pipe("/bucket/list.jsonl", text.encode())
+        ((there, here),) = zip(
+            image_rows([f"{memory}/list.jsonl"], Options()),
+            image_rows([str(tmp_path / "list.jsonl")], Options()),
+            strict=True,
+        )
+        assert there["columns"] == here["columns"] == {"sku": "s", "image_id": 7, "split": "test"}
+        assert there["relative"] == here["relative"]
+        assert (there["image"], there["name"]) == (
+            (here["image"], here["name"]) if column == "image" else (f"{memory}/0.jpg",) * 2
+        )
 
 
 def test_train_py_reads_addresses_too(sources, memory):
@@ -591,7 +614,7 @@ def test_a_name_of_the_source_leads_out_of_no_folder(name, tmp_path):
 def test_tars_of_one_name_are_not_written_over_each_other(tmp_path):
     tars = [str(tmp_path / folder / "0.tar") for folder in "ab"]
     with pytest.raises(UserError, match=r"0\.tar is the name of more than one tar"):
-        write_tars(lambda: iter(()), tmp_path / "out", None, tars)
+        check_tars(tars)
 
 
 def test_a_name_at_an_address_leads_out_of_no_folder(tmp_path):
