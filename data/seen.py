@@ -93,10 +93,9 @@ class Seen:
         numbers = {
             "images added": len(is_.keys() - was.keys()),
             "images removed": len(was.keys() - is_.keys()),
-            "images replaced": sum(was[key][1] != is_[key][1] for key in both),
-            "images with other captions": sum(was[key][0] != is_[key][0] for key in both),
-            "images in another split": sum(was[key][2] != is_[key][2] for key in both),
         }
+        for column, words in enumerate(("images with other captions", "images replaced", "images in another split")):
+            numbers[words] = sum(was[key][column] != is_[key][column] for key in both)
         return ", ".join(f"{number:,} {words}" for words, number in numbers.items() if number)
 
     def _learnt_from(self) -> dict:

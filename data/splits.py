@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 SHARES = (0.9, 0.05, 0.05)  # of the images: train, validation, test
 SIDE = 16  # of the picture's gradients that are compared
 NEAR = 24  # of the 256 gradients may differ: photographs re-saved at JPEG quality 80 differ in 25 at most, others in 71 at least
-LARGEST_BUCKET = (
-    1000  # pictures with an equal piece: of more, each is compared with the nearest in order of their gradients
+NEIGHBOURS = (
+    100  # of the pictures with an equal piece, in order of their gradients, each is compared with the next ones
 )
 STRUCTURE = 64  # gradients that a picture must have to be compared: plain colours are all alike
 
@@ -135,19 +135,20 @@ def near_pairs(images: Sequence, versions: list[str], cache_dir=None) -> list[tu
     gradients = cached_array("gradients", "\n".join(versions), compute, cache_dir)
     compared = np.flatnonzero(gradients.any(axis=1))
     distinct, first, same = np.unique(gradients[compared], axis=0, return_index=True, return_inverse=True)
-    pairs = {(one, other) for one, other in zip(first[same.ravel()], range(len(compared)), strict=True) if one != other}
+    pairs = [np.stack([first[same.ravel()], np.arange(len(compared))], axis=1)]
     pieces = distinct.view(np.uint16)  # near pictures have one or more of the 16 pieces in common
     for piece in range(pieces.shape[1]):
         order = np.argsort(pieces[:, piece], kind="stable")
-        for distance in range(1, min(LARGEST_BUCKET, len(order))):
+        for distance in range(1, min(NEIGHBOURS, len(order))):
             one, other = order[:-distance], order[distance:]
             shared = pieces[one, piece] == pieces[other, piece]
             if not shared.any():
                 break
             one, other = one[shared], other[shared]
             near = np.unpackbits(distinct[one] ^ distinct[other], axis=1).sum(axis=1) <= NEAR
-            pairs.update(zip(first[one[near]], first[other[near]], strict=True))
-    return sorted(tuple(sorted((int(compared[one]), int(compared[other])))) for one, other in pairs)
+            pairs.append(np.stack([first[one[near]], first[other[near]]], axis=1))
+    ordered = np.sort(compared[np.concatenate(pairs)], axis=1)
+    return [(one, other) for one, other in np.unique(ordered, axis=0).tolist() if one != other]
 
 
 def _gradients(row) -> np.ndarray:

@@ -50,25 +50,19 @@ def tables(path: Path, options: Options) -> dict:
 def read(part: Part, options: Options, start: int = 0, stop: int | None = None) -> Iterator[Row]:
     """The rows of a file from `start` to `stop`; row groups before and behind are not read."""
     number = start
-    source = open_remote(part.place) if is_remote(part.place) else part.place
     try:
-        with pq.ParquetFile(source) as file:
+        with pq.ParquetFile(open_remote(part.place) if is_remote(part.place) else part.place) as file:
             first = next(file.iter_batches(batch_size=1), None)
             example = first.to_pylist()[0] if first else dict.fromkeys(file.schema_arrow.names)
             columns = find_columns(example, options, part.place)
-            for content in file_rows(file, start, stop):
+            for number, content in enumerate(file_rows(file, start, stop), start):
                 yield row_of(content, columns, f"row {number}", part.place, options, part.split)
-                number += 1
-    except pa.ArrowException as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
         raise DataError(
-            f"{part.place}: the Parquet file is broken or cut off, or is not one ({str(error).strip().splitlines()[0][:200]}). "
-            "Fetch it again"
-        ) from None
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise DataError(
-            f"{part.place}: the Parquet file is broken or cut off after row {number} ({error}). Fetch it again"
+            f"{part.place}: the Parquet file is broken or cut off after row {number}, or is not one ({reason}). Fetch it again"
         ) from None
 
 
