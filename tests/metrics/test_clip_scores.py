@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -280,6 +281,17 @@ def test_more_images_than_a_batch_are_scored_as_each_alone(clip_folder):
         torch.testing.assert_close(features[number], alone[0], atol=1e-5, rtol=0)
 
 
+def test_more_texts_than_a_batch_are_encoded_as_each_alone(clip_folder):
+    scorer = ClipScorer.load("clip-s", clip_folder)
+    texts = [f"{one} {other}" for one in tiny.VOCABULARY[:24] for other in tiny.VOCABULARY[:24]]
+    assert len(texts) > 512
+    features = scorer.text_features([*texts, *texts[:9]])
+    assert features.shape[0] == len(texts) + 9
+    assert features[-9:].equal(features[:9])
+    for number in range(0, len(texts), 50):
+        assert features[number].allclose(scorer.text_features([texts[number]])[0], atol=1e-5)
+
+
 def test_preprocessing_is_that_of_the_published_code():
     rng = np.random.default_rng(0)
     # The one that resizes by Pillow, as the published code does; CLIPImageProcessor resizes tensors where torchvision is.
@@ -373,6 +385,20 @@ def test_a_pickle_with_code_is_refused_and_not_run(clip_folder, tmp_path):
     torch.save({"state_dict": random_state(1), "args": Evil()}, tmp_path / "pac.pth")
     with pytest.raises(ValueError, match="is not one of PAC-S's published files"):
         ClipScorer.load("pac-s", clip_folder, str(tmp_path / "pac.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_a_folder_is_not_run(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nfrom transformers import CLIPConfig, BertTokenizerFast\n"
+    (folder / "own.py").write_text(code)
+    for file, names in (
+        ("config.json", {"AutoConfig": "own.CLIPConfig"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "own.BertTokenizerFast"]}),
+    ):
+        values = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(values | {"auto_map": names}))
+    load_clip(str(folder))
     assert not (tmp_path / "ran").exists()
 
 

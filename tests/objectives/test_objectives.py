@@ -1,5 +1,6 @@
 """Laws of objectives as train.py builds them from its flags."""
 
+import inspect
 import json
 
 import datasets
@@ -15,6 +16,8 @@ from captioner import Captioner
 from collator import CaptionCollator
 from models.loading import load_model
 from objectives import build_objective
+from objectives.dico import Dico
+from objectives.scst import SelfCritical
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +76,11 @@ def test_a_reward_is_the_score_that_an_evaluation_in_the_captions_language_gives
     assert exact == (rewards["zh"][:, 0] > 1e-3).tolist()
     assert rewards["zh"].max() > 0.1
     assert rewards["en"].max() < 1e-3
+
+
+@pytest.mark.parametrize(("objective", "prefix"), [(SelfCritical, "scst_"), (Dico, "dico_")])
+def test_without_settings_an_objective_is_that_of_train_py_without_flags(objective, prefix):
+    flags = vars(ObjectiveArguments()) | {"label_smoothing": 0.0}  # the only one that train.py has another default for
+    own = {name: value.default for name, value in inspect.signature(objective).parameters.items()}
+    own = {name: value for name, value in own.items() if value is not inspect.Parameter.empty}
+    assert own == {name: flags.get(prefix + name, flags.get(name)) for name in own}

@@ -204,6 +204,30 @@ def test_the_greedy_caption_is_decoded_with_the_samples(captioner):
     assert len({tuple(row) for row in drawn.first(3).tokens}) > 1
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_what_is_logged_is_of_the_samples_and_the_baseline_is_the_greedy_captions_reward(captioner, temperature):
+    rewards, batch = Rewards({"cider": 1.0, "bleu": 0.5}, REFERENCES), batch_of(captioner, ["0", "1"])
+    objective = SelfCritical(captioner, rewards, samples=3, baseline="greedy", temperature=temperature)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logged = objective(captioner.model, batch)
+    torch.manual_seed(0)
+    encoded = captioner.encode(batch)
+    drawn = draw(captioner, encoded, **objective.sampling)
+    sampled, greedy = drawn.first(3), draw(captioner, encoded, num_beams=1, early_stopping=False)
+    for name, candidates in (("reward", sampled), ("reward_baseline", greedy)):
+        expected, _ = rewards(batch["image_ids"], candidates.texts, candidates.ended)
+        assert logged[name].item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    ended = [end for group in sampled.ended for end in group]
+    assert logged["unended"].item() == pytest.approx(1 - sum(ended) / 6)
+    lengths = [len(row) - end for row, end in zip(sampled.tokens, ended, strict=True)]
+    assert logged["sample_length"].item() == pytest.approx(sum(lengths) / 6)
+    with torch.no_grad():
+        logits, _ = target_logits(captioner.model, captioner.training_batch(encoded, sampled.tokens))
+    drawn_from = torch.distributions.Categorical(logits=logits / temperature)
+    assert logged["entropy"].item() == pytest.approx(drawn_from.entropy().mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", families.NAMES)
 def test_every_family_learns_from_its_own_captions(name):
     """The samples' gradient reaches the language model and, where it is trained, the encoder; dropout is off."""
