@@ -22,6 +22,7 @@ UPLOADED = (
     "chat_template.*", "README.md", "LICENSE*", "training_curves.svg", "training_curves.png", "run.json",
     "coco_metrics.json", "validation/coco_metrics.json",
 )  # fmt: skip
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CLEANED = ("run.json", "coco_metrics.json")
 # Two parts or more below a root, a drive or a home; not a URL, not a closing tag.
 PATH = re.compile(r"""(?<![\w/.:<\\])(?:~|[A-Za-z]:)?[/\\][\w.@%+=~ -]*[\w.@%+=~-][/\\][^\s"'`|<>(),;]+""")
@@ -87,6 +88,8 @@ def _word(text: str) -> str:
     flag, equals, value = text.partition("=")
     if equals and flag.startswith("--"):
         return f"{flag}={_word(value)}"
+    if text.endswith((".yaml", ".yml")) and Path(text).absolute().is_relative_to(RECIPES):
+        return Path(text).absolute().relative_to(RECIPES.parent).as_posix()  # of this repo, so no path of yours
     is_path = "\n" not in text and len(text) < 4096 and (BEGINS_AS_PATH.match(text) or _is_relative_path(text))
     return PureWindowsPath(text).name or text if is_path else _without_paths(text)
 

@@ -66,6 +66,7 @@ def header(args, state, model, splits: dict, per_image: int) -> list[str]:
         f"  data       {'; '.join(f'{name} {sizes(split)}' for name, split in splits.items())}",
         f"  step       {' '.join(batch)} = {images} images, {captions}",
         f"  steps      {steps}",
+        f"  output     {args.output_dir}; if it is stopped, the same command resumes it",
         "  in the log: grad_norm before it is clipped; data_wait, the share of the time that steps wait for data",
     ]
 

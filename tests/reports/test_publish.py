@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import tiny
+from conftest import ROOT
 
 from common.errors import UserError
 from common.publish import files_to_upload, without_local_paths
@@ -86,6 +87,13 @@ def test_a_command_keeps_its_flags_and_loses_its_folders():
     command = "python /home/me/train.py --dataset_name '/data/my photos/x.csv' --output_dir=/out/run --seed 3"
     assert without_local_paths({"command": command}) == {
         "command": "python train.py --dataset_name x.csv --output_dir=run --seed 3"
+    }
+
+
+def test_a_command_keeps_the_recipe_of_this_repo():
+    recipe = ROOT / "recipes/quickstart/scenes.yaml"
+    assert without_local_paths({"command": f"python train.py {recipe} --output_dir /out/run"}) == {
+        "command": "python train.py recipes/quickstart/scenes.yaml --output_dir run"
     }
 
 
