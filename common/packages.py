@@ -18,12 +18,12 @@ def check_packages() -> None:
     problem = "no " + " and no ".join(missing[:2]) if missing else "Python 3.11 or newer is needed"
     venv, launcher = os.path.join(ROOT, ".venv"), "py" if os.name == "nt" else "python3"
     program = os.path.join(venv, FOLDER, PROGRAM)
-    if os.path.exists(program) and os.path.realpath(sys.prefix) != os.path.realpath(venv):
-        remedy = f"This repo's own environment has it: {os.path.relpath(program)} {sys.argv[0]} ..."
-    else:
-        remedy = (
-            f"In {ROOT}: make install; or {launcher} -m venv .venv, then {os.path.join('.venv', FOLDER, 'pip')} install -r "
-            f"requirements.txt -c constraints.txt. Then {os.path.join('.venv', FOLDER, PROGRAM)} {script} ..."
-        )
-    print(f"{script}: {problem} ({sys.executable} is Python {sys.version.split()[0]}). {remedy}", file=sys.stderr)
+    pip, python = (os.path.join(".venv", FOLDER, name) for name in ("pip", "python"))
+    built = os.path.exists(program) and os.path.realpath(sys.prefix) != os.path.realpath(venv)
+    first = f"Try {os.path.relpath(program)} {sys.argv[0]}, or install: " if built else "Install: "
+    print(
+        f"{script}: {problem} ({sys.executable} is Python {sys.version.split()[0]}). {first}in {ROOT} make install, or "
+        f"{launcher} -m venv .venv and {pip} install -r requirements.txt -c constraints.txt; then {python} {script} ...",
+        file=sys.stderr,
+    )
     sys.exit(2)

@@ -278,7 +278,7 @@ def test_without_its_packages_a_script_says_in_one_line_how_to_get_them(script, 
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"{script}: no yaml and no torch (")
-    assert "make install; or " in line
+    assert "make install, or " in line
     assert "pip install -r requirements.txt -c constraints.txt" in line
 
 
