@@ -138,7 +138,7 @@ def test_a_score_is_trained_with_and_shown(repo, printed):
     assert "validation Word precision 0." in printed[1] or "validation Word precision 1." in printed[1]
     scores = [json.loads((repo / folder / "coco_metrics.json").read_text()) for folder in ("run", "scores")]
     assert scores[0]["WordPrecision"] == scores[1]["WordPrecision"]
-    assert printed[1].count("  WordPrecision ") == 3  # of two splits, and of evaluate.py
+    assert printed[1].count("  Word precision ") == 3  # of two splits, and of evaluate.py
     assert "Word precision, validation" in (repo / "run/training_curves.svg").read_text()
     assert "| Word precision |" in (repo / "run/README.md").read_text()
     assert "Word precision" in (repo / "run/report.html").read_text()
