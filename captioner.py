@@ -14,9 +14,10 @@ from common.loaders import ahead, data_loader
 from common.processes import captions_in_bfloat16, keep_memory, processes, show_progress
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import DEFAULTS, WITHOUT_BEAMS, drop_leftovers, generate
-from models.decoding_step import release_graphs
+from models.decoding_step import CACHE, release_graphs
 from models.families import ENCODED, base_model, family_of, model_inputs
 from models.loading import load_model
+from models.prefix import read_prompts
 from models.vision import check_repeatable, encode_once, encodes_once
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,8 @@ class Captioner:
         if sweep:
             with torch.inference_mode():
                 encoded = self.encode(batch)
+                with self._precision():
+                    encoded |= read_prompts(self.model, model_inputs(self.model.config, encoded))
             by_setting = [captioner.caption_batch(encoded) for captioner in sweep]
             return [[captions[0] for captions in of_image] for of_image in zip(*by_setting, strict=True)]
         tokens = self.generate_tokens(batch)
@@ -177,15 +180,17 @@ class Captioner:
             # Its generate() takes no padding, and drops the last token, expecting [SEP].
             inputs["input_ids"] = torch.nn.functional.pad(prompt, (0, 1), value=self.collator.end)
             del inputs["attention_mask"]
-        if max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences")) > 1:
-            check_repeatable(self.model, inputs, len(prompt))
+        beams = max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
         before = prompt.shape[1]
         if (started := self.collator.decoder_prompt) is not None:
             before = len(started)
             if before > 1:
                 inputs["decoder_input_ids"] = torch.tensor(started, device=prompt.device).repeat(len(prompt), 1)
         with self._precision():
-            output = generate(self.model, **model_inputs(self.model.config, inputs), **settings)
+            inputs = read_prompts(self.model, model_inputs(self.model.config, inputs), beams)
+            if beams > 1:
+                check_repeatable(self.model, inputs, len(prompt))
+            output = generate(self.model, **inputs, **settings)
         if isinstance(output, torch.Tensor):
             return output[:, before:]
         output.sequences = output.sequences[:, before:]
@@ -236,7 +241,7 @@ class Captioner:
             for name, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
-        return inputs | {name: batch[name] for name in (ENCODED,) if name in batch}
+        return inputs | {name: batch[name] for name in (ENCODED, CACHE) if name in batch}
 
     def _precision(self):
         if self.autocast is None:

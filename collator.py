@@ -33,7 +33,7 @@ class CaptionCollator:
     Labels are aligned with their own token; the objective shifts them, once. Other families have their own prompt in
     front (models/families.py), image placeholders included; where an encoder reads it (T5), `input_ids` are the prompt
     alone, and `decoder_input_ids` and `labels` the caption. `rows_per_image` is K, if K is more than 1 and the model
-    does not infer it.
+    does not infer it; `prompt_length` is the number of tokens before a caption in its row.
 
     With `prompts_only` a batch is for drawing captions: the inputs of I images end with their prompts, and `labels`
     (I * K, 1 + L) are the references' target tokens after an initial -100.
@@ -236,6 +236,8 @@ class ImageCollator:
         else:
             prompt = batch["input_ids"][:, :length]
             batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
+            if self.kind != "blip":
+                batch["prompt_length"] = length
         return batch
 
     def target_ids(self, captions: list[str]) -> list[list[int]]:

@@ -5,6 +5,7 @@ prompt holds the start token, the image's placeholder tokens if a family has the
 """
 
 import functools
+import inspect
 import logging
 from dataclasses import dataclass, field, replace
 
@@ -373,6 +374,11 @@ def model_inputs(config, batch: dict) -> dict:
     named = {renamed.get(name, name): value for name, value in batch.items()}
     named.pop(None, None)
     return named
+
+
+def takes(model, name: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return name in inspect.signature(base_model(model).forward).parameters
 
 
 def is_encoder_decoder(config) -> bool:

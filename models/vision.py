@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from common.errors import UserError
 from common.sharding import gathered
 from models.blip_attention import VisionModel, check_nothing_asked
-from models.families import ENCODED, base_model, family_of, vision_encoder
+from models.families import ENCODED, base_model, family_of, takes, vision_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def encodes_once(model) -> bool:
     model = base_model(model)
     if takes_encoded(vision_encoder(model)):
         return True
-    return hasattr(model.base_model, "get_image_features") and ENCODED in inspect.signature(model.forward).parameters
+    return hasattr(model.base_model, "get_image_features") and takes(model, ENCODED)
 
 
 _AGREES = weakref.WeakKeyDictionary()  # model: whether its encoded images gave the logits of its pixels
@@ -149,9 +149,13 @@ def _agrees(model, inputs: dict) -> bool:
         return False
     finally:
         model.train(was_training)
+    return equal_logits(model, logits.view(-1, 2, logits.shape[-1]), expected[:, None])
+
+
+def equal_logits(model, ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits are those expected, as far as the precision that the model computes in can tell."""
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(expected.device.type)
-    difference = (logits.view(-1, 2, logits.shape[-1]) - expected[:, None]).abs().max()
-    return bool(difference <= (1e-3 if exact else 0.1) * expected.std())
+    return bool((ours - expected).abs().max() <= (1e-3 if exact else 0.1) * expected.std())
 
 
 def repeat_images(model, inputs: dict, times: int) -> dict:

@@ -5,7 +5,8 @@ from torch.nn.functional import cross_entropy
 
 from collator import IGNORE
 from models.blip_attention import target_positions
-from models.families import ENCODED, base_model, model_inputs
+from models.families import ENCODED, base_model, model_inputs, takes
+from models.prefix import shared_logits, shares_prompt
 from models.vision import encode_once, repeat_images
 
 
@@ -23,12 +24,19 @@ def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         return model(**inputs, logits_to_keep=target_positions(labels)).logits, labels[:, 1:][labels[:, 1:] != IGNORE]
     if ENCODED in batch:
         inputs[ENCODED] = batch[ENCODED]
-    if (times := batch.get("rows_per_image", 1)) > 1:
-        inputs = repeat_images(model, encode_once(model, inputs, times), times)
+    times, prompt = batch.get("rows_per_image", 1), batch.get("prompt_length")
+    if times > 1:
+        inputs = encode_once(model, inputs, times)
+        if prompt and shares_prompt(model, inputs, times, prompt):
+            return shared_logits(model, inputs, times, prompt, labels), labels[labels != IGNORE]
+        inputs = repeat_images(model, inputs, times)
+    if prompt and takes(captioner, "logits_to_keep"):
+        inputs["logits_to_keep"] = labels.shape[1] - prompt + 1
     logits = model(**model_inputs(captioner.config, inputs)).logits
-    if "decoder_input_ids" not in batch:
-        # Image tokens before the text (GIT) have logits too.
-        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    if prompt:
+        # The last of the prompt predicts the caption's first token. Image tokens before the text (GIT) have logits too.
+        labels = labels[:, prompt:]
+        logits = logits[:, -labels.shape[1] - 1 : -1]
     return logits[labels != IGNORE], labels[labels != IGNORE]
 
 

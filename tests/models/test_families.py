@@ -10,9 +10,11 @@ from transformers import AutoConfig, LlavaForConditionalGeneration, LogitsProces
 
 from captioner import Captioner
 from collator import CaptionCollator, input_size
-from models import vision
-from models.families import ENCODED, family_of
+from models import prefix, vision
+from models.decoding import generate
+from models.families import ENCODED, family_of, model_inputs
 from models.loading import ready
+from models.prefix import may_share
 from models.vision import encodes_once
 from objectives import CrossEntropy, caption_loss, token_log_probs
 from objectives.cross_entropy import target_logits
@@ -93,6 +95,46 @@ def test_beams_and_samples_of_encoded_pictures_are_those_of_pixels(disturbed):
     encoded = captioner.encode(batch)
     first, again = (captioner.rows(captioner.generate_tokens(encoded, **beams)) for _ in range(2))
     assert first == again == captioner.rows(captioner.generate_tokens(batch, **beams))
+
+
+# Families with a prompt of image tokens that read it again: Kosmos-2 has positions by the token, Mllama's cache holds images.
+READ_AGAIN = {"kosmos-2": {"captions": False, "beams": False}, "mllama": {"captions": True, "beams": False}}
+
+
+def test_beams_samples_and_sweeps_that_share_a_prompt_are_those_of_the_library(disturbed):
+    captioner, batch = disturbed
+    model, kind = captioner.model, captioner.model.config.model_type
+    scored = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 5}
+    ways = (
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0},
+        {"num_beams": 2, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+        {"do_sample": True, "num_return_sequences": 3, "top_k": 0},
+    )
+    inputs = model_inputs(model.config, captioner._on_device(batch))
+    for way in ways:
+        found = {}
+        for shared in (False, True):
+            torch.manual_seed(0)
+            if shared or not may_share(model):
+                found[shared] = captioner.generate_tokens(batch, **way, **scored)
+            else:
+                found[shared] = generate(model, **inputs, **captioner.search(**way, **scored))
+                found[shared].sequences = found[shared].sequences[:, inputs["input_ids"].shape[1] :]
+        assert found[True].sequences.equal(found[False].sequences)
+        for ours, library in zip(found[True].scores, found[False].scores, strict=True):
+            torch.testing.assert_close(ours, library, atol=1e-5, rtol=1e-5)
+    captioners = [captioner.with_settings(num_beams=beams) for beams in (1, 3)]
+    swept = captioner.caption_batch(batch, captioners)
+    assert [list(of) for of in zip(*swept, strict=True)] == [
+        [texts[0] for texts in c.caption_batch(batch)] for c in captioners
+    ]
+    if may_share(model):
+        with torch.no_grad():
+            last = model.config.get_text_config().vocab_size - 1  # ordinary words: special tokens are at the front
+            token_log_probs(model, captioner.training_batch(captioner.encode(batch), [[last, last - 1], [last]] * 3))
+        assert prefix._EQUAL[model] == READ_AGAIN.get(kind, {"captions": True, "beams": True})
+    else:
+        assert kind not in ("llava", "gemma3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 
 
 def test_no_token_sees_what_it_is_to_predict(disturbed):
