@@ -46,7 +46,8 @@ def shares_prompt(model, inputs: dict, times: int, prompt: int) -> bool:
         if isinstance(next(base.parameters()), FakeTensor):  # a plan of memory: there are no numbers to compare
             return True
         rows = family_of(base.config).text_inputs
-        two = {n: v.unflatten(0, (-1, times))[:, :2].flatten(0, 1) if n in rows else v for n, v in inputs.items()}
+        both = [0, times - 1]  # an image's first caption and its last
+        two = {n: v.unflatten(0, (-1, times))[:, both].flatten(0, 1) if n in rows else v for n, v in inputs.items()}
         labels = two["input_ids"].masked_fill(two["attention_mask"] == 0, IGNORE)
         labels[:, :prompt] = IGNORE
         ours = shared_logits(base, two, 2, prompt, labels)
