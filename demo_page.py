@@ -225,7 +225,10 @@ def candidates(captioner: Captioner, picture) -> list[tuple[str, float]]:
     found = list(zip(captioner.texts(tokens), scores.tolist(), strict=True))
     if captioner.settings.get("do_sample"):
         found.sort(key=lambda pair: -pair[1])
-    return list({text: (text, score) for text, score in reversed(found)}.values())[::-1]
+    first = {}
+    for text, score in found:  # different tokens may be the same text
+        first.setdefault(text, (text, score))
+    return list(first.values())
 
 
 def heat_maps(captioner: Captioner, picture, caption: str) -> str:

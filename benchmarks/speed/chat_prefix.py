@@ -89,7 +89,9 @@ def smolvlm(tokens: int):
     vision = {"image_size": side, "patch_size": 16, **SMALL}
     image = tokenizer.convert_tokens_to_ids("<image>")
     text = t.LlamaConfig(**TEXT)
-    config = t.SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=image, pad_token_id=0)
+    config = t.SmolVLMConfig(
+        vision_config=vision, text_config=text, scale_factor=2, image_token_id=image, pad_token_id=0
+    )
     edge = {"longest_edge": side}
     images = t.SmolVLMImageProcessor(size=edge, max_image_size=edge, do_image_splitting=False)
     template = TEMPLATE.replace("IMAGE", "<image>")
@@ -171,7 +173,9 @@ def peak_of(function, *arguments) -> float:
 
 def measured(sides: Sides, name: str, turns: int) -> dict:
     function = getattr(sides, name)
-    results = {side: function(side == "ours") for side in ("peer", "ours")}  # also the warm-up and the comparison of prompts
+    results = {
+        side: function(side == "ours") for side in ("peer", "ours")
+    }  # also the warm-up and the comparison of prompts
     if name == "beams":
         assert results["peer"] == results["ours"], results
     else:
@@ -210,7 +214,9 @@ def main() -> None:
                     if tokens == 576:
                         row["scst"] = measured(sides, "scst", arguments.turns)
                 rows.append(row)
-                write_result(arguments.output, {"settings": vars(arguments) | {"output": str(arguments.output)}, "rows": rows})
+                write_result(
+                    arguments.output, {"settings": vars(arguments) | {"output": str(arguments.output)}, "rows": rows}
+                )
 
 
 if __name__ == "__main__":

@@ -302,3 +302,18 @@ def visit(driver, address, client, files, downloads):
     assert len(list(csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig"))))) == 22
     severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [message for message in severe if "text.jpg" not in message], severe  # the browser cannot show that one
+
+
+class SecondReadsAsFirst(Captioner):
+    """Its first and third beam have other tokens and the same text, as invalid bytes have."""
+
+    def texts(self, tokens):
+        return ["a dog", "a cat", "a dog"]
+
+
+def test_the_first_beam_is_shown_first_though_a_later_one_reads_the_same(tmp_path):
+    import demo_page
+
+    captioner = SecondReadsAsFirst(*tiny.build(tmp_path), num_beams=3, num_return_sequences=3, max_new_tokens=4)
+    shown = demo_page.candidates(captioner, Image.new("RGB", (32, 32)))
+    assert [text for text, _ in shown] == ["a dog", "a cat"]
