@@ -52,7 +52,7 @@ ROOMS = {  # a room's modules, and the folders and files of tests that are recor
     "data": (["data"], ["data", "scripts/test_seen_images.py"]),
     "jobs": (["jobs"], ["captioning", "rewriting", "scripts/test_infer.py", "scripts/test_scale.py"]),
 }
-GUARD = re.compile(r"\b(strict|frozen)=True.* [+] .*\b\1=False")
+GUARD = re.compile(r"\b(strict|frozen)=True.* [+].*\b\1=False")
 LEFT_OUT = re.compile("BitOr|Is_Eq|IsNot_NotEq|Eq_Is|NotEq_IsNot")
 
 
@@ -212,10 +212,12 @@ def write(rows: list[dict], args) -> None:
     rooms = {}
     for room in ROOMS:
         tried = [row for row in rows if row["room"] == room]
+        if not tried:
+            continue
         equivalent = sum("equivalent" in row for row in tried)
         before, noticed = (sum(row[name] for row in tried) for name in ("noticed_before", "noticed"))
         rooms[room] = {"tried": len(tried), "equivalent": equivalent, "noticed_before": before, "noticed": noticed}
-        rooms[room]["share"] = round(noticed / max(1, len(tried) - equivalent), 3)
+        rooms[room]["share"] = round(noticed / (len(tried) - equivalent or 1), 3)
     result = {"seed": args.seed, "seconds_of_tests": args.seconds, "rooms": rooms, "mutants": rows}
     write_json(FILE, result | environment())
 
