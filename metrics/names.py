@@ -7,8 +7,6 @@ name with three decimals.
 
 from dataclasses import dataclass
 
-from metrics.coco_caption.coco import NOT_ASKED
-
 
 @dataclass(frozen=True)
 class Score:
@@ -55,7 +53,8 @@ QUICK = {"meteor": False, "spice": False, "bootstrap_samples": 0}
 
 def is_shown(name: str, scores: dict) -> bool:
     """Whether people want to read of a score: it was computed, or it was asked for and could not be."""
-    return scores.get(name) is not None or NOT_ASKED not in scores.get("unavailable", {}).get(name, NOT_ASKED)
+    missing = name in scores.get("unavailable", {}) and name not in scores.get("not_asked_for", ())
+    return scores.get(name) is not None or missing
 
 
 def score_named(name: str) -> Score:

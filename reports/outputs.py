@@ -129,7 +129,7 @@ def _subset_scores(rows: list[dict], metric_args, seed: int) -> dict:
     for name in {name for row in rows for name in row["scores"]} - set(part_rows[0]["scores"]):
         values = [row["scores"][name] for row in rows if name in row["scores"]]
         part[name] = sum(values) / len(values)
-    return {name: part[name] for name in part if name not in ("unavailable", "sacrebleu_signature")}
+    return {name: part[name] for name in part if name not in ("unavailable", "not_asked_for", "sacrebleu_signature")}
 
 
 def score_captions(

@@ -31,7 +31,6 @@ _BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
 SUMMED = ("Bleu", "sacrebleu", "METEOR")
 # These too: they are a share, the first column divided by the second.
 SHARES = ("scene_facts", "CHAIRi", "object_recall")
-NOT_ASKED = "not asked for"  # how the reason begins why a score is missing that nobody asked for
 SPICE_SAMPLES = 1500  # images, where their references were never parsed
 
 # A caption that ends in one of these was cut off: what rewards without an end-of-sequence token teach a model.
@@ -123,7 +122,7 @@ def score(
     Returns:
         (metrics, per_image). `metrics`: Bleu_1..4, METEOR, ROUGE_L, CIDEr, SPICE as the COCO code prints them, SPIDEr,
         the mean of CIDEr and SPICE (Java's three are None if unavailable), "SPICE_categories", "sacrebleu" (0 to 100)
-        with "sacrebleu_signature", "unavailable" {metric: reason}, "counts", "intervals" {metric: [low, high]} and
+        with "sacrebleu_signature", "unavailable" {metric: reason}, "not_asked_for" [metric], "counts", "intervals" {metric: [low, high]} and
         "corpus" facts. `per_image`: {image id: {metric: value}}, under "statistics" the counts of SUMMED, {name: numbers},
         and under "spice_tuples" those "matched", "wrong" and "missed".
 
@@ -139,8 +138,8 @@ def score(
     tokens, reference_tokens = _tokenized(predictions, references, language)
     sample = _spice_sample(reference_tokens, spice_samples, cache if spice else None, seed)
     reasons = {name: _english_only(name, language) for name in ("METEOR", "SPICE")}
-    asked = {"METEOR": meteor, "SPICE": spice is True}
-    unavailable = {name: why if asked[name] else f"{NOT_ASKED}; {why}" for name, why in reasons.items() if why}
+    asked = {"METEOR": meteor, "SPICE": spice is True, "SPIDEr": spice is True}
+    unavailable = {name: why for name, why in reasons.items() if why and {"METEOR": meteor, "SPICE": spice}[name]}
     with ThreadPoolExecutor(2) as pool:  # Java works in processes of its own while numpy works here
         meteor_job = spice_job = None
         if meteor and not reasons["METEOR"]:
@@ -176,7 +175,7 @@ def score(
     metrics["sacrebleu"] = _sacrebleu_score(sacrebleu_counts.sum(axis=0))
     metrics["sacrebleu_signature"] = _sacrebleu_signature(sacrebleu, references)
     metrics["caption_language"] = language
-    metrics["unavailable"] = unavailable
+    metrics |= {"unavailable": unavailable, "not_asked_for": [name for name in asked if not asked[name]]}
     metrics["counts"] = {"images": len(images), "references": sum(map(len, reference_tokens))}
     statistics = {"Bleu": bleu_counts, "sacrebleu": sacrebleu_counts, **per_metric}
     if meteor_counts is not None:
@@ -304,7 +303,7 @@ def _in_blocks(statistics, hypotheses: Sequence, references: Sequence) -> np.nda
 def _result(job: Future | None, name: str, asked: dict[str, bool], unavailable: dict[str, str]):
     """What a Java job returned; None and a reason if it failed."""
     if job is None:
-        unavailable.setdefault(name, NOT_ASKED)
+        unavailable.setdefault(name, "not asked for")
         return None
     try:
         return job.result()
@@ -312,8 +311,6 @@ def _result(job: Future | None, name: str, asked: dict[str, bool], unavailable: 
         unavailable[name] = str(error) if isinstance(error, Unavailable) else repr(error)
         if asked[name] or not isinstance(error, Unavailable):
             logger.warning("%s is null: %s", name, unavailable[name])
-        else:
-            unavailable[name] = f"{NOT_ASKED}; {unavailable[name]}"
         return None
 
 
