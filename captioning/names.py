@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import xxhash
 
-from data.images import ENDINGS
+from common.existence import ENDINGS
 
 RESERVED = r'[<>:"|?*]' if os.name == "nt" else ":"  # characters that Windows refuses in names; a drive everywhere
 

@@ -16,12 +16,13 @@ import xxhash
 
 from captioning.names import EachOnce, printable
 from common.errors import DataError
+from common.existence import ENDINGS
 from common.remote import is_remote, list_remote, local_copy, reaching
 from common.text import read_text
 from data import formats
 from data.finder import Finder
 from data.formats import detect, parquet, saved, webdataset
-from data.images import ENDINGS, ImageError, is_image
+from data.images import ImageError, is_image
 from data.reader import Source, find_format
 from data.rows import Options, Part, Row, split_of_file
 from data.text_rows import ENDINGS as TABLES

@@ -7,6 +7,13 @@ import re
 from common.errors import DataError, UserError
 from common.flags import Flags
 
+# Of images. Names of TGA files must say what they are: these have no magic bytes.
+TGA_ENDINGS = (".tga", ".icb", ".vda", ".vst")
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k",
+    ".jpf", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".heic", ".heif", *TGA_ENDINGS,
+)  # fmt: skip
+ENDING = "|".join(ending[1:] for ending in ENDINGS)  # in a regular expression
 OF_FILES = re.compile(r"\.(csv|tsv|jsonl?|txt|parquet|arrow|tar|zip|jpe?g|png|webp)", re.IGNORECASE)
 
 

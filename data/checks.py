@@ -16,11 +16,12 @@ import xxhash
 
 from common.caches import cache_folder
 from common.errors import DataError
+from common.existence import ENDING
 from common.files import version_of, whole, write_text
 from common.limits import cpus
 from common.processes import in_threads
 from data.columns import is_missing, parse_structure
-from data.images import ENDING, MAX_PIXELS, ImageError, open_image
+from data.images import MAX_PIXELS, ImageError, open_image
 from data.rows import Options, Record, Row
 
 SKIPPING = "With --skip_bad_samples such samples are left out of training, but never out of a split that is scored"

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import DataError
-from data.images import ENDINGS, ImageError, is_image
+from common.existence import ENDINGS
+from data.images import ImageError, is_image
 from data.rows import Options, Row, split_in, split_name
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.errors import DataError
+from common.existence import ENDINGS
 from common.remote import is_remote, local_copy
-from data.images import ENDINGS, ImageError
+from data.images import ImageError
 from data.walk import walk
 
 IMAGE_FOLDERS = (

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from common.errors import UserError
+from common.existence import TGA_ENDINGS
 from common.remote import is_remote, open_remote
 
 try:
@@ -32,12 +33,6 @@ FORMATS = tuple(
 )
 # TGA files have no magic bytes: their name must say what they are.
 TOLD_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
-TGA_ENDINGS = (".tga", ".icb", ".vda", ".vst")
-ENDINGS = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k",
-    ".jpf", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".heic", ".heif", *TGA_ENDINGS,
-)  # fmt: skip
-ENDING = "|".join(ending[1:] for ending in ENDINGS)  # in a regular expression
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a GiB as RGB
 
 ORIENTATION = 0x0112  # the EXIF tag

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
+from common.existence import ENDING
 from common.text import open_text, read_text
-from data.images import ENDING
 
 SEPARATORS = (",", ";", "\t", "|")
 IMAGE_NAME = re.compile(rf"\.(?:{ENDING})\b", re.IGNORECASE)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
+from common.existence import ENDINGS
 from common.text import read_text
-from data.images import ENDINGS, is_image
+from data.images import is_image
 from data.rows import Options, Part, Row, split_of_folder
 from data.walk import walk
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import datasets
 
 from common.errors import DataError
+from common.existence import ENDINGS
 from common.files import version_of
 from common.remote import is_remote, open_remote
 from common.text import decode
 from data.columns import caption_key
-from data.images import ENDINGS, ImageError, is_image
+from data.images import ImageError, is_image
 from data.rows import Options, Part, Row, split_of_file
 from data.tables import IMAGE, TEXT, loading, local_files
 from data.walk import files_below
