@@ -112,12 +112,13 @@ def test_published_files_as_they_are(tmp_path):
 
 def test_pascal_50s(tmp_path):
     io = pytest.importorskip("scipy.io")
-    cell = lambda *texts: np.array([[np.array([text], dtype=object)] for text in texts], dtype=object)  # noqa: E731
-    pairs, votes = np.empty((1, 2), dtype=object), []
+    pairs, votes = [], []
     for place, first_votes in enumerate((30, 10)):
-        pairs[0, place] = np.array([f"{place}.jpg", f"a{place}", f"b{place}"], dtype=object)
+        pairs.append((f"{place}.jpg", f"a{place} ", f"b{place}"))
         for vote in range(48):
-            votes.append((cell(f"ref {vote}"), cell(f"a{place}"), cell(f"b{place}"), 1 if vote < first_votes else -1))
+            texts = (np.array([[text]], dtype=object) for text in (f"ref {vote}", f"a{place}", f"b{place}"))
+            votes.append((*texts, 1 if vote < first_votes else -1))
+    pairs = np.array([pairs], dtype=[("image", object), ("sent1", object), ("sent2", object)])
     triplets = np.array([votes], dtype=[("s1", object), ("s2", object), ("s3", object), ("winner", object)])
     io.savemat(tmp_path / "pair_pascal.mat", {"new_input": pairs, "category": np.array([[1, 4]])})
     io.savemat(tmp_path / "consensus_pascal.mat", {"triplets": triplets})
