@@ -825,23 +825,8 @@ class RewriteArguments(ShardArguments):
 
 
 @dataclass
-class LLMArguments(Flags):
-    HEADING = "the LLM"
+class ServerArguments(Flags):
     HUB = ("tokenizer",)
-    max_new_tokens: int | None = flag(None, "Longest text in tokens. Default: 80 for fuse (CapsFusion's), else 256.")
-    max_prompt_tokens: int | None = flag(
-        None, "Longer prompts have their captions shortened. Default: 256 for fuse (CapsFusion's), else 1024."
-    )
-    max_attempts: int = flag(3, "Attempts per row to get a text that passes the checks.")
-    temperature: float | None = flag(
-        None, "Sampling temperature. Default: the server's own; hf: 0.7, after the first attempt."
-    )
-    seed: int = flag(42, "Seed of the first attempt; the next ones count up.")
-    num_beams: int = flag(3, "hf: beams of the first attempt.")
-    per_device_batch_size: int = flag(16, "hf: rows rewritten at once on a device.")
-    bf16: bool | None = flag(None, "hf: load in bfloat16. Default: on GPUs.")
-    quantization: str | None = flag(None, "hf: load in 4bit (NF4) or 8bit, with bitsandbytes; needs a CUDA GPU.")
-    chat: bool | None = flag(None, "hf: wrap prompts in the model's chat template. Default: if it has one.")
     base_url: str | None = flag(
         None, "openai: address of the server, such as http://localhost:8000/v1. Default: OpenAI."
     )
@@ -857,6 +842,25 @@ class LLMArguments(Flags):
     price_in: float | None = flag(None, "openai: price of a million prompt tokens, to estimate the cost.")
     price_out: float | None = flag(None, "openai: price of a million generated tokens.")
 
+
+@dataclass
+class LLMArguments(ServerArguments):
+    HEADING = "the LLM"
+    max_new_tokens: int | None = flag(None, "Longest text in tokens. Default: 80 for fuse (CapsFusion's), else 256.")
+    max_prompt_tokens: int | None = flag(
+        None, "Longer prompts have their captions shortened. Default: 256 for fuse (CapsFusion's), else 1024."
+    )
+    max_attempts: int = flag(3, "Attempts per row to get a text that passes the checks.")
+    temperature: float | None = flag(
+        None, "Sampling temperature. Default: the server's own; hf: 0.7, after the first attempt."
+    )
+    seed: int = flag(42, "Seed of the first attempt; the next ones count up.")
+    num_beams: int = flag(3, "hf: beams of the first attempt.")
+    per_device_batch_size: int = flag(16, "hf: rows rewritten at once on a device.")
+    bf16: bool | None = flag(None, "hf: load in bfloat16. Default: on GPUs.")
+    quantization: str | None = flag(None, "hf: load in 4bit (NF4) or 8bit, with bitsandbytes; needs a CUDA GPU.")
+    chat: bool | None = flag(None, "hf: wrap prompts in the model's chat template. Default: if it has one.")
+
     def __post_init__(self):
         for name in (
             "max_attempts",
@@ -868,6 +872,45 @@ class LLMArguments(Flags):
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+
+
+@dataclass
+class JudgeArguments(ServerArguments):
+    HEADING = "a language model as judge"
+    FILES = ("questions", "judge_against", "judge_prompt")
+    judge: Literal["clair", "multiple_choice", "pairwise"] | None = flag(
+        None,
+        "Add the score of a language model, asked once about each caption: clair, how likely it and the references are of one "
+        "image, 0 to 100; multiple_choice, questions that it answers from the caption alone; pairwise, whether it prefers the "
+        "caption to that of judge_against, in both orders. The same command resumes a stopped run.",
+    )
+    llm: str | None = flag(None, "The judge: openai:MODEL on an OpenAI-compatible server, or hf:MODEL right here.")
+    questions: str | None = flag(
+        None, "With multiple_choice: a JSON, JSON lines or CSV file of image_id, question, choices and answer."
+    )
+    judge_against: str | None = flag(None, "With pairwise: the captions to compare with, as for predictions.")
+    judge_prompt: str | None = flag(None, "Prompt of the judge. Default: the one in recipes/judges/.")
+
+    def __post_init__(self):
+        needed = {"multiple_choice": "questions", "pairwise": "judge_against"}.get(self.judge)
+        if not self.judge and (self.llm or self.questions or self.judge_against):
+            raise UserError("--llm, --questions and --judge_against need --judge: clair, multiple_choice or pairwise.")
+        if self.judge and not self.llm:
+            raise UserError(
+                f"--judge {self.judge} needs --llm: openai:MODEL (on a server, see --base_url) or hf:MODEL."
+            )
+        if needed and not getattr(self, needed):
+            raise UserError(f"--judge {self.judge} needs --{needed} FILE.")
+
+    def llm_arguments(self) -> LLMArguments:
+        """As rewriting.backends takes them: temperature 0 at every call, no beams, three calls for an answer."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(ServerArguments)}
+        try:
+            body = json.loads(self.extra_body or "{}")
+        except json.JSONDecodeError as error:
+            raise UserError(f"--extra_body is not JSON: {error}") from None
+        shared["extra_body"] = json.dumps({"temperature": 0} | body)
+        return LLMArguments(**shared, max_new_tokens=256, max_prompt_tokens=4096, max_attempts=3, num_beams=1)
 
 
 @dataclass
@@ -898,7 +941,9 @@ TRAIN_GROUPS = (
     MetricArguments,
     AllTrainFlags,
 )
-EVALUATE_GROUPS = (ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments)
+EVALUATE_GROUPS = (
+    ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments, JudgeArguments,
+)  # fmt: skip
 INFER_GROUPS = (ModelArguments, GenerationArguments, InferArguments)
 DEMO_GROUPS = (ModelArguments, GenerationArguments, DemoArguments)
 REWRITE_GROUPS = (RewriteArguments, LLMArguments)

@@ -6,6 +6,7 @@ python evaluate.py --predictions P.json --references R.json --output_dir OUT
 python evaluate.py ... --split validation --sweep "num_beams=1,3,5 length_penalty=0.6,1.0" [--save_best_sweep]
 python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evaluate.py or train.py wrote scores to)
 python evaluate.py --human_judgments FILE [--references R.json] --output_dir OUT    (which scores agree with people)
+python evaluate.py ... --judge clair --llm openai:MODEL [--base_url http://localhost:8000/v1]    (a language model's score)
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
 """
 
@@ -19,7 +20,7 @@ import logging
 
 import data
 from captioner import Captioner
-from common.errors import BelowThreshold
+from common.errors import BelowThreshold, UserError
 from common.files import output_folder, write_json, write_text
 from common.processes import processes
 from common.provenance import environment
@@ -32,22 +33,24 @@ from reports.report import write_comparison_report
 from reports.score_predictions import score_predictions
 from reports.score_split import score_split
 from reports.sweep import check_sweep, choose_settings, save_settings, sweep_settings
+from rewriting.judging import load_judges
 
 logger = logging.getLogger("evaluate")
 
 
 def main():
-    model_args, data_args, generation_args, metric_args, args = parse(EVALUATE_GROUPS)
+    model_args, data_args, generation_args, metric_args, args, judge_args = parse(EVALUATE_GROUPS)
     folder = output_folder(args.output_dir)
     if args.compare:
         return compare_runs(folder, args, metric_args)
     check_flags(args, metric_args, model_args)
     outputs.warn_of_missing_scores(metric_args)
+    judges = load_judges(judge_args, folder)
     if args.human_judgments:
-        return compare_with_people(folder, data_args.image_dir, metric_args, args)
+        return compare_with_people(folder, data_args.image_dir, metric_args, args, judges)
     if args.predictions:
-        scored = score_predictions(folder, data_args, generation_args, metric_args, args)
-        return conclude(args, metric_args, scored)
+        scored = score_predictions(folder, data_args, generation_args, metric_args, args, judges)
+        return conclude(args, metric_args, scored, judges)
 
     # Load the data and the model
     state = processes()
@@ -78,9 +81,9 @@ def main():
             looking["training_captions"] = (text for row in splits["train"] for text in row["captions"])
         model, name = model_args.model_name_or_path, data_args.dataset_name
         source = {"split": args.split, "dataset_name": name, "model": model, "seen": overlap}
-        showing = {"captioner": captioner, "sweep": sweep}
+        showing = {"captioner": captioner, "sweep": sweep, "judges": judges}
         scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **showing, **looking)
-        conclude(args, metric_args, scored)
+        conclude(args, metric_args, scored, judges)
 
 
 def check_flags(args, metric_args, model_args) -> None:
@@ -105,10 +108,12 @@ def compare_runs(folder, args, metric_args) -> None:
         write_comparison_report(folder, runs, found)
 
 
-def conclude(args, metric_args, scored) -> None:
-    """Say what to open; end the script with exit code 3 if a score misses its threshold. All results are written by then."""
+def conclude(args, metric_args, scored, judges) -> None:
+    """Say what to open; end the script with exit code 3 if a score misses its threshold, 2 if a judge failed. All results are written by then."""
     if metric_args.report:
         logger.info("%s", report_to_open(scored.folder))
+    if failed := next((judge.failure for judge in judges if judge.failure), None):
+        raise UserError(failed)
     if below := outputs.below_bars(args.fail_under, scored.scores):
         raise BelowThreshold(f"fail_under: {'; '.join(below)}.")
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 AGREEMENTS = {"tau_b": "tau-b", "tau_c": "tau-c", "pairwise_accuracy": "pairwise accuracy"}
 
 
-def compare_with_people(folder: Path, image_dir: str | None, metric_args, args) -> None:
+def compare_with_people(folder: Path, image_dir: str | None, metric_args, args, judges=()) -> None:
     """Write human_judgments.json, its table human_judgments.md, and judged_captions.jsonl with the scores of each caption.
 
     Args:
@@ -30,7 +30,7 @@ def compare_with_people(folder: Path, image_dir: str | None, metric_args, args) 
     """
     judgments = read_judgments(args.human_judgments, args.references, args.score_columns)
     references, names, left_out = references_of(judgments, args)
-    scored, unavailable = score_judged(judgments, references, names, image_dir, metric_args, args)
+    scored, unavailable = score_judged(judgments, references, names, image_dir, metric_args, args, judges)
     agreement = agreements(judgments, scored, left_out, metric_args.bootstrap_samples, args.seed)
     result = {
         "human_judgments": args.human_judgments,
@@ -87,13 +87,17 @@ def references_of(judgments: Judgments, args) -> tuple[list[list[str]], dict[str
     return ([] if missing else references), names, copies
 
 
-def score_judged(judgments, references, names, image_dir, metric_args, args) -> tuple[dict[str, list], dict[str, str]]:
+def score_judged(
+    judgments, references, names, image_dir, metric_args, args, judges
+) -> tuple[dict[str, list], dict[str, str]]:
     """({score: its value for each judged caption, None where there is none}, {score: why it is missing})."""
     if not references:
         return {}, {"CIDEr": "human_judgments and references have no reference captions"}
     captions = {str(number): caption for number, (_, caption, _) in enumerate(judgments.captions)}
     plain = dataclasses.replace(metric_args, bootstrap_samples=0, instances=None, spice_samples=0)
-    metrics, rows = score_captions(captions, dict(zip(captions, references, strict=True)), plain, args.seed)
+    metrics, rows = score_captions(
+        captions, dict(zip(captions, references, strict=True)), plain, args.seed, judges=judges
+    )
     found: dict[str, list] = {name: [row["scores"].get(name) for row in rows] for name in rows[0]["scores"]}
     if scorers := load_scorers(metric_args, processes().device):
         images = [image for image, *_ in judgments.captions]

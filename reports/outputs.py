@@ -140,12 +140,13 @@ def score_captions(
     *,
     training_captions=None,
     scorers=(),
+    judges=(),
     images=(),
     split="",
     num_workers=0,
 ) -> tuple[dict, list[dict]]:
-    """Scores by metrics.score with the flags of MetricArguments, and by `scorers` (ClipScorer), which look at `images`,
-    one for each of the references.
+    """Scores by metrics.score with the flags of MetricArguments, by `scorers` (ClipScorer), which look at `images`, one for
+    each of the references, and by `judges` (rewriting.judging.Judge).
 
     Returns (metrics, rows): what coco_metrics.json and per_image.jsonl hold. A row, one per image in the references'
     order, is {"image_id", "caption", "references", "scores": {metric: value}, "statistics": {name: counts}}.
@@ -166,17 +167,20 @@ def score_captions(
         )
     except InvalidCaptions as error:  # the metric's files import nothing of ours, so that evaluate.load can copy them
         raise UserError(str(error)) from None
+    options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed}
+    more = [judge.scores(predictions, references, **options) for judge in judges]
     if scorers:
-        options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed}
-        options |= {"split": split, "num_workers": num_workers}
-        found, clip_per_image = clip_scores(scorers, predictions, references, images, **options)
+        looking = {"split": split, "num_workers": num_workers}
+        more.append(clip_scores(scorers, predictions, references, images, **options, **looking))
+    for found, of_images in more:
         metrics["intervals"] |= found.pop("intervals")
+        metrics["unavailable"] |= found.pop("unavailable", {})
         metrics |= found
-        for name, values in clip_per_image.items():
+        for name, values in of_images.items():
             for image_id, value in zip(references, values.tolist(), strict=True):
-                per_image[image_id][name] = value
+                if value == value:  # a judge may have no question about an image
+                    per_image[image_id][name] = value
     if metric_args.instances:
-        options = {"bootstrap_samples": metric_args.bootstrap_samples, "seed": seed}
         found, hallucinated = chair_scores(predictions, references, read_instances(metric_args.instances), **options)
         metrics["intervals"] |= found.pop("intervals")
         metrics |= found

@@ -10,8 +10,8 @@ from reports import outputs
 from reports.score_split import score_split
 
 
-def score_predictions(folder, data_args, generation_args, metric_args, args) -> None:
-    """Score existing captions, from any system."""
+def score_predictions(folder, data_args, generation_args, metric_args, args, judges=()):
+    """ScoredSplit of existing captions, from any system."""
     found = read_references(args.references, args.split)
     columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
     predictions = load_predictions(args.predictions, found, args.common, **columns)
@@ -28,7 +28,6 @@ def score_predictions(folder, data_args, generation_args, metric_args, args) -> 
         images = find_images(data_args.image_dir, references, found.names)
         columns["image"] = [str(path) for path in images]
     source = {"predictions": args.predictions, "references": args.references}
-    looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
+    looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers, "judges": judges}
     records = datasets.Dataset.from_dict(columns)
-    scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)
-    return scored
+    return score_split(folder, predictions, records, metric_args, args.seed, source=source, **looking)

@@ -10,9 +10,16 @@ from pathlib import Path
 from common.errors import UserError
 from common.text import read_text
 
-FIELDS = {"paragraph": ("captions",), "fuse": ("raw", "synthetic")}
+FIELDS = {
+    "paragraph": ("captions",),
+    "fuse": ("raw", "synthetic"),
+    "clair": ("candidate", "references"),
+    "multiple_choice": ("caption", "question", "choices"),
+    "pairwise": ("first", "second", "references"),
+}
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PROMPT_FILES = {"paragraph": RECIPES / "instruct/prompt.txt", "fuse": RECIPES / "capsfusion/prompt.txt"}
+PROMPT_FILES |= {judge: RECIPES / f"judges/{judge}.txt" for judge in ("clair", "multiple_choice", "pairwise")}
 
 
 @dataclass

@@ -3,8 +3,8 @@
     python -m benchmarks.quality.null_differences [--trials 1000]
 
 Pairs: differences of one score at 20, 50 and 200 images, normal and skewed (exponential), whose mean is 0. Groups of 2, 3 and
-5 runs: seeds, images and chance vary alike in both; once all runs describe all images equally well but for chance, once each
-group has images of its own that it describes better. "before" are the tests until then: the share of plain resamples of the
+5 runs, whose captions vary by chance, at 20 and 200 images: once what seeds change is large, once each group has images of its
+own that it describes better. "before" are the tests until then: the share of plain resamples of the
 images, and of each group's runs, that lie as far from their mean. p < 0.05 should be found in 5 % of trials.
 """
 
@@ -42,16 +42,15 @@ def main():
     groups = {
         f"{runs} runs, {images} images, {kind}, {name}": rates(
             arguments.trials,
-            lambda generator, runs=runs, images=images, kind=kind, of_images=of_images: [
-                runs_of_a_group(generator, runs, images, NOISE[kind], of_images) for _ in range(2)
+            lambda generator, runs=runs, images=images, kind=kind, spread=spread: [
+                runs_of_a_group(generator, runs, images, NOISE[kind], *spread) for _ in range(2)
             ],
             {"before": bootstrap_of_runs, "after": lambda g: group_test(tuple(g), tuple(x.mean(1) for x in g))["p"]},
         )
-        for runs in RUNS
-        for images in IMAGES
+        for name, spread in (("seeds differ", (0.5, 0.0)), ("images of their own", (0.1, 0.5)))
         for kind in NOISE
-        for name, of_images in (("seeds and chance", 0.0), ("images of their own", 0.5))
-        if images != 50 or kind == "normal"
+        for images in (20, 200)
+        for runs in RUNS
     }
     result = {
         "trials": arguments.trials,
@@ -72,11 +71,10 @@ def rates(trials: int, draw: Callable, tests: dict[str, Callable]) -> dict[str, 
     return shares
 
 
-def runs_of_a_group(generator, runs: int, images: int, noise: Callable, of_images: float) -> np.ndarray:
-    """(runs, images): chance of each caption, of each seed (a tenth), and what is particular to the group's images."""
-    return (
-        noise(generator, runs, images) + 0.1 * generator.normal(size=(runs, 1)) + of_images * noise(generator, images)
-    )
+def runs_of_a_group(generator, runs: int, images: int, noise: Callable, seeds: float, own: float) -> np.ndarray:
+    """(runs, images): chance of each caption, and standard deviations of what seeds change and of the group's own images."""
+    chance, of_images = noise(generator, runs, images), noise(generator, images)
+    return chance + seeds * generator.normal(size=(runs, 1)) + own * of_images
 
 
 def plain_bootstrap(differences: np.ndarray) -> float:

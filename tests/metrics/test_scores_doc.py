@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import ROOT
 from sacrebleu.metrics import BLEU
+from test_judges import ANSWERS
 
 from drawn_scenes.facts import score_scene_facts
 from metrics import score, tokenize
 from metrics.chair import chair_scores, objects_of
 from metrics.clip_scores import ClipScorer
 from metrics.coco_caption.java import meteor_from_statistics
+from metrics.judges import clair_score
 from metrics.names import SCORES
 
 TEXT = (ROOT / "docs/scores.md").read_text(encoding="utf-8")
@@ -34,6 +36,7 @@ REFERENCES = {
 @pytest.fixture(scope="module")
 def formula():
     names = {"Counter": Counter, "exp": math.exp, "log": math.log, "sqrt": math.sqrt}
+    names |= {"loads": json.loads, "split": re.split, "findall": re.findall}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(block, names)
     return names
@@ -63,6 +66,11 @@ def test_ngram_scores(formula, code, example):
     assert formula["cider"](*example) == pytest.approx([row["CIDEr"] for row in per_image.values()], abs=1e-9)
     rouge = [formula["rouge_l"](*pair) for pair in zip(*example, strict=True)]
     assert rouge == pytest.approx([row["ROUGE_L"] for row in per_image.values()], abs=1e-9)
+
+
+def test_clair_of_its_answers(formula):
+    for answer, _ in ANSWERS:
+        assert formula["clair"](answer) == clair_score(answer)
 
 
 def test_sacrebleu_of_its_counts(formula):

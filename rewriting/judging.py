@@ -1,0 +1,121 @@
+"""Asks a language model about captions: each question once, whatever fails; answers are kept, and a stopped run resumes."""
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import UserError
+from data.caption_files import load_predictions
+from jobs.journal import open_journal, whole_lines, write_row
+from metrics.coco_caption.coco import resampled_scores
+from metrics.judges import Clair, MultipleChoice, Pairwise
+from rewriting.backends import Job, open_backend
+from rewriting.prompts import fill, load_prompt
+
+logger = logging.getLogger(__name__)
+ATTEMPTS = 3
+
+
+def load_judges(args, folder: Path) -> list["Judge"]:
+    """The judge that JudgeArguments ask for, or none. UserError where its files or its server's settings are wrong."""
+    return [Judge(args, args.llm_arguments(), folder)] if args.judge else []
+
+
+class Judge:
+    """Scores captions by one of the judges of metrics/judges.py. `args`: JudgeArguments; `llm_args`: LLMArguments. `failure`
+    says why it could not finish.
+
+    Its journal is judge_NAME.jsonl in `folder`: a line per answer, under a digest of all that it depends on (the model, the
+    prompt as sent, the request's settings), so that it never answers another question, and equal questions are asked once.
+    """
+
+    def __init__(self, args, llm_args, folder: Path):
+        self.kind = {
+            "clair": Clair,
+            "multiple_choice": lambda: MultipleChoice(args.questions),
+            "pairwise": lambda: Pairwise(load_predictions(args.judge_against)),
+        }[args.judge]()
+        self.args, self.llm_args, self.failure = args, llm_args, None
+        self.path = folder / f"judge_{args.judge}.jsonl"
+        self.prompt = load_prompt(self.kind.task, args.judge_prompt)
+        self.llm = open_backend(args.llm, llm_args)
+
+    def scores(self, predictions: dict, references: dict, *, bootstrap_samples: int, seed: int) -> tuple[dict, dict]:
+        """(metrics, {score: (images,)}): the mean and its interval, and under "judges" the model, prompt, tokens, cost, and
+        the share of answers that could not be read; NaN for images without questions."""
+        try:
+            questions = self.kind.questions(predictions, references)
+            rows = self.answers([fill(self.prompt, question.fields) for question in questions], questions)
+        except UserError as error:  # the other scores must not be lost to it
+            self.failure = f"{self.kind.name} is missing: {error}"
+            logger.warning("%s", self.failure)
+            return {self.kind.name: None, "intervals": {}, "unavailable": {self.kind.name: str(error)}}, {}
+        of_image: dict[str, list[float]] = {}
+        for question, row in zip(questions, rows, strict=True):
+            value = question.read(row["text"])
+            of_image.setdefault(question.image, []).append(self.kind.worst if value is None else min(value, 1.0))
+        values = np.array([self.kind.score(of_image[i]) if i in of_image else np.nan for i in references])
+        name, known = self.kind.name, values[~np.isnan(values)]
+        metrics = {name: float(known.mean()), "intervals": {}, "judges": {name: self.record(questions, rows)}}
+        if bootstrap_samples:
+            resampled = resampled_scores({name: values}, bootstrap_samples, seed)[name]
+            metrics["intervals"] = {name: np.percentile(resampled, [2.5, 97.5]).tolist()}
+        return metrics, {name: values}
+
+    def answers(self, prompts: list[str], questions: list) -> list[dict]:
+        """The journal's row of each prompt; those that have none are asked."""
+        keys = [self.key(prompt) for prompt in prompts]
+        journal = open_journal(self.path)
+        with journal:
+            kept = {row["key"]: row for row in map(json.loads, whole_lines(self.path))}
+            first = {key: number for number, key in reversed(list(enumerate(keys))) if key not in kept}
+            left = sorted(first.values())
+            jobs = (Job(n, keys[n], [], prompts[n], self.llm.tokens.encode(prompts[n])) for n in left)
+            bar = tqdm(
+                total=len(left), desc=f"judge: {self.kind.task}", unit=" answers", disable=not left, mininterval=1
+            )
+            with bar:
+                for job, outcome in self.llm.run(jobs, lambda job, text, ended: self.fault(questions[job.row], text)):
+                    row = {"key": job.digest, "image_id": questions[job.row].image, "text": outcome.text}
+                    row |= {"attempts": outcome.attempts, "tokens": [outcome.tokens_in, outcome.tokens_out]}
+                    row |= {"refused": outcome.reason == "server_refused", "time": round(time.time())}
+                    write_row(journal, row)
+                    kept[job.digest] = row
+                    bar.update()
+        return [kept[key] for key in keys]
+
+    def key(self, prompt: str) -> str:
+        settings = json.dumps([self.args.llm, self.llm.settings(), prompt], ensure_ascii=False)
+        return hashlib.sha256(settings.encode("utf-8", "replace")).hexdigest()[:24]
+
+    @staticmethod
+    def fault(question, text: str) -> str | None:
+        return "unreadable" if question.read(text) is None else None
+
+    def record(self, questions: list, rows: list[dict]) -> dict:
+        distinct = {row["key"]: row for row in rows}.values()
+        tokens = [sum(row["tokens"][side] for row in distinct) for side in (0, 1)]
+        prices = self.llm_args.price_in, self.llm_args.price_out
+        values = [question.read(row["text"]) for question, row in zip(questions, rows, strict=True)]
+        unreadable, above = values.count(None), sum(value is not None and value > 1 for value in values)
+        if unreadable:
+            logger.warning(
+                "%d of %d answers of the judge could not be read, after %d calls", unreadable, len(rows), ATTEMPTS
+            )
+        return {
+            "llm": self.args.llm,
+            "prompt": str(self.args.judge_prompt or f"recipes/judges/{self.kind.task}.txt"),
+            "prompt_sha256": self.prompt.sha256,
+            "settings": self.llm.settings(),
+            "questions": len(questions),
+            "calls": sum(row["attempts"] for row in distinct),
+            "unreadable": unreadable / len(rows),
+            "above_100": above / len(rows),  # counted as 100
+            "tokens": {"prompts": tokens[0], "written": tokens[1]},
+            "cost": None if None in prices else sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6,
+        }
