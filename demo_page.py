@@ -14,6 +14,7 @@ import torch
 
 from captioner import Captioner
 from common.errors import UserError
+from common.text import spreadsheet_cell
 from data.uploads import list_uploads, read_upload, read_uploads
 from objectives.cross_entropy import mean_log_probs
 from reports.attention_maps import attention_maps, overlay
@@ -254,7 +255,7 @@ def heat_maps(captioner: Captioner, picture, caption: str) -> str:
 def write_tables(folder: Path, rows: list[list[str]]) -> list[str]:
     """captions.csv (file, caption, error) and captions.txt (file, tab, caption) in `folder`; their paths."""
     with (folder / "captions.csv").open("w", encoding="utf-8-sig", newline="") as file:  # a BOM, for Excel
-        csv.writer(file).writerows([["file", "caption", "error"], *rows])
+        csv.writer(file).writerows([["file", "caption", "error"], *(map(spreadsheet_cell, row) for row in rows)])
     lines = [f"{name}\t{caption}\n" for name, caption, error in rows if not error]
     (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
     return [str(folder / "captions.csv"), str(folder / "captions.txt")]

@@ -27,6 +27,7 @@ from captioning.names import Different, folded, inside, printable, short, stem_a
 from common.errors import DataError, UserError
 from common.files import whole, write_text
 from common.remote import is_remote, open_remote
+from common.text import json_line
 from data.formats import webdataset
 from data.images import ImageError
 
@@ -126,7 +127,7 @@ def write_tar(captions: Captions, target: Path) -> None:
                 key = different(re.sub(r"(^|/)__+", r"\1_", stem.replace(".", "_")))
                 _add(tar, f"{key}{ending}", _content(image["image"]))
                 _add(tar, f"{key}.txt", row["caption"].encode())
-                _add(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
+                _add(tar, f"{key}.json", json_line(row).rstrip("\n").encode())
 
 
 def write_tars(captions: Captions, target: Path) -> None:
@@ -283,7 +284,7 @@ def is_folder(output: str, form: str) -> bool:
 
 def _write_lines(rows: Iterator[dict], target: Path) -> None:
     with open(target, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        file.writelines(map(json_line, rows))
 
 
 def _write_table(rows: Callable[[], Iterator[dict]], target: Path) -> None:

@@ -66,6 +66,15 @@ def without_secrets(text: str) -> str:
     return re.sub(rf"((?:^|[?&\W_]){SECRET}=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
 
+def hide_secrets(value):
+    """A value of JSON with `without_secrets` for each of its texts."""
+    if isinstance(value, dict):
+        return {name: hide_secrets(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_secrets(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
 def _without_secrets(words: list[str]) -> list[str]:
     """The command line without them: results files are published."""
     hidden = [without_secrets(word) for word in words]

@@ -7,7 +7,9 @@ which is only assumed of text that looks like it, with a warning.
 import codecs
 import functools
 import io
+import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -36,6 +38,28 @@ _warned_inside: list[str] = []  # the text inside another file that a warning na
 
 class TextError(DataError):
     """A file that is not text, or text in an encoding that cannot be determined."""
+
+
+def json_line(row: dict) -> str:
+    """A row as a line of JSON, which has no NaN and no Infinity: they become null, as in what a browser or a database writes.
+    What JSON has no form for is written as text."""
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n"
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def spreadsheet_cell(value):
+    """A cell of a CSV file that people open in a spreadsheet: text that it would run as a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOWrapper:

@@ -3,6 +3,7 @@
 import functools
 import io
 import logging
+import math
 import os
 import struct
 import warnings
@@ -84,7 +85,9 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
     if isinstance(source, ImageError):  # a source says why there is none
         raise source
     if isinstance(source, Image.Image):
-        return _decode(source, getattr(source, "filename", "") or "PIL image", max_pixels, size=None)
+        # One without a format is decoded: it was opened here, or drawn, and takes no more memory than it has.
+        limit = max_pixels if source.format else math.inf
+        return _decode(source, getattr(source, "filename", "") or "PIL image", limit, size=None)
     if isinstance(source, str | os.PathLike):
         name, source = str(source), _content(source)
     if not isinstance(source, bytes | bytearray | memoryview):
@@ -218,17 +221,34 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.mode in ("RGBa", "La"):  # premultiplied: La has no direct way to RGBA
             image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        laid = Image.new("RGB", image.size)
+        for top in range(0, image.height, rows := _strip(image.width)):
+            box = (0, top, image.width, min(top + rows, image.height))
+            part = image.crop(box).convert("RGBA")
+            white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+            laid.paste(Image.alpha_composite(white, part).convert("RGB"), box)
+        return laid
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _strip(width: int) -> int:
+    """Rows of an image that are converted together: a large image needs several times its own memory otherwise."""
+    return max(1, 4_000_000 // max(1, width))
 
 
 def _wide_gray(image: Image.Image) -> Image.Image:
     """Gray of 16 or 32 bits or floats -> 8 bits. The scale of 32-bit and float data is not in the file, so it is the
     narrowest of 0-1 (floats only), 0-255 and 0-65535 that holds every value, else the image's own range."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
+    whole = np.asarray(image)
+    rows, lowest = _strip(image.width), 0.0
+
+    def strips():
+        for begin in range(0, len(whole), rows):
+            part = whole[begin : begin + rows].astype(np.float64)
+            yield begin, np.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
+
+    ends = [(float(part.min()), float(part.max())) for _, part in strips()]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     if image.mode.startswith("I;16"):
         top = 4095.0 if 255 < high <= 4095 else 65535.0
         if top == 4095:
@@ -243,5 +263,8 @@ def _wide_gray(image: Image.Image) -> Image.Image:
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         top = next((scale for scale in scales if low >= 0 and high <= scale), None)
         if top is None:
-            values, top = values - low, high - low
-    return Image.fromarray(np.round(values * 255.0 / (top or 1.0)).astype(np.uint8))
+            lowest, top = low, high - low
+    gray = np.empty(whole.shape, np.uint8)
+    for begin, part in strips():
+        gray[begin : begin + rows] = np.round((part - lowest) * 255.0 / (top or 1.0))
+    return Image.fromarray(gray)

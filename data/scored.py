@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
+from common.provenance import without_secrets
 from data import seen
 from data.sources import load
 from data.training import in_memory
@@ -35,4 +36,5 @@ def trained_on(model: str, data_args) -> bool:
     """Whether train.py trained this model on a data set of this name."""
     runs = [folder / "run.json" for folder in (Path(model), Path(model).parent) if (folder / "run.json").is_file()]
     names = [json.loads(run.read_text(encoding="utf-8"))["flags"].get("dataset_name") for run in runs]
-    return any(name and os.path.abspath(name) == os.path.abspath(data_args.dataset_name) for name in names)
+    named = without_secrets(data_args.dataset_name)  # as run.json has it
+    return any(name and os.path.abspath(name) == os.path.abspath(named) for name in names)

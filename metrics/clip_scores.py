@@ -145,6 +145,11 @@ class ClipScorer:
             features.append(normalize(self.model.text_projection(pooled), dim=-1).cpu())
         return torch.cat(features)[[number[text] for text in texts]]
 
+    def cut(self, texts: list[str]) -> int:
+        """How many of the texts have more tokens than this CLIP reads."""
+        lengths = map(len, self.tokenizer(texts, truncation=False, verbose=False).input_ids)
+        return sum(length > self.max_length for length in lengths)
+
     def _keep_references(self, texts: list[str]) -> None:
         if new := list(dict.fromkeys(text for text in texts if text not in self._references)):
             self._references |= dict(zip(new, self.text_features(new), strict=True))
@@ -183,7 +188,17 @@ def clip_scores(
         of_images = list(references.values())
         plain, with_references = scorer.score(pictures, images, captions, of_images, num_workers=num_workers)
         per_image |= {scorer.name: plain, f"Ref{scorer.name}": with_references}
-        weights[scorer.name] = scorer.source
+        cut = scorer.cut([PREFIX + caption for caption in captions])
+        weights[scorer.name] = {**scorer.source, "max_tokens": scorer.max_length, "cut_captions": cut}
+        if cut:
+            logger.warning(
+                "%s: %d of %d captions have more than the CLIP's %d tokens, and it does not see the rest. Name a CLIP for long "
+                "texts with --clip_model.",
+                scorer.name,
+                cut,
+                len(captions),
+                scorer.max_length,
+            )
     metrics = {name: float(values.mean()) for name, values in per_image.items()}
     metrics["intervals"] = {}
     if bootstrap_samples:

@@ -35,6 +35,8 @@ SCORES = {
         Score("ROUGE_L", "ROUGE-L", "rouge", main=True, in_training=True),
         Score("SPICE", "SPICE", "spice", main=True),
         Score("SPIDEr", "SPIDEr"),
+        Score("tuple_precision", "Tuple precision"),
+        Score("tuple_recall", "Tuple recall"),
         Score("sacrebleu", "sacreBLEU", "sacrebleu", decimals=1, in_training=True, curve=True),
         Score("Bleu_1", "BLEU-1", "bleu", per_image=False),
         Score("Bleu_2", "BLEU-2", per_image=False),

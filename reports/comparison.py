@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.text import spreadsheet_cell
 from metrics.coco_caption.coco import corpus_scores
 from metrics.names import in_order, is_better_low, name_of, score_named
 from reports.significance import FEWEST_IMAGES, group_test, p_in_words, paired_tests, pseudo_values
@@ -397,5 +398,5 @@ def _csv(metrics: list[str], rows: dict, differences: dict) -> str:
                 if test
                 else [""] * 5
             )
-            writer.writerow([name, metric, mean, "" if std is None else std, runs, *tested])
+            writer.writerow([spreadsheet_cell(name), metric, mean, "" if std is None else std, runs, *tested])
     return file.getvalue()

@@ -1,7 +1,6 @@
 """Which scores agree with people: every score that can be computed of captions that people judged, and the user's own."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from common.errors import UserError
 from common.files import write_json, write_text
 from common.processes import processes
 from common.provenance import environment
+from common.text import json_line
 from data.caption_files import find_images, match_images, read_references
 from metrics.agreement import accuracy_on_pairs, agreement_with_ratings, pairs_of_ratings
 from metrics.clip_scores import load_scorers
@@ -50,7 +50,7 @@ def compare_with_people(folder: Path, image_dir: str | None, metric_args, args, 
         for number, (image, caption, _) in enumerate(judgments.captions)
         if number not in left_out
     ]
-    write_text(folder / "judged_captions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / "judged_captions.jsonl", "".join(map(json_line, rows)))
     write_json(folder / "human_judgments.json", result | environment())
     write_text(folder / "human_judgments.md", table(result))
     logger.info("%s, in %s:\n%s", summary(result), folder, table(result))

