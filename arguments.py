@@ -597,6 +597,11 @@ class EvaluateArguments(LogArguments):
     score_columns: list[str] = flag(
         [], "Columns of human_judgments with scores of your own, to compare as well; for pairs NAME_a and NAME_b."
     )
+    languages: list[str] = flag(
+        [],
+        "Predictions and references hold an object per language and image, as XM3600's: score these languages (codes, or all), "
+        "each with its own tokens, and the mean over them. Writes languages.json and languages.md.",
+    )
     common: bool = flag(
         False, "Score the images that both predictions and references have, and say how many are left out on each side."
     )
@@ -617,6 +622,8 @@ class EvaluateArguments(LogArguments):
             return
         if bool(self.predictions) != bool(self.references):
             raise UserError("--predictions and --references go together: captions, and what to score them against.")
+        if self.languages and not self.predictions:
+            raise UserError("--languages scores captions that exist: pass --predictions and --references.")
         if self.predictions and self.corrupt:
             raise UserError(
                 "--corrupt changes the images to caption, and --predictions are captions already: leave one of them out."

@@ -5,6 +5,7 @@ python evaluate.py --model_name_or_path DIR --dataset_name NAME --corrupt jpeg:1
 python evaluate.py --predictions P.json --references R.json --output_dir OUT
 python evaluate.py ... --split validation --sweep "num_beams=1,3,5 length_penalty=0.6,1.0" [--save_best_sweep]
 python evaluate.py --compare RUN_A RUN_B --output_dir OUT    (folders that evaluate.py or train.py wrote scores to)
+python evaluate.py --predictions P.jsonl --references captions.jsonl --languages all    (a set in several languages, as XM3600)
 python evaluate.py --human_judgments FILE [--references R.json] --output_dir OUT    (which scores agree with people)
 python evaluate.py ... --judge clair --llm openai:MODEL [--base_url http://localhost:8000/v1]    (a language model's score)
 python evaluate.py ... --clip_metrics clip-s pac-s --clip_model openai/clip-vit-base-patch32 --pac_checkpoint FILE.pth
@@ -29,6 +30,7 @@ from metrics.clip_scores import load_scorers
 from reports import comparison, outputs
 from reports.console import report_to_open
 from reports.human import compare_with_people
+from reports.languages import score_languages
 from reports.report import write_comparison_report
 from reports.score_predictions import score_predictions
 from reports.score_split import score_split
@@ -48,6 +50,8 @@ def main():
     judges = load_judges(judge_args, folder)
     if args.human_judgments:
         return compare_with_people(folder, data_args.image_dir, metric_args, args, judges)
+    if args.languages:
+        return score_languages(folder, metric_args, args)
     if args.predictions:
         scored = score_predictions(folder, data_args, generation_args, metric_args, args, judges)
         return conclude(args, metric_args, scored, judges)

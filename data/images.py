@@ -52,7 +52,7 @@ class ImageError(UserError):
     """An image that cannot be read; the message names the file, the fault and what to do."""
 
 
-def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None = None) -> Image.Image:
+def open_image(value, max_pixels: int | None = None, size: tuple[int, int] | None = None) -> Image.Image:
     """Open an image as RGB, the way a person sees it.
 
     The EXIF orientation is applied; transparency (RGBA, LA, PA, a palette's or a colour key's) is laid over white;
@@ -62,8 +62,8 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
 
     Args:
         value: a path, the bytes of a file, a datasets value `{"path": ..., "bytes": ...}` (bytes win), or a PIL image.
-        max_pixels: larger images are refused from their header, before any pixel is decoded. Pillow itself refuses
-            above 178,956,970, whatever is given here.
+        max_pixels: larger images are refused from their header, before any pixel is decoded; default: MAX_PIXELS, and no
+            limit for a PIL image that is decoded already. Pillow itself refuses above 178,956,970, whatever is given here.
         size: (height, width) in pixels, after orientation, that are enough. If given, a JPEG is decoded at 1/2, 1/4 or
             1/8 scale (libjpeg's DCT scaling) where both sides stay at least that long. Off by default, as pixels
             then differ a little: over the 800 test photos, resized (bicubic) to half their size, by 3.3 of 255 on
@@ -85,9 +85,9 @@ def open_image(value, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None
     if isinstance(source, ImageError):  # a source says why there is none
         raise source
     if isinstance(source, Image.Image):
-        # One without a format is decoded: it was opened here, or drawn, and takes no more memory than it has.
-        limit = max_pixels if source.format else math.inf
-        return _decode(source, getattr(source, "filename", "") or "PIL image", limit, size=None)
+        if max_pixels is None and source.format is None:  # opened here before, with another limit, or drawn
+            max_pixels = math.inf
+        return _decode(source, getattr(source, "filename", "") or "PIL image", max_pixels, size=None)
     if isinstance(source, str | os.PathLike):
         name, source = str(source), _content(source)
     if not isinstance(source, bytes | bytearray | memoryview):
@@ -169,8 +169,9 @@ def _not_an_image(first: bytes) -> str:
     )
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int, size) -> Image.Image:
+def _decode(image: Image.Image, name: str, max_pixels: float | None, size) -> Image.Image:
     width, height = image.size
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if width * height > max_pixels:
         raise ImageError(
             f"{name}: the image is too large ({width} x {height} pixels, more than {max_pixels:,}). "

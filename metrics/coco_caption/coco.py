@@ -170,9 +170,8 @@ def score(
     if spice_found is None:
         unavailable["SPIDEr"] = f"it needs SPICE: {unavailable['SPICE']}"
     else:
-        spice_f = np.array([of_one["f"] for of_one in spice_found])
-        spider = (spice_f + per_metric["CIDEr"][sample]) / 2
-        metrics |= {"SPICE": float(spice_f.mean()), "SPIDEr": float(spider.mean())}
+        of_spice = _spice_values(spice_found, per_metric["CIDEr"][sample])
+        metrics |= {name: float(values.mean()) for name, values in of_spice.items()}
         metrics["SPICE_categories"] = _category_scores(spice_found)
     metrics["sacrebleu"] = _sacrebleu_score(sacrebleu_counts.sum(axis=0))
     metrics["sacrebleu_signature"] = _sacrebleu_signature(sacrebleu, references)
@@ -184,9 +183,7 @@ def score(
         statistics["METEOR"] = meteor_counts
     if spice_found is not None:
         metrics["counts"]["spice_images"] = len(sample)
-        by_sentence = {name: np.array([one[name] for one in spice_found]) for name in TUPLES if name in spice_found[0]}
-        metrics |= {name: float(values.mean()) for name, values in by_sentence.items()}
-        for name, values in {"SPICE": spice_f, "SPIDEr": spider, **by_sentence}.items():
+        for name, values in of_spice.items():
             statistics[name] = np.full(len(images), np.nan)
             statistics[name][sample] = values
     metrics["intervals"] = {}
@@ -281,6 +278,13 @@ def _paragraphs(predictions, references, images: list[str]) -> tuple[list, list]
     tokens = iter(tokens_of(sentence for sentences in flat for sentence in sentences))
     groups = [[[next(tokens) for _ in sentences] for sentences in group] for group in pieces]
     return [group[0] for group in groups], [group[1:] for group in groups]
+
+
+def _spice_values(spice_found: list[dict], cider: np.ndarray) -> dict[str, np.ndarray]:
+    """{metric: (images,)} of SPICE's rows and the same images' CIDEr."""
+    spice_f = np.array([of_one["f"] for of_one in spice_found])
+    by_sentence = {name: np.array([one[name] for one in spice_found]) for name in TUPLES if name in spice_found[0]}
+    return {"SPICE": spice_f, "SPIDEr": (spice_f + cider) / 2, **by_sentence}
 
 
 def _category_scores(found: list[dict]) -> dict[str, float | None]:

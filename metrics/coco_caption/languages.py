@@ -41,6 +41,11 @@ def tokens_of(captions: Iterable[str], language: str = "en") -> list[list[str]]:
     return tokenize(_spaced(text) if language in UNSPACED else text for text in texts)
 
 
+def tokenization(language: str) -> str:
+    """What words captions in a language are compared in, for people."""
+    return "characters" if check_language(language) in UNSPACED else "words of the COCO code"
+
+
 def sacrebleu_tokenizer(language: str) -> str:
     return UNSPACED[language][1] if language in UNSPACED else "13a"
 

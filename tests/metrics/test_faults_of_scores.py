@@ -4,12 +4,17 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
 import tiny
+import tiny_clip
+from PIL import Image
 
 from common.provenance import hide_secrets
 from common.text import json_line, spreadsheet_cell
+from data import images
 from metrics import score
+from metrics.clip_scores import ClipScorer, clip_scores
 from metrics.coco_caption.java import _reason
 from reports.outputs import write_scores
 
@@ -75,3 +80,64 @@ def test_an_empty_reference_is_refused(tmp_path):
     ]
     failed = tiny.run("evaluate.py", *command, "--meteor", "false", "--spice", "false", fails=True)
     assert "a caption of image '1' is empty" in failed.stderr
+
+
+def test_a_picture_is_not_refused_twice_and_large_ones_are_converted_in_strips(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 50)
+    content = io.BytesIO()
+    Image.new("RGB", (10, 10), "red").save(content, "PNG")
+    opened = images.open_image(content.getvalue(), max_pixels=100)  # an endpoint's own limit
+    assert images.open_image(opened).size == (10, 10)
+    with pytest.raises(images.ImageError, match="more than 50"):
+        images.open_image(content.getvalue())
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, high, (31, 40)).astype(np.uint16)) for high in (200, 4000, 65000)]
+    pictures += [Image.fromarray(generator.normal(size=(31, 40)).astype(np.float32))]
+    pictures += [Image.fromarray(generator.integers(0, 256, (31, 40, 4), dtype=np.uint8))]
+    whole = [np.asarray(images._to_rgb(picture)) for picture in pictures]
+    monkeypatch.setattr(images, "_strip", lambda width: 3)
+    for picture, expected in zip(pictures, whole, strict=True):
+        assert np.array_equal(np.asarray(images._to_rgb(picture)), expected), picture.mode
+
+
+def test_long_captions_are_told(caplog, tmp_path):
+    many = {"1": " ".join(["a red dog runs"] * 75), "2": "a cat " * 150}
+    score(many, {"1": ["a dog runs"], "2": ["a cat"]}, meteor=False, spice=False, bootstrap_samples=0)
+    assert "Captions have 300 words on average, references 2" in caplog.text
+    scorer = ClipScorer.load("clip-s", str(tiny_clip.write_clip(tmp_path)))
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    found, _ = clip_scores([scorer], many, {"1": ["a"], "2": ["b"]}, pictures, bootstrap_samples=0, seed=0)
+    assert found["clip_weights"]["CLIP-S"]["cut_captions"] == 2
+    assert f"2 of 2 captions have more than the CLIP's {scorer.max_length} tokens" in caplog.text
+
+
+def test_three_languages_in_one_file(tmp_path):
+    texts = {"en": "a dog runs fast", "de": "ein Hund läuft schnell", "zh": "一只狗在跑"}
+    references = [
+        {"image/key": str(n), **{code: {"caption": [text, text]} for code, text in texts.items()}} for n in range(3)
+    ]
+    predictions = [{"image_id": str(n), **texts, "fr": "un chien"} for n in range(3)]
+    for name, rows in (("r", references), ("p", predictions)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "--predictions",
+        tmp_path / "p.jsonl",
+        "--references",
+        tmp_path / "r.jsonl",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    command += ["--meteor", "false", "--spice", "false", "--bootstrap_samples", 20]
+    tiny.run("evaluate.py", *command, "--languages", "all")
+    result = json.loads((tmp_path / "o/languages.json").read_text())
+    assert list(result["languages"]) == ["en", "de", "zh"]
+    assert {code: row["tokens"] for code, row in result["languages"].items()} == {
+        "en": "words of the COCO code", "de": "words of the COCO code", "zh": "characters",
+    }  # fmt: skip
+    assert result["languages"]["zh"]["Bleu_4"] == pytest.approx(1)
+    assert "METEOR is made for English" in result["languages"]["de"]["unavailable"]["METEOR"]
+    assert result["mean"]["ROUGE_L"]["value"] == pytest.approx(1)
+    assert "| mean of 3 |" in (tmp_path / "o/languages.md").read_text()
+    assert json.loads((tmp_path / "o/zh/coco_metrics.json").read_text())["caption_language"] == "zh"
+    failed = tiny.run("evaluate.py", *command, "--languages", "fr", fails=True)
+    assert "do not both have fr; both have: en, de, zh" in failed.stderr
