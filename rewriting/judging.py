@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from data.caption_files import load_predictions
-from jobs.journal import open_journal, whole_lines, write_row
+from jobs.journal import Journal
 from metrics.coco_caption.coco import resampled_scores
 from metrics.judges import Clair, MultipleChoice, Pairwise
 from rewriting.backends import Job, open_backend
@@ -70,9 +70,8 @@ class Judge:
     def answers(self, prompts: list[str], questions: list) -> list[dict]:
         """The journal's row of each prompt; those that have none are asked."""
         keys = [self.key(prompt) for prompt in prompts]
-        journal = open_journal(self.path)
-        with journal:
-            kept = {row["key"]: row for row in map(json.loads, whole_lines(self.path))}
+        with Journal(self.path) as journal:
+            kept = {row["key"]: row for row in journal.rows}
             first = {key: number for number, key in reversed(list(enumerate(keys))) if key not in kept}
             left = sorted(first.values())
             jobs = (Job(n, keys[n], [], prompts[n], self.llm.tokens.encode(prompts[n])) for n in left)
@@ -84,7 +83,7 @@ class Judge:
                     row = {"key": job.digest, "image_id": questions[job.row].image, "text": outcome.text}
                     row |= {"attempts": outcome.attempts, "tokens": [outcome.tokens_in, outcome.tokens_out]}
                     row |= {"refused": outcome.reason == "server_refused", "time": round(time.time())}
-                    write_row(journal, row)
+                    journal.add(row)
                     kept[job.digest] = row
                     bar.update()
         return [kept[key] for key in keys]
