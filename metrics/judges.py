@@ -70,12 +70,16 @@ def preference(answer: str) -> float | None:
     return {"1": 1.0, "2": 0.0, "tie": 0.5}[named.pop()] if len(named) == 1 else None
 
 
+def _lines(texts: list[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
+
+
 class Clair:
     name, task, worst = "CLAIR", "clair", 0.0
 
     def questions(self, predictions: dict, references: dict) -> list[Question]:
         return [
-            Question(image, {"candidate": predictions[image], "references": list(texts)}, clair_score)
+            Question(image, {"candidate": predictions[image], "references": _lines(texts)}, clair_score)
             for image, texts in references.items()
         ]
 
@@ -133,7 +137,7 @@ class Pairwise:
                 raise UserError(f"judge_against: there is no caption of image {image!r}.")
             pair = predictions[image], self.others[image]
             for first, second, read in ((*pair, preference), (*pair[::-1], _of_the_second)):
-                asked.append(Question(image, {"first": first, "second": second, "references": list(texts)}, read))
+                asked.append(Question(image, {"first": first, "second": second, "references": _lines(texts)}, read))
         return asked
 
     def score(self, values: list[float]) -> float:

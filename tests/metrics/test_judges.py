@@ -97,6 +97,8 @@ def test_captions_are_judged_once_by_a_server_that_errs_and_a_client_killed_thre
 
     def answer(prompt, request):
         assert request["temperature"] == 0
+        number = re.search(r"the dog (\d+) runs", prompt)[1]
+        assert f"- a dog number {number} runs on the grass\n- dog {number} outside\n" in prompt
         with lock:
             drawn = chance.random()
         if drawn < 0.08:
