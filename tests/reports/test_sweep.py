@@ -126,7 +126,7 @@ def test_the_best_setting_is_scored_in_full_and_kept_when_asked(model, dataset, 
     tried = json.loads((out / "sweep_captions.json").read_text())
     predictions = {row["image_id"]: row["caption"] for row in json.loads((out / "predictions.json").read_text())}
     assert tried[sweep["best"]] == {"settings": best["settings"], "captions": predictions}
-    assert "ROUGE_L 0." in result.stderr
+    assert "ROUGE-L 0." in result.stderr
     assert (out / "sweep.png").stat().st_size > 1000
     assert '<section id="sweep"' in (out / "report.html").read_text()
 
