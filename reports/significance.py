@@ -98,7 +98,9 @@ def group_test(groups: tuple[np.ndarray, np.ndarray], means: tuple[np.ndarray, n
     scatter /= (sum(runs) - 2) * (images - 1) * images
     parts.append((max(0.0, of_images - scatter * sum(1 / number for number in runs)), images - 1))
     variance = float(sum(part for part, _ in parts))
-    if not variance:  # all runs of a group are one run
+    if not variance:  # seeds with equal scores: all of the images' spread counts
+        parts, variance = [(of_images, images - 1)], float(of_images)
+    if not variance:  # all images differ alike
         return {"difference": difference, "interval": None, "p": None if difference else 1.0}
     error = math.sqrt(variance)
 
