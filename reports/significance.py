@@ -44,7 +44,7 @@ def paired_tests(differences: dict[str, tuple[float, np.ndarray]], samples: int,
     The bootstrap-t of the mean (Efron and Tibshirani, chapters 12 and 16): how often a resample of the images deviates
     from all of them, measured in its own standard error, as far as the difference does from 0. Its level holds at 20
     images and with skewed scores, where the plain bootstrap finds differences twice as often as it should. p and interval
-    are None below FEWEST_IMAGES images.
+    are None below FEWEST_IMAGES images, and where so few of them differ that more than 5 % of the resamples have none.
     """
     tests, tables = {}, {}
     for metric, (difference, values) in differences.items():
@@ -58,15 +58,18 @@ def paired_tests(differences: dict[str, tuple[float, np.ndarray]], samples: int,
         centred = np.stack(list(table.values()), axis=1)
         sums = resampled_sums(np.concatenate([centred, centred**2], axis=1), samples, seed) / images
         means, squares = np.split(sums, 2, axis=1)
+        variances = squares - means**2
+        variances[variances < 1e-9 * (centred**2).mean(axis=0)] = 0.0  # of equal values: what is there is rounding
         with np.errstate(divide="ignore", invalid="ignore"):
-            deviations = np.nan_to_num(np.abs(means) / np.sqrt(np.maximum(squares - means**2, 0)))
+            deviations = np.nan_to_num(np.abs(means) / np.sqrt(variances), posinf=np.inf)
         spread = centred.std(axis=0)  # of the resamples' kind: divided by n, as theirs are
         for place, metric in enumerate(table):
             test = tests[metric]
-            reach = np.percentile(deviations[:, place], 95) * spread[place]
-            test["interval"] = [test["difference"] - reach, test["difference"] + reach]
-            as_far = (deviations[:, place] * spread[place] >= abs(test["difference"])).sum()
-            test["p"] = float((as_far + 1) / (samples + 1))
+            reach = np.percentile(deviations[:, place], 95, method="higher") * float(spread[place] or np.nan)
+            if np.isfinite(reach):  # else so few images differ that many a resample has none of them
+                test["interval"] = [test["difference"] - reach, test["difference"] + reach]
+                as_far = (deviations[:, place] * spread[place] >= abs(test["difference"])).sum()
+                test["p"] = float((as_far + 1) / (samples + 1))
     return tests
 
 
