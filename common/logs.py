@@ -26,6 +26,7 @@ class JsonLines(logging.Formatter):
 class Lines(logging.StreamHandler):
     def emit(self, record) -> None:
         if not any(noise in record.getMessage() for noise in NOISE):
+            self.stream = sys.stderr  # that of now: a notebook or a test may have replaced it
             if self.stream.isatty():
                 self.stream.write(TERMINAL_LINE)
             super().emit(record)
@@ -38,7 +39,11 @@ def set_up(level: int) -> None:
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
     handler = Lines(sys.stderr)
     handler.setFormatter(JsonLines() if log_format == "json" else formatter)
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    root = logging.getLogger()
+    for earlier in [one for one in root.handlers if isinstance(one, Lines)]:
+        root.removeHandler(earlier)
+    root.addHandler(handler)
+    root.setLevel(level)
     logging.captureWarnings(True)
     for about in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):  # for programmers
         warnings.simplefilter("ignore", about)

@@ -52,7 +52,7 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
     """The entries of a JSON list, read piece by piece."""
     decoder, number = json.JSONDecoder(), 0
     with open_text(file) as content:
-        text = content.read(chunk).lstrip()[1:].lstrip()
+        text, comma = content.read(chunk).lstrip()[1:].lstrip(), ""  # the comma that is still to be read
         while not text.startswith("]"):
             try:
                 entry, end = decoder.raw_decode(text)
@@ -62,10 +62,12 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
                 more = content.read(chunk)
                 if not more:
                     raise DataError(f"{file} entry {number}: not valid JSON: {error.msg}") from None
-                text += more
-                continue
-            yield entry
-            text, number = text[end:].lstrip().removeprefix(",").lstrip(), number + 1
+                text = (text + more).lstrip()
+            else:
+                yield entry
+                text, number, comma = text[end:].lstrip(), number + 1, ","
+            if comma and text.startswith(comma):
+                text, comma = text[1:].lstrip(), ""
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:

@@ -20,6 +20,7 @@ were added: a room's "before" stays.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import itertools
 import json
@@ -33,14 +34,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import cosmic_ray.plugins
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.quality import mutation_tests
 from common.files import write_json
 from common.provenance import environment
+
+with contextlib.suppress(ModuleNotFoundError):  # of an environment of its own: see above
+    import cosmic_ray.plugins
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
 
 FILE = RESULTS / "mutation.json"
 ROOMS = {  # a room's modules, and the folders and files of tests that are recorded for it

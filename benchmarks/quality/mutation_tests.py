@@ -17,8 +17,10 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import coverage
 import pytest
+
+with contextlib.suppress(ModuleNotFoundError):  # as in benchmarks.quality.mutation
+    import coverage
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = {
@@ -215,7 +217,7 @@ def in_fork(tree: Path, work, seconds: float):
     os.waitpid(child, 0)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in (process / "environ").read_text(errors="replace").split("\0"):
+            if mark in (process / "environ").read_text(encoding="utf-8", errors="replace").split("\0"):
                 os.kill(int(process.name), signal.SIGKILL)
     return json.loads(out.read_text(encoding="utf-8")) if out.is_file() else None
 
@@ -252,7 +254,10 @@ def record(tree: Path, file: str, modules: list[str], seconds: float, test_secon
         if name == file or (recorded and recorded["lines"][name])
     }
     if recorded is None:
-        print(f"Not recorded: {file}\n{(tree.parent / 'log').read_text(errors='replace')[-3000:]}", flush=True)
+        print(
+            f"Not recorded: {file}\n{(tree.parent / 'log').read_text(encoding='utf-8', errors='replace')[-3000:]}",
+            flush=True,
+        )
         recorded = {"tests": {}, "fixtures": {}, "lines": {}}
     return recorded | {"hashes": hashes}
 

@@ -61,7 +61,7 @@ def test_evaluation_and_checkpoint_of_an_epoch_are_those_of_a_pass(runs, unbroke
     assert list(whole.logged("eval_loss")) == [4, 7, 10, 12]
     assert {path.name for path in whole.output.glob("checkpoint-*")} <= {f"checkpoint-{n}" for n in (4, 7, 10, 12)}
     assert whole.steps() == unbroken.steps()
-    runs.run("stopped at the end of pass 2", **FLAGS, moment="epoch 2", signal="SIGTERM", code=130)
+    runs.run("stopped at the end of pass 2", **FLAGS, moment="epoch 2", signal="SIGTERM", code=143)
     other, _ = runs.run("stopped at the end of pass 2", **FLAGS)
     assert other.logged("eval_loss") == whole.logged("eval_loss")
     assert other.steps() == whole.steps()
