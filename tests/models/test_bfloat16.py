@@ -57,7 +57,7 @@ def test_on_every_processor_every_script_has_one_precision(named, asked, model_f
     words = [] if asked is None else ["--bf16", str(asked)]
     words = ["--model_name_or_path", model_folder, "--device", "cpu", *words]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words, "--output_dir", str(tmp_path / "out")])
-    model_args, _, generation_args, _, args = parse(EVALUATE_GROUPS)
+    model_args, _, generation_args, _, args, _ = parse(EVALUATE_GROUPS)
     monkeypatch.setattr("sys.argv", ["infer.py", "photo.jpg", *words])
     (tmp_path / "photo.jpg").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
