@@ -52,6 +52,8 @@ def paired_tests(differences: dict[str, tuple[float, np.ndarray]], samples: int,
         tests[metric] = {"difference": float(difference), "interval": None, "p": None}
         if not np.any(values):
             tests[metric] |= {"interval": [0.0, 0.0], "p": 1.0}
+        elif len(values) >= FEWEST_IMAGES and np.ptp(values) < 1e-9 * abs(values[0]):  # all images differ alike
+            tests[metric] |= {"interval": [float(difference)] * 2, "p": 1 / (samples + 1)}
         elif len(values) >= FEWEST_IMAGES:
             tables.setdefault(len(values), {})[metric] = values - values.mean()
     for images, table in tables.items():
@@ -65,7 +67,7 @@ def paired_tests(differences: dict[str, tuple[float, np.ndarray]], samples: int,
         spread = centred.std(axis=0)  # of the resamples' kind: divided by n, as theirs are
         for place, metric in enumerate(table):
             test = tests[metric]
-            reach = np.percentile(deviations[:, place], 95, method="higher") * float(spread[place] or np.nan)
+            reach = np.percentile(deviations[:, place], 95, method="higher") * spread[place]
             if np.isfinite(reach):  # else so few images differ that many a resample has none of them
                 test["interval"] = [test["difference"] - reach, test["difference"] + reach]
                 as_far = (deviations[:, place] * spread[place] >= abs(test["difference"])).sum()

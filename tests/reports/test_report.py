@@ -318,6 +318,10 @@ def test_differences_are_those_of_the_scores_and_the_verdict_says_what_is_real(r
     }
     for metric, test in found["differences"]["good"].items():
         assert test["difference"] == pytest.approx(scores["good"][metric] - scores["bad"][metric], abs=1e-9)
+        if test["p"] is None:  # of the 63 images so few differ that many a resample has none of them
+            assert test["interval"] is None
+            assert not test["real"]
+            continue
         assert test["interval"][0] <= test["difference"] <= test["interval"][1]
         assert test["real"] == (test["p_corrected"] < 0.05)
         assert test["p"] == test["p_corrected"], "two runs are one comparison: nothing to correct"
