@@ -232,7 +232,7 @@ class Checker:
         if letters["LATIN"] < 0.5 * sum(letters.values()) or (len(words(text)) >= 8 and not ENGLISH & tokens):
             return True
         names = {word for caption in inputs if not other_language(set(words(caption))) for word in words(caption)}
-        return other_language(tokens - names, tokens, of_one=True) or accented(tokens - names, tokens)
+        return other_language(tokens - names, tokens, one_is_enough=True) or accented(tokens - names, tokens)
 
 
 def says(wording: re.Pattern, text: str, captions: list[str], following: int = 0) -> bool:
@@ -260,12 +260,12 @@ def headless(text: str, inputs: list[str]) -> bool:
     return not (others and any(f"{first} {others[0]}" in caption for caption in inputs))
 
 
-def other_language(tokens: set[str], every: set[str] | None = None, of_one: bool = False) -> bool:
-    """Whether words are more of another language than of English. `of_one`: one word is enough, where none is English."""
+def other_language(tokens: set[str], every: set[str] | None = None, one_is_enough: bool = False) -> bool:
+    """Whether more of the words are of another language than of English. `one_is_enough`: a single one, if no word is English."""
     every = tokens if every is None else every
     for function_words in FOREIGN:
         others, english = len(tokens & function_words - ENGLISH), len(every & ENGLISH - function_words)
-        if others > english and (others >= 2 or (of_one and not every & ENGLISH)):
+        if others > english and (others >= 2 or (one_is_enough and not every & ENGLISH)):
             return True
     return False
 

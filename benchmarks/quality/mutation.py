@@ -166,7 +166,7 @@ class Worker:
         self.tree, self.pass_without, self.written = folder / "tree", set(), 0
 
     def write(self, module: str, text: str) -> None:
-        """With a time of its own: compiled modules are told apart by it."""
+        """With a modification time of its own, by which Python decides whether a compiled module is out of date."""
         self.written += 10
         (self.tree / module).write_text(text, encoding="utf-8")
         os.utime(self.tree / module, (1e9 + self.written, 1e9 + self.written))
