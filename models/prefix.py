@@ -11,24 +11,20 @@ the first batch of a model; where they differ, or the family cannot do it, that 
 
 import copy
 import inspect
-import logging
-import weakref
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.masking_utils import create_masks_for_generate
 
-from common.sharding import gathered
 from models.decoding import generate
 from models.decoding_step import CACHE
 from models.families import base_model, family_of, is_encoder_decoder, takes
-from models.vision import equal_logits, repeat_images
+from models.vision import equal_logits, equal_once, repeat_images
 
-logger = logging.getLogger(__name__)
 IGNORE = -100
 ATTENTION = ("sdpa", "eager")  # the kinds that take any mask
 TYPES = ("token_type_ids", "mm_token_type_ids")
-_EQUAL = weakref.WeakKeyDictionary()  # model: {comparison: whether a shared prompt gave the same numbers}
+AGAIN = " reads its prompt again for each of an image's captions or beams: the same results, in more time."
 
 
 def may_share(model) -> bool:
@@ -55,7 +51,7 @@ def shares_prompt(model, inputs: dict, times: int, prompt: int) -> bool:
         theirs = base(**repeat_images(base, two, 2), use_cache=False, logits_to_keep=kept).logits[:, :-1]
         return equal_logits(base, ours.float(), theirs[labels[:, prompt:] != IGNORE].float())
 
-    return may_share(model) and _equal(model, "captions", compared)
+    return may_share(model) and equal_once(model, "captions", compared, AGAIN)
 
 
 def shared_logits(model, inputs: dict, times: int, prompt: int, labels: torch.Tensor) -> torch.Tensor:
@@ -139,7 +135,7 @@ def read_prompts(model, inputs: dict, beams: int = 0) -> dict:
 
     if CACHE in inputs:
         return _repeated(inputs, beams)
-    if beams != 1 and may_share(model) and _equal(model, "beams", compared):
+    if beams != 1 and may_share(model) and equal_once(model, "beams", compared, AGAIN):
         read = _read(base_model(model), inputs)
         return _repeated(read, beams) if beams else read
     return inputs
@@ -160,24 +156,3 @@ def _repeated(read: dict, beams: int) -> dict:
     cache = copy.deepcopy(read[CACHE])
     cache.batch_repeat_interleave(beams)
     return {name: read[name] for name in ("input_ids", "attention_mask")} | {CACHE: cache}
-
-
-@torch.no_grad()
-def _equal(model, comparison: str, compared) -> bool:
-    """The answer of `compared`, a function of the model, which is asked once per model."""
-    base = base_model(model)
-    answers = _EQUAL.setdefault(base, {})
-    if comparison not in answers:
-        was_training = base.training
-        base.eval()
-        try:
-            with gathered(model):
-                answers[comparison] = compared(base)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
-            logger.debug("%s cannot share its prompt: %s", type(base).__name__, error)
-            answers[comparison] = False
-        finally:
-            base.train(was_training)
-        if not answers[comparison]:
-            logger.info("%s reads its prompt again for each of an image's %s", type(base).__name__, comparison)
-    return answers[comparison]

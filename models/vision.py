@@ -94,7 +94,28 @@ def encodes_once(model) -> bool:
     return hasattr(model.base_model, "get_image_features") and takes(model, ENCODED)
 
 
-_AGREES = weakref.WeakKeyDictionary()  # model: whether its encoded images gave the logits of its pixels
+_EQUAL = weakref.WeakKeyDictionary()  # model: {comparison: whether a faster way gave the library's numbers}
+
+
+@torch.no_grad()
+def equal_once(model, comparison: str, compare, otherwise: str) -> bool:
+    """The answer of `compare(model)`, asked once per model, without dropout and with all weights of a sharded model. If it is
+    no, or fails, `otherwise` is what the log says."""
+    base = base_model(model)
+    answers = _EQUAL.setdefault(base, {})
+    if comparison not in answers:
+        was_training, reason = base.training, ""
+        base.eval()
+        try:
+            with gathered(model):
+                answers[comparison] = compare(base)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            answers[comparison], reason = False, f" ({error})"
+        finally:
+            base.train(was_training)
+        if not answers[comparison]:
+            logger.warning("%s%s%s", type(base).__name__, otherwise, reason)
+    return answers[comparison]
 
 
 def encode_once(model, inputs: dict, times: int = 1) -> dict:
@@ -109,18 +130,17 @@ def encode_once(model, inputs: dict, times: int = 1) -> dict:
         return inputs
     if takes_encoded(vision_encoder(base)):
         return inputs | {pixels: encode_images(base, inputs[pixels])}
-    if base not in _AGREES:
-        rows = family_of(base.config).text_inputs
-        first = {name: value[::times] if name in rows else value for name, value in inputs.items()}
-        with gathered(model):
-            _AGREES[base] = _agrees(base, first)
-        if not _AGREES[base]:
-            logger.warning(
-                "%s gives other logits for encoded images than for pixels with this release of transformers: images are "
-                "encoded again for every caption, which costs time.",
-                type(base).__name__,
-            )
-    return _encode_for_chat(base, inputs) if _AGREES[base] else inputs
+    rows = family_of(base.config).text_inputs
+    first = {name: value[::times] if name in rows else value for name, value in inputs.items()}
+    otherwise = (
+        " gives other logits for encoded images than for pixels with this release of transformers: images are encoded again "
+        "for every caption, which costs time."
+    )
+    return (
+        _encode_for_chat(base, inputs)
+        if equal_once(model, "images", lambda base: _agrees(base, first), otherwise)
+        else inputs
+    )
 
 
 def _encode_for_chat(model, inputs: dict) -> dict:
@@ -132,23 +152,14 @@ def _encode_for_chat(model, inputs: dict) -> dict:
     return {**others, ENCODED: {"image": type(found)(**kept)}}
 
 
-@torch.no_grad()
 def _agrees(model, inputs: dict) -> bool:
     """Whether two copies of each row of text have the same last logits as that row with the image's pixels."""
     inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "labels"}
     rows = family_of(model.config).text_inputs
-    was_training = model.training
-    model.eval()
-    try:
-        expected = model(**inputs).logits[:, -1].float()
-        encoded = _encode_for_chat(model, inputs)
-        twice = {n: v.repeat_interleave(2, dim=0) if n in rows else v for n, v in encoded.items()}
-        logits = model(**repeat_images(model, twice, 2)).logits[:, -1].float()
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        logger.warning("%s does not take encoded images: %s", type(model).__name__, error)
-        return False
-    finally:
-        model.train(was_training)
+    expected = model(**inputs).logits[:, -1].float()
+    encoded = _encode_for_chat(model, inputs)
+    twice = {n: v.repeat_interleave(2, dim=0) if n in rows else v for n, v in encoded.items()}
+    logits = model(**repeat_images(model, twice, 2)).logits[:, -1].float()
     return equal_logits(model, logits.view(-1, 2, logits.shape[-1]), expected[:, None])
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration, LogitsProces
 
 from captioner import Captioner
 from collator import CaptionCollator, input_size
-from models import prefix, vision
+from models import vision
 from models.decoding import generate
 from models.families import ENCODED, family_of, model_inputs
 from models.loading import ready
@@ -132,7 +132,9 @@ def test_beams_samples_and_sweeps_that_share_a_prompt_are_those_of_the_library(d
         with torch.no_grad():
             last = model.config.get_text_config().vocab_size - 1  # ordinary words: special tokens are at the front
             token_log_probs(model, captioner.training_batch(captioner.encode(batch), [[last, last - 1], [last]] * 3))
-        assert prefix._EQUAL[model] == READ_AGAIN.get(kind, {"captions": True, "beams": True})
+        assert {name: vision._EQUAL[model][name] for name in ("captions", "beams")} == READ_AGAIN.get(
+            kind, {"captions": True, "beams": True}
+        )
     else:
         assert kind not in ("llava", "gemma3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 
@@ -272,7 +274,7 @@ def test_where_encoded_images_change_logits_pixels_are_used_and_it_is_said(caplo
     with torch.no_grad():
         expected = token_log_probs(model, captioner.training_batch(captioner.encode(batch), rows))
         model.__class__ = Deaf
-        vision._AGREES.clear()
+        vision._EQUAL.clear()
         found = token_log_probs(model, captioner.training_batch(captioner.encode(batch), rows))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert "gives other logits for encoded images" in caplog.text
