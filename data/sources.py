@@ -6,7 +6,6 @@ kilobyte per image, and images that lie inside a source stay in its memory-mappe
 
 import itertools
 import logging
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,8 +189,14 @@ class Chosen:
         return [record for split, its in chosen.items() for record in its[: self.max_samples.get(split)]]
 
     def of(self, dataset):
-        chosen = self._of(dataset)
-        return type(dataset)({s: rows.take(self.max_samples.get(s, sys.maxsize)) for s, rows in chosen.items()})
+        return type(dataset)({split: self._first(split, rows) for split, rows in self._of(dataset).items()})
+
+    def _first(self, split: str, rows):
+        count = self.max_samples.get(split)
+        if count is None:
+            return rows
+        # A table's own take() refuses more rows than there are in older versions of datasets.
+        return rows.select(range(min(count, len(rows)))) if isinstance(rows, datasets.Dataset) else rows.take(count)
 
     def _of(self, by_split: dict) -> dict:
         require_splits(self.named, list(by_split), self.source)
