@@ -1,6 +1,7 @@
 """Lines of a log: with date and level, or as JSON; in a terminal never glued to a progress bar."""
 
 import contextlib
+import functools
 import json
 import logging
 import sys
@@ -53,6 +54,12 @@ def set_up(level: int) -> None:
     for client in ("httpx", "httpx2"):  # they log every request
         logging.getLogger(client).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
+
+
+@functools.cache
+def say_once(logger: logging.Logger, message: str, *values) -> None:
+    """A warning that would be said for each file, image or reading."""
+    logger.warning(message, *values)
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,6 @@ which is only assumed of text that looks like it, with a warning.
 """
 
 import codecs
-import functools
 import io
 import json
 import logging
@@ -15,6 +14,7 @@ import re
 from collections.abc import Iterator
 
 from common.errors import DataError
+from common.logs import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ FOREIGN = re.compile(
     rb"[\x00\x81\x8d\x8f\x90\x9d]|[\x80-\xff]{4}|[A-Za-z\xc0-\xff][\xa1-\xa9\xac-\xaf\xb1-\xb3\xb5\xb6\xb8\xb9\xbc-\xbf][A-Za-z\xc0-\xff]"
 )
 
-say_once = functools.cache(logger.warning)
 _warned_inside: list[str] = []  # the text inside another file that a warning named
 
 
@@ -70,7 +69,7 @@ def open_text(path: str | os.PathLike, newline: str | None = None) -> io.TextIOW
     """
     encoding = encoding_of(path)
     if encoding == "cp1252":
-        say_once("%s: not UTF-8, read as Windows-1252. Save it as UTF-8 if letters look wrong", path)
+        say_once(logger, "%s: not UTF-8, read as Windows-1252. Save it as UTF-8 if letters look wrong", path)
     return open(path, encoding=encoding, newline=newline)
 
 

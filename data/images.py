@@ -1,18 +1,17 @@
 """One image value to one correct RGB picture: the only place in the repo that opens images."""
 
-import functools
 import io
 import logging
 import math
 import os
-import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, PngImagePlugin
 
 from common.errors import UserError
 from common.existence import TGA_ENDINGS
+from common.logs import say_once
 from common.remote import is_remote, open_remote
 
 try:
@@ -26,6 +25,8 @@ Image.init()
 if pillow_heif is not None:
     pillow_heif.register_heif_opener()
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` makes it an error
+# Of a PNG's notes, which workflows of image generators fill, Pillow refuses more than a megabyte unpacked.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 100_000_000
 # An explicit list: Pillow would otherwise also open EPS (which runs Ghostscript) and other formats nobody trains on.
 FORMATS = tuple(
     name
@@ -113,11 +114,9 @@ def _content(path: str | os.PathLike) -> bytes:
 def is_image(value) -> bool:
     """Whether a file (a path) or its bytes open as an image, from the first bytes: no pixel is decoded."""
     try:
-        with open(value, "rb") if isinstance(value, str | os.PathLike) else io.BytesIO(value) as file:
-            if file.read(len(PNG_MARK)) == PNG_MARK:
-                return True
-            with Image.open(file, formats=TOLD_BY_CONTENT):  # from the beginning of the file
-                return True
+        file = value if isinstance(value, str | os.PathLike) else io.BytesIO(value)
+        with Image.open(file, formats=TOLD_BY_CONTENT):
+            return True
     except Image.DecompressionBombError:
         return True  # an image that is too large is still one; `open_image` says what is wrong
     except Exception:  # also a dangling link, or no permission to read
@@ -133,31 +132,7 @@ def _open(content: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: the image is too large ({error}). Downscale it or remove it") from None
     except Exception:
-        repaired = _without_notes(bytes(content))
-        if len(repaired) < len(content):
-            return _open(repaired, name)
         raise ImageError(f"{name}: {_not_an_image(content[:12])}") from None
-
-
-PNG_MARK = b"\x89PNG\r\n\x1a\n"
-PNG_TEXTS = (b"iTXt", b"zTXt", b"tEXt", b"iCCP")
-
-
-def _without_notes(content: bytes) -> bytes:
-    """A PNG without the chunks of text and colour profile that Pillow refuses (more than a megabyte unpacked: workflows
-    of image generators, say)."""
-    if not content.startswith(PNG_MARK):
-        return content
-    kept, position = [PNG_MARK], len(PNG_MARK)
-    while position + 12 <= len(content):
-        length, name = struct.unpack(">I4s", content[position : position + 8])
-        chunk = content[position : position + 12 + length]
-        # A small XMP packet may hold the orientation.
-        is_xmp = chunk[8:25] == b"XML:com.adobe.xmp" and length < 65536 and chunk[26:27] == b"\0"
-        if name not in PNG_TEXTS or is_xmp:
-            kept.append(chunk)
-        position += 12 + length
-    return b"".join(kept)
 
 
 def _not_an_image(first: bytes) -> str:
@@ -177,15 +152,16 @@ def _decode(image: Image.Image, name: str, max_pixels: float | None, size) -> Im
             f"{name}: the image is too large ({width} x {height} pixels, more than {max_pixels:,}). "
             "Downscale it, or remove it from the data"
         )
-    wide = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")  # 16 bits per channel
+    halved = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
     try:
-        if size is not None and isinstance(image, ImageFile.ImageFile):
+        if size is not None:
             turned = _orientation(image) >= 5
             image.draft(None, (size[0], size[1]) if turned else (size[1], size[0]))
         image.load()
-        _warn_of_dark(image, name, wide)
         orientation = _orientation(image)  # after loading: Pillow rotates a TIFF itself on loading
         image = _to_rgb(image)
+        if halved:
+            _warn_of_dark(image, name)
         image = image.transpose(UNDO_ORIENTATION[orientation]) if orientation in UNDO_ORIENTATION else image.copy()
         image.info.clear()  # the orientation must not be applied again by whoever opens this picture next
         return image
@@ -194,19 +170,15 @@ def _decode(image: Image.Image, name: str, max_pixels: float | None, size) -> Im
         raise ImageError(f"{name}: {reason} ({error}). Fetch it again or remove it from the data") from None
 
 
-warn_once = functools.cache(logger.warning)
-
-
-def _warn_of_dark(image: Image.Image, name: str, wide: bool) -> None:
+def _warn_of_dark(image: Image.Image, name: str) -> None:
     """Of 16 bits per channel Pillow keeps the upper 8: for 12-bit data that leaves 16 values, nearly black."""
-    channels = {"RGB": 3, "RGBA": 3, "RGBX": 3, "LA": 1}.get(image.mode, 0) if wide else 0
-    if channels:
-        brightest = max(high for _, high in image.getextrema()[:channels])
-        if brightest <= 16:
-            warn_once(
-                f"{name}: 16 bits per channel, and the brightest pixel is {brightest} of 255, so it is seen as nearly black. "
-                "Stretch such files (12-bit data, say) to the full range first. Warned once"
-            )
+    brightest = max(high for _, high in image.getextrema())
+    if brightest <= 16:
+        say_once(
+            logger,
+            f"{name}: 16 bits per channel, and the brightest pixel is {brightest} of 255, so it is seen as nearly black. "
+            "Stretch such files (12-bit data, say) to the full range first. Warned once",
+        )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -237,35 +209,28 @@ def _strip(width: int) -> int:
     return max(1, 4_000_000 // max(1, width))
 
 
+OF_12_BITS = "16-bit files whose values end at 4095 are 12-bit data: they are stretched to that range. Warned once"
+OF_8_BITS = "a 16-bit file uses 8 bits or fewer, so it is seen as nearly black: is it an 8-bit image? Warned once"
+
+
 def _wide_gray(image: Image.Image) -> Image.Image:
     """Gray of 16 or 32 bits or floats -> 8 bits. The scale of 32-bit and float data is not in the file, so it is the
     narrowest of 0-1 (floats only), 0-255 and 0-65535 that holds every value, else the image's own range."""
-    whole = np.asarray(image)
-    rows, lowest = _strip(image.width), 0.0
-
-    def strips():
-        for begin in range(0, len(whole), rows):
-            part = whole[begin : begin + rows].astype(np.float64)
-            yield begin, np.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
-
-    ends = [(float(part.min()), float(part.max())) for _, part in strips()]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    whole = np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(whole.min()), float(whole.max())
+    lowest = 0.0
     if image.mode.startswith("I;16"):
         top = 4095.0 if 255 < high <= 4095 else 65535.0
-        if top == 4095:
-            warn_once(
-                "16-bit files whose values end at 4095 are 12-bit data: they are stretched to that range. Warned once"
-            )
-        elif 0 < high <= 255:
-            warn_once(
-                "a 16-bit file uses 8 bits or fewer, so it is seen as nearly black: is it an 8-bit image? Warned once"
-            )
+        if 0 < high <= 4095:
+            say_once(logger, OF_12_BITS if top == 4095 else OF_8_BITS)
     else:
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         top = next((scale for scale in scales if low >= 0 and high <= scale), None)
         if top is None:
             lowest, top = low, high - low
     gray = np.empty(whole.shape, np.uint8)
-    for begin, part in strips():
+    rows = _strip(image.width)
+    for begin in range(0, len(whole), rows):
+        part = whole[begin : begin + rows].astype(np.float64)
         gray[begin : begin + rows] = np.round((part - lowest) * 255.0 / (top or 1.0))
     return Image.fromarray(gray)

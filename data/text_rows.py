@@ -1,13 +1,13 @@
 """Rows of text files: CSV with any separator, TSV, JSON lines, JSON. Nothing is misread silently: a line is read
 as written, or refused with the file and the line."""
 
+import contextlib
 import csv
-import io
 import itertools
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import DataError
@@ -16,6 +16,8 @@ from common.text import open_text, read_text
 
 SEPARATORS = (",", ";", "\t", "|")
 IMAGE_NAME = re.compile(rf"\.(?:{ENDING})\b", re.IGNORECASE)
+NUMBERED = re.compile(r"[^\W_]*\d[^\W_]*")  # a word with digits
+BEHIND_ENTRY = re.compile(r"\s*(?:,\s*(?=\S)|(?=\]))")
 LONGEST_CELL = 500  # lines of one quoted cell
 
 csv.field_size_limit(1 << 30)  # a cell may hold an image in base64
@@ -52,11 +54,12 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
     """The entries of a JSON list, read piece by piece."""
     decoder, number = json.JSONDecoder(), 0
     with open_text(file) as content:
-        text, comma = content.read(chunk).lstrip()[1:].lstrip(), ""  # the comma that is still to be read
+        text = content.read(chunk).lstrip()[1:].lstrip()
         while not text.startswith("]"):
             try:
                 entry, end = decoder.raw_decode(text)
-                if end == len(text):  # 12 may continue as 123
+                behind = BEHIND_ENTRY.match(text, end)
+                if behind is None:  # 12 may continue as 123
                     raise json.JSONDecodeError("the list has no end", text, end)
             except json.JSONDecodeError as error:
                 more = content.read(chunk)
@@ -65,9 +68,7 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
                 text = (text + more).lstrip()
             else:
                 yield entry
-                text, number, comma = text[end:].lstrip(), number + 1, ","
-            if comma and text.startswith(comma):
-                text, comma = text[1:].lstrip(), ""
+                text, number = text[behind.end() :], number + 1
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:
@@ -89,9 +90,16 @@ def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, 
     `last_takes_rest` extra separators belong to the last cell (Kaggle's captions.txt).
     """
     with open_text(file, newline="") as text:
-        lines = _Lines(text)
-        header, separator = _header(lines, file)
-        for cells, number in _cells(lines, separator, len(header), file):
+        (lines,) = itertools.tee(text, 1)  # which can be looked ahead of
+        header, separator, number = _header(lines, file)
+        for line in lines:
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                cells, lines_behind = _cells(line, lines, separator)
+            except csv.Error:
+                cells, lines_behind = _literal_cells(line, separator, len(header), f"{file} line {number}"), 0
             if last_takes_rest and len(cells) > len(header):
                 cells[len(header) - 1 :] = [separator.join(cells[len(header) - 1 :])]
             if len(cells) > len(header):
@@ -100,103 +108,69 @@ def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, 
             if separator == "|":
                 cells = [cell.strip() for cell in cells]
             yield dict(itertools.zip_longest(header, cells)), f"{file.name} line {number}"
+            number += lines_behind
 
 
-def _header(lines: "_Lines", file: Path) -> tuple[list[str], str]:
-    first = lines.take() or ""
+def _header(lines: Iterator[str], file: Path) -> tuple[list[str], str, int]:
+    """(names, separator, lines read)."""
+    first, number, separators = next(lines, ""), 1, SEPARATORS
     written = re.fullmatch(r"sep=(.)\s*", first)  # Excel's own way to name it
     if written:
-        first = lines.take() or ""
-    parsed = {separator: _parse(first, separator) for separator in (written[1] if written else SEPARATORS)}
-    if not any(parsed.values()):
+        first, number, separators = next(lines, ""), 2, written[1]
+    parsed = {}
+    for separator in separators:
+        with contextlib.suppress(csv.Error):
+            parsed[separator] = next(_reader(first, [], separator))
+    if not parsed:
         raise DataError(f"{file} line 1: the header opens a quote and does not close it")
-    separator = max(parsed, key=lambda separator: len(parsed[separator] or ()))  # on a tie the first: the comma
-    header = [cell.strip() for cell in parsed[separator]]
-    double = next((name for name, number in Counter(header).items() if number > 1), None)
-    if double is not None:
+    separator = max(parsed, key=lambda separator: len(parsed[separator]))  # on a tie the first: the comma
+    header = list(map(str.strip, parsed[separator]))
+    if len(set(header)) < len(header):
+        double = Counter(header).most_common(1)[0][0]
         raise DataError(f"{file} line 1: two columns are called {double!r}. Rename or remove one")
-    return header, separator
+    return header, separator, number
 
 
-class _Lines:
-    """Lines with their numbers, which can be looked at before they are taken."""
-
-    def __init__(self, text):
-        self.text, self.ahead, self.number = iter(text), deque(), 0
-
-    def take(self) -> str | None:
-        self.look(0)
-        self.number += len(self.ahead) > 0
-        return self.ahead.popleft() if self.ahead else None
-
-    def look(self, index: int) -> str | None:
-        self.ahead.extend(itertools.islice(self.text, max(0, index + 1 - len(self.ahead))))
-        return self.ahead[index] if index < len(self.ahead) else None
+def _reader(line: str, behind: Iterable[str], separator: str):
+    """The rows of `line` and what is behind it; white space before a quote is none of the cell."""
+    lines = itertools.chain([line], behind)
+    return csv.reader(lines, delimiter=separator, strict=True, skipinitialspace='"' in line)
 
 
-def _parse(line: str, separator: str) -> list[str] | None:
-    """The cells of a whole row; None if a quote is open at its end, or closed in the middle of a cell."""
-    if '"' not in line:
-        return line.rstrip("\r\n").split(separator)
-    try:
-        rows = list(csv.reader(io.StringIO(line, newline=""), delimiter=separator, strict=True, skipinitialspace=True))
-    except csv.Error:
-        return None
-    return rows[0] if len(rows) == 1 else None
+def _cells(line: str, lines: Iterator[str], separator: str) -> tuple[list[str], int]:
+    """(cells of the row that begins with `line`, how many of `lines` it goes on over, which are taken).
+
+    Raises:
+        csv.Error: a quote is not closed before another row begins, or closed in the middle of a cell.
+    """
+    _, ahead = itertools.tee(lines)
+    signature = _signature(line, separator)
+    same_row = itertools.takewhile(
+        lambda other: separator not in other or _signature(other, separator) != signature, ahead
+    )
+    rows = _reader(line, itertools.islice(same_row, LONGEST_CELL), separator)
+    cells, lines_behind = next(rows), rows.line_num - 1
+    deque(itertools.islice(lines, lines_behind), maxlen=0)
+    return cells, lines_behind
 
 
-def _cells(lines: _Lines, separator: str, width: int, file: Path) -> Iterator[tuple[list[str], int]]:
-    shapes: set[str] = set()
-    while (line := lines.take()) is not None:
-        number = lines.number
-        if not line.strip():
-            continue
-        cells = _parse(line, separator)
-        if cells is None:
-            shapes |= _shapes(line.split(separator))
-            cells = _over_lines(line, lines, separator, shapes)
-        if cells is None:  # not really a quote: literal, if the line alone shows what its cells are
-            cells = line.rstrip("\r\n").split(separator)
-            if len(cells) > 2 == width and IMAGE_NAME.search(cells[0]):
-                cells = [cells[0], separator.join(cells[1:])]
-            if len(cells) != width:
-                raise DataError(
-                    f'{file} line {number}: a quote (") opens here and is not closed, so that it would swallow the '
-                    'rows after it. Close it, or write a quote inside a quoted cell twice ("")'
-                )
-        shapes |= _shapes(cells)
-        if len(shapes) > 1000:
-            shapes = set(list(shapes)[:500])
-        yield cells, number
+def _signature(line: str, separator: str) -> str:
+    """The same for two lines if both are rows: a cell is an image's name, or their first cells are numbered alike, a1-22 and
+    b1-3; else the line itself."""
+    if any(map(IMAGE_NAME.search, line.split(separator))):
+        return "image"
+    first = line.split(separator)[0].strip(' "')
+    return NUMBERED.sub("0", first) if NUMBERED.search(first) and " " not in first else line
 
 
-def _over_lines(line: str, lines: _Lines, separator: str, shapes: set[str]) -> list[str] | None:
-    """The cells of a row whose quoted cell continues over the next lines; None if these are rows of their own."""
-    for index in range(LONGEST_CELL):
-        following = lines.look(index)
-        if following is None or _is_row(following, separator, shapes):
-            return None
-        line += following
-        cells = _parse(line, separator)
-        if cells is not None:
-            for _ in range(index + 1):
-                lines.take()
-            return cells
-    return None
-
-
-def _is_row(line: str, separator: str, shapes: set[str]) -> bool:
+def _literal_cells(line: str, separator: str, width: int, where: str) -> list[str]:
+    """The cells of a line whose quotes are none; DataError where they are not as many as the header has."""
     cells = line.rstrip("\r\n").split(separator)
-    return len(cells) > 1 and bool(_shapes(cells) & shapes)
-
-
-def _shapes(cells: list[str]) -> set[str]:
-    """What the names of images in a row look like, by place: 1000_a1.jpg as "0:0_a.jpg". Other cells say nothing."""
-    shapes = set()
-    for place, cell in enumerate(cells):
-        name = (cell or "").strip().strip('"')
-        if (place == 0 and any(map(str.isdigit, name))) or IMAGE_NAME.search(name):
-            shape = re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", name)).replace("a0", "0").replace("0a", "0")
-            if len(name) < 300 and " " not in shape:
-                shapes.add(f"{place}:{re.sub(r'0+', '0', shape)}")
-    return shapes
+    if width == 2 and IMAGE_NAME.search(cells[0]):
+        cells = line.rstrip("\r\n").split(separator, 1)
+    if len(cells) != width:
+        raise DataError(
+            f'{where}: a quote (") opens here and is not closed, so that it would swallow the '
+            'rows after it. Close it, or write a quote inside a quoted cell twice ("")'
+        )
+    return cells

@@ -4,7 +4,6 @@ A caption's tokens have the same layout in all of them: the prompt, made here, t
 prompt holds the start token, the image's placeholder tokens if a family has them, and the user's words.
 """
 
-import functools
 import inspect
 import logging
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from common.errors import UserError
+from common.logs import say_once
 
 logger = logging.getLogger(__name__)
 ENCODED = "mm_encoder_outputs"  # the library's name for encoded images among a chat model's inputs
@@ -66,22 +66,18 @@ def _chat_texts(processor, words: str) -> tuple[str, str, str]:
     if not found:
         raise UserError("The chat template leaves out the text of an answer: a caption cannot be trained behind it.")
     if not before.startswith(prompt):
-        _warn_once(
+        say_once(
+            logger,
             f"The chat template opens an answer with {before[-24:]!r}, but its generation prompt ends in {prompt[-24:]!r}: "
-            "captions are trained and generated right behind the generation prompt."
+            "captions are trained and generated right behind the generation prompt.",
         )
         return prompt, "", closing
     lead = before.removeprefix(prompt)
     if lead.strip():
-        _warn_once(f"The chat template's generation prompt lacks {lead!r}, which opens an answer: it is added.")
+        say_once(logger, f"The chat template's generation prompt lacks {lead!r}, which opens an answer: it is added.")
         spaces = lead[len(lead.rstrip(" ")) :]
         return before.removesuffix(spaces), spaces, closing
     return prompt, lead, closing
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _chat_prompt(processor, words: str) -> str:
@@ -317,7 +313,7 @@ def family_of(config, where: str = "the model") -> Family:
     if kind in REFUSED:
         raise UserError(f"{where} is of family '{kind}', which cannot caption: {REFUSED[kind]}.")
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        _warn_once(f"Not tested on family '{kind}': its prompt is what its chat template says.")
+        say_once(logger, f"Not tested on family '{kind}': its prompt is what its chat template says.")
         return CHAT
     raise UserError(f"{where} is of family '{kind}'. Known families: {', '.join(sorted(FAMILIES))}.")
 
