@@ -103,19 +103,6 @@ class Seen:
         return {id_: values for id_, *values, earlier in rows if not earlier and values[2] != "test"}
 
 
-class Unrecorded:
-    """A run without record, begun by an earlier version, which drew other splits than this one does."""
-
-    def __init__(self, model: str):
-        self.model = model
-
-    def held_out(self, splits, split: str):
-        raise UserError(
-            f"{self.model} was trained on this source by an earlier version, which recorded no images and drew other splits, "
-            f"so that its {split} split is not known. --score_trained_images scores the split that is drawn now."
-        )
-
-
 UNKNOWN = {"trained_on": None, "validated_on": None}  # the overlap of a model without record
 
 
@@ -151,12 +138,6 @@ def begin(folder: Path, splits, start: str | None, checkpoint: str | None) -> No
         raise UserError(
             f"the data changed since {folder} was begun: {changes}. Restore the data to resume it, or name another "
             "--output_dir."
-        )
-    if checkpoint and not resumed:
-        logger.warning(
-            "%s was begun by an earlier version, which did not record its data: whether they changed is not known, and a "
-            "split that was drawn is drawn in another way now, so that images it was trained on may be scored",
-            folder,
         )
     if earlier := find(start):
         flags = pa.array([True] * len(earlier.table))

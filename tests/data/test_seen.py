@@ -171,13 +171,6 @@ def test_a_run_is_not_resumed_on_other_data_and_the_line_says_what_changed(train
     assert not any(name.encode() in before for name in ("1.png", "picture", "captions.csv"))
 
 
-def test_a_run_of_an_earlier_version_is_told(trained, tmp_path, caplog):
-    table, _, _ = trained
-    (tmp_path / "checkpoint-1").mkdir()
-    seen.begin(tmp_path, data.load(str(table)), "none", str(tmp_path / "checkpoint-1"))
-    assert "begun by an earlier version" in caplog.text
-
-
 def test_of_a_stream_it_is_not_known_which_images_were_trained_on(trained, tmp_path):
     table, _, model = trained
     splits = data.load(str(table))
