@@ -5,7 +5,6 @@
 Rows are streamed; what is written appears complete or not at all, since the caller renames it.
 """
 
-import contextlib
 import csv
 import functools
 import io
@@ -137,8 +136,8 @@ def write_tars(captions: Captions, target: Path) -> None:
     row = next(rows, None)
     for tar in captions.tars:
         base = os.path.basename(tar)
-        with tarfile.open(target / base, "w") as copy, _opened(tar) as opened:
-            for sample in webdataset.samples(tar, captions=False, opened=opened):
+        with tarfile.open(target / base, "w") as copy:
+            for sample in webdataset.samples(tar, captions=False):
                 for member, content in sample["members"]:
                     _add(copy, re.sub(r"\.txt$", ".source.txt", member, flags=re.IGNORECASE), content)
                 name = printable(f"{base}/{sample['image']['path'] if sample['image'] else sample['key']}")
@@ -365,11 +364,6 @@ def _below(image: str, folder: Path) -> str:
             f"{image} is not below {folder}: metadata.jsonl and metadata.csv name images relative to their own folder. "
             "Write the file into the folder of the images"
         ) from None
-
-
-def _opened(place: str):
-    """The binary file at an address, opened; None, in a context, for a path."""
-    return open_remote(place) if is_remote(place) else contextlib.nullcontext()
 
 
 def _content(image) -> bytes:

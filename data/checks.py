@@ -10,7 +10,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
@@ -29,12 +28,16 @@ SKIPPING = "With --skip_bad_samples such samples are left out of training, but n
 SWALLOWED = re.compile(rf"""([^\s,;|"'/\\]+\.(?:{ENDING}))(?:#\d+)?["']?\s*[,;|\t#]""", re.IGNORECASE)
 
 
-def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
+def refuse(message: str) -> None:
+    raise DataError(f"{message}. Correct the file. {SKIPPING}")
+
+
+def clean_captions(captions, where: str, image: str, report: Callable[[str], None] = refuse) -> list[str]:
     """Collapse white space; an empty, blank or non-string caption is an error.
 
     Args:
         captions: the raw captions of one row: a string or a list of strings.
-        report: called with the message instead of raising, for the rows that are to be skipped.
+        report: is called with what is wrong with a caption, which is left out.
     """
     cleaned = []
     for caption in captions if isinstance(captions, list | tuple) else [captions]:
@@ -44,10 +47,7 @@ def clean_captions(captions, where: str, image: str, report=None) -> list[str]:
             cleaned.append(" ".join(caption.split()))
             continue
         fault = "is empty" if is_missing(caption) else f"is {type(caption).__name__}, not text"
-        message = f"{where}: a caption of image {image} {fault} ({caption!r})"
-        if report is None:
-            raise DataError(f"{message}. Correct the file. {SKIPPING}")
-        report(message)
+        report(f"{where}: a caption of image {image} {fault} ({caption!r})")
     return cleaned
 
 
@@ -68,8 +68,8 @@ def drop_missing(records: list[Record], sizes: list, options: Options):
     """Drop records whose image is missing (size None), or raise. Returns the other records and sizes."""
     missing = [record for record, size in zip(records, sizes, strict=True) if size is None]
     unskippable = [record for record in missing if not may_skip(record, options)]
-    if unskippable or (missing and len(missing) == len(records)):
-        first = (unskippable or missing)[0]
+    if unskippable or len(missing) == len(records):
+        first = [*unskippable, *missing][0]
         raise ImageError(
             f"{len(missing)} of {len(records)} images are missing, the first: {described(first)} (named in "
             f"{first.where}). Check --image_dir. {SKIPPING}"
@@ -141,9 +141,7 @@ def cached_array(name: str, version: str, compute: Callable[[], np.ndarray], cac
 
 def version_of_images(rows: datasets.Dataset) -> str:
     """What changes when an image of `rows` does: the table, and each file's path, size and time."""
-    column = pa.chunked_array(
-        [pc.struct_field(chunk, "path") for chunk in rows.data.column("image").chunks], pa.string()
-    )
+    column = pc.struct_field(rows.data.column("image"), "path")
     if rows._indices is not None:
         column = column.take(rows._indices.column(0))
     lines = [rows._fingerprint]
@@ -185,7 +183,7 @@ def _unreadable(
 def check_captions(records: list[Record]) -> None:
     """DataError for captions that are something else: a list written as text, rows that an unclosed quote
     swallowed, the file names of other images. It names the line."""
-    names = {os.path.basename(record.name) for record in records if record.name and "." in record.name}
+    names = {os.path.basename(record.name) for record in records if record.name}
     for record in records:
         itself = os.path.basename(record.name or "")
         for caption in record.captions:
@@ -194,7 +192,7 @@ def check_captions(records: list[Record]) -> None:
                     f"{record.where}: the caption of image {described(record)} is a list written as text inside another: "
                     f"{caption[:80]!r}. Write it as one list of captions"
                 )
-            swallowed = names.intersection(SWALLOWED.findall(caption)) - {itself} if "." in caption else None
+            swallowed = names.intersection(SWALLOWED.findall(caption)) - {itself}
             if swallowed:
                 raise DataError(
                     f"{record.where}: the caption of image {described(record)} holds the name of another image, "

@@ -4,14 +4,11 @@ import ast
 import base64
 import binascii
 import contextlib
-import functools
-import io
 import itertools
 import json
 import logging
 import os
 import re
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,11 +16,11 @@ import numpy as np
 
 from common.errors import DataError
 from common.existence import ENDINGS
+from common.logs import say_once
 from data.images import ImageError, is_image
 from data.rows import Options, Row, split_in, split_name
 
 logger = logging.getLogger(__name__)
-say_once = functools.cache(logger.warning)  # a source may be read more than once
 
 IMAGE_COLUMNS = (
     "image", "img", "image_path", "file_name", "filename", "filepath", "jpg", "jpeg", "png", "webp", "path",
@@ -104,9 +101,9 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
         return [options.caption_column]
     names = (*PREDICTION_COLUMNS, *CAPTION_COLUMNS) if options.predictions else CAPTION_COLUMNS
     present = [name for name in dict.fromkeys(names) if usual.get(name, image) != image]
-    plain, predicted = (set(names).intersection(present) for names in (("caption", "captions"), PREDICTION_COLUMNS))
+    plain, predicted = {"caption", "captions"}.intersection(present), set(PREDICTION_COLUMNS).intersection(present)
     if options.predictions and plain and predicted:
-        both = " or ".join(usual[name] for name in present if name in plain | predicted)
+        both = " or ".join(usual[name] for name in (*sorted(predicted), *sorted(plain)))
         raise DataError(
             f"{source}: the predictions could be {both}. Say which with --caption_column, or remove the others"
         )
@@ -116,6 +113,7 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
     others = [usual[name] for name in (*present, *numbered) if usual[name] not in columns]
     if others:
         say_once(
+            logger,
             "%s: captions are read from %s, not from %s; --caption_column names another",
             *(source, " and ".join(columns), " or ".join(others)),
         )
@@ -132,7 +130,7 @@ def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[st
     columns = [name for name, text in texts.items() if is_file(text)]
     columns = [name for name in columns if usual_name(name) in ID_COLUMNS] or columns
     if len(columns) == 1:
-        say_once("%s: images are named by column %s, whose names are those of files", source, columns[0])
+        say_once(logger, "%s: images are named by column %s, whose names are those of files", source, columns[0])
         return columns[0]
     for name in captions:
         if _image_of_turns(examples[name]) is not None:
@@ -169,7 +167,7 @@ def _split_column(examples: dict, usual: dict, source: str) -> str | None:
     for name in () if column else filter(None, map(usual.get, MAYBE_SPLIT_COLUMNS)):
         if split_in(str(examples[name])) is not None:
             return name
-        say_once("%s: column %s (%.40r) names no splits", source, name, str(examples[name]))
+        say_once(logger, "%s: column %s (%.40r) names no splits", source, name, str(examples[name]))
     return column
 
 
@@ -207,8 +205,7 @@ def is_image_name(value: str) -> bool:
 def captions_of(row: dict, names: list[str], where: str, literal: bool = False) -> list:
     """The raw captions of a row, in one column or several: text, a list, a list or an object written as text, a struct
     with the text in it, a conversation, or WebDataset's json."""
-    values = [(row.get(name), literal and name != "json") for name in names]
-    return [caption for value, inside in values for caption in _captions(value, where, inside)]
+    return [caption for name in names for caption in _captions(row.get(name), where, literal)]
 
 
 def caption_key(value) -> str | None:
@@ -243,39 +240,34 @@ def _answers(turns: list[dict], where: str) -> list:
         )
     value = answers[0].get("value", answers[0].get("content"))
     if isinstance(value, list):
-        value = " ".join(part["text"] for part in value if part.get("text"))
+        value = " ".join(filter(None, (part.get("text") for part in value)))
     return [value]
 
 
 # How a list or an object of strings begins, with any quotes, and a numpy array.
 BEGINS = re.compile(r"""[\[{]\s*(?:[\[({]\s*)*["'\u201c\u2018\u201e]|(?:np\.)?array\(""")
 ARRAY = re.compile(r"\A(?:np\.)?array\((.*?)(?:,\s*dtype=\S+)?\)\Z", re.DOTALL)
+# What Python, numpy and pandas write between the strings of a list, in [] or {}: nothing, in ['a b' 'c'], or missing values.
+STRING = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""", re.DOTALL)
+BETWEEN_STRINGS = re.compile(r"[\[{](?:[\s,]|\bnan\b)*[\]}]")
 
 
 def parse_structure(text: str, where: str):
-    """The list or object that a text holds, as JSON, as Python writes it or as numpy does; None for plain text.
+    """The list, tuple or object that a text holds, as JSON, as Python writes it or as numpy does; None for plain text.
 
     Raises:
         DataError: it begins like a list of strings but is not one.
     """
     text = text.strip()
-    if text[:1] == text[-1:] == '"' and text[1:2] in "[{":  # JSON in JSON
-        inner = _json(text)
-        return parse_structure(inner, where) if isinstance(inner, str) else None
-    if not BEGINS.match(text) and text[:1] + text[-1:] not in ("[]", "()", "{}"):
-        return None
-    value = _json(text)
-    if value is None:
+    value, begins = _json(text), BEGINS.match(text)
+    if isinstance(value, str):  # JSON in JSON
+        return parse_structure(value, where)
+    if value is None and (begins or text[:1] + text[-1:] in ("[]", "()", "{}")):
         value = _python_literal(text)
-    if isinstance(value, tuple):
-        value = list(value)
-    if isinstance(value, dict) or (
-        isinstance(value, list) and all(isinstance(i, str | list | tuple | dict) for i in value)
-    ):
-        return value
-    if value is None and BEGINS.match(text):
+    if value is None and begins:
         raise DataError(f"{where}: the caption begins like a list but cannot be read as one: {text[:80]!r}")
-    return None
+    is_list = isinstance(value, list | tuple) and all(isinstance(item, str | list | tuple | dict) for item in value)
+    return value if is_list or isinstance(value, dict) else None
 
 
 def _json(text: str):
@@ -286,23 +278,11 @@ def _json(text: str):
 
 def _python_literal(text: str):
     text = ARRAY.sub(r"\1", text)
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
-        strings = _strings(text) if text[:1] + text[-1:] in ("[]", "{}") else None
-        return ast.literal_eval(text) if strings is None else strings
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        if BETWEEN_STRINGS.fullmatch(STRING.sub("", text)):  # Python would read ['a b' 'c'] as one text
+            return list(map(ast.literal_eval, STRING.findall(text)))
+        return ast.literal_eval(text)
     return None
-
-
-def _strings(text: str) -> list[str] | None:
-    """The strings of a list or set, in its order, as numpy and pandas write it, too: ['a b' 'c'], which Python would read as
-    one text. None if it holds anything else, but missing values."""
-    tokens = tokenize.generate_tokens(io.StringIO(f"({text[1:-1]})").readline)
-    meaningful = [
-        token for token in tokens if token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
-    ]
-    items = [token for token in meaningful[1:-1] if token.string not in (",", "nan")]
-    if any(item.type != tokenize.STRING for item in items):
-        return None
-    return [ast.literal_eval(item.string) for item in items]
 
 
 def image_in(value, where: str, column: str, captions=(), address: bool = False):
@@ -312,7 +292,7 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
         captions: the columns of captions, for what to do about a table of addresses.
         address: whether an address may stand for the image, since nobody looks at it.
     """
-    if isinstance(value, str) and value[:1] in "[{":
+    if isinstance(value, str):
         value = parse_structure(value, where) or value
     value = _image_of_turns(value) or value
     if isinstance(value, (list, tuple)):
@@ -337,21 +317,19 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
 
 def _image_of_turns(turns):
     """The image inside a conversation: {"type": "image_url", "image_url": {"url": data}} or {"type": "image", "image": path}."""
-    parts = [part for turn in turns for part in _parts(turn)] if isinstance(turns, list) else []
-    images = [part.get("image") or (part.get("image_url") or {}).get("url") for part in parts]
-    return next(filter(None, images), None)
-
-
-def _parts(turn) -> list[dict]:
-    content = turn.get("content") if isinstance(turn, dict) else None
-    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    if isinstance(turns, list):
+        return next(filter(None, map(_image_of_turns, turns)), None)
+    if isinstance(turns, dict):
+        address = (turns.get("image_url") or {}).get("url")
+        return address or turns.get("image") or _image_of_turns(turns.get("content"))
+    return None
 
 
 def from_base64(value: str) -> bytes | None:
     """The bytes of an image in base64 (also URL-safe, or as a data: address); None if it is something else."""
     if len(value) < 64 or not BASE64_IMAGE.match(value):
         return None
-    text = re.sub(r"\s+", "", value.split(",", 1)[1] if value.startswith("data:") else value)
+    text = re.sub(r"\s+", "", value.rpartition(",")[2])
     text = text.translate(str.maketrans("-_", "+/"))
     with contextlib.suppress(binascii.Error, ValueError):
         content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

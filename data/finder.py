@@ -21,6 +21,16 @@ IMAGE_FOLDERS = (
     "images",
     "flickr30k-images",
     "flickr30k_images",
+    "train2014",
+    "val2014",
+    # Archives of Kaggle nest folders.
+    "Flicker8k_Dataset/Flicker8k_Dataset",
+    "Flickr8k_Dataset/Flickr8k_Dataset",
+    "Flickr8k_Dataset/Flicker8k_Dataset",
+    "Images/Images",
+    "images/images",
+    "flickr30k-images/flickr30k-images",
+    "flickr30k_images/flickr30k_images",
 )
 MOST_FILES = 3_000_000  # that are searched below a folder for a name that is nowhere else
 
@@ -93,7 +103,7 @@ class Finder:
         candidates = [path for path in candidates if os.path.realpath(path) not in self.named]
         for length in range(2, len(parts) + 1):  # as much of the name as distinguishes the files
             narrower = [path for path in candidates if _key(path).split("/")[-length:] == parts[-length:]]
-            candidates = narrower if len(candidates) > 1 and narrower else candidates
+            candidates = narrower or candidates
         return candidates
 
     def _search(self) -> None:
@@ -119,8 +129,8 @@ def folders_beside(file: Path) -> tuple[str, ...]:
     named = re.findall(r"(?:train|val|test)(?:2014|2015|2017)?", file.stem)
     roots = [file.parent, file.parent / "images", file.parent.parent, file.parent.parent / "images"]
     folders = [root / folder for folder in ["", *named] for root in roots]
-    folders += [root / folder for root in roots for folder in (*IMAGE_FOLDERS[1:], "train2014", "val2014")]
-    return tuple(dict.fromkeys(map(str, folders)))
+    folders += [root / folder for root in roots for folder in IMAGE_FOLDERS]
+    return tuple(dict.fromkeys(map(str, filter(Path.is_dir, folders))))
 
 
 def forms(name: str) -> list[str]:

@@ -53,7 +53,7 @@ class Source:
 
     def read(self, part: Part, **limits) -> Iterator[Row]:
         """The rows of a part, located."""
-        find = self.finder(part)
+        find = self.finder(part.folders)
         return self.located(self._rows(part, find, **limits), find)
 
     def _rows(self, part: Part, find: Callable, **limits) -> Iterator[Row]:
@@ -74,9 +74,10 @@ class Source:
                     row.image = error
             yield row
 
-    def finder(self, part: Part | None = None) -> Callable[[str], str]:
-        folders = part.folders if part is not None and part.folders else (self.root,)
-        return Finder((self.options.image_dir,) if self.options.image_dir else folders, self.names)
+    def finder(self, folders: tuple[str, ...]) -> Callable[[str], str]:
+        """Of images in --image_dir, else in these folders, else beside the source."""
+        options = self.options
+        return Finder((options.image_dir,) if options.image_dir else folders or (self.root,), self.names)
 
     def names(self) -> Iterator[str]:
         """What the source calls its images, as it is written there."""

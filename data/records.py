@@ -20,7 +20,7 @@ import xxhash
 
 from common.errors import DataError
 from common.processes import in_threads
-from data.checks import clean_captions, may_skip
+from data.checks import clean_captions, may_skip, refuse
 from data.columns import is_missing
 from data.images import ImageError
 from data.rows import SPLITS, Options, Record, Row
@@ -38,13 +38,12 @@ def merge(rows, options: Options) -> list[Record]:
     of_lines = []  # rows whose captions span several lines
     for row in rows:
         captions = captions_of_row(row, options)
-        if any("\n" in caption.strip() for caption in row.captions if isinstance(caption, str)):
+        if any("\n" in str(caption).strip() for caption in row.captions):
             of_lines.append(row.where)
         if not captions:
             continue
         path = os.path.abspath(row.image) if isinstance(row.image, str) else row.image
-        key = row.key if isinstance(path, str) else None
-        new = Record(row.where, path, [], key, row.name, row.image_id, row.split, row.extras)
+        new = Record(row.where, path, [], row.key, row.name, row.image_id, row.split, row.extras)
         record = records.setdefault(path, new)
         if record.split != row.split:
             raise DataError(
@@ -67,7 +66,7 @@ def captions_of_row(row: Row, options: Options) -> list[str]:
     """Clean captions; none of a row that is left out."""
     image = row.name or str(row.image)
     unclear = isinstance(row.image, ImageError)
-    report = None
+    report = refuse
     if may_skip(row, options):
         name = "unclear or absent images" if unclear else "bad captions"
         report = functools.partial(options.drop, name, row.image_id or image, image)
@@ -75,7 +74,7 @@ def captions_of_row(row: Row, options: Options) -> list[str]:
         captions = clean_captions(row.captions or [None], row.where, image, report)
         options.dropped.update({} if captions else {"images without captions": 1})
         return captions
-    if report is None:
+    if report is refuse:
         raise DataError(f"{row.where}: {row.image}")
     report(str(row.image))
     return []
@@ -117,7 +116,7 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
         try:
             content = [bytes(read(images[index], start, stop)) for start, stop in parts]
         except OSError:  # `check_images` finds it, and says so
-            return index
+            return index.to_bytes(16, "big")
         return xxhash.xxh3_128_digest(b"".join(content))
 
     def pieces(index):
@@ -127,15 +126,17 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
     def whole(index):
         return digest(index, [(0, sizes[index])])
 
-    # Empty files are not images, let alone the same one.
-    keys = {index: size for index, size in enumerate(sizes) if size > 0}
+    keys = np.array(sizes, np.int64)
+    indices = np.flatnonzero(keys)  # empty files are not images, let alone the same one
+    keys = keys[indices]
     for look in (pieces, whole):
-        number = Counter(keys.values())
-        shared = [index for index, key in keys.items() if number[key] > 1]
-        keys = {i: (sizes[i], value) for i, value in zip(shared, in_threads(look, shared, 16), strict=True)}
-    first: dict = {}
-    same_as = {index: first.setdefault(key, index) for index, key in keys.items()}
-    return [same_as.get(index, index) for index in range(len(sizes))]
+        _, same, number = np.unique(keys, return_inverse=True, return_counts=True)
+        indices = indices[number[same] > 1]
+        keys = np.array(in_threads(look, indices.tolist(), 16), "S16")
+    _, first, same = np.unique(keys, return_index=True, return_inverse=True)
+    same_as = np.arange(len(sizes))
+    same_as[indices] = indices[first[same]]
+    return same_as.tolist()
 
 
 def read_file(path, start: int, stop: int) -> bytes:
@@ -213,11 +214,9 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
             selection of its (memory-mapped) rows.
     """
     full = _dataset_of_files(records) if table is None else _with_ids_and_captions(table, records)
-    rows = range(len(records)) if table is None else [record.image for record in records]
-    rows_of = {
-        split: [row for row, record in zip(rows, records, strict=True) if record.split == split] for split in SPLITS
-    }
-    return datasets.DatasetDict({split: full.select(indices) for split, indices in rows_of.items() if indices})
+    rows = np.arange(len(records)) if table is None else np.array([record.image for record in records])
+    splits = np.array([record.split for record in records])
+    return datasets.DatasetDict({split: full.select(rows[splits == split]) for split in SPLITS if split in splits})
 
 
 def _dataset_of_files(records: list[Record]) -> datasets.Dataset:
@@ -264,19 +263,14 @@ def table_images(table: datasets.Dataset):
 
     Reads offsets and names only; `read` gives a zero-copy view of the memory-mapped bytes.
     """
-    chunks, sizes, names, starts = [], [], [], [0]
-    for chunk in table.data.column("image").chunks:
-        content, path = (pc.struct_field(chunk, name) for name in ("bytes", "path"))  # null where the image is
-        chunks.append(content)
-        sizes += pc.binary_length(content).to_pylist()
-        names += path.to_pylist()
-        starts.append(starts[-1] + len(chunk))
+    images = table.data.column("image")
+    content = pc.struct_field(images, "bytes")  # null where the image is
+    names = [None if name is None else os.path.basename(name) for name in pc.struct_field(images, "path").to_pylist()]
 
     def read(index, start, stop):
-        chunk = np.searchsorted(starts, index, side="right") - 1
-        return memoryview(chunks[chunk][index - starts[chunk]].as_buffer())[start:stop]
+        return memoryview(content[index].as_buffer())[start:stop]
 
-    return sizes, [None if name is None else os.path.basename(name) for name in names], read
+    return pc.binary_length(content).to_pylist(), names, read
 
 
 def fingerprint(dataset) -> str | None:

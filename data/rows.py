@@ -82,6 +82,11 @@ class Part:
     table: object = field(default=None, compare=False, repr=False)  # of `datasets`, streamed, where it is one
 
 
+def scalars(row: dict) -> dict:
+    """What is one text or number in a row."""
+    return {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+
+
 def no_file(name: str) -> bool:
     return False
 

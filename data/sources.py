@@ -184,8 +184,9 @@ class Chosen:
                 raise DataError(f"there is no split {split!r}. Splits are called {', '.join(SPLITS)}")
 
     def records(self, records: list[Record]) -> list[Record]:
-        of_split = {split: [record for record in records if record.split == split] for split in SPLITS}
-        chosen = self._of({split: of_split[split] for split in SPLITS if of_split[split]})
+        in_order = sorted(records, key=lambda record: SPLITS.index(record.split))
+        groups = itertools.groupby(in_order, lambda record: record.split)
+        chosen = self._of({split: list(its) for split, its in groups})
         return [record for split, its in chosen.items() for record in its[: self.max_samples.get(split)]]
 
     def of(self, dataset):
@@ -256,8 +257,10 @@ def _rows_of(tables: dict, source: Source, draw_splits_from: str | None):
         _, tables = open_rows(source, source.name, draw_splits_from)
     if _is_karpathy(tables):
         rows = karpathy.rows_of(itertools.chain.from_iterable(tables.values()), source.name)
-        return source.located(rows, Finder(karpathy.image_folders(Path(source.root), source.options))), None
-    find = source.finder(source.parts[0] if hasattr(source.format, "parts") else None)
+        return source.located(
+            rows, Finder(karpathy.image_folders(Path(source.root, source.path.name), source.options))
+        ), None
+    find = source.finder(source.parts[0].folders if hasattr(source.format, "parts") else ())
     rows, table = indexed_rows(tables, source.looking(find))
     return source.located(rows, find), table
 

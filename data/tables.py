@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import DataError
 from data import records as rec
-from data.checks import clean_captions
+from data.checks import clean_captions, refuse
 from data.columns import Columns, find_columns, from_base64, image_in, row_of
 from data.rows import SPLIT_NAMES, Options, Part, Row, key_of
 from data.splits import drawn_splits, place_of, split_at
@@ -27,9 +27,7 @@ TEXT = datasets.Value("string")
 
 def local_files(path: Path, endings: tuple = (".parquet",)) -> list[Path]:
     """The files of a folder and below, a file, or a pattern of files."""
-    files = (
-        files_below(path, endings) if path.is_dir() else [Path(name) for name in glob.glob(str(path), recursive=True)]
-    )
+    files = files_below(path, endings) if path.is_dir() else list(map(Path, glob.glob(str(path), recursive=True)))
     files = [file for file in files if not file.name.startswith(("_", "."))] or files
     if not files:
         raise DataError(f"{path}: no {endings[0][1:]} file matches")
@@ -174,10 +172,10 @@ def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], dataset
         return table_rows(table, columns, splits, options, "the data set"), None
     table = table.remove_columns(list({"image", "captions"} & {*table.column_names} - {*columns.used}))
     table = with_images(table, columns.image)
-    table = table.rename_column(columns.image, "image") if columns.image != "image" else table
+    table = table.rename_columns({columns.image: "image"})
     columns = dataclasses.replace(columns, image="image")
     sizes, names, _ = rec.table_images(table)
-    if not any(size is not None for size in sizes):
+    if set(sizes) <= {None}:
         return table_rows(table, columns, splits, options, "the data set"), None
     used = {*columns.used, "split"} & {*table.column_names} - {"image"}
     texts = table.select_columns([name for name in table.column_names if name in {*used, options.group_column}])
@@ -235,7 +233,7 @@ def stream_records(
         IterableDatasetDict; its shards are those of the source, so that workers and processes share them.
     """
     official = "test" in tables
-    table_of = {all_as: "train"} if set(tables) == {"train"} and all_as else {split: split for split in tables}
+    table_of = {all_as: "train"} if set(tables) == {"train"} and all_as else dict(zip(tables, tables, strict=True))
     drawn = drawn_splits(shares, official) if set(tables) <= {"train", "test"} and "train" in table_of else []
     table_of |= dict.fromkeys(drawn, "train")
     streams = {}
@@ -283,7 +281,7 @@ def stream_split(
     Args:
         drawn: (split, seed, shares, whether test is official) of a split that is drawn.
     """
-    report = (lambda message: None) if skip_bad_samples else None
+    report = (lambda message: None) if skip_bad_samples else refuse
     for shard in shards:
         rows = table_rows(shard, columns, itertools.repeat(table_split), Options(), table_split)
         for key, group in itertools.groupby(rows, lambda row: key_of(row.image, None, root) or ""):

@@ -104,7 +104,7 @@ def holds_images(source: reader.Source, examples: dict, features) -> bool:
     """Whether the rows of a table have images, as data.load finds them, and not their addresses."""
     images = tuple(column for column in features or () if isinstance(features[column], datasets.Image))
     try:
-        options = source.looking(source.finder(source.parts[0]))
+        options = source.looking(source.finder(source.parts[0].folders))
         image = examples[find_columns(examples, options, source.name, images).image]
     except DataError:
         return False

@@ -15,7 +15,7 @@ from common.errors import DataError
 from common.text import read_text
 from data.columns import as_id, caption_key, object_rows
 from data.finder import folders_beside
-from data.rows import SPLIT_NAMES, Options, Part, Row, split_in
+from data.rows import SPLIT_NAMES, Options, Part, Row, scalars, split_in
 from data.text_rows import ENDINGS, LINES, TABLES, first_character, jsonl_rows, read_json, table_objects
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def lists_in(content, file: Path) -> dict[str | None, list]:
         return {None: next(iter(lists.values()))}
     if lists and {name.lower() for name in lists} <= SPLIT_NAMES.keys():
         return {SPLIT_NAMES[name.lower()]: value for name, value in lists.items()}
-    if content and all(map(is_captions, content.values())):
+    if all(map(is_captions, content.values())):
         return {None: [entry_of(name, value) for name, value in content.items()]}
     raise DataError(
         f"{file}: an object with the keys {', '.join(list(content)[:8])}. Expected a list of objects, or "
@@ -141,7 +141,6 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
         if image_id not in captions and options.captions:
             options.dropped["images without captions"] += 1
             continue
-        scalars = {key: value for key, value in image.items() if not isinstance(value, dict | list)}
         yield Row(
             f"{file.name} image {image_id}",
             name or image_id,
@@ -149,7 +148,7 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
             name=name,
             image_id=image_id,
             split=SPLIT_NAMES.get(str(image.get("split")).lower(), split),
-            columns={"image": name, **scalars},
+            columns={"image": name, **scalars(image)},
             used=("image", *(image.keys() - EXTRAS)),
         )
     if captions.keys() - names.keys():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.text import open_text, read_text
-from data.finder import IMAGE_FOLDERS
+from data.finder import folders_beside
 from data.rows import Options, Part, Row
 from data.text_rows import csv_rows
 
@@ -31,11 +31,7 @@ def parts(path: Path, options: Options) -> list[Part]:
     file = captions_file(path)
     if file is None:
         raise DataError(f"{path}: neither Flickr8k.token.txt nor captions.txt is there")
-    roots = [file.parent, file.parent.parent] if path.is_file() or file.parent != path else [path]
-    folders = [Path(root, folder) for root in roots for folder in IMAGE_FOLDERS]
-    folders += [folder / folder.name for folder in folders]  # Kaggle archives nest a folder in one of the same name
-    folders += [root / "Flickr8k_Dataset" / "Flicker8k_Dataset" for root in roots]
-    return [Part(NAME, str(file), folders=tuple(map(str, folders)))]
+    return [Part(NAME, str(file), folders=folders_beside(file))]
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:

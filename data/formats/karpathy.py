@@ -19,8 +19,8 @@ from common.errors import DataError
 from common.files import whole
 from common.processes import show_progress
 from data.columns import captions_of
-from data.finder import IMAGE_FOLDERS
-from data.rows import Options, Part, Record, Row, split_name
+from data.finder import folders_beside
+from data.rows import Options, Part, Record, Row, scalars, split_name
 from data.text_rows import read_json
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ def parts(path: Path, options: Options) -> list[Part]:
         if len(files) != 1:
             raise DataError(f"{path}: {len(files)} files are called dataset_*.json. Give the path of the one to load")
         file = files[0]
-    return [Part(NAME, str(file), folders=image_folders(file.parent, options))]
+    return [Part(NAME, str(file), folders=image_folders(file, options))]
 
 
-def image_folders(base: Path, options: Options) -> tuple[str, ...]:
+def image_folders(file: Path, options: Options) -> tuple[str, ...]:
     """Where the images of COCO, Flickr8k, Flickr30k or RSICD are, and the cache that missing ones of COCO are fetched into."""
-    roots = [Path(options.image_dir)] if options.image_dir else [base / folder for folder in IMAGE_FOLDERS]
-    return tuple(map(str, [*roots, cache_folder(options.cache_dir) / "coco"]))
+    folders = [options.image_dir] if options.image_dir else folders_beside(file)
+    return (*folders, str(cache_folder(options.cache_dir) / "coco"))
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:
@@ -81,7 +81,7 @@ def rows_of(rows: Iterable[dict], name: str) -> Iterator[Row]:
             name=row["filename"],
             image_id=None if image_id is None else str(image_id),
             split=split_name(row["split"], where),
-            columns={key: value for key, value in row.items() if not isinstance(value, dict | list)},
+            columns=scalars(row),
             used=("filename", *row),
         )
 

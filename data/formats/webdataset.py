@@ -1,7 +1,6 @@
 """WebDataset: tar files in which files of the same name, extensions aside, form a sample: an image of any kind, and its
 caption in a .txt, .caption or .json file."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from common.remote import is_remote, open_remote
 from common.text import decode
 from data.columns import caption_key
 from data.images import ImageError, is_image
-from data.rows import Options, Part, Row, split_of_file
+from data.rows import Options, Part, Row, scalars, split_of_file
 from data.tables import IMAGE, TEXT, loading, local_files
 from data.walk import files_below
 
@@ -70,37 +69,34 @@ def count_faults(shards: list, options: Options) -> None:
 def table_rows(shards: list, skip_bad_samples: bool, columns: tuple) -> Iterator[dict]:
     for tar, _ in shards:
         for sample in samples(tar):
-            if sample["fault"] and not skip_bad_samples:
-                raise DataError(f"{sample['fault']}. With --skip_bad_samples such samples are left out of training")
             if not sample["fault"]:
-                texts = {name: str(value) for name, value in sample["inner"].items() if value is not None}
-                texts |= {"__key__": sample["key"], "__url__": tar, "json": sample["json"]}
-                row = texts | {"image": sample["image"], "captions": sample["captions"]}
+                row = {name: None if value is None else str(value) for name, value in sample["inner"].items()}
+                row |= {"__key__": sample["key"], "__url__": tar}
+                row |= {name: sample[name] for name in ("image", "captions", "json")}
                 yield {name: row.get(name) for name in columns}
+            elif not skip_bad_samples:
+                raise DataError(f"{sample['fault']}. With --skip_bad_samples such samples are left out of training")
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:
-    with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(open_remote(part.place)) if is_remote(part.place) else None
-        for sample in samples(part.place, captions=options.captions, opened=opened):
-            image = sample["image"] or ImageError(sample["fault"])
-            name = image["path"] if isinstance(image, dict) else sample["key"]
-            columns = {k: v for k, v in sample["inner"].items() if not isinstance(v, dict | list)}
-            yield Row(sample["where"], image, sample["captions"], name=name, split=part.split, columns=columns)
+    for sample in samples(part.place, captions=options.captions):
+        image = sample["image"] or ImageError(sample["fault"])
+        name = image["path"] if isinstance(image, dict) else sample["key"]
+        columns = scalars(sample["inner"])
+        yield Row(sample["where"], image, sample["captions"], name=name, split=part.split, columns=columns)
 
 
-def samples(tar: str, captions: bool = True, opened=None) -> Iterator[dict]:
-    """The samples of a tar file in order, read as a stream.
+def samples(tar: str, captions: bool = True) -> Iterator[dict]:
+    """The samples of a tar file, a path or an address, in order, read as a stream.
 
     Args:
         captions: whether a sample without one is faulty.
-        opened: the tar file as an open binary file, if it is not local.
 
     Returns:
         {"key", "where", "image" ({"path", "bytes"} or None), "captions", "json" (text or None), "inner" (its object), "fault"
         (None or what is missing), "members" ([(name, bytes)])} for each.
     """
-    for key, members in itertools.groupby(members_of(tar, opened), lambda member: stem_of(member[0])):
+    for key, members in itertools.groupby(members_of(tar), lambda member: stem_of(member[0])):
         yield _sample(key, list(members), os.path.basename(tar), captions)
 
 
@@ -109,43 +105,42 @@ def stem_of(member: str) -> str:
     return folder + slash + base.split(".", 1)[0]
 
 
-def members_of(tar: str, opened=None) -> Iterator[tuple[str, bytes]]:
+def members_of(tar: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of each file in a tar, except what macOS adds.
 
     Raises:
         DataError: the tar is broken or cut off; it names the last intact file.
     """
-    last = None
-    try:
-        with tarfile.open(tar if opened is None else None, "r|*", fileobj=opened) as archive:
-            for member in archive:
-                base = member.name.rpartition("/")[2]
-                if not member.isfile() or base.startswith("._") or "__MACOSX" in member.name.split("/"):
-                    continue
-                content = archive.extractfile(member).read()
-                if len(content) != member.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                yield member.name.removeprefix("./"), content
-                last = member.name
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        after = f" after {last}" if last else ""
-        raise DataError(f"{tar}: the tar file is broken or cut off{after} ({error}). Fetch it again") from None
+    after = ""
+    with open_remote(tar) if is_remote(tar) else open(tar, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|*") as archive:
+                for member in archive:
+                    base = member.name.rpartition("/")[2]
+                    if not member.isfile() or base.startswith("._") or "__MACOSX" in member.name.split("/"):
+                        continue
+                    content = archive.extractfile(member).read()
+                    if len(content) != member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    yield member.name.removeprefix("./"), content
+                    after = f" after {member.name}"
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise DataError(f"{tar}: the tar file is broken or cut off{after} ({error}). Fetch it again") from None
 
 
 def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     where = f"{tar} sample {key}"
     by_ending = {name.rpartition("/")[2].partition(".")[2].lower(): (name, content) for name, content in members}
-    image = next((member for ending, member in by_ending.items() if _holds_image(ending, member[1])), None)
-    text = next((by_ending[ending][1] for ending in TEXTS if ending in by_ending), None)
+    images = (member for ending, member in by_ending.items() if _holds_image(ending, member[1]))
+    image = next(({"path": name, "bytes": content} for name, content in images), None)
+    text = next(filter(None, map(by_ending.get, TEXTS)), None)
     raw = decode(by_ending["json"][1], where) if "json" in by_ending else None
     try:
         inner = json.loads(raw or "{}")
     except ValueError as error:
         raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
     inner = inner if isinstance(inner, dict) else {}
-    caption = inner.get(caption_key(inner)) if text is None else decode(text, where)
+    caption = inner.get(caption_key(inner)) if text is None else decode(text[1], where)
     fault, names = None, ", ".join(name for name, _ in members)
     if image is None:
         fault = f"{where}: has no image, only {names}"
@@ -156,7 +151,7 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     return {
         "key": key,
         "where": where,
-        "image": None if image is None else {"path": image[0], "bytes": image[1]},
+        "image": image,
         "captions": caption if isinstance(caption, list) else [caption],
         "json": raw,
         "inner": inner,
