@@ -629,7 +629,7 @@ def test_charts_in_files_and_in_the_report_have_the_same_colours():
 
 def test_a_report_without_pictures_says_so(runs):
     page = (runs / "good/report.html").read_text()
-    assert "Without pictures: none were given." in page
+    assert "Without pictures: none were given; --image_dir names their folder." in page
     assert '<script type="application/json" id="thumbnails">{}</script>' in page
     assert page.count("<img") == 0
 
