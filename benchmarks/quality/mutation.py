@@ -47,8 +47,14 @@ with contextlib.suppress(ModuleNotFoundError):  # of an environment of its own: 
 FILE = RESULTS / "mutation.json"
 ROOMS = {  # a room's modules, and the folders and files of tests that are recorded for it
     "objectives": (["objectives"], ["objectives", "models/test_collator.py"]),
-    "collator": (["collator.py"], ["models/test_collator.py", "models/test_pixels.py", "training/test_lengths.py"]),
-    "captioner": (["captioner.py"], ["models/test_captioner.py", "models/test_decoding.py", "reports/test_sweep.py"]),
+    "collator": (
+        ["collator.py"],
+        ["models/test_collator.py", "models/test_pixels.py", "models/test_families.py", "training/test_lengths.py"],
+    ),
+    "captioner": (
+        ["captioner.py"],
+        ["models/test_captioner.py", "models/test_decoding.py", "models/test_families.py", "reports/test_sweep.py"],
+    ),
     "metrics": (["metrics"], ["metrics", "rewriting/test_rewrite_parts.py"]),
     "training": (["training"], ["training", "scripts/test_train.py", "scripts/test_adapters.py"]),
     "data": (["data"], ["data", "scripts/test_seen_images.py"]),
@@ -232,7 +238,10 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="try those again that were not noticed")
     parser.add_argument("--seconds", type=float, default=60.0, help="tests for a mutant, by their usual time")
     parser.add_argument(
-        "--file_seconds", type=float, default=600.0, help="time for recording a test file; its other tests do not count"
+        "--file_seconds",
+        type=float,
+        default=1200.0,
+        help="time for recording a test file; its other tests do not count",
     )
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
