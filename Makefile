@@ -1,6 +1,7 @@
 # make install      the environment of all scripts, in .venv
 # make quickstart   a trained captioner, its scores and three captions, on scenes that the repo draws itself
 # make test         the tests (CAPTION_TEST_DATA=folder adds those on real data)
+# make test-slow    those that show a law in one more way, or start a cluster, a second Java, ...
 # make test-fast    the fast ones, for while editing: no script is started, under 2 minutes
 # make test-gpu     those on a CUDA GPU (make test runs on the CPU)
 # make test-torchvision  those that torchvision can affect, in an environment that has it (2 GB more)
@@ -11,12 +12,14 @@
 PYTHON ?= python3
 BIN = .venv/bin
 OUT ?= runs/quickstart
-# One thread for each of the two workers: OpenMP's threads spin, and with more of them than cores all wait for each other.
+# One thread for each worker: OpenMP's threads spin, and with more of them than cores all wait for each other.
 # And compiled modules are kept, though the machine may say not to: a hundred processes would all compile them again.
 QUIET = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
-PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# A third, since many tests wait for a server, a signal or a child.
+WORKERS ?= 3
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-.PHONY: install quickstart test test-fast test-gpu torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
+.PHONY: install quickstart test test-slow test-fast test-gpu torchvision-env test-torchvision test-oldest sagemaker-envs test-sagemaker lint format clean
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -38,7 +41,9 @@ quickstart: .venv/installed
 # The families that differ most; make test-torchvision runs all of them.
 FAMILIES ?= blip git blip2-opt blip2-t5 llava vit-gpt2
 test: .venv/installed
-	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(BIN)/python $(PYTEST)
+	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(BIN)/python $(PYTEST) -m "not slow"
+test-slow: .venv/installed
+	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(BIN)/python $(PYTEST) -m slow
 
 # Tests that neither start a script nor train: text, scores, data, rewards, the structure.
 FAST_TESTS = tests/repo $(wildcard $(addsuffix *.py,$(addprefix tests/*/test_,collator data_aug data_rec data_text \
@@ -76,7 +81,7 @@ $(OLDEST)/installed: requirements.txt constraints.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt -r requirements.txt pytest pytest-xdist
 	@touch $@
 test-oldest: $(OLDEST)/installed
-	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(OLDEST)/bin/python $(PYTEST) tests/data tests/reports/test_attention_maps.py \
+	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(OLDEST)/bin/python $(PYTEST) -m "not slow" tests/data tests/reports/test_attention_maps.py \
 	  $(addprefix tests/training/test_,checkpoints.py sharding.py) $(addprefix tests/scripts/test_,adapters.py arguments.py recipes.py) \
 	  $(addprefix tests/models/test_,blip_attention.py decoding.py decoding_step.py library_changes.py weights.py)
 

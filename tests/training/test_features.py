@@ -150,6 +150,7 @@ def test_captions_of_features_are_those_of_pixels(dataset, tmp_path):
     assert captioner.caption_split(kept["train"]) == captioner.caption_split(splits["train"])
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_the_files(dataset, tmp_path):
     folder = tmp_path / "kept"
     options = {"gradient_accumulation_steps": 1, "num_train_epochs": 2}
@@ -162,6 +163,7 @@ def test_two_processes_share_the_work_and_the_files(dataset, tmp_path):
     assert all(first[name].allclose(second[name], atol=1e-4) for name in first)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_goes_on_with_what_is_there(tmp_path):
     captions = {f"photo{i:03}": ["a red ball.", "a dog."] for i in range(400)}
     splits = {name: "validation" if name < "photo002" else "train" for name in captions}

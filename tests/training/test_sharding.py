@@ -79,11 +79,11 @@ class Family:
 
 CASES = [(name, kind) for name in ("blip2-opt", "llava", "idefics3") for kind in ("full", "lora")]
 CASES += [("blip2-t5", "full")]  # weights that four modules share
-if os.environ.get("CAPTION_TEST_FAMILIES"):  # make test: Idefics3 is as LLaVA
-    CASES = [case for case in CASES if case[0] != "idefics3"]
+FAST = [("llava", "lora"), ("blip2-t5", "full")]
+CASES = [pytest.param(case, id="-".join(case), marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=CASES)
 def trained(request, ranks, dataset, tmp_path_factory):
     return Family(*request.param, ranks, dataset, tmp_path_factory.mktemp("-".join(request.param)))
 
@@ -208,6 +208,7 @@ def test_rewards_of_captions_drawn_on_shares_are_those_of_two_whole_models(ranks
         assert captions(two / "validation") == captions(one / "validation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_processes_with_a_model_each_give_what_one_gives(kind, ranks, dataset, tmp_path):
     """DDP, of a model with weights that no loss reaches, checkpointed: the library's defaults end it at the second step."""
@@ -232,6 +233,7 @@ def test_a_dry_run_reads_no_weights_and_counts_the_shares(ranks, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_documented_command_is_what_the_other_tests_start(dataset, tmp_path):
     """accelerate launch itself, once."""
     base, values = save("blip2-opt", tmp_path / "base"), RUN | {"num_train_epochs": 1, "per_device_train_batch_size": 1}

@@ -112,6 +112,7 @@ sys.meta_path.insert(0, Slow())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_stop_after_the_same_step(dataset, config, tmp_path):
     # The flags of one process with the doubled batch give other rounding: compared with an unbroken run of two.
     values = {"num_train_epochs": 6, "per_device_train_batch_size": 1}
