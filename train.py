@@ -125,7 +125,7 @@ def load_splits(groups, checkpoint) -> tuple:
     with args.main_process_first(desc="preparing the dataset"):
         splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
         data.require_training_split(splits, data_args.dataset_name)
-        splits, bad_images = data.check_training_images(splits, skip_bad_samples=data_args.skip_bad_samples)
+        splits, bad_images = data.check_images(splits, skip_bad_samples=data_args.skip_bad_samples)
     if "validation" not in splits and args.eval_strategy != "no":
         raise UserError(f"{data_args.dataset_name} has no validation split. Pass --eval_strategy no to train without.")
     held_out = {name: data.in_memory(splits[name], name) for name in ("validation", "test") if name in splits}

@@ -15,7 +15,6 @@ from data.training import (
     CaptionPairs,
     CaptionStream,
     EncodedRecords,
-    check_training_images,
     in_memory,
     require_training_split,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "ImageError",
     "TextAugmentation",
     "check_images",
-    "check_training_images",
     "corruption",
     "fingerprint",
     "in_memory",

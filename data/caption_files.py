@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -47,12 +47,12 @@ def load_predictions(
         DataError: a row has no caption or several, its image is not clear, or infer.py wrote an error in place of the
             caption of an image that the references have; other such rows are only counted.
     """
+    references = references or References({}, {}, {}, {})
     options = Options(images=False, predictions=True, literal=Path(path).suffix.lower() not in TABLES, **columns)
     rows = list(_rows(path, options))
-    images = _matched(rows, references) if references else [_called(row, place) for row, place in rows]
     predictions: dict[str, str] = {}
     failed = {}
-    for (row, place), image in zip(rows, images, strict=True):
+    for (row, place), image in zip(rows, _matched(rows, references), strict=True):
         if row.error and not any(row.captions):
             failed[image] = row.error
             continue
@@ -67,14 +67,13 @@ def load_predictions(
                 "all its references: keep one."
             )
         predictions[image] = _text(row.captions[0], place)
-    if references and not common:
-        needed = references.captions.keys() & failed.keys() - predictions.keys()
-        if needed:
-            examples = "; ".join(f"{image!r}: {failed[image]}" for image in sorted(needed)[:3])
-            raise DataError(
-                f"{path}: {len(needed)} images of the references have an error instead of a caption ({examples}). Caption "
-                "them, take them out of the references, or pass --common."
-            )
+    needed = references.captions.keys() & failed.keys() - predictions.keys()
+    if needed and not common:
+        examples = "; ".join(f"{image!r}: {failed[image]}" for image in sorted(needed)[:3])
+        raise DataError(
+            f"{path}: {len(needed)} images of the references have an error instead of a caption ({examples}). Caption "
+            "them, take them out of the references, or pass --common."
+        )
     if failed:
         logger.warning("%s: left out %d images with an error, such as %r", path, len(failed), next(iter(failed)))
     return predictions
@@ -96,12 +95,11 @@ def load_references(path: str | os.PathLike) -> dict[str, list[str]]:
 def read_references(path: str | os.PathLike, split: str | None = None) -> References:
     """The references in a file or folder; of one that has splits, those of `split`."""
     references = References({}, {}, {}, {})
-    splits = Counter()
+    others: set[str] = set()
     for row, place in _rows(path, Options(images=False)):
-        if split is not None and row.split is not None:
-            splits[row.split] += 1
-            if row.split != split:
-                continue
+        if split is not None and row.split not in (None, split):
+            others.add(row.split)
+            continue
         image = _called(row, place)
         if not row.captions:
             raise DataError(f"{place}: image {image!r} has no reference captions.")
@@ -112,12 +110,11 @@ def read_references(path: str | os.PathLike, split: str | None = None) -> Refere
         else:
             references.names[image] = _file_name(row)
         references.aliases.setdefault(image, set()).update(map(str, names - {None}))
-        scalars = {name: value for name, value in row.columns.items() if isinstance(value, str | int | float)}
-        references.columns.setdefault(image, {}).update(scalars)
-    if splits and not references.captions:
-        raise DataError(f"{path} has no image of split {split!r}; it has {', '.join(sorted(splits))}: pass --split.")
+        columns = {name: value for name, value in row.columns.items() if isinstance(value, str | int | float)}
+        references.columns.setdefault(image, {}).update(columns)
     if not references.captions:
-        raise DataError(f"{path} has no captions.")
+        no_split = f"image of split {split!r}; it has {', '.join(sorted(others))}: pass --split"
+        raise DataError(f"{path} has no {no_split if others else 'captions'}.")
     return references
 
 

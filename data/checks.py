@@ -99,12 +99,16 @@ def check_images(
     a table: by the table), so that a second process or run does not decode again. A stream is returned
     unchanged: its images are checked when they are read.
 
+    Args:
+        skip_bad_samples: leave unreadable images out of the training split. In a split that is evaluated they are always
+            an error, as a score must be that of the whole split.
+
     Returns:
         The dataset without the unreadable images, and these as a list of
         `{"image_id", "image", "split", "reason"}` (what train.py writes to bad_samples.jsonl).
 
     Raises:
-        ImageError: an image is unreadable and `skip_bad_samples` is off, or nothing is left of a split.
+        ImageError: an image is unreadable and may not be left out, or nothing is left of a split.
     """
     if isinstance(dataset, datasets.IterableDatasetDict):
         return dataset, []
@@ -113,16 +117,16 @@ def check_images(
     for split, rows in dataset.items():
         unreadable = _unreadable(rows, split, num_proc, max_pixels, cache_folder(cache_dir) / "checked")
         bad += unreadable.values()
+        if len(unreadable) == len(rows):
+            raise ImageError(f"no image of split {split} can be read, the first: {unreadable[0]['reason']}")
         clean[split] = rows.select(sorted(set(range(len(rows))) - set(unreadable))) if unreadable else rows
-    if bad and not skip_bad_samples:
-        first = "\n".join(f"  {sample['split']}: {sample['reason']}" for sample in bad[:5])
+    refused = [sample for sample in bad if sample["split"] != "train" or not skip_bad_samples]
+    if refused:
+        first = "\n".join(f"  {sample['split']}: {sample['reason']}" for sample in refused[:5])
         raise ImageError(
-            f"{len(bad)} of {sum(map(len, dataset.values()))} images cannot be read:\n{first}\n"
+            f"{len(refused)} of {sum(map(len, dataset.values()))} images cannot be read:\n{first}\n"
             "Correct or remove them, or pass --skip_bad_samples to train without them"
         )
-    for split, rows in clean.items():
-        if len(rows) == 0:
-            raise ImageError(f"no image of split {split} can be read, the first: {bad[0]['reason']}")
     return datasets.DatasetDict(clean), bad
 
 

@@ -91,9 +91,9 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
     return Columns(image, captions, None if image_id == image else image_id, _split_column(examples, usual, source))
 
 
-def first_of(names: tuple, usual: dict[str, str]) -> str | None:
-    """The column with the first of these usual names that there is."""
-    return next(filter(None, map(usual.get, names)), None)
+def first_of(names: tuple, values: dict):
+    """The value of the first of these names that has one."""
+    return next(filter(None, map(values.get, names)), None)
 
 
 def _caption_columns(examples: dict, usual: dict, options: Options, source: str, image: str | None) -> list[str]:
@@ -126,7 +126,7 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
 
 def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[str], bool], source: str) -> str:
     """The only column of names of images that are there, or of images."""
-    texts = {name: str(v) for name, v in examples.items() if name not in captions and isinstance(v, str | int)}
+    texts = {name: str(value) for name, value in examples.items() if name not in captions}
     columns = [name for name, text in texts.items() if is_file(text)]
     columns = [name for name in columns if usual_name(name) in ID_COLUMNS] or columns
     if len(columns) == 1:
@@ -337,7 +337,7 @@ def from_base64(value: str) -> bytes | None:
     return None
 
 
-def object_rows(objects: Iterable, source: str, options: Options, split=None, images=()) -> Iterator[Row]:
+def object_rows(objects: Iterable, source: str, options: Options, split=None) -> Iterator[Row]:
     """The rows of (object with named columns, where) pairs. The header is every key of the first 200 objects.
 
     Args:
@@ -348,7 +348,7 @@ def object_rows(objects: Iterable, source: str, options: Options, split=None, im
     first = list(itertools.islice(objects, LOOKED_AT))
     if not first:
         return
-    columns = find_columns(first_values(content for content, _ in first), options, source, images)
+    columns = find_columns(first_values(content for content, _ in first), options, source)
     for content, where in itertools.chain(first, objects):
         yield row_of(content, columns, where, source, options, split)
 
@@ -377,9 +377,12 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         image = image_in(image, place, columns.image, columns.captions, address=not options.images)
     elif options.images:
         image = ImageError(f"there is no image in column {columns.image}")
-    name = image if isinstance(image, str) else None
-    if isinstance(image, dict) and image["path"]:
-        name = os.path.basename(image["path"])
+    name = None
+    match image:
+        case str():
+            name = os.path.basename(image) if os.path.isabs(image) else image
+        case {"path": str(path)}:
+            name = os.path.basename(path) or None
     image_id, own_split = content.get(columns.image_id), content.get(columns.split)
     captions = captions_of(content, columns.captions, where, options.literal)
     if len(columns.captions) > 1:  # empty cells of a table are no captions
@@ -388,7 +391,7 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         where,
         image,
         captions,
-        name=os.path.basename(name) if name and os.path.isabs(name) else name,
+        name=name,
         image_id=None if image_id is None or isinstance(image_id, bool) else as_id(image_id),
         split=split if own_split is None else split_name(own_split, place),
         columns=content,

@@ -1,9 +1,12 @@
 """From an image's name in a data set to the path of its file."""
 
 import contextlib
+import functools
+import itertools
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,7 +17,6 @@ from data.images import ImageError
 from data.walk import walk
 
 IMAGE_FOLDERS = (
-    "",
     "Flicker8k_Dataset",
     "Flickr8k_Dataset",
     "Images",
@@ -48,8 +50,6 @@ class Finder:
             names: called once if a name is not found exactly: all names of the source.
         """
         self.folders, self.names = [str(folder) for folder in folders], names
-        self.files: dict[str, list[str]] | None = None
-        self.named: set[str] = set()  # real paths of files that the source names exactly
         self.taken: dict[str, str] = {}  # path of a file -> the name that it was found by
 
     def __call__(self, name: str) -> str:
@@ -61,8 +61,6 @@ class Finder:
             return str(local_copy(name))
         path = self.exact(name)
         if path is None:
-            if self.files is None:
-                self._search()
             fitting = self._fitting(name)
             if len(fitting) > 1:
                 raise ImageError(
@@ -94,33 +92,35 @@ class Finder:
     def _fitting(self, name: str) -> list[str]:
         """The files that a name may mean and that no row names exactly."""
         parts = _key(name).strip("/").split("/")
-        candidates = self.files.get(parts[-1]) or []
+        candidates = self.files.get(parts[-1], [])
         if not candidates and os.path.splitext(name)[1].lower() not in ENDINGS:
             stem = parts[-1]
             number = re.fullmatch(r"(?:coco_)?0*(\d+)", stem)
             stems = dict.fromkeys([stem, *([number[1], number[1].zfill(12)] if number else [])])
-            candidates = [path for each_stem in stems for path in self.files.get(f"{each_stem}.*", ())]
+            candidates = [path for each_stem in stems for path in self.files.get(f"{each_stem}.*", [])]
         candidates = [path for path in candidates if os.path.realpath(path) not in self.named]
         for length in range(2, len(parts) + 1):  # as much of the name as distinguishes the files
             narrower = [path for path in candidates if _key(path).split("/")[-length:] == parts[-length:]]
             candidates = narrower or candidates
         return candidates
 
-    def _search(self) -> None:
-        self.files = {}
-        for number, path in enumerate(walk(self.folders[0] or ".")):
+    @functools.cached_property
+    def files(self) -> dict[str, list[str]]:
+        """Paths below the first folder by name, and by stem, COCO's without the split, followed by .*"""
+        files = defaultdict(list)
+        for path in itertools.islice(walk(self.folders[0] or "."), MOST_FILES):
             name = os.path.basename(path)
             stem, ending = os.path.splitext(name)
-            self.files.setdefault(_key(name), []).append(path)
+            files[_key(name)].append(path)
             if ending.lower() in ENDINGS:
                 stem = re.sub(r"^COCO_(?:train|val|test)\d{4}_", "", stem)
-                self.files.setdefault(f"{_key(stem)}.*", []).append(path)
-            if number > MOST_FILES:
-                break
-        for name in self.names():
-            path = self.exact(name)
-            if path is not None:
-                self.named.add(os.path.realpath(path))
+                files[f"{_key(stem)}.*"].append(path)
+        return files
+
+    @functools.cached_property
+    def named(self) -> set[str]:
+        """Real paths of files that the source names exactly."""
+        return set(map(os.path.realpath, filter(None, map(self.exact, self.names()))))
 
 
 def folders_beside(file: Path) -> tuple[str, ...]:
@@ -128,20 +128,17 @@ def folders_beside(file: Path) -> tuple[str, ...]:
     (train2014, val, ...) first."""
     named = re.findall(r"(?:train|val|test)(?:2014|2015|2017)?", file.stem)
     roots = [file.parent, file.parent / "images", file.parent.parent, file.parent.parent / "images"]
-    folders = [root / folder for folder in ["", *named] for root in roots]
-    folders += [root / folder for root in roots for folder in IMAGE_FOLDERS]
+    folders = [root / folder for root in roots for folder in ("", *named, *IMAGE_FOLDERS)]
     return tuple(dict.fromkeys(map(str, filter(Path.is_dir, folders))))
 
 
 def forms(name: str) -> list[str]:
     """The name as it may be written on disk: as it is, with / for \\, in Unicode's composed and decomposed form, and in
     bytes of Windows-1252."""
-    variants = [name, name.replace("\\", "/")]
-    if not name.isascii():
-        variants += [unicodedata.normalize(form, text) for text in tuple(variants) for form in ("NFC", "NFD")]
-        if os.name == "posix":
-            with contextlib.suppress(UnicodeEncodeError):
-                variants += [os.fsdecode(text.encode("cp1252")) for text in tuple(variants[:2])]
+    slashes = (name, name.replace("\\", "/"))
+    variants = [*slashes, *(unicodedata.normalize(form, text) for text in slashes for form in ("NFC", "NFD"))]
+    with contextlib.suppress(UnicodeError):
+        variants += [os.fsdecode(text.encode("cp1252")) for text in slashes]
     return list(dict.fromkeys(variants))
 
 

@@ -162,7 +162,8 @@ def _decode(image: Image.Image, name: str, max_pixels: float | None, size) -> Im
         image = _to_rgb(image)
         if halved:
             _warn_of_dark(image, name)
-        image = image.transpose(UNDO_ORIENTATION[orientation]) if orientation in UNDO_ORIENTATION else image.copy()
+        if orientation in UNDO_ORIENTATION:
+            image = image.transpose(UNDO_ORIENTATION[orientation])
         image.info.clear()  # the orientation must not be applied again by whoever opens this picture next
         return image
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error and SyntaxError
@@ -189,9 +190,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """A new image."""
     if image.mode.startswith("I") or image.mode == "F":
         return _wide_gray(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         if image.mode in ("RGBa", "La"):  # premultiplied: La has no direct way to RGBA
             image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
         laid = Image.new("RGB", image.size)
@@ -201,7 +203,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             white = Image.new("RGBA", part.size, (255, 255, 255, 255))
             laid.paste(Image.alpha_composite(white, part).convert("RGB"), box)
         return laid
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _strip(width: int) -> int:

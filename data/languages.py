@@ -15,7 +15,7 @@ def read_languages(file: str) -> dict[str, dict[str, list[str]]]:
 
     A language's captions are a text, a list of texts, or an object with them as "caption". DataError names what is not so.
     """
-    path, found = Path(file), {}
+    path, of_language = Path(file), {}
     if path.suffix.lower() not in ENDINGS:
         raise DataError(f"{file}: captions by language are read from JSON, JSON lines, CSV or TSV.")
     if path.suffix.lower() == ".json" and first_character(path) == "{":
@@ -32,9 +32,9 @@ def read_languages(file: str) -> dict[str, dict[str, list[str]]]:
             if language != name and CODE.fullmatch(language) and isinstance(captions, list) and captions:
                 if not all(isinstance(caption, str) for caption in captions):
                     raise DataError(f"{path}, {where}: the captions in {language} must be texts.")
-                found.setdefault(language, {})[str(row[name])] = captions
-    if not found:
+                of_language.setdefault(language, {})[str(row[name])] = captions
+    if not of_language:
         raise DataError(
             f"{path}: no captions by language: expected an object such as {{'image_id': ..., 'de': ..., 'en': ...}}."
         )
-    return found
+    return of_language

@@ -36,11 +36,8 @@ class Source:
         if hasattr(self.format, "parts"):
             return self.format.parts(self.path, self.options)
         whole = Part(self.format.NAME, str(self.path), folders=(self.root,))
-        if not hasattr(self.format, "tables"):
-            return [whole]
-        tables = self.tables(dataclasses.replace(self.options, streaming=True))
-        splits = {name: SPLIT_NAMES.get(name.lower()) for name in tables}
-        return [dataclasses.replace(whole, label=n, split=s, table=tables[n]) for n, s in splits.items()]
+        tables = self.tables(dataclasses.replace(self.options, streaming=True)).items()
+        return [dataclasses.replace(whole, label=n, split=SPLIT_NAMES.get(n.lower()), table=t) for n, t in tables]
 
     def tables(self, options: Options | None = None) -> dict:
         """{split as the source calls it: table of `datasets`}, for formats that hold their images."""

@@ -27,6 +27,7 @@ from data.rows import SPLITS, Options, Record, Row
 
 logger = logging.getLogger(__name__)
 CAPTIONS = pa.list_(pa.string())
+NEARNESS = {None: 0, "train": 0, "validation": 1, "test": 2}  # to a score
 
 
 def merge(rows, options: Options) -> list[Record]:
@@ -157,11 +158,11 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
         official: the source has its own splits.
     """
     last: dict = {}  # content -> the split that keeps it
-    for content, record in zip(first, records, strict=True) if official else ():
-        last[content] = max(last.get(content, 0), SPLITS.index(record.split))
+    for content, record in zip(first, records, strict=True):
+        last[content] = max(last.get(content, 0), NEARNESS[record.split])
     kept: dict = {}
     for content, record in zip(first, records, strict=True):
-        if official and SPLITS.index(record.split) < last[content]:
+        if NEARNESS[record.split] < last[content]:
             dropped[f"{record.split} images also in {SPLITS[last[content]]}"] += 1
             continue
         # Rows of one table that hold the same bytes are one image, unless two file names say otherwise.

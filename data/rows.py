@@ -134,6 +134,11 @@ def key_of(image, name: str | None, root: str) -> str | None:
     return inside[len(folder) :] if os.path.isabs(written) and inside.startswith(folder) else written.removeprefix("./")
 
 
+def usual_split(name: str) -> str:
+    """restval -> train; the name of any other split in lower case."""
+    return SPLIT_NAMES.get(name.lower(), name.lower())
+
+
 def split_name(name: str, where: str) -> str:
     """A source's own name for a split -> train, validation or test: the one word in it that is one (qual_dev)."""
     split = SPLIT_NAMES.get(str(name).lower()) or split_in(str(name))

@@ -133,7 +133,7 @@ def begin(folder: Path, splits, start: str | None, checkpoint: str | None) -> No
         checkpoint: the one to resume from.
     """
     table = describe(splits)
-    resumed = find(checkpoint) if checkpoint else None
+    resumed = find(checkpoint)
     if resumed and (changes := resumed.changes(Seen(table, str(folder)))):
         raise UserError(
             f"the data changed since {folder} was begun: {changes}. Restore the data to resume it, or name another "

@@ -119,7 +119,7 @@ def load(
     whole = all_as is not None and not official  # one split of all images
     for record in records if whole else ():
         record.split = all_as
-    if (official and complete) or (whole and not seen):
+    if complete or (whole and not seen):
         records = chosen.records(records)  # before images are looked for: those of other splits need not be there
     if require_images:
         karpathy.fetch_missing(records, options)

@@ -36,9 +36,8 @@ def parse_shares(text: str | None) -> tuple[float, float, float]:
         numbers = [float(number) for number in text.replace("/", ",").split(",")]
     except ValueError:
         numbers = []
-    total = 100 if sum(numbers) > 50 else 1
-    # Written with "not", as every comparison with NaN is false.
-    if len(numbers) != 3 or not (min(numbers) >= 0 < numbers[0]) or not abs(sum(numbers) - total) < 1e-6:
+    total = round(sum(numbers), 6)
+    if len(numbers) != 3 or min(numbers) < 0 or numbers[0] == 0 or total not in (1, 100):
         raise UserError(
             f"--split_shares {text}: write the shares of train, validation and test, such as 0.9,0.05,0.05."
         )
@@ -54,7 +53,7 @@ def draw_splits(records: list[Record], seed: int, shares, official: bool, groups
         official: the source has a test split, and validation is drawn from train.
         groups: records that must stay together, each in one group.
     """
-    groups = [[record for record in group if not (official and record.split == "test")] for group in groups]
+    groups = [[record for record in group if record.split != "test"] for group in groups]
     groups = list(filter(None, groups))
     drawn = {name: [] for name in drawn_splits(shares, official)}
     if len(groups) < len(drawn):

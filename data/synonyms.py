@@ -9,6 +9,7 @@ captions are scored on them.
 """
 
 import functools
+import itertools
 import re
 from collections import Counter, defaultdict
 
@@ -318,51 +319,38 @@ def _pairs(lines: str):
     """(word, synonym) of each line of a table."""
     for line in lines.strip().splitlines():
         words, _, others = line.partition(">")
-        words, others = words.split(), others.split()
-        yield from ((word, other) for word in words for other in others or words if word != other)
+        pairs = itertools.product(words.split(), others.split() or words.split())
+        yield from ((word, other) for word, other in pairs if word != other)
 
 
-def plural(noun: str) -> str:
-    """The plural of a noun; also a verb's form in -s."""
-    if noun.endswith("man"):
-        return noun[:-3] + "men"
-    if noun in ("child", "person", "aircraft"):
-        return {"child": "children", "person": "people"}.get(noun, noun)
-    if re.search(r"(s|x|z|ch|sh)$", noun):
-        return noun + "es"
-    return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
+# How words end -> the same in another form; the first that fits.
+CONSONANT_DOUBLES = r"^((?:qu|[^aeiou])*[aeiou]([bdgkmnpt]))$"
+PLURAL = {
+    r"man$": "men", r"^child$": "children", r"^person$": "people", r"^aircraft$": "aircraft", r"(s|x|z|ch|sh)$": r"\1es",
+    r"([^aeiou])y$": r"\1ies", r"$": "s",
+}  # fmt: skip
+SAME = {r"$": ""}
+ING = {CONSONANT_DOUBLES: r"\1\2ing", r"ie$": "ying", r"e$": "ing", r"$": "ing"}
+ED = {CONSONANT_DOUBLES: r"\1\2ed", r"e$": "ed", r"([^aeiou])y$": r"\1ied", r"$": "ed"}
 
 
-def _with_ending(verb: str, ending: str) -> str:
-    """ "hug", "ing" -> "hugging"; "lie" -> "lying"; "try", "ed" -> "tried"."""
-    if re.fullmatch(r"(?:qu|[^aeiou])*[aeiou][bdgkmnpt]", verb):
-        return verb + verb[-1] + ending
-    if verb.endswith("ie") and ending == "ing":
-        return verb[:-2] + "ying"
-    if verb.endswith("e"):
-        return verb[:-1] + ending
-    return verb[:-1] + "ied" if ending == "ed" and re.search(r"[^aeiou]y$", verb) else verb + ending
+def inflected(word: str, endings: dict[str, str]) -> str:
+    """A noun in the plural or a verb in -s (PLURAL), a verb in -ing or -ed: "hug", ING -> "hugging"; "try", ED -> "tried"."""
+    ending = next(ending for ending in endings if re.search(ending, word))
+    return re.sub(ending, endings[ending], word, count=1)
 
 
 def _table() -> dict[str, tuple[str, ...]]:
     """{form: (form, ...)} of every form of the words above."""
-    others_of: dict[str, dict] = {}
+    others_of: dict[str, dict] = defaultdict(dict)
     irregular = set(IRREGULAR.split())
-
-    def add(form, other):
-        if form != other:
-            others_of.setdefault(form, {})[other] = None
-
-    for word, other in _pairs(NOUNS):
-        add(word, other)
-        add(plural(word), plural(other))
-    for word, other in [*_pairs(VERBS), *_pairs(VERBS_WITHOUT_OBJECT)]:
-        add(plural(word), plural(other))
-        add(_with_ending(word, "ing"), _with_ending(other, "ing"))
-        if not {word, other} & irregular:
-            add(_with_ending(word, "ed"), _with_ending(other, "ed"))
-    for word, other in _pairs(OTHERS):
-        add(word, other)
+    verbs = [*_pairs(VERBS), *_pairs(VERBS_WITHOUT_OBJECT)]
+    regular = [pair for pair in verbs if not irregular.intersection(pair)]
+    for pairs, endings in (
+        (_pairs(NOUNS), SAME), (_pairs(NOUNS), PLURAL), (verbs, PLURAL), (verbs, ING), (regular, ED), (_pairs(OTHERS), SAME),
+    ):  # fmt: skip
+        for word, other in pairs:
+            others_of[inflected(word, endings)][inflected(other, endings)] = None
     return {form: tuple(others) for form, others in others_of.items()}
 
 
@@ -371,7 +359,7 @@ FOLLOWERS = frozenset(PREPOSITIONS.split())
 WITHOUT_OBJECT = frozenset(
     form
     for verb, _ in _pairs(VERBS_WITHOUT_OBJECT)
-    for form in (plural(verb), _with_ending(verb, "ing"), _with_ending(verb, "ed"))
+    for form in (inflected(verb, PLURAL), inflected(verb, ING), inflected(verb, ED))
 )
 
 
@@ -392,22 +380,21 @@ def wordnet() -> dict[str, tuple[str, ...]]:
     except (ImportError, LookupError):
         return {}
     uses: dict[str, Counter] = defaultdict(Counter)
-    first, members = {}, defaultdict(set)
+    members = defaultdict(set)
     for line in lines:
         key, synset, number, count = line.split()
         word, _, sense = key.partition("%")
         part = {"5": "3"}.get(sense[0], sense[0])  # a satellite adjective is an adjective
         uses[word][part] += int(count)
-        if number == "1":
-            first[word, part] = part, synset
-            if int(count) and word not in KEPT and len(word) > 3 and re.fullmatch("[a-z]+", word):
-                members[part, synset].add(word)
+        if number == "1" and int(count) and word not in KEPT and re.fullmatch("[a-z]{4,}", word):
+            members[part, synset].add(word)
     others_of = {}
     for (part, _), words in members.items():
         words = sorted(word for word in words if part != VERB and uses[word].most_common(1)[0][0] == part)
         for word in words:
             if others := tuple(other for other in words if other != word):
                 others_of[word] = others
-                if part == NOUN and plural(word) not in uses:
-                    others_of[plural(word)] = tuple(map(plural, others))
+                plural, *plurals = (inflected(noun, PLURAL) for noun in (word, *others))
+                if part == NOUN and plural not in uses:
+                    others_of[plural] = tuple(plurals)
     return others_of

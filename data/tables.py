@@ -16,7 +16,7 @@ from common.errors import DataError
 from data import records as rec
 from data.checks import clean_captions, refuse
 from data.columns import Columns, find_columns, from_base64, image_in, row_of
-from data.rows import SPLIT_NAMES, Options, Part, Row, key_of
+from data.rows import SPLIT_NAMES, Options, Part, Row, key_of, usual_split
 from data.splits import drawn_splits, place_of, split_at
 from data.walk import files_below
 
@@ -79,8 +79,7 @@ def by_split(tables: dict, source: str, draw_splits_from: str | None) -> dict:
 
 def splits_called(name: str, present: list[str], source: str) -> list[str]:
     """Those of the splits that `name` means: val is validation, and `all` are all."""
-    usual = {split: SPLIT_NAMES.get(split.lower(), split.lower()) for split in (name, *present)}
-    called = [split for split in present if name.lower() == ALL or usual[split] == usual[name]]
+    called = [split for split in present if usual_split(name) in (ALL, usual_split(split))]
     if not called:
         raise DataError(f"{source}: there is no split {name!r}. Splits present: {', '.join(present)}")
     return called

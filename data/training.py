@@ -8,7 +8,6 @@ import pyarrow.compute
 import torch
 
 from common.errors import DataError, UserError
-from data.checks import check_images
 
 
 def in_memory(split, name: str) -> datasets.Dataset:
@@ -33,16 +32,6 @@ def require_training_split(splits, source: str) -> None:
             f"{source} has no train split. Splits present: {present}. Pass --draw_splits_from {next(iter(splits))} to draw "
             "train, validation and test from it"
         )
-
-
-def check_training_images(splits, *, skip_bad_samples: bool):
-    """(splits, bad samples): every image is decoded once. Unreadable ones leave the training split on request; in a
-    split that is evaluated they are always an error, as a score must be that of the whole split."""
-    if not isinstance(splits, datasets.DatasetDict):
-        return splits, []
-    checked, bad = check_images(datasets.DatasetDict(train=splits["train"]), skip_bad_samples=skip_bad_samples)
-    held_out, _ = check_images(datasets.DatasetDict({k: v for k, v in splits.items() if k != "train"}))
-    return datasets.DatasetDict({**checked, **held_out}), bad
 
 
 class EncodedRecords(torch.utils.data.Dataset):
@@ -76,9 +65,10 @@ class CaptionPairs(torch.utils.data.Dataset):
         counts = pyarrow.compute.list_value_length(table.with_format("arrow")["captions"][:]).to_numpy()
         captions_per_image = captions_per_image or int(max(counts, default=1))
         self.records, self.captions_per_image = records, captions_per_image
-        starts = [np.arange(0, count, captions_per_image) for count in counts]
-        self.record_of = np.repeat(np.arange(len(counts)), [len(s) for s in starts])
-        self.start_of = np.concatenate(starts) if starts else np.empty(0, int)
+        samples = -(-counts // captions_per_image)  # of each record
+        self.record_of = np.repeat(np.arange(len(counts)), samples)
+        firsts = np.repeat(np.cumsum(samples) - samples, samples)
+        self.start_of = (np.arange(len(firsts)) - firsts) * captions_per_image
         # Shared, so that worker processes that outlive an epoch see it move.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 

@@ -2,11 +2,11 @@
 
     NAME, ABOUT                what --data_format calls it, and what it is in a few words
     matches(path) -> bool      whether a file, a folder or a name is of this format, from the names and first bytes there
-    parts(path, options)       [Part, ...]: the files or splits that it is read in. Without it, the path is the one part
+    parts(path, options)       [Part, ...]: the files or splits that it is read in
     read(part, options)        an iterator of Row in the source's order, in bounded memory; an image that is a file is its
                                name, as the source writes it: data.reader finds the file
-    tables(path, options)      only where the images lie inside the source: {split: table of `datasets`}; without `read`, its
-                               parts are those tables, streamed
+    tables(path, options)      only where the images lie inside the source: {split: table of `datasets`}; without `parts` and
+                               `read`, its parts are those tables, streamed
     YIELDS_TO                  optional: names of formats that take precedence where both match
 
 To add one, write its module and name it in FORMATS.
@@ -27,10 +27,9 @@ def detect(name: str):
     Raises:
         DataError: none matches, or more than one does.
     """
-    path = Path(name).expanduser()
+    # ./a/b is no id of a Hub data set, as a/b may be.
+    path = Path(name).absolute() if name.startswith(".") else Path(name).expanduser()
     matching = [module for module in FORMATS if module.matches(path)]
-    if name.startswith("."):  # the id of a Hub data set is not a path
-        matching = [module for module in matching if module is not hub]
     names = {module.NAME for module in matching}
     matching = [module for module in matching if not names.intersection(getattr(module, "YIELDS_TO", ()))]
     if len(matching) == 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.text import read_text
-from data.columns import as_id, caption_key, object_rows
+from data.columns import as_id, caption_key, first_of, object_rows
 from data.finder import folders_beside
 from data.rows import SPLIT_NAMES, Options, Part, Row, scalars, split_in
 from data.text_rows import ENDINGS, LINES, TABLES, first_character, jsonl_rows, read_json, table_objects
@@ -52,11 +52,10 @@ def files_of(path: Path) -> list[Path]:
     tables: list[Path] = []
     for folder in (path, path / "annotations"):
         files = [file for file in sorted(folder.glob("[!.]*")) if file.suffix.lower() in ENDINGS]
-        of_splits = [file for file in files if split_in(file.stem)]
         # COCO ships captions_ next to instances_; VizWiz' processed_ files are made from the official ones.
         for prefix in ("processed_", "captions_", ""):
-            if chosen := [file for file in of_splits if file.name.startswith(prefix)]:
-                return chosen
+            if of_splits := [file for file in files if file.name.startswith(prefix) and split_in(file.stem)]:
+                return of_splits
         tables += files
     tables = [file for file in tables if file.suffix.lower() != ".json"] or tables
     return tables if len(tables) == 1 else []
@@ -135,7 +134,7 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
         images = [{"id": image_id} for image_id in captions]
     for image in images:
         image_id = as_id(image.get("id", image.get("image_id")))
-        name = image.get("file_name") or image.get("filename") or image.get("image")
+        name = first_of(("file_name", "filename", "image"), image)
         if names.setdefault(image_id, name) != name:
             raise DataError(f"{file}: image id {image_id} names two images: {names[image_id]} and {name}")
         if image_id not in captions and options.captions:

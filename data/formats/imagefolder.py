@@ -31,8 +31,7 @@ def parts(path: Path, options: Options) -> list[Part]:
     for first, second in itertools.pairwise(files):
         if first.parent == second.parent:
             raise DataError(f"{first.parent}: metadata.jsonl and metadata.csv are both there. Remove one")
-    splits = [split_of_folder(file.relative_to(path).as_posix()) for file in files]
-    return [Part(NAME, str(file), split=split, folders=(str(path),)) for file, split in zip(files, splits, strict=True)]
+    return [Part(NAME, str(f), split=split_of_folder(f"{f.relative_to(path)}"), folders=(str(path),)) for f in files]
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:

@@ -30,8 +30,7 @@ ABOUT = "dataset_coco.json and similar files"
 YIELDS_TO = ("saved",)  # whose dataset_dict.json is called alike
 
 COCO_HOST = "http://images.cocodataset.org"  # the data set's own, and the only one that images are fetched from
-COCO_FOLDER = re.compile(r"(train|val|test)(2014|2015|2017)")
-COCO_FILE = re.compile(r"(COCO_(train|val|test)(2014|2015)_)?\d{12}\.jpg")
+COCO_IMAGE = re.compile(r"(train|val|test)(2014|2015|2017)/(COCO_(train|val|test)(2014|2015)_)?\d{12}\.jpg")
 
 
 def matches(path: Path) -> bool:
@@ -91,9 +90,9 @@ def fetch_missing(records: list[Record], options: Options) -> None:
     folder = cache_folder(options.cache_dir) / "coco"
     fetched = {}
     for record in records if not options.image_dir else ():
-        place = str(record.image).replace(os.sep, "/").split("/")[-2:]
-        if COCO_FOLDER.fullmatch(place[0]) and COCO_FILE.fullmatch(place[-1]) and not os.path.exists(record.image):
-            fetched["/".join(place)] = record
+        name = "/".join(str(record.image).replace(os.sep, "/").split("/")[-2:])
+        if COCO_IMAGE.fullmatch(name) and not os.path.exists(record.image):
+            fetched[name] = record
     if fetched:
         fetch_images(list(fetched), folder)
     for name, record in fetched.items():

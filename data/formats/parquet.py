@@ -70,13 +70,14 @@ def file_rows(
     file: pq.ParquetFile, start: int = 0, stop: int | None = None, columns: list[str] | None = None
 ) -> Iterator[dict]:
     """Rows `start` to `stop` of a Parquet file, from the row groups that hold them alone."""
+    stop = file.metadata.num_rows if stop is None else stop
     first = 0
     for group in range(file.metadata.num_row_groups):
         behind = first + file.metadata.row_group(group).num_rows
-        if behind > start and (stop is None or first < stop):
+        if first < stop and start < behind:
             number = first
             for batch in file.iter_batches(batch_size=32, row_groups=[group], columns=columns):
-                skip, keep = max(0, start - number), None if stop is None else max(0, stop - number)
-                yield from batch.slice(0, keep).slice(min(skip, len(batch))).to_pylist() if keep != 0 else ()
+                begin, end = (min(max(0, row - number), len(batch)) for row in (start, stop))
+                yield from batch.slice(begin, end - begin).to_pylist()
                 number += len(batch)
         first = behind
