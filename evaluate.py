@@ -114,6 +114,8 @@ def compare_runs(folder, args, metric_args) -> None:
 
 def conclude(args, metric_args, scored, judges) -> None:
     """Say what to open; end the script with exit code 3 if a score misses its threshold, 2 if a judge failed. All results are written by then."""
+    if metric_args.spice == "auto" and (reason := scored.scores["unavailable"].get("SPICE")):
+        logger.info("SPICE was not computed: %s", reason)
     if metric_args.report:
         logger.info("%s", report_to_open(scored.folder))
     if failed := next((judge.failure for judge in judges if judge.failure), None):

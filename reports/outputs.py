@@ -63,16 +63,14 @@ def _table_of_images(rows: list[dict]) -> str:
 
 
 def warn_of_missing_scores(metric_args) -> None:
-    """Warns before hours of captioning which scores will be missing, and why."""
+    """Warns before hours of captioning which scores that were asked for will be missing, and why."""
     asked = {"meteor": metric_args.meteor, "spice": metric_args.spice, "language": metric_args.caption_language}
     try:
         reasons = preflight(**asked, cache=metrics_cache())
     except ValueError as error:
         raise UserError(str(error)) from None
     for name, reason in reasons.items():
-        if name == "SPICE" and metric_args.spice == "auto":
-            logger.info("SPICE is not computed: %s", reason)
-        else:
+        if name != "SPICE" or metric_args.spice != "auto":
             logger.warning("%s will be null: %s", name, reason)
 
 

@@ -77,6 +77,11 @@ def test_logs_have_date_and_level_or_are_json(tmp_path):
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING) \w", log)
     assert "SPICE" not in log  # nobody asked for it
     assert f"open {tmp_path}/out/report.html" in log
+    auto = [*words, "--spice", "auto", "--output_dir", tmp_path / "auto"]
+    told = tiny.run("evaluate.py", *auto, CORENLP_DIR=tmp_path).stderr
+    assert ["SPICE was not computed" in line for line in told.splitlines() if "SPICE" in line] == [
+        True
+    ]  # once, at the end
     lines = [json.loads(line) for line in tiny.run("evaluate.py", *words, "--log_format", "json").stderr.splitlines()]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     assert any(line["level"] == "WARNING" and "Only 1 image" in line["message"] for line in lines)
