@@ -109,7 +109,7 @@ def captioner(tmp_path):
 
 
 def batch_of(captioner, images, seed=1):
-    collator = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=True)
+    collator = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=Dico.prompts_only)
     return {
         "pixel_values": torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(seed)),
         "image_ids": [str(i) for i in range(images)],

@@ -4,10 +4,13 @@ import inspect
 import json
 
 import datasets
+import families
 import pytest
 import tiny
 import torch
+from PIL import Image
 from small_run import CAPTIONS, SPLITS, flags
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import data
 import metrics
@@ -16,6 +19,7 @@ from captioner import Captioner
 from collator import CaptionCollator
 from models.loading import load_model
 from objectives import build_objective
+from objectives.cross_entropy import mean_log_probs
 from objectives.dico import Dico
 from objectives.scst import SelfCritical
 
@@ -84,3 +88,28 @@ def test_without_settings_an_objective_is_that_of_train_py_without_flags(objecti
     own = {name: value.default for name, value in inspect.signature(objective).parameters.items()}
     own = {name: value for name, value in own.items() if value is not inspect.Parameter.empty}
     assert own == {name: flags.get(prefix + name, flags.get(name)) for name in own}
+
+
+class Recorded(LogitsProcessor):
+    """Of each step of a generate, the log-probabilities."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, input_ids, scores):
+        self.steps.append(scores.log_softmax(dim=-1))
+        return scores
+
+
+@pytest.mark.parametrize("name", ["blip", "git", "blip2-t5", "vit-gpt2"])
+def test_a_captions_score_is_the_mean_of_the_log_probabilities_that_generate_saw(name):
+    model, processor = families.build(name)
+    captioner = Captioner(model.eval(), processor, num_beams=1, max_new_tokens=6)
+    images = [Image.effect_noise((40, 32), 100 * (1 + i)).convert("RGB") for i in range(2)]
+    batch, recorded = captioner.collator([{"image": image, "image_id": "0"} for image in images]), Recorded()
+    with torch.no_grad():
+        rows = captioner.rows(captioner.generate_tokens(batch, logits_processor=LogitsProcessorList([recorded])))
+        scores = mean_log_probs(model, captioner.training_batch(batch, rows))
+    for i, row in enumerate(rows):
+        likely = [recorded.steps[step][i, token].item() for step, token in enumerate(row)]
+        assert scores[i].item() == pytest.approx(sum(likely) / len(row), abs=1e-4)

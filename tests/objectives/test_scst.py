@@ -51,7 +51,7 @@ def captioner(tmp_path):
     return Captioner(model, processor, num_beams=3, max_new_tokens=LENGTH)
 
 
-def batch_of(captioner, image_ids, prompts_only=True):
+def batch_of(captioner, image_ids, prompts_only=SelfCritical.prompts_only):
     collator = CaptionCollator(captioner.processor, captioner.model.config, prompts_only=prompts_only)
     generator = torch.Generator().manual_seed(1)
     return {
@@ -228,6 +228,20 @@ def test_what_is_logged_is_of_the_samples_and_the_baseline_is_the_greedy_caption
     assert logged["entropy"].item() == pytest.approx(drawn_from.entropy().mean().item(), rel=1e-5)
 
 
+def test_a_caption_of_one_word_counts_as_a_long_one():
+    """In T5's labels the first one is a target. A reward that does not depend on the references, and so the same loss."""
+    model, processor = families.build("blip2-t5")
+    captioner = Captioner(model, processor, max_new_tokens=6)
+    collator = CaptionCollator(processor, model.config, prompt=captioner.prompt, prompts_only=SelfCritical.prompts_only)
+    objective = SelfCritical(captioner, lambda ids, texts, ended: (torch.eye(len(texts[0]))[:1], {}), samples=3)
+    image, losses = Image.effect_noise((40, 32), 100).convert("RGB"), []
+    for caption in ("a", "a dog runs on the grass"):
+        batch = collator([{"image": image, "image_id": "0", "captions": [caption], "epoch": 0}])
+        torch.manual_seed(0)
+        losses.append(objective(model.train(), batch, 10)["loss"].item())
+    assert losses[0] == losses[1] != 0
+
+
 @pytest.mark.parametrize("name", families.NAMES)
 def test_every_family_learns_from_its_own_captions(name):
     """The samples' gradient reaches the language model and, where it is trained, the encoder; dropout is off."""
@@ -235,7 +249,7 @@ def test_every_family_learns_from_its_own_captions(name):
     captioner = Captioner(model, processor, num_beams=2, max_new_tokens=6)
     references = {"0": ["a dog runs on the grass", "a dog"], "1": ["two men in the water"]}
     images = [Image.effect_noise((40, 32), 100 * (1 + i)).convert("RGB") for i in range(2)]
-    collator = CaptionCollator(processor, model.config, prompt=captioner.prompt, prompts_only=True)
+    collator = CaptionCollator(processor, model.config, prompt=captioner.prompt, prompts_only=SelfCritical.prompts_only)
     batch = collator(
         [
             {"image": image, "image_id": i, "captions": references[i], "epoch": 0}
