@@ -82,7 +82,7 @@ class Augmentation:
                 image = self.flip(image, captions, rng)
             else:
                 image = OPERATIONS[name](image, *numbers, rng)
-        if self.size is not None and image.size != self.size[::-1]:
+        if self.size is not None:
             image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
         return image
 

@@ -32,15 +32,15 @@ def refuse(message: str) -> None:
     raise DataError(f"{message}. Correct the file. {SKIPPING}")
 
 
-def clean_captions(captions, where: str, image: str, report: Callable[[str], None] = refuse) -> list[str]:
+def clean_captions(captions: list, where: str, image: str, report: Callable[[str], None] = refuse) -> list[str]:
     """Collapse white space; an empty, blank or non-string caption is an error.
 
     Args:
-        captions: the raw captions of one row: a string or a list of strings.
+        captions: the raw captions of one row.
         report: is called with what is wrong with a caption, which is left out.
     """
     cleaned = []
-    for caption in captions if isinstance(captions, list | tuple) else [captions]:
+    for caption in captions:
         if isinstance(caption, str) and not is_missing(caption):
             check_rows(caption, where)
             caption = caption.encode("utf-8", "replace").decode()  # Arrow takes no halves of surrogate pairs

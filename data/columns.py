@@ -108,8 +108,8 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
             f"{source}: the predictions could be {both}. Say which with --caption_column, or remove the others"
         )
     numbered = sorted(filter(NUMBERED_CAPTION.fullmatch, reversed(usual)), key=_number)
-    candidates = dict.fromkeys([*present[:1], *numbered])  # caption, caption2, caption3
-    columns = [usual[name] for name in candidates if _base(name) == _base(next(iter(candidates)))]
+    candidates = [*present[:1], *numbered]  # caption, caption2, caption3
+    columns = [usual[name] for name in candidates if _base(name) == _base(candidates[0])]
     others = [usual[name] for name in (*present, *numbered) if usual[name] not in columns]
     if others:
         say_once(
@@ -117,11 +117,11 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
             "%s: captions are read from %s, not from %s; --caption_column names another",
             *(source, " and ".join(columns), " or ".join(others)),
         )
-    if not columns and "json" in examples:  # WebDataset: the caption is inside
+    if columns or "error" in examples:
+        return columns
+    if "json" in examples:  # WebDataset: the caption is inside
         return ["json"]
-    if not columns and "error" not in examples:
-        raise _missing("caption", examples, source, [n for n, v in examples.items() if n != image and _is_text(v)])
-    return columns
+    raise _missing("caption", examples, source, [n for n, v in examples.items() if n != image and _is_text(v)])
 
 
 def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[str], bool], source: str) -> str:
@@ -145,7 +145,7 @@ def address_error(column: str, address: str, source: str, captions: list[str]) -
     """What to do with a table of addresses."""
     file = source.split(",")[0]
     form = os.path.splitext(file)[1].lstrip(".") or "parquet"
-    command = IMG2DATASET.format(file=file, form=form, column=column, caption=captions[0] if captions else "caption")
+    command = IMG2DATASET.format(file=file, form=form, column=column, caption=[*captions, "caption"][0])
     return f"column {column} holds an address ({address[:80]}). {command}"
 
 
@@ -199,7 +199,7 @@ def _may_be_image(value) -> bool:
 
 
 def is_image_name(value: str) -> bool:
-    return len(value) < 1000 and "\n" not in value and os.path.splitext(value.strip())[1].lower() in ENDINGS
+    return os.path.splitext(value.strip())[1].lower() in ENDINGS
 
 
 def captions_of(row: dict, names: list[str], where: str, literal: bool = False) -> list:
@@ -327,7 +327,7 @@ def _image_of_turns(turns):
 
 def from_base64(value: str) -> bytes | None:
     """The bytes of an image in base64 (also URL-safe, or as a data: address); None if it is something else."""
-    if len(value) < 64 or not BASE64_IMAGE.match(value):
+    if not BASE64_IMAGE.match(value):
         return None
     text = re.sub(r"\s+", "", value.rpartition(",")[2])
     text = text.translate(str.maketrans("-_", "+/"))

@@ -60,7 +60,7 @@ def left_right(language: str) -> tuple[re.Pattern, bool]:
     code = SAME.get(code, code)
     chosen = [*WORDS, *PARTS] if code == "en" else ["en", code]
     words, parts = ("|".join(table[name] for name in chosen if name in table) for table in (WORDS, PARTS))
-    parts = "|".join(unicodedata.normalize("NFC", part) for part in parts.split("|") if part)
+    parts = unicodedata.normalize("NFC", parts)
     return re.compile(rf"\b({words})\b{'|' * bool(parts)}{parts}", re.IGNORECASE), code in WORDS or code in PARTS
 
 

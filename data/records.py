@@ -101,7 +101,7 @@ def file_sizes(records: list[Record]) -> list[int | None]:
     return in_threads(size, records, 16)  # on a network disk each is a wait
 
 
-def same_content(images: list, sizes: list[int], read) -> list[int]:
+def same_content(images: list, sizes: list[int | None], read) -> list[int]:
     """For each image the index of the first one with exactly the same bytes (its own index where there is none).
 
     Cheap on large sets: only images of equal size are looked into, first at three short pieces, and only those that
@@ -109,7 +109,7 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
 
     Args:
         images: what identifies each image to `read`: the path of a file, or a row.
-        sizes: bytes of each image.
+        sizes: bytes of each image, None where it is missing.
         read: read(image, start, stop) -> these of its bytes.
     """
 
@@ -127,7 +127,7 @@ def same_content(images: list, sizes: list[int], read) -> list[int]:
     def whole(index):
         return digest(index, [(0, sizes[index])])
 
-    keys = np.array(sizes, np.int64)
+    keys = np.nan_to_num(np.array(sizes, float))
     indices = np.flatnonzero(keys)  # empty files are not images, let alone the same one
     keys = keys[indices]
     for look in (pieces, whole):
@@ -201,7 +201,7 @@ def splits_of_source(records: list[Record]) -> tuple[bool, bool]:
     """(the source has its own splits, nothing is to be drawn). A lone train split is what sources without splits
     have."""
     present = {record.split for record in records}
-    if None in present and len(present) > 1:
+    if present > {None}:
         without = next(record for record in records if record.split is None)
         raise DataError(f"{without.where}: image {without.name} has no split, others do. Give one to each, or to none")
     return bool(present - {None, "train"}), bool(present - {None, "train", "test"}) or present == {"test"}

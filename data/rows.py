@@ -141,7 +141,7 @@ def usual_split(name: str) -> str:
 
 def split_name(name: str, where: str) -> str:
     """A source's own name for a split -> train, validation or test: the one word in it that is one (qual_dev)."""
-    split = SPLIT_NAMES.get(str(name).lower()) or split_in(str(name))
+    split = split_in(str(name))
     if split is None:
         raise DataError(f"{where}: unknown split {name!r}. Known: {', '.join(SPLIT_NAMES)}")
     return split

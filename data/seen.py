@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -33,12 +34,13 @@ class Seen:
 
     def __init__(self, table: pa.Table, model: str):
         self.table, self.model = table, model
-        ids, captions, contents, splits, earlier = (column.to_pylist() for column in table.columns)
-        nearest_last = sorted(zip(splits, contents, ids, captions, strict=True), key=lambda row: -SPLITS.index(row[0]))
-        self.of_content = {content: split for split, content, _, _ in nearest_last if content != UNREADABLE}
-        self.trained_texts = {(id_, texts) for split, _, id_, texts in nearest_last if split == "train"}
+        nearest_last = sorted(table.to_pylist(), key=lambda row: SPLITS.index(row["split"]), reverse=True)
+        self.of_content = {row["content"]: row["split"] for row in nearest_last}
+        self.of_content.pop(UNREADABLE, None)
+        trained = table.filter(pc.field("split") == "train")
+        self.trained_texts = set(zip(trained["id"].to_pylist(), trained["captions"].to_pylist(), strict=True))
         # A stream's training images are not known in advance, and may be among those held out, too.
-        self.has_train = ("train", False) in zip(splits, earlier, strict=True)
+        self.has_train = False in trained["earlier"].to_pylist()
 
     def splits_of(self, rows: datasets.Dataset) -> list[str | None]:
         """The split that each image was in, train before validation before test; None for images it has not seen."""
@@ -50,10 +52,10 @@ class Seen:
         if isinstance(splits, datasets.IterableDatasetDict):
             return self._held_out_of_stream(splits, split)
         rows = splits[split]
-        before = self.splits_of(rows)
+        before = np.array(self.splits_of(rows), object)
         if not any(before):
             return splits, f"no splits in the source, so all images are {split}; the model has seen none of them"
-        parts = {name: [row for row, part in enumerate(before) if part == name] for name in (*SPLITS, None)}
+        parts = {name: np.flatnonzero(before == name).tolist() for name in (*SPLITS, None)}
         new = parts.pop(None)
         phrase = f"the split of {self.model}'s training; {len(new):,} images that it has not seen are left out"
         if not parts[split]:
@@ -99,8 +101,10 @@ class Seen:
         return ", ".join(f"{number:,} {words}" for words, number in numbers.items() if number)
 
     def _learnt_from(self) -> dict:
-        rows = zip(*(column.to_pylist() for column in self.table.columns), strict=True)
-        return {id_: values for id_, *values, earlier in rows if not earlier and values[2] != "test"}
+        """{hash of the id: (hash of the captions, content, split)}."""
+        table = self.table.filter(~pc.field("earlier") & (pc.field("split") != "test"))
+        ids, *values = (column.to_pylist() for column in table.columns[:4])
+        return dict(zip(ids, zip(*values, strict=True), strict=True))
 
 
 UNKNOWN = {"trained_on": None, "validated_on": None}  # the overlap of a model without record

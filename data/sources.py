@@ -273,7 +273,7 @@ def _near_pairs(records: list[Record], table, options: Options, drawn: bool) -> 
     if table is None:
         return splitting.near_pairs(images, [f"{image} {version_of(image)}" for image in images], options.cache_dir)
     versions = [f"{table._fingerprint} {image}" for image in images]
-    return splitting.near_pairs(table.select_columns("image").select(images), versions, options.cache_dir)
+    return splitting.near_pairs(table.select(images)["image"], versions, options.cache_dir)
 
 
 def _each_image_once(records: list[Record], table, options: Options, official: bool, drawn: bool, require_images: bool):
@@ -290,7 +290,7 @@ def _each_image_once(records: list[Record], table, options: Options, official: b
                 record.key = content
     if require_images:
         records, sizes = drop_missing(records, sizes, options)
-    same = rec.same_content([record.image for record in records], [size or 0 for size in sizes], read)
+    same = rec.same_content([record.image for record in records], sizes, read)
     return rec.unite(records, same, official, options.dropped)
 
 

@@ -122,7 +122,7 @@ def near_pairs(images: Sequence, versions: list[str], cache_dir=None) -> list[tu
     structure, such as plain colours, are not. Of equal gradients each makes a pair with the first only.
 
     Args:
-        images: rows of a table or paths, as data.open_image takes them.
+        images: as data.open_image takes them.
         versions: what changes when an image does; the gradients are kept in the cache by all of them.
     """
 
@@ -150,9 +150,8 @@ def near_pairs(images: Sequence, versions: list[str], cache_dir=None) -> list[tu
     return [(one, other) for one, other in np.unique(ordered, axis=0).tolist() if one != other]
 
 
-def _gradients(row) -> np.ndarray:
+def _gradients(image) -> np.ndarray:
     """32 bytes: whether each of 256 steps to the right is brighter; zeros for what cannot be compared."""
-    image = row["image"] if isinstance(row, dict) else row
     try:
         small = open_image(image, size=(4 * SIDE, 4 * SIDE)).convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
     except (ImageError, OSError):

@@ -65,7 +65,7 @@ def by_split(tables: dict, source: str, draw_splits_from: str | None) -> dict:
     train, of that split, which is what sources without splits have."""
     if draw_splits_from is not None:
         table = _joined([tables[name] for name in splits_called(draw_splits_from, list(tables), source)])
-        return {"train": table.remove_columns("split") if "split" in (table.column_names or ()) else table}
+        return {"train": table.remove_columns("split") if "split" in table.column_names else table}
     joined: dict = {}
     for name, table in tables.items():
         if name.lower() not in SPLIT_NAMES:
@@ -153,9 +153,6 @@ def read_table(part: Part, options: Options) -> Iterator[Row]:
 
 def _rows_in(table) -> Iterator[dict]:
     """The rows of a table, all of them also inside a DataLoader worker, where iterating over a stream gives a share."""
-    if not isinstance(table, datasets.IterableDataset):
-        yield from table
-        return
     for batch in table.iter(32):
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
@@ -163,10 +160,9 @@ def _rows_in(table) -> Iterator[dict]:
 def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], datasets.Dataset | None]:
     """(rows, table of the images) of tables with an image and a caption column: a row's image is its number in the table.
     Where the images are files, rows have their names, and the table is None."""
-    parts = [part.flatten_indices() if part._indices is not None else part for part in tables.values()]
-    table = _joined(parts)
+    table = _joined(list(tables.values()))
     columns = columns_of(table, options, "the data set")
-    splits = np.repeat(list(tables), list(map(len, parts))).tolist()
+    splits = np.repeat(list(tables), list(map(len, tables.values()))).tolist()
     if holds_paths(table, columns.image):
         return table_rows(table, columns, splits, options, "the data set"), None
     table = table.remove_columns(list({"image", "captions"} & {*table.column_names} - {*columns.used}))

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.compute
 import torch
 
-from common.errors import DataError, UserError
+from common.errors import DataError
 
 
 def in_memory(split, name: str) -> datasets.Dataset:
@@ -59,8 +59,6 @@ class CaptionPairs(torch.utils.data.Dataset):
     """
 
     def __init__(self, records, captions_per_image: int | None = 1):
-        if captions_per_image is not None and captions_per_image < 1:
-            raise UserError(f"captions_per_image must be at least 1, not {captions_per_image}.")
         table = records.records if isinstance(records, EncodedRecords) else records
         counts = pyarrow.compute.list_value_length(table.with_format("arrow")["captions"][:]).to_numpy()
         captions_per_image = captions_per_image or int(max(counts, default=1))

@@ -27,7 +27,7 @@ EXTRAS = {"text_detected", "domain"}  # of VizWiz and nocaps: columns of an imag
 
 
 def matches(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS if path.is_file() else path.is_dir() and bool(files_of(path))
+    return path.suffix.lower() in ENDINGS if path.is_file() else bool(files_of(path))
 
 
 def parts(path: Path, options: Options) -> list[Part]:

@@ -17,7 +17,7 @@ ABOUT = "Flickr8k.token.txt or captions.txt next to a folder of images"
 def matches(path: Path) -> bool:
     if path.is_file():
         return path.name.endswith((".token", "token.txt")) or path.name == "captions.txt"
-    return path.is_dir() and captions_file(path) is not None
+    return captions_file(path) is not None
 
 
 def captions_file(path: Path) -> Path | None:
@@ -76,7 +76,7 @@ def rows_of(file: Path) -> Iterator[tuple[str, str, str]]:
     with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             name, tab, caption = line.rstrip("\r\n").partition("\t")
-            if not tab and name.strip():
-                raise DataError(f"{file} line {number}: no tab between image and caption: {line.strip()[:80]!r}")
-            if tab:
+            if line.strip():
+                if not tab:
+                    raise DataError(f"{file} line {number}: no tab between image and caption: {line.strip()[:80]!r}")
                 yield name.rsplit("#", 1)[0].strip(), caption, f"{file.name} line {number}"

@@ -15,11 +15,11 @@ ABOUT = "a folder of images with metadata.jsonl or metadata.csv"
 
 
 def matches(path: Path) -> bool:
-    return path.is_dir() and bool(metadata_files(path))
+    return bool(metadata_files(path))
 
 
 def metadata_files(path: Path) -> list[Path]:
-    folders = [path, *sorted(folder for folder in path.iterdir() if folder.name.lower() in SPLIT_NAMES)]
+    folders = [path, *sorted(folder for folder in path.glob("*") if folder.name.lower() in SPLIT_NAMES)]
     files = [folder / f"metadata.{ending}" for folder in folders for ending in ("jsonl", "csv")]
     return list(filter(Path.is_file, files))
 

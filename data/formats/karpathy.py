@@ -39,7 +39,7 @@ def matches(path: Path) -> bool:
             return False
         with open(path, encoding="utf-8", errors="replace") as file:
             return '"sentids"' in file.read(65536)
-    return path.is_dir() and any(path.glob("dataset_*.json"))
+    return any(path.glob("dataset_*.json"))
 
 
 def parts(path: Path, options: Options) -> list[Part]:

@@ -19,11 +19,9 @@ ABOUT = "Parquet files, or a folder laid out like a Hub data set"
 
 
 def matches(path: Path) -> bool:
-    if path.suffix.lower() == ".parquet":
-        return True
-    files = files_below(path, ".parquet") if path.is_dir() else []
     # img2dataset writes 00000.parquet, a table about its samples, next to 00000.tar, which holds them.
-    return bool(files) and not all(file.with_suffix(".tar").exists() for file in files)
+    tables = (file for file in files_below(path, ".parquet") if not file.with_suffix(".tar").exists())
+    return path.suffix.lower() == ".parquet" or any(tables)
 
 
 def parts(path: Path, options: Options) -> list[Part]:
@@ -32,7 +30,7 @@ def parts(path: Path, options: Options) -> list[Part]:
     if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
         with loading(str(path), NAME):
             config = datasets.load_dataset_builder(str(path), options.config, cache_dir=options.cache_dir).config
-        named = [(Path(file), str(split)) for split, files in (config.data_files or {}).items() for file in files]
+        named = [(Path(file), str(split)) for split, files in config.data_files.items() for file in files]
     else:
         files = sorted(local_files(path), key=lambda file: "restval" in file.name)  # behind train, which it joins
         named = [(file, split_of_file(file)) for file in files]

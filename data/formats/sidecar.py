@@ -20,7 +20,7 @@ TEXTS = (".txt", ".caption")
 
 
 def matches(path: Path) -> bool:
-    return path.is_dir() and any(texts for _, texts in images_and_texts(path, Counter()))
+    return any(texts for _, texts in images_and_texts(path, Counter()))
 
 
 def parts(path: Path, options: Options) -> list[Part]:

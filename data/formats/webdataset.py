@@ -29,7 +29,7 @@ TARS = (".tar", ".tar.gz", ".tgz")
 
 
 def matches(path: Path) -> bool:
-    return path.name.lower().endswith(TARS) or (path.is_dir() and bool(files_below(path, TARS)))
+    return path.name.lower().endswith(TARS) or bool(files_below(path, TARS))
 
 
 def parts(path: Path, options: Options) -> list[Part]:
