@@ -2,12 +2,14 @@
 
 import copy
 
+import families
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
 
+import data
 from captioner import Captioner
 from collator import CaptionCollator, ImageCollator
 from data import Augmentation, TextAugmentation
@@ -234,3 +236,42 @@ def test_a_prompt_that_fills_the_caption_is_refused(model_and_processor):
     model, processor = model_and_processor
     with pytest.raises(ValueError, match="leaves no room"):
         CaptionCollator(processor, model.config, max_txt_len=4, prompt="a picture of ")
+    with pytest.raises(ValueError, match="leaves no room"):  # for the end alone
+        CaptionCollator(processor, model.config, max_txt_len=5, prompt="a picture of ")
+    collate = CaptionCollator(processor, model.config, max_txt_len=6, prompt="a picture of ")
+    assert (collate(samples(["dog"]))["labels"] != -100).sum() == 2
+
+
+def test_images_are_decoded_whole_and_corrupted_by_their_ids(model_and_processor):
+    model, processor = model_and_processor
+    assert CaptionCollator(processor, model.config).images.pixels.decoded_size is None
+    corruption, sample = data.corruption(["gaussian_noise:40"]), samples()[0]
+    expected = ImageCollator(processor, model.config)([sample | {"image": corruption(sample["image"], 0, "0")}])
+    found = ImageCollator(processor, model.config, corruption=corruption)([sample])
+    assert found["pixel_values"].equal(expected["pixel_values"])
+
+
+def test_after_a_prompts_word_a_caption_is_tokenized_as_inside_a_sentence():
+    """Byte-level BPE has another token for a word after a space."""
+    model, processor = families.build("blip2-opt")
+    prompt, tokenizer = "a picture of", processor.tokenizer
+    ids = CaptionCollator(processor, model.config, prompt=prompt).images.target_ids(["a dog runs"])
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert before + ids[0][:-1] == tokenizer("a picture of a dog runs", add_special_tokens=False)["input_ids"]
+    assert ids != CaptionCollator(processor, model.config).images.target_ids(["a dog runs"])
+
+
+def test_the_limit_counts_the_caption_and_its_end_in_a_chat():
+    model, processor = families.build("llava")
+    batch = CaptionCollator(processor, model.config, max_txt_len=4)(samples(["a dog runs on the grass"]))
+    assert (batch["labels"] != -100).sum() == 4
+
+
+def test_words_of_a_caption_see_the_image_tiles_that_the_prompt_sees():
+    """Mllama's cross-attention mask goes on with that of the prompt's last token."""
+    model, processor = families.build("mllama")
+    batch = CaptionCollator(processor, model.config)(samples(["a dog runs", "a cat"]))
+    mask, length = batch["cross_attention_mask"], batch["prompt_length"]
+    assert mask.shape[:2] == batch["input_ids"].shape
+    assert mask.shape[1] > length
+    assert mask[:, length:].equal(mask[:, length - 1 : length].expand_as(mask[:, length:]))

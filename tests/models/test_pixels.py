@@ -54,10 +54,18 @@ def test_pixel_values_of_photos_are_the_processors_own(test_data):
     assert Pixels(processor)(images).equal(processor(images=images, return_tensors="pt")["pixel_values"])
 
 
-@pytest.mark.parametrize("settings", [{"do_resize": False}, {"do_center_crop": True, "crop_size": 16}])
-def test_a_processor_that_does_more_is_left_to_do_it(settings):
-    processor = CLIPImageProcessor(size={"height": 32, "width": 32}, **settings)
-    ours, image = Pixels(processor), noise(32, 32)
+@pytest.mark.parametrize("kind", [BlipImageProcessor, CLIPImageProcessor])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_resize": False},
+        {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}},
+        {"size": {"shortest_edge": 32}},
+    ],
+)
+def test_a_processor_that_does_more_is_left_to_do_it(settings, kind):
+    processor = kind(**{"size": {"height": 32, "width": 32}, **settings})
+    ours, image = Pixels(processor), noise(40, 40)
     assert ours.size is None
     assert ours([image]).equal(processor(images=[image], return_tensors="pt")["pixel_values"])
 
