@@ -321,7 +321,8 @@ class ObjectiveArguments(Flags):
         "cider:1.0",
         "With scst and dico: rewards and their weights, such as 'cider:1.0 clip-s:0.5'. cider is CIDEr-D with the "
         "training split's document frequencies, bleu is BLEU-4 of the caption; both use all references and count the "
-        "end of the caption. clip-s, pac-s, pac-s++ (with the prefix ref-: with references) are clip_metrics, as in "
+        "end of the caption. rouge-l is as evaluate.py's. length, repetition and bad-endings are of the caption alone, with "
+        "a negative weight to be avoided. FILE.py:FUNCTION:WEIGHT is a function of yours. clip-s, pac-s, pac-s++ (with the prefix ref-: with references) are clip_metrics, as in "
         "DiCO's code on the bare caption and not clipped at 0.",
     )
     dico_beta: float = flag(0.2, "With dico: how closely the model is held to the one that it starts from.")

@@ -6,7 +6,7 @@ from common.errors import UserError
 from metrics.clip_scores import NAMES
 from objectives.cross_entropy import CrossEntropy, caption_loss, token_log_probs
 from objectives.dico import Dico
-from objectives.rewards import RecordImages, Rewards, clip_metrics_of, parse_rewards
+from objectives.rewards import RecordRows, Rewards, clip_metrics_of, parse_rewards
 from objectives.scst import SelfCritical
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def build_objective(args, objective_args, captioner, train, scorers=(), caption_
     if args.objective == "cross_entropy":
         return CrossEntropy(args.label_smoothing_factor)
     references = dict(zip(train["image_id"], train["captions"], strict=True))
-    rewards = Rewards(parse_rewards(objective_args.reward), references, RecordImages(train), scorers, caption_language)
+    rewards = Rewards(parse_rewards(objective_args.reward), references, RecordRows(train), scorers, caption_language)
     if args.objective == "dico":
         return Dico(
             captioner,

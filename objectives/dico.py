@@ -118,7 +118,7 @@ class Dico:
             "loss": loss,
             "reward": rewards.mean(),
             "reward_best": rewards.amax(dim=1).mean(),
-            **{f"reward_{name}": part.mean() for name, part in parts.items()},
+            **{f"reward_{name}": part.nanmean() for name, part in parts.items()},
             "chosen": self.beta * chosen.mean(),
             "rejected": self.beta * rejected.mean(),
             "margin": self.beta * margin.mean(),

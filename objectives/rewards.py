@@ -7,7 +7,7 @@ A reward is a function
 of the ids of a batch's images (list of str), the candidate captions of each image and its reference captions (lists of
 lists of str), and whether each candidate ended by itself (lists of lists of bool) or was cut at the maximum length.
 N-gram rewards count that end as a word: without it, "a man with a" is as good a beginning as any other, and
-self-critical training learns to stop too early.
+self-critical training learns to stop too early. NaN, of a reward of your own, is no opinion.
 """
 
 from fractions import Fraction
@@ -16,11 +16,13 @@ import torch
 
 from common.caches import cache_folder
 from common.errors import UserError
-from metrics import CiderD
+from metrics import CiderD, ends_badly, repeated_bigrams
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.bleu import bleu_from_statistics, bleu_statistics
 from metrics.coco_caption.cider import END_OF_SEQUENCE
 from metrics.coco_caption.languages import check_language, tokens_of
+from metrics.coco_caption.rouge import rouge_l
+from objectives.own_reward import OwnReward, own_function
 
 
 class CiderReward:
@@ -54,19 +56,42 @@ class BleuReward:
         return torch.from_numpy(bleu).float().view(len(image_ids), -1)
 
 
+class RougeReward:
+    """ROUGE-L of the single caption, 0 to 1, as an evaluation gives it: without the end as a word."""
+
+    def __init__(self, tokens: dict[str, list[list[str]]], language: str):
+        self.tokens, self.language = tokens, language
+
+    def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
+        references = [self.tokens[i] for i, group in zip(image_ids, candidates, strict=True) for _ in group]
+        scores = rouge_l(_tokens(candidates, self.language), references)
+        return torch.from_numpy(scores).float().view(len(image_ids), -1)
+
+
+class TextReward:
+    """A value of the caption alone, mostly with a negative weight."""
+
+    def __init__(self, value, language: str):
+        self.value, self.language = value, language
+
+    def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
+        values = list(map(self.value, _tokens(candidates, self.language)))
+        return torch.tensor(values, dtype=torch.float32).view(len(image_ids), -1)
+
+
 class ClipReward:
     """CLIP-S, PAC-S or PAC-S++ as the reward of DiCO's published code (utils.py at 7a2f740): the bare caption, without
     "A photo depicts ", and cosines below zero kept. `with_references`: the harmonic mean with the nearest reference's.
 
-    `images` are {image id: anything data.open_image takes}; each is opened once.
+    `rows` are {image id: the record}; each image is opened once.
     """
 
-    def __init__(self, scorer, images, with_references: bool):
-        self.scorer, self.images, self.with_references = scorer, images, with_references
+    def __init__(self, scorer, rows, with_references: bool):
+        self.scorer, self.rows, self.with_references = scorer, rows, with_references
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
         pictures = [("train", image_id) for image_id in image_ids]
-        images = [None if self.scorer.knows(of) else self.images[of[1]] for of in pictures]
+        images = [None if self.scorer.knows(of) else self.rows[of[1]]["image"] for of in pictures]
         flat = [text for group in candidates for text in group]
         references = references if self.with_references else None
         scores, with_references = self.scorer.score(pictures, images, flat, references, prefix="", clip=False)
@@ -74,7 +99,9 @@ class ClipReward:
 
 
 # Built from {image id: tokenized references} of the training split, and the captions' language.
-NGRAM_REWARDS = {"cider": CiderReward, "bleu": BleuReward}
+NGRAM_REWARDS = {"cider": CiderReward, "bleu": BleuReward, "rouge-l": RougeReward}
+# Words of a caption; its share of repeated pairs of words; whether it ends in a word such as "a" or "with".
+TEXT_REWARDS = {"length": len, "repetition": repeated_bigrams, "bad-endings": ends_badly}
 CLIP_REWARDS = {f"{reference}{metric}": metric for reference in ("", "ref-") for metric in NAMES}
 
 
@@ -83,15 +110,15 @@ class Rewards:
 
     `references` are {image id: captions} of all images to be scored. They are tokenized once, here, by the tokenizer
     that evaluation uses, so a reward is the score that an evaluation would give (end-of-sequence aside). CLIP-based
-    rewards use `scorers` and `images`, {image id: image}. `language`: of the captions, a code that --caption_language
-    takes.
+    rewards use `scorers` and `rows`, {image id: the record}, as rewards of your own do. `language`: of the captions, a code that
+    --caption_language takes.
     """
 
     def __init__(
         self,
         weights: dict[str, float],
         references: dict[str, list[str]],
-        images=None,
+        rows=None,
         scorers=(),
         language: str = "en",
     ):
@@ -104,24 +131,30 @@ class Rewards:
         for name in weights:
             if name in NGRAM_REWARDS:
                 self.rewards[name] = NGRAM_REWARDS[name](tokens, language)
+            elif name in TEXT_REWARDS:
+                self.rewards[name] = TextReward(TEXT_REWARDS[name], language)
+            elif name in CLIP_REWARDS:
+                self.rewards[name] = ClipReward(scorers[CLIP_REWARDS[name]], rows, name.startswith("ref-"))
             else:
-                self.rewards[name] = ClipReward(scorers[CLIP_REWARDS[name]], images, name.startswith("ref-"))
+                self.rewards[name] = OwnReward(name, rows)
 
     def __call__(self, image_ids, candidates, ended) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The reward of each candidate, (images, candidates), and its unweighted parts by name."""
+        """The reward of each candidate, (images, candidates), and its unweighted parts by name, of your own by the function's."""
         references = [self.references[image_id] for image_id in image_ids]
         parts = {name: reward(image_ids, candidates, references, ended) for name, reward in self.rewards.items()}
-        return sum(self.weights[name] * part for name, part in parts.items()), parts
+        total = sum(self.weights[name] * part.nan_to_num() for name, part in parts.items())
+        return total, {name.rpartition(":")[2]: part for name, part in parts.items()}
 
 
-class RecordImages:
-    """`images[image_id]` of records, read on access."""
+class RecordRows:
+    """`rows[image_id]` of records, read on access."""
 
     def __init__(self, records):
-        self.records, self.row = records, {image_id: row for row, image_id in enumerate(records["image_id"])}
+        self.records, self.columns = records, records.column_names
+        self.row = {image_id: row for row, image_id in enumerate(records["image_id"])}
 
-    def __getitem__(self, image_id: str):
-        return self.records[self.row[image_id]]["image"]
+    def __getitem__(self, image_id: str) -> dict:
+        return self.records[self.row[image_id]]
 
 
 def _tokens(captions, language: str) -> list[list[str]]:
@@ -130,15 +163,20 @@ def _tokens(captions, language: str) -> list[list[str]]:
 
 
 def parse_rewards(text: str) -> dict[str, float]:
-    """{name: weight} of "cider:1.0 clip-s:0.5"; the default weight is 1. ValueError if it is not of that form."""
-    known = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS])
-    weights = {}
+    """{name: weight} of "cider:1.0 clip-s:0.5 mine/rewards.py:short:0.1"; the default weight is 1. ValueError if it is not of that
+    form, or if a function of your own is not there."""
+    known = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS, *TEXT_REWARDS, "FILE.py:FUNCTION"])
+    weights, said = {}, set()
     for word in text.replace(",", " ").split():
-        name, _, weight = word.partition(":")
-        if name not in NGRAM_REWARDS and name not in CLIP_REWARDS:
+        file, own, rest = word.rpartition(".py:")
+        name, _, weight = rest.partition(":")
+        if own:
+            own_function(name := f"{file}.py:{name}")
+        elif name not in NGRAM_REWARDS | TEXT_REWARDS | CLIP_REWARDS:
             raise UserError(f"reward: '{name}' is not a reward. Known: {known}.")
-        if name in weights:
-            raise UserError(f"reward: {name} is named twice in '{text}'.")
+        if (short := name.rpartition(":")[2]) in said:
+            raise UserError(f"reward: {short} is named twice in '{text}'.")
+        said.add(short)
         try:
             weights[name] = float(Fraction(weight or 1))  # of "nan" and "inf" it makes no number
         except ValueError:

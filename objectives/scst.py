@@ -111,7 +111,7 @@ class SelfCritical:
         loss = -(captions * (advantage * log_probs).mean(dim=1)).sum() / items
         logged = {
             "reward": rewards.mean(),
-            **{f"reward_{name}": part[:, : self.samples].mean() for name, part in parts.items()},
+            **{f"reward_{name}": part[:, : self.samples].nanmean() for name, part in parts.items()},
             "reward_baseline": baseline.mean(),
             "advantage": advantage.abs().mean(),
             **facts(sampled),

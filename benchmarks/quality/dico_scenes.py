@@ -38,7 +38,7 @@ from objectives import CrossEntropy
 from objectives.cross_entropy import target_logits
 from objectives.dico import Dico
 from objectives.policy import SAMPLING, draw
-from objectives.rewards import RecordImages, Rewards
+from objectives.rewards import RecordRows, Rewards
 from objectives.scst import SelfCritical
 
 START = "the starting model"
@@ -272,8 +272,8 @@ def main() -> None:
     splits = data.load("scenes")
     references = dict(zip(splits["train"]["image_id"], splits["train"]["captions"], strict=True))
     scorers = {name: ClipScorer.load("clip-s", str(arguments.clips / name)) for name in ("reward", "judge")}
-    images = RecordImages(splits["train"])
-    rewards = {name: Rewards({name: 1.0}, references, images, [scorers["reward"]]) for name in ("cider", "clip-s")}
+    rows = RecordRows(splits["train"])
+    rewards = {name: Rewards({name: 1.0}, references, rows, [scorers["reward"]]) for name in ("cider", "clip-s")}
     settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path) and k != "seeds"}
     settings["clips_sha256"] = {name: scorer.source["sha256"] for name, scorer in scorers.items()}
     runs: dict = {}

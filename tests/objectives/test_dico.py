@@ -22,7 +22,7 @@ from models.blip_attention import use_fast_attention
 from objectives.cross_entropy import target_logits
 from objectives.dico import Dico, dico_loss, preferences
 from objectives.policy import draw
-from objectives.rewards import RecordImages, Rewards
+from objectives.rewards import RecordRows, Rewards
 
 
 def sigmoid(x):
@@ -292,7 +292,7 @@ def test_a_run_that_goes_on_has_the_reference_it_began_with(started, tmp_path):
     [
         ({"reward": "pac-s"}, "pass --pac_checkpoint"),
         ({"reward": "clip-s", "clip_model": "nowhere/nothing"}, "cannot be loaded"),
-        ({"reward": "clips"}, "'clips' is not a reward. Known: cider, bleu, clip-s, pac-s"),
+        ({"reward": "clips"}, "'clips' is not a reward. Known: cider, bleu, rouge-l, clip-s, pac-s"),
     ],
 )
 def test_a_reward_that_cannot_be_had_is_one_clear_message(started, tmp_path, changed, said):
@@ -304,7 +304,7 @@ def test_clip_rewards_are_of_bare_captions_and_not_clipped(tmp_path):
     scorer = ClipScorer.load("clip-s", str(write_clip(tmp_path / "clip")))
     records = data.load(str(tiny.write_photos(tmp_path / "photos", CAPTIONS, SPLITS)))["train"]
     references = dict(zip(records["image_id"], records["captions"], strict=True))
-    rewards = Rewards({"clip-s": 1.0, "ref-clip-s": 2.0}, references, RecordImages(records), [scorer])
+    rewards = Rewards({"clip-s": 1.0, "ref-clip-s": 2.0}, references, RecordRows(records), [scorer])
     ids, candidates = records["image_id"][1:3], [["a dog", "two cats"], ["a red ball", "a man"]]
     total, parts = rewards(ids, candidates, None)
     flat = [text for group in candidates for text in group]

@@ -1,15 +1,22 @@
 """Rewards are the scores of an evaluation, with the caption's end as one more word."""
 
+import json
 import random
 
 import datasets
 import pytest
+import tiny
 import torch
+from conftest import ROOT
+from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from small_run import CAPTIONS, SPLITS
 
-from metrics import ends_badly, tokenize
+from common.errors import UserError
+from metrics import ends_badly, score, tokenize
 from metrics.coco_caption.cider import END_OF_SEQUENCE
+from objectives.own_reward import own_function
 from objectives.rewards import Rewards, parse_rewards
 
 WORDS = [
@@ -155,3 +162,96 @@ def test_rewards_are_named_with_their_weights(text, weights):
 def test_a_wrong_reward_is_one_clear_message(text, said):
     with pytest.raises(ValueError, match=said):
         parse_rewards(text)
+
+
+class Rows(dict):
+    columns = ("image_id", "image", "captions", "subject")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """(write(code) -> a reward's name, rows)"""
+
+    def write(code: str) -> str:
+        (tmp_path / "mine.py").write_text(f"def reward({code}")
+        own_function.cache_clear()
+        return f"{tmp_path}/mine.py:reward"
+
+    image = Image.new("RGB", (4, 4), "red")
+    return write, Rows({f"image{i}": {"image": image, "subject": f"dog{i}"} for i in range(2)})
+
+
+REFERENCES = {"image0": ["a dog"], "image1": ["a cat", "two cats"]}
+CANDIDATES = [["a dog", "a"], ["a cat", "cats"]]
+
+
+def test_a_function_gets_what_its_parameters_are_named_after(own):
+    write, rows = own
+    name = write("""candidates, references, image_ids, images, subject):
+    assert image_ids == ["image0", "image0", "image1", "image1"]
+    assert subject == ["dog0", "dog0", "dog1", "dog1"]
+    assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0)] * 4
+    return [len(text) if text in texts else None for text, texts in zip(candidates, references)]""")
+    total, parts = Rewards({name: 0.5, "length": -1.0}, REFERENCES, rows)([*REFERENCES], CANDIDATES, None)
+    assert total.tolist() == [[0.5, -1.0], [0.5, -1.0]]  # None counts as 0
+    assert parts["reward"].nanmean() == 5
+    assert parts["length"].tolist() == [[2, 1], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("candidates): return [1]", "returned 1 values for 4 candidates"),
+        ("candidates): return [float('nan')] * 4", "returned nan for 'a dog', which is neither a number nor None"),
+        ("candidates): return ['1'] * 4", "returned '1' for 'a dog'"),
+        ("candidates): return 1 / 0", r"failed: ZeroDivisionError: division by zero \(.*mine.py line 1\)"),
+        ("candidates): return None", "failed: TypeError"),
+        ("candidates, subjects): return []", "its parameter subjects is none of candidates, .*, subject"),
+    ],
+)
+def test_what_a_function_may_not_do_is_one_line(own, code, said):
+    write, rows = own
+    with pytest.raises(UserError, match=said) as failed:
+        Rewards({write(code): 1.0}, REFERENCES, rows)([*REFERENCES], CANDIDATES, None)
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "suffix", "said"),
+    [
+        ("", ":1", "cannot be run: SyntaxError"),
+        ("): pass", "s:1", "has no function rewards"),
+        ("): pass", ":many", "the weight of .*mine.py:reward is 'many'"),
+        ("): pass", " other/mine.py:reward", "reward is named twice|there is no file other/mine.py"),
+    ],
+)
+def test_a_function_that_is_not_there_is_told_before_anything_is_loaded(own, code, suffix, said):
+    name = own[0](code) + suffix
+    with pytest.raises(UserError, match=said):
+        parse_rewards(name)
+
+
+def test_rouge_is_that_of_an_evaluation(corpus):
+    candidates, _ = candidates_of(corpus, 1)
+    _, parts = Rewards({"rouge-l": 1.0}, corpus)(list(corpus), candidates, None)
+    predictions = {image: texts[0] for image, texts in zip(corpus, candidates, strict=True)}
+    _, rows = score(predictions, corpus, meteor=False, spice=False, bootstrap_samples=0)
+    assert parts["rouge-l"][:, 0].tolist() == pytest.approx([row["ROUGE_L"] for row in rows.values()], abs=1e-6)
+
+
+def test_the_function_in_docs_is_trained_with(tmp_path, monkeypatch):
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    (tmp_path / "rewards.py").write_text(page.split("```python\n")[1].split("```")[0])
+    dataset = tiny.write_photos(tmp_path / "photos", CAPTIONS, SPLITS)
+    model = tiny.build_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tiny.run(
+        "train.py", dataset, "--objective", "scst", "--model_name_or_path", model, "--output_dir", "out", "--max_steps", 2,
+        "--reward", "cider rewards.py:short:0.1", "--scst_samples", 2, "--logging_steps", 1, "--eval_strategy", "no",
+        "--save_strategy", "no", "--load_best_model_at_end", "false", "--max_new_tokens", 5, "--meteor", "false",
+        "--spice", "false", "--report", "false", "--bootstrap_samples", 0,
+    )  # fmt: skip
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    for row in history[:2]:
+        assert row["reward"] == pytest.approx(row["reward_cider"] + 0.1 * row["reward_short"], abs=1e-6)
+        assert row["reward_short"] <= 0
