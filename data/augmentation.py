@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -205,8 +206,19 @@ def rotation(image: Image.Image, degrees: float, rng: random.Random) -> Image.Im
     return turned(image, rng.uniform(-degrees, degrees))
 
 
-def grayscale(image: Image.Image, probability: float, rng: random.Random) -> Image.Image:
-    return image.convert("L").convert("RGB") if rng.random() < probability else image
+def with_probability(operation: Callable) -> Callable:
+    """operation(image, *numbers, rng) -> the same with one more number, the probability that it is applied."""
+
+    def applied(image: Image.Image, *numbers_and_rng) -> Image.Image:
+        *numbers, probability, rng = numbers_and_rng
+        return operation(image, *numbers, rng) if rng.random() < probability else image
+
+    return applied
+
+
+@with_probability
+def grayscale(image: Image.Image, rng: random.Random) -> Image.Image:
+    return image.convert("L").convert("RGB")
 
 
 def color_jitter(image: Image.Image, brightness, contrast, saturation, rng: random.Random) -> Image.Image:
@@ -222,21 +234,20 @@ def color_jitter(image: Image.Image, brightness, contrast, saturation, rng: rand
     return image
 
 
-def gaussian_noise(image: Image.Image, deviation: float, probability: float, rng: random.Random) -> Image.Image:
-    if rng.random() >= probability:
-        return image
+@with_probability
+def gaussian_noise(image: Image.Image, deviation: float, rng: random.Random) -> Image.Image:
     pixels = np.asarray(image)
     normal = np.random.default_rng(rng.getrandbits(64)).standard_normal(pixels.shape, dtype=np.float32)
     return Image.fromarray(np.clip(np.rint(pixels + deviation * normal), 0, 255).astype(np.uint8))
 
 
-def blur(image: Image.Image, radius: float, probability: float, rng: random.Random) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(radius)) if rng.random() < probability else image
+@with_probability
+def blur(image: Image.Image, radius: float, rng: random.Random) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
-def jpeg(image: Image.Image, quality: float, probability: float, rng: random.Random) -> Image.Image:
-    if rng.random() >= probability:
-        return image
+@with_probability
+def jpeg(image: Image.Image, quality: float, rng: random.Random) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(quality))
     return open_image(file.getvalue())

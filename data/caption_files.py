@@ -190,7 +190,7 @@ class ImagesByName:
                 for text in itertools.chain.from_iterable(map(form, its_names)):
                     table[text].add(image)
         exact = [self.tables[_whole].get(*_whole(name), ()) for name in names]
-        self.taken = {image for images in exact if len(images) == 1 for image in images}
+        self.taken = set().union(*(images for images in exact if len(images) == 1))
 
     def called(self, name: str) -> set[str]:
         for form, table in self.tables.items():

@@ -1,12 +1,9 @@
 """Checks of data before use: captions are captions, and images are there and can be read."""
 
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,7 +13,7 @@ import xxhash
 from common.caches import cache_folder
 from common.errors import DataError
 from common.existence import ENDING
-from common.files import version_of, whole, write_text
+from common.files import version_of, whole
 from common.limits import cpus
 from common.processes import in_threads
 from data.columns import is_missing, parse_structure
@@ -39,15 +36,16 @@ def clean_captions(captions: list, where: str, image: str, report: Callable[[str
         captions: the raw captions of one row.
         report: is called with what is wrong with a caption, which is left out.
     """
-    cleaned = []
+    cleaned, about = [], f"{where}: a caption of image {image} is"
     for caption in captions:
-        if isinstance(caption, str) and not is_missing(caption):
+        if is_missing(caption):
+            report(f"{about} empty ({caption!r})")
+        elif not isinstance(caption, str):
+            report(f"{about} {type(caption).__name__}, not text ({caption!r})")
+        else:
             check_rows(caption, where)
             caption = caption.encode("utf-8", "replace").decode()  # Arrow takes no halves of surrogate pairs
             cleaned.append(" ".join(caption.split()))
-            continue
-        fault = "is empty" if is_missing(caption) else f"is {type(caption).__name__}, not text"
-        report(f"{where}: a caption of image {image} {fault} ({caption!r})")
     return cleaned
 
 
@@ -115,7 +113,7 @@ def check_images(
     bad: list[dict] = []
     clean = {}
     for split, rows in dataset.items():
-        unreadable = _unreadable(rows, split, num_proc, max_pixels, cache_folder(cache_dir) / "checked")
+        unreadable = _unreadable(rows, split, num_proc, max_pixels, cache_dir)
         bad += unreadable.values()
         if len(unreadable) == len(rows):
             raise ImageError(f"no image of split {split} can be read, the first: {unreadable[0]['reason']}")
@@ -154,14 +152,9 @@ def version_of_images(rows: datasets.Dataset) -> str:
 
 
 def _unreadable(
-    rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, folder: Path
+    rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, cache_dir
 ) -> dict[int, dict]:
     """{row: {"image_id", "image", "split", "reason"}} of the images that cannot be read."""
-    key = hashlib.sha256(f"{split} {max_pixels} {version_of_images(rows)}".encode())
-    kept = folder / f"{key.hexdigest()[:32]}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
-
     rows = rows.select_columns(["image_id", "image"])
 
     def fault(row: int) -> str | None:
@@ -172,15 +165,16 @@ def _unreadable(
             return str(error)
         return None
 
-    # Threads, not processes: Pillow decodes without holding the interpreter's lock.
-    faults = in_threads(fault, range(len(rows)), num_proc or cpus(), f"checking {split} images")
+    def compute() -> np.ndarray:
+        # Threads, not processes: Pillow decodes without holding the interpreter's lock.
+        faults = in_threads(fault, range(len(rows)), num_proc or cpus(), f"checking {split} images")
+        return np.array(list(itertools.compress(enumerate(faults), faults)), str).reshape(-1, 2)
+
     unreadable = {}
-    for row in itertools.compress(range(len(rows)), faults):
-        image_id, path = rows[row]["image_id"], rows[row]["image"]["path"]
-        reason = faults[row] if path else f"image {image_id}: {faults[row]}"
-        unreadable[row] = {"image_id": image_id, "image": path or f"row {row}", "split": split, "reason": reason}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_text(kept, json.dumps(list(unreadable.items())))
+    for row, reason in cached_array("checked", f"{max_pixels} {version_of_images(rows)}", compute, cache_dir).tolist():
+        image_id, path = rows[int(row)]["image_id"], rows[int(row)]["image"]["path"]
+        reason = reason if path else f"image {image_id}: {reason}"
+        unreadable[int(row)] = {"image_id": image_id, "image": path or f"row {row}", "split": split, "reason": reason}
     return unreadable
 
 

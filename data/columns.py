@@ -18,7 +18,7 @@ from common.errors import DataError
 from common.existence import ENDINGS
 from common.logs import say_once
 from data.images import ImageError, is_image
-from data.rows import Options, Row, split_in, split_name
+from data.rows import Options, Row, split_in, split_name, text_or_none
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def parse_structure(text: str, where: str):
         value = _python_literal(text)
     if value is None and begins:
         raise DataError(f"{where}: the caption begins like a list but cannot be read as one: {text[:80]!r}")
-    is_list = isinstance(value, list | tuple) and all(isinstance(item, str | list | tuple | dict) for item in value)
+    is_list = isinstance(value, list | tuple) and set(map(type, value)) <= {str, list, tuple, dict}
     return value if is_list or isinstance(value, dict) else None
 
 
@@ -396,7 +396,7 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         split=split if own_split is None else split_name(own_split, place),
         columns=content,
         used=columns.used,
-        error=None if content.get("error") is None else str(content["error"]),
+        error=text_or_none(content.get("error")),
     )
 
 

@@ -71,7 +71,7 @@ class Finder:
                 return os.path.normpath(os.path.join(self.folders[0], name))
             path = fitting[0]
         other = self.taken.setdefault(path, name)
-        if other != name and self._full(other) != self._full(name):
+        if self._full(other) != self._full(name):
             raise DataError(
                 f"{other} and {name} would both be {path}. Give the folder that the names are relative to with --image_dir"
             )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import glob
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import DataError, UserError
+from common.existence import exists
 from data import formats
 from data.finder import Finder
 from data.images import ImageError
@@ -93,10 +93,12 @@ def is_there(find: Callable, name: str) -> bool:
 
 def find_format(name: str, data_format: str = "auto"):
     """(module of the format, path) of a source."""
-    if data_format != "auto" and data_format not in formats.BY_NAME:
+    if data_format == "auto":
+        source = formats.detect(name)
+    elif data_format in formats.BY_NAME:
+        source = formats.BY_NAME[data_format]
+    else:
         raise DataError(f"data_format {data_format!r} is unknown. Known: auto, {', '.join(formats.BY_NAME)}")
-    source = formats.detect(name) if data_format == "auto" else formats.BY_NAME[data_format]
-    path = Path(name).expanduser()
-    if source.NAME not in (*WITHOUT_FILES, "webdataset") and not path.exists() and not glob.has_magic(name):
+    if source.NAME not in (*WITHOUT_FILES, "webdataset") and not exists(name):
         raise DataError(f"{name}: no such file or folder")
-    return source, path
+    return source, Path(name).expanduser()

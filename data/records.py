@@ -183,12 +183,11 @@ def name_records(records: list[Record]) -> None:
     row number."""
     names = [record.name for record in records if record.image_id is None]
     unique = len(set(names) - {None}) == len(names)
+    with_id: dict = {}
     for record in records:
         if record.image_id is None:
             number = record.image if isinstance(record.image, str) else f"{record.image:08d}"
             record.image_id = record.name if unique else number
-    with_id: dict = {}
-    for record in records:
         other = with_id.setdefault(record.image_id, record)
         if other is not record:
             raise DataError(

@@ -82,6 +82,10 @@ class Part:
     table: object = field(default=None, compare=False, repr=False)  # of `datasets`, streamed, where it is one
 
 
+def text_or_none(value) -> str | None:
+    return None if value is None else str(value)
+
+
 def scalars(row: dict) -> dict:
     """What is one text or number in a row."""
     return {name: value for name, value in row.items() if not isinstance(value, dict | list)}
@@ -130,8 +134,9 @@ def key_of(image, name: str | None, root: str) -> str | None:
         return None
     written = unicodedata.normalize("NFC", written.replace("\\", "/"))
     folder = os.path.join(os.path.abspath(root), "").replace("\\", "/")
-    inside = os.path.abspath(written).replace("\\", "/")
-    return inside[len(folder) :] if os.path.isabs(written) and inside.startswith(folder) else written.removeprefix("./")
+    if os.path.isabs(written):
+        return os.path.abspath(written).replace("\\", "/").removeprefix(folder)
+    return written.removeprefix("./")
 
 
 def usual_split(name: str) -> str:

@@ -131,8 +131,7 @@ def load(
     rec.name_records(records)
     near = _near_pairs(records, table, options, drawn) if require_images else []
     phrase = f"no splits in the source, so all images are {all_as}" if whole else "splits of the source"
-    if official:
-        splitting.say_near_pairs_across_splits(records, near)
+    splitting.say_near_pairs_across_splits(records, near)
     if drawn:
         phrase = splitting.draw_splits(records, split_seed, shares, official, splitting.groups_of(records, near))
     dataset = rec.to_dataset(records, table)

@@ -311,7 +311,7 @@ def synonyms(word: str, follower: str | None = None) -> tuple[str, ...]:
             replaced only where none follows.
     """
     if word in TABLE:
-        return TABLE[word] if word not in WITHOUT_OBJECT or follower is None or follower in FOLLOWERS else ()
+        return TABLE[word] if word not in WITHOUT_OBJECT or follower in FOLLOWERS else ()
     return wordnet().get(word, ())
 
 
@@ -355,7 +355,7 @@ def _table() -> dict[str, tuple[str, ...]]:
 
 
 TABLE = _table()
-FOLLOWERS = frozenset(PREPOSITIONS.split())
+FOLLOWERS = frozenset([None, *PREPOSITIONS.split()])
 WITHOUT_OBJECT = frozenset(
     form
     for verb, _ in _pairs(VERBS_WITHOUT_OBJECT)

@@ -16,7 +16,7 @@ from common.errors import DataError
 from data import records as rec
 from data.checks import clean_captions, refuse
 from data.columns import Columns, find_columns, from_base64, image_in, row_of
-from data.rows import SPLIT_NAMES, Options, Part, Row, key_of, usual_split
+from data.rows import SPLIT_NAMES, Options, Part, Row, key_of, text_or_none, usual_split
 from data.splits import drawn_splits, place_of, split_at
 from data.walk import files_below
 
@@ -205,7 +205,7 @@ def spooled(rows: Iterator[Row], read, key: dict, cache_dir) -> dict:
 
 def _generate(read, extras: list[str], key: dict) -> Iterator[dict]:
     for row in read(**key):
-        texts = {name: None if row.extras.get(name) is None else str(row.extras[name]) for name in extras}
+        texts = {name: text_or_none(row.extras.get(name)) for name in extras}
         captions = clean_captions(row.captions, row.where, row.name or "")
         ours = {"image": _undecoded(row.image), "captions": captions, "image_id": row.image_id, "split": row.split}
         yield ours | texts

@@ -160,7 +160,7 @@ def _signature(line: str, separator: str) -> str:
     if any(map(IMAGE_NAME.search, line.split(separator))):
         return "image"
     first = line.split(separator)[0].strip(' "')
-    return NUMBERED.sub("0", first) if NUMBERED.search(first) and " " not in first else line
+    return NUMBERED.sub("0", first) if re.fullmatch(r"\S*\d\S*", first) else line
 
 
 def _literal_cells(line: str, separator: str, width: int, where: str) -> list[str]:

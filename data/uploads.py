@@ -68,7 +68,7 @@ def _names(path: Path) -> list[str]:
             file.seek(-min(path.stat().st_size, 65_557), os.SEEK_END)
             tail = file.read()
         end = tail.rfind(b"PK\5\6")
-        if end < 0 or len(tail) - end < 22:
+        if end < 0:
             raise UserError("its list of files is missing")
         if b"PK\6\7" in tail or int.from_bytes(tail[end + 12 : end + 16], "little") > DIRECTORY_BYTES:
             raise UserError("it lists too many files")

@@ -20,7 +20,7 @@ from common.files import whole
 from common.processes import show_progress
 from data.columns import captions_of
 from data.finder import folders_beside
-from data.rows import Options, Part, Record, Row, scalars, split_name
+from data.rows import Options, Part, Record, Row, scalars, split_name, text_or_none
 from data.text_rows import read_json
 
 logger = logging.getLogger(__name__)
@@ -72,13 +72,12 @@ def rows_of(rows: Iterable[dict], name: str) -> Iterator[Row]:
         where = f"{name} image {number}"
         if not isinstance(row, dict) or not isinstance(row.get("sentences"), list | tuple):
             raise DataError(f"{where}: no 'sentences'. Known formats are COCO's and Karpathy's.")
-        image_id = row.get("cocoid")
         yield Row(
             where,
             os.path.join(row.get("filepath") or "", row["filename"]),
             captions_of(row, ["sentences"], where),
             name=row["filename"],
-            image_id=None if image_id is None else str(image_id),
+            image_id=text_or_none(row.get("cocoid")),
             split=split_name(row["split"], where),
             columns=scalars(row),
             used=("filename", *row),

@@ -16,9 +16,9 @@ from common.existence import ENDINGS
 from common.files import version_of
 from common.remote import is_remote, open_remote
 from common.text import decode
-from data.columns import caption_key
+from data.columns import caption_key, captions_of
 from data.images import ImageError, is_image
-from data.rows import Options, Part, Row, scalars, split_of_file
+from data.rows import Options, Part, Row, scalars, split_of_file, text_or_none
 from data.tables import IMAGE, TEXT, loading, local_files
 from data.walk import files_below
 
@@ -70,7 +70,7 @@ def table_rows(shards: list, skip_bad_samples: bool, columns: tuple) -> Iterator
     for tar, _ in shards:
         for sample in samples(tar):
             if not sample["fault"]:
-                row = {name: None if value is None else str(value) for name, value in sample["inner"].items()}
+                row = {name: text_or_none(value) for name, value in sample["inner"].items()}
                 row |= {"__key__": sample["key"], "__url__": tar}
                 row |= {name: sample[name] for name in ("image", "captions", "json")}
                 yield {name: row.get(name) for name in columns}
@@ -115,9 +115,9 @@ def members_of(tar: str) -> Iterator[tuple[str, bytes]]:
     with open_remote(tar) if is_remote(tar) else open(tar, "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r|*") as archive:
-                for member in archive:
+                for member in filter(tarfile.TarInfo.isfile, archive):
                     base = member.name.rpartition("/")[2]
-                    if not member.isfile() or base.startswith("._") or "__MACOSX" in member.name.split("/"):
+                    if base.startswith("._") or "__MACOSX" in member.name.split("/"):
                         continue
                     content = archive.extractfile(member).read()
                     if len(content) != member.size:
@@ -140,11 +140,11 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     except ValueError as error:
         raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
     inner = inner if isinstance(inner, dict) else {}
-    caption = inner.get(caption_key(inner)) if text is None else decode(text[1], where)
+    captions = captions_of(inner, [caption_key(inner)], where) if text is None else [decode(text[1], where)]
     fault, names = None, ", ".join(name for name, _ in members)
     if image is None:
         fault = f"{where}: has no image, only {names}"
-    elif caption is None and needs_captions:
+    elif captions == [None] and needs_captions:
         fault = f"{where}: has no caption (a .txt or .json file), only {names}"
         if raw is not None:
             fault = f"{where}: the json of this sample has no caption. Its keys: {', '.join(inner)}"
@@ -152,7 +152,7 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
         "key": key,
         "where": where,
         "image": image,
-        "captions": caption if isinstance(caption, list) else [caption],
+        "captions": captions,
         "json": raw,
         "inner": inner,
         "fault": fault,
