@@ -5,7 +5,6 @@ name together: both must mean the same image. A name is looked up as it is, then
 number; never as an image that another prediction names exactly.
 """
 
-import dataclasses
 import itertools
 import logging
 import os
@@ -13,6 +12,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from common.errors import DataError
@@ -26,12 +26,14 @@ from data.text_rows import TABLES
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
+@dataclass
 class References:
-    captions: dict[str, list[str]]  # by image id, in the file's order
-    names: dict[str, str]  # file names of those images that have one
-    columns: dict[str, dict]  # what else the file says about each image, for scores of subsets
-    aliases: dict[str, set[str]]  # all that the file calls each image
+    captions: dict[str, list[str]] = field(default_factory=dict)  # by image id, in the file's order
+    names: dict[str, str] = field(default_factory=dict)  # file names of those images that have one
+    columns: dict[str, dict] = field(
+        default_factory=dict
+    )  # what else the file says of each image, for scores of subsets
+    aliases: dict[str, set[str]] = field(default_factory=dict)  # all that the file calls each image
 
 
 def load_predictions(
@@ -47,7 +49,7 @@ def load_predictions(
         DataError: a row has no caption or several, its image is not clear, or infer.py wrote an error in place of the
             caption of an image that the references have; other such rows are only counted.
     """
-    references = references or References({}, {}, {}, {})
+    references = references or References()
     options = Options(images=False, predictions=True, literal=Path(path).suffix.lower() not in TABLES, **columns)
     rows = list(_rows(path, options))
     predictions: dict[str, str] = {}
@@ -94,7 +96,7 @@ def load_references(path: str | os.PathLike) -> dict[str, list[str]]:
 
 def read_references(path: str | os.PathLike, split: str | None = None) -> References:
     """The references in a file or folder; of one that has splits, those of `split`."""
-    references = References({}, {}, {}, {})
+    references = References()
     others: set[str] = set()
     for row, place in _rows(path, Options(images=False)):
         if split is not None and row.split not in (None, split):
@@ -125,7 +127,7 @@ def _rows(path: str | os.PathLike, options: Options) -> Iterator[tuple[Row, str]
         options.format = "annotations"
     source = Source(str(place), options)
     for part in source.parts:
-        part = dataclasses.replace(part, split=None) if place.is_file() else part
+        part = replace(part, split=None) if place.is_file() else part
         for row in source.read(part):
             if isinstance(row.image, str) and not options.predictions:
                 row.image = row.key

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from common.errors import UserError
-from common.existence import TGA_ENDINGS
+from common.existence import ENDINGS, TGA_ENDINGS
 from common.logs import say_once
 from common.remote import is_remote, open_remote
 
@@ -35,6 +35,7 @@ FORMATS = tuple(
 )
 # TGA files have no magic bytes: their name must say what they are.
 TOLD_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
+NOT_IMAGES = (".txt", ".text", ".caption", ".captions", ".cap", ".json", ".npz")  # what lies beside images
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a GiB as RGB
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -109,6 +110,12 @@ def _content(path: str | os.PathLike) -> bytes:
     except Exception as error:  # a null byte in the path, and fsspec's file systems, whose errors share no base class
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise ImageError(f"{path}: cannot be read ({reason}). Check the file and its permissions") from None
+
+
+def is_image_file(name: str, value) -> bool:
+    """Whether a file is an image by the ending of its name, or else by its first bytes; `value` as `is_image` takes it."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending in ENDINGS or (ending not in NOT_IMAGES and is_image(value))
 
 
 def is_image(value) -> bool:

@@ -72,14 +72,13 @@ class Source:
             yield row
 
     def finder(self, folders: tuple[str, ...]) -> Callable[[str], str]:
-        """Of images in --image_dir, else in these folders, else beside the source."""
-        options = self.options
-        return Finder((options.image_dir,) if options.image_dir else folders or (self.root,), self.names)
+        """Of images in --image_dir, else in these folders."""
+        return Finder((self.options.image_dir,) if self.options.image_dir else folders, self.names)
 
     def names(self) -> Iterator[str]:
         """What the source calls its images, as it is written there."""
         for part in self.parts:
-            rows = self._rows(part, Finder(part.folders or (self.root,)))
+            rows = self._rows(part, Finder(part.folders))
             yield from (row.image for row in rows if isinstance(row.image, str))
 
 

@@ -259,7 +259,7 @@ def _rows_of(tables: dict, source: Source, draw_splits_from: str | None):
         return source.located(
             rows, Finder(karpathy.image_folders(Path(source.root, source.path.name), source.options))
         ), None
-    find = source.finder(source.parts[0].folders if hasattr(source.format, "parts") else ())
+    find = source.finder(source.parts[0].folders if hasattr(source.format, "parts") else (source.root,))
     rows, table = indexed_rows(tables, source.looking(find))
     return source.located(rows, find), table
 

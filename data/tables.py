@@ -114,9 +114,10 @@ def with_images(table, image_name: str):
     """The table with its images in a column of undecoded images, whatever they were: `datasets` images, a struct of bytes
     and path, plain bytes, base64, or a list of one of these."""
     feature = table.features[image_name]
-    if isinstance(feature, datasets.Image | dict) or (isinstance(feature, datasets.Value) and _holds_bytes(feature)):
+    of_list = getattr(feature, "feature", None)
+    if of_list is None and _holds_bytes(feature):
         return table.cast_column(image_name, IMAGE)
-    if isinstance(getattr(feature, "feature", None), datasets.Image):  # undecoded, or `map` would decode each
+    if isinstance(of_list, datasets.Image):  # undecoded, or `map` would decode each
         table = table.cast_column(image_name, datasets.List(IMAGE))
     features = datasets.Features({**table.features, image_name: IMAGE})
     return table.map(_single, with_indices=True, fn_kwargs={"image_name": image_name}, features=features)
@@ -173,7 +174,7 @@ def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], dataset
     if set(sizes) <= {None}:
         return table_rows(table, columns, splits, options, "the data set"), None
     used = {*columns.used, "split"} & {*table.column_names} - {"image"}
-    texts = table.select_columns([name for name in table.column_names if name in {*used, options.group_column}])
+    texts = table.select_columns(sorted({*used, options.group_column} & {*table.column_names}))
     return _numbered(texts, columns, splits, options, names), table.remove_columns(
         list({*used, "image_id"} & {*table.column_names})
     )

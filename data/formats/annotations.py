@@ -6,7 +6,6 @@ them (kohya's meta_cap.json). Else a list of objects, one per line, or a table (
 image itself in base64), captions, and optionally `image_id`, `split` and other columns.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,21 +76,18 @@ def read(part: Part, options: Options) -> Iterator[Row]:
 
 def json_content(file: Path) -> dict | list:
     """What a JSON file holds, even if it is JSON lines."""
-    text = read_text(file)
-    if not text.strip():
-        raise DataError(f"{file} is empty")
-    content = [row for _, row in jsonl_rows(file)] if is_lines(text) else read_json(file)
+    try:
+        content = read_json(file)
+    except DataError:
+        text = read_text(file)
+        if not text.strip():
+            raise DataError(f"{file} is empty") from None
+        if "\n{" not in text:
+            raise
+        content = [row for _, row in jsonl_rows(file)]
     if not isinstance(content, dict | list):
         raise DataError(f"{file} holds a {type(content).__name__}, not a list or an object of captions")
     return content
-
-
-def is_lines(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return "\n{" in text
-    return False
 
 
 def lists_in(content, file: Path) -> dict[str | None, list]:

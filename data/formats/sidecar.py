@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from common.existence import ENDINGS
 from common.text import read_text
-from data.images import is_image
+from data.images import is_image_file
 from data.rows import Options, Part, Row, split_of_folder
 from data.walk import walk
 
@@ -33,20 +32,14 @@ def images_and_texts(path: Path, left_out: Counter) -> Iterator[tuple[str, list[
     Raises DataError: x.txt is next to x.jpg and x.png.
     """
     files = dict.fromkeys(walk(path, left_out))
-    images = list(filter(_is_image, files))
-    stem_of = {file: os.path.splitext(file)[0] for file in images}
+    stem_of = {file: os.path.splitext(file)[0] for file in files if is_image_file(file, file)}
     number = Counter(stem_of.values())
-    texts = {name: [name + ending for ending in TEXTS if name + ending in files] for name in (*images, *number)}
+    texts = {name: [name + ending for ending in TEXTS if name + ending in files] for name in (*stem_of, *number)}
     for file, stem in stem_of.items():
         if texts[stem] and not texts[file] and number[stem] > 1:
             name = f"{os.path.basename(file)}.txt"
             raise DataError(f"{texts[stem][0]}: {number[stem]} images have this name. Name the text {name}")
         yield file, texts[file] or texts[stem]
-
-
-def _is_image(file: str) -> bool:
-    ending = os.path.splitext(file)[1].lower()
-    return ending in ENDINGS or (ending not in (*TEXTS, ".json", ".npz") and is_image(file))
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:
@@ -60,5 +53,5 @@ def read(part: Part, options: Options) -> Iterator[Row]:
             options.dropped["images without a text file"] += 1
             continue
         name = Path(image).relative_to(part.place).as_posix()
-        where = os.path.relpath((texts or [image])[0], part.place)
+        where = os.path.relpath([*texts, image][0], part.place)
         yield Row(where, name, [read_text(text) for text in texts], name=name, split=split_of_folder(name))

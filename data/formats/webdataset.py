@@ -12,12 +12,11 @@ from pathlib import Path
 import datasets
 
 from common.errors import DataError
-from common.existence import ENDINGS
 from common.files import version_of
 from common.remote import is_remote, open_remote
 from common.text import decode
 from data.columns import caption_key, captions_of
-from data.images import ImageError, is_image
+from data.images import ImageError, is_image_file
 from data.rows import Options, Part, Row, scalars, split_of_file, text_or_none
 from data.tables import IMAGE, TEXT, loading, local_files
 from data.walk import files_below
@@ -131,8 +130,8 @@ def members_of(tar: str) -> Iterator[tuple[str, bytes]]:
 def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     where = f"{tar} sample {key}"
     by_ending = {name.rpartition("/")[2].partition(".")[2].lower(): (name, content) for name, content in members}
-    images = (member for ending, member in by_ending.items() if _holds_image(ending, member[1]))
-    image = next(({"path": name, "bytes": content} for name, content in images), None)
+    images = ({"path": name, "bytes": content} for name, content in by_ending.values() if is_image_file(name, content))
+    image = next(images, None)
     text = next(filter(None, map(by_ending.get, TEXTS)), None)
     raw = decode(by_ending["json"][1], where) if "json" in by_ending else None
     try:
@@ -158,7 +157,3 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
         "fault": fault,
         "members": members,
     }
-
-
-def _holds_image(ending: str, content: bytes) -> bool:
-    return "." + ending.rpartition(".")[2] in ENDINGS or (ending not in (*TEXTS, "json") and is_image(content))
