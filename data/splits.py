@@ -55,7 +55,9 @@ def draw_splits(records: list[Record], seed: int, shares, official: bool, groups
     """
     groups = [[record for record in group if record.split != "test"] for group in groups]
     groups = list(filter(None, groups))
-    drawn = {name: [] for name in drawn_splits(shares, official)}
+    percent = "/".join(f"{100 * share:g}" for share in shares)
+    shares = shares_to_draw(shares, official)
+    drawn = {name: [] for name in drawn_splits(shares)}
     if len(groups) < len(drawn):
         raise DataError(
             f"{sum(map(len, groups))} images are too few to draw {' and '.join(drawn)} splits from. Add images, or give the "
@@ -63,7 +65,7 @@ def draw_splits(records: list[Record], seed: int, shares, official: bool, groups
         )
     places = [place_of(min(record.key for record in group), seed) for group in groups]
     for number in np.argsort(places):
-        drawn[split_at(places[number], shares, official)].append(groups[number])
+        drawn[split_at(places[number], shares)].append(groups[number])
     for name in drawn:
         if not drawn[name]:
             drawn[name].append(max(drawn.values(), key=len).pop(0))
@@ -71,8 +73,7 @@ def draw_splits(records: list[Record], seed: int, shares, official: bool, groups
         for record in itertools.chain.from_iterable(chosen):
             record.split = name
     # The order of a drawn split is that of its ids, not of the source's rows.
-    records.sort(key=lambda record: (record.split == "test" and official, record.image_id or ""))
-    percent = "/".join(f"{100 * share:g}" for share in shares)
+    records.sort(key=lambda record: record.image_id)
     return f"validation drawn from train, seed {seed}" if official else f"{percent} drawn over images, seed {seed}"
 
 
@@ -81,16 +82,21 @@ def place_of(key: str, seed: int) -> float:
     return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"), seed=seed) / 2**64
 
 
-def split_at(place: float, shares: tuple[float, float, float], official: bool) -> str:
-    """The split of a place: validation comes first, then test (if it is not `official`), then train."""
+def shares_to_draw(shares: tuple[float, float, float], official: bool) -> tuple[float, float, float]:
+    """With an official test split validation alone is drawn, from train."""
+    return (*shares[:2], 0.0) if official else shares
+
+
+def split_at(place: float, shares: tuple[float, float, float]) -> str:
+    """The split of a place: validation comes first, then test, then train."""
     _, validation, test = shares
     if place < validation:
         return "validation"
-    return "test" if place < validation + test and not official else "train"
+    return "test" if place < validation + test else "train"
 
 
-def drawn_splits(shares: tuple[float, float, float], official: bool) -> list[str]:
-    return [name for name, share in zip(SPLITS, shares, strict=True) if share > 0 and not (official and name == "test")]
+def drawn_splits(shares: tuple[float, float, float]) -> list[str]:
+    return [name for name, share in zip(SPLITS, shares, strict=True) if share > 0]
 
 
 def groups_of(records: list[Record], near: list[tuple[int, int]]) -> list[list[Record]]:

@@ -17,7 +17,7 @@ from data import records as rec
 from data.checks import clean_captions, refuse
 from data.columns import Columns, find_columns, from_base64, image_in, row_of
 from data.rows import SPLIT_NAMES, Options, Part, Row, key_of, text_or_none, usual_split
-from data.splits import drawn_splits, place_of, split_at
+from data.splits import drawn_splits, place_of, shares_to_draw, split_at
 from data.walk import files_below
 
 ALL = "all"  # of draw_splits_from: every split there is
@@ -228,9 +228,9 @@ def stream_records(
     Returns:
         IterableDatasetDict; its shards are those of the source, so that workers and processes share them.
     """
-    official = "test" in tables
     table_of = {all_as: "train"} if set(tables) == {"train"} and all_as else dict(zip(tables, tables, strict=True))
-    drawn = drawn_splits(shares, official) if set(tables) <= {"train", "test"} and "train" in table_of else []
+    shares = shares_to_draw(shares, "test" in tables)
+    drawn = drawn_splits(shares) if set(tables) <= {"train", "test"} and "train" in table_of else []
     table_of |= dict.fromkeys(drawn, "train")
     streams = {}
     for split, name in table_of.items():
@@ -247,7 +247,7 @@ def stream_records(
                 "shards": [table.shard(table.num_shards, shard) for shard in range(table.num_shards)],
                 "columns": columns,
                 "extras": tuple(extras),
-                "drawn": (split, seed, shares, official) if split in drawn else None,
+                "drawn": (split, seed, shares) if split in drawn else None,
                 "root": root,
                 "table_split": name,
                 "skip_bad_samples": options.skip_bad_samples and split == "train",
@@ -275,13 +275,13 @@ def stream_split(
     """One split of one or more shards: neighbouring rows of the same image as one record.
 
     Args:
-        drawn: (split, seed, shares, whether test is official) of a split that is drawn.
+        drawn: (split, seed, shares) of a split that is drawn.
     """
     report = (lambda message: None) if skip_bad_samples else refuse
     for shard in shards:
         rows = table_rows(shard, columns, itertools.repeat(table_split), Options(), table_split)
         for key, group in itertools.groupby(rows, lambda row: key_of(row.image, None, root) or ""):
-            if drawn is not None and split_at(place_of(key, drawn[1]), *drawn[2:]) != drawn[0]:
+            if drawn is not None and split_at(place_of(key, drawn[1]), drawn[2]) != drawn[0]:
                 continue
             group = list(group)
             first, captions = group[0], []
