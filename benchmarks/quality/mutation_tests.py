@@ -267,8 +267,8 @@ def content(file: Path) -> str:
 
 
 def batches(recordings: dict, lines: set[tuple[str, int]], limit: float) -> list[tuple[list[str], float]]:
-    """The tests that execute one of the lines, and their seconds: a few cheap ones, then others up to the limit. The cheapest
-    come first; of tests that last long, those of a file together."""
+    """The tests that execute one of the lines, and their seconds: a few cheap ones, then others up to the limit. Those of the
+    file that is named after the module come first, then the cheapest; of tests that last long, those of a file together."""
     tests, fixtures = {}, {}
     for file, recorded in recordings.items():
         contexts = {c for module, line in lines for c in recorded["lines"].get(module, {}).get(str(line), ())}
@@ -282,9 +282,12 @@ def batches(recordings: dict, lines: set[tuple[str, int]], limit: float) -> list
                 tests[name] = test["seconds"] + sum(fixtures[name].values())
     cheapest = {test.split("::")[0]: tests[test] for test in sorted(tests, key=tests.get, reverse=True)}
 
+    own = {f"test_{Path(module).stem}.py" for module, _ in lines}
+
     def order(test: str) -> tuple:
         file = test.split("::")[0]
-        return (0, tests[test]) if tests[test] < 1 else (1, cheapest[file], file, tests[test])
+        first = Path(file).name not in own
+        return (first, 0, tests[test]) if tests[test] < 1 else (first, 1, cheapest[file], file, tests[test])
 
     chosen, paid, total = ([], []), set(), [0.0, 0.0]
     for test in sorted(tests, key=order):
