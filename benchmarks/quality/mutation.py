@@ -53,7 +53,13 @@ ROOMS = {  # a room's modules, and the folders and files of tests that are recor
     ),
     "captioner": (
         ["captioner.py"],
-        ["models/test_captioner.py", "models/test_decoding.py", "models/test_families.py", "reports/test_sweep.py"],
+        [
+            "models/test_captioner.py",
+            "models/test_decoding.py",
+            "models/test_families.py",
+            "reports/test_sweep.py",
+            "scripts/test_evaluate.py",
+        ],
     ),
     "metrics": (["metrics"], ["metrics", "rewriting/test_rewrite_parts.py"]),
     "training": (["training"], ["training", "scripts/test_train.py", "scripts/test_adapters.py"]),

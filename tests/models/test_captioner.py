@@ -71,6 +71,16 @@ def test_captions_that_were_cut_are_counted(captioner):
     assert (ended.written, ended.cut) == (2, 0)
 
 
+def test_a_split_says_once_how_many_of_its_captions_were_cut(captioner, dataset, caplog):
+    short = captioner.with_settings(max_new_tokens=1, suppress_tokens=[captioner.collator.end])
+    with caplog.at_level("INFO", logger="captioner"):
+        short.caption_split(data.load(dataset)["train"].select(range(3)), batch_size=2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 3 captions were cut at max_new_tokens, 1: they have no end of their own"
+    ]
+    assert not short.fast_jpeg
+
+
 def test_several_captions_of_an_image_stand_together(captioner):
     several = captioner.with_settings(num_beams=3, num_return_sequences=2, max_new_tokens=4)
     batch = captioner.collator([{"image": image, "image_id": str(n)} for n, image in enumerate(pictures(3))])

@@ -289,6 +289,8 @@ def test_tiles_that_cannot_be_repeated_are_refused():
     batch["pixel_values"] = batch["pixel_values"].repeat(3, 1, 1, 1)
     with pytest.raises(ValueError, match="9 rows of pixel_values for 3 images"):
         captioner.generate_tokens(batch, num_beams=2)
+    with pytest.raises(ValueError, match="model_kwargs"):  # a caption per image comes as far as generate
+        captioner.generate_tokens(batch, num_beams=1)
     passed = captioner.training_batch(batch, [[5, 6]] * 6)
     with pytest.raises(ValueError, match="9 rows of pixel_values for 3 images"):
         target_logits(model, passed)
