@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from captioning.names import EachOnce, short
 from captioning.sources import content_of, pieces, rows_of
 from common.errors import DataError
-from common.remote import file_system, is_remote, open_remote, reaching, tag_of
+from common.remote import file_system, is_remote, open_binary, reaching, tag_of
 from data.rows import Options
 from jobs.shards import Cursor, Shard, digest_of, parquet_ranges, row_ranges, version_of
 
@@ -161,7 +161,7 @@ def _content(piece: tuple[str, str]):
         version = version_of(place)
         if storage == "tar":
             return None, version
-        with open_remote(place) if is_remote(place) else open(place, "rb") as file:
+        with open_binary(place) as file:
             metadata = pq.read_metadata(file)
     except (OSError, pa.ArrowException):
         return None, place

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from captioning.names import Different, folded, inside, printable, short, stem_and_ending
 from common.errors import DataError, UserError
 from common.files import whole, write_text
-from common.remote import is_remote, open_remote
+from common.remote import is_remote, open_binary
 from common.text import json_line
 from data.formats import webdataset
 from data.images import ImageError
@@ -370,7 +370,7 @@ def _content(image) -> bytes:
     if isinstance(image, dict) and image.get("bytes") is not None:
         return image["bytes"]
     path = image["path"] if isinstance(image, dict) else image
-    with open_remote(path) if is_remote(path) else open(path, "rb") as file:
+    with open_binary(path) as file:
         return file.read()
 
 

@@ -36,10 +36,12 @@ def file_system(name: str):
         raise DataError(f"{name}: {error}") from None
 
 
-def open_remote(name: str, mode: str = "rb"):
-    """The file, opened; server errors become a DataError of one line."""
-    system, path = file_system(name)
-    return system.open(path, mode)
+def open_binary(place):
+    """The file at a path or an address, opened to be read."""
+    if not is_remote(place):
+        return open(place, "rb")
+    system, path = file_system(place)
+    return system.open(path, "rb")
 
 
 def list_remote(name: str) -> list[str]:

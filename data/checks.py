@@ -147,7 +147,7 @@ def version_of_images(rows: datasets.Dataset) -> str:
     if rows._indices is not None:
         column = column.take(rows._indices.column(0))
     lines = [rows._fingerprint]
-    lines += [f"{path} {version_of(path)}" for path in column.to_pylist() if path is not None and os.path.isfile(path)]
+    lines += [f"{path} {version_of(path)}" for path in filter(None, column.to_pylist()) if os.path.isfile(path)]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from common.errors import UserError
 from common.existence import ENDINGS, TGA_ENDINGS
 from common.logs import say_once
-from common.remote import is_remote, open_remote
+from common.remote import open_binary
 
 try:
     import pillow_heif
@@ -101,7 +101,7 @@ def open_image(value, max_pixels: int | None = None, size: tuple[int, int] | Non
 
 def _content(path: str | os.PathLike) -> bytes:
     try:
-        with open_remote(path) if is_remote(path) else open(path, "rb") as file:
+        with open_binary(path) as file:
             return file.read()
     except FileNotFoundError:
         raise ImageError(f"{path}: no such image file. Check the path, or the folder given as image_dir") from None

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import DataError
-from common.remote import is_remote, open_remote
+from common.remote import open_binary
 from data.columns import find_columns, row_of
 from data.rows import Options, Part, Row, split_of_file
 from data.tables import load_dataset, loading, local_files
@@ -49,7 +49,7 @@ def read(part: Part, options: Options, start: int = 0, stop: int | None = None) 
     """The rows of a file from `start` to `stop`; row groups before and behind are not read."""
     number = start
     try:
-        with pq.ParquetFile(open_remote(part.place) if is_remote(part.place) else part.place) as file:
+        with open_binary(part.place) as opened, pq.ParquetFile(opened) as file:
             first = next(file.iter_batches(batch_size=1), None)
             example = first.to_pylist()[0] if first else dict.fromkeys(file.schema_arrow.names)
             columns = find_columns(example, options, part.place)

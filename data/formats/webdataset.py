@@ -13,7 +13,7 @@ import datasets
 
 from common.errors import DataError
 from common.files import version_of
-from common.remote import is_remote, open_remote
+from common.remote import open_binary
 from common.text import decode
 from data.columns import caption_key, captions_of
 from data.images import ImageError, is_image_file
@@ -111,7 +111,7 @@ def members_of(tar: str) -> Iterator[tuple[str, bytes]]:
         DataError: the tar is broken or cut off; it names the last intact file.
     """
     after = ""
-    with open_remote(tar) if is_remote(tar) else open(tar, "rb") as file:
+    with open_binary(tar) as file:
         try:
             with tarfile.open(fileobj=file, mode="r|*") as archive:
                 for member in filter(tarfile.TarInfo.isfile, archive):
