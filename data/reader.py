@@ -36,6 +36,8 @@ class Source:
         if hasattr(self.format, "parts"):
             return self.format.parts(self.path, self.options)
         whole = Part(self.format.NAME, str(self.path), folders=(self.root,))
+        if not hasattr(self.format, "tables"):
+            return [whole]
         tables = self.tables(dataclasses.replace(self.options, streaming=True)).items()
         return [dataclasses.replace(whole, label=n, split=SPLIT_NAMES.get(n.lower()), table=t) for n, t in tables]
 

@@ -2,11 +2,11 @@
 
     NAME, ABOUT                what --data_format calls it, and what it is in a few words
     matches(path) -> bool      whether a file, a folder or a name is of this format, from the names and first bytes there
-    parts(path, options)       [Part, ...]: the files or splits that it is read in
+    parts(path, options)       [Part, ...]: the files or splits that it is read in. Without it, the path is the one part
     read(part, options)        an iterator of Row in the source's order, in bounded memory; an image that is a file is its
                                name, as the source writes it: data.reader finds the file
-    tables(path, options)      only where the images lie inside the source: {split: table of `datasets`}; without `parts` and
-                               `read`, its parts are those tables, streamed
+    tables(path, options)      only where the images lie inside the source: {split: table of `datasets`}; without `read`, its
+                               parts are those tables, streamed
     YIELDS_TO                  optional: names of formats that take precedence where both match
 
 To add one, write its module and name it in FORMATS.

@@ -22,10 +22,6 @@ def matches(path: Path) -> bool:
     return any(texts for _, texts in images_and_texts(path, Counter()))
 
 
-def parts(path: Path, options: Options) -> list[Part]:
-    return [Part(NAME, str(path), folders=(str(path),))]
-
-
 def images_and_texts(path: Path, left_out: Counter) -> Iterator[tuple[str, list[str]]]:
     """(image, its texts) of every image: x.jpg.txt belongs to x.jpg alone, x.txt to the only image called x.
 
