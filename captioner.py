@@ -248,7 +248,7 @@ class Captioner:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.autocast)
 
-    def stream(self, samples: Dataset, *, batch_size: int = 16, num_workers: int = 0, skip_bad_images=False, sweep=()):
+    def stream(self, samples: Dataset, *, batch_size: int, num_workers: int, skip_bad_images=False, sweep=()):
         """Yields (image_id, caption_batch's captions) of `samples` (a list or any dataset of records) in their order.
 
         An unreadable image raises its ImageError, or with `skip_bad_images` is yielded as (image_id, ImageError)."""

@@ -81,6 +81,13 @@ def test_a_split_says_once_how_many_of_its_captions_were_cut(captioner, dataset,
     assert not short.fast_jpeg
 
 
+@pytest.mark.parametrize("remove", [False, True])
+def test_illegal_characters_are_removed_if_that_is_asked(captioner, remove, monkeypatch):
+    monkeypatch.setattr(captioner.processor, "batch_decode", lambda tokens, **_: ["a dog \ufffd runs"])
+    asked = Captioner(captioner.model, captioner.processor, remove_illegal_characters=remove)
+    assert asked.texts([[1]]) == ["a dog runs" if remove else "a dog \ufffd runs"]
+
+
 def test_several_captions_of_an_image_stand_together(captioner):
     several = captioner.with_settings(num_beams=3, num_return_sequences=2, max_new_tokens=4)
     batch = captioner.collator([{"image": image, "image_id": str(n)} for n, image in enumerate(pictures(3))])
