@@ -1,6 +1,7 @@
 """Checks of texts that an LLM wrote: a one-word reason to reject a text, or None."""
 
 import re
+from collections.abc import Iterator
 from difflib import SequenceMatcher
 
 from metrics.coco_caption.text_checks import illegal_characters, repetition, scripts, words
@@ -86,8 +87,10 @@ THINKING = re.compile(
     r"<(think|thinking|reasoning|thought)>.*?(?:</\1>|\Z)|\A.*</(?:think|thinking|reasoning|thought)>", re.DOTALL
 )
 QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»|(?<!\w)['‘][^'’]*(?:['’]\w[^'’]*)*['’](?!\w)")
+ALL_QUOTED = re.compile(r"\"([^\"]+)\"|“([^“”]+)”|'([^']+)'")
 END = tuple(".!?…。！？") + tuple("\"'”’)]»")
-HEADLESS = re.compile(r"[,;:)(]|[a-z]+[\s,;:]")  # but "iPhone", "www.x.org"
+PUNCTUATION = tuple(",;:)(")  # that no text begins with
+LOWER_CASE = re.compile(r"[a-z]+[\s,;:]")  # but "iPhone", "www.x.org"
 BEGINNINGS = set(
     words(
         "a an the this that these those two three four five six some several many one each every de van von di la le el al da du"
@@ -134,10 +137,8 @@ COMMON = ENGLISH | set(words("them given provides provided please may contain si
 def tidy(text: str) -> str:
     """The answer on one line, without a reasoning model's thinking and without quotes around the whole text."""
     text = " ".join(THINKING.sub(" ", text).split())
-    for left, right in ('""', "“”", "''"):
-        inner = text[1:-1]
-        if len(text) > 2 and text[0] == left and text[-1] == right and left not in inner and right not in inner:
-            text = inner.strip()
+    while quoted := ALL_QUOTED.fullmatch(text):
+        text = quoted[quoted.lastindex].strip()
     return text
 
 
@@ -156,15 +157,11 @@ class Checker:
         fixed = re.sub(r"\{\w+\}", " ", prompt.template)
         tokens = words(fixed)
         self.english = language == "en"
-        self.compounds = {c.lower() for c in re.findall(r"\b[^\W\d_]+(?:-[^\W\d_]+)+\b", fixed)}
-        self.compounds |= {compound.replace("-", " ") for compound in self.compounds}
-        self.phrases = {
-            three
-            for three in zip(tokens, tokens[1:], tokens[2:], strict=False)
-            if sum(word not in COMMON for word in three) >= 2
-        }
-        labels = re.findall(r"^([^\n:{}]{3,40}):\s*(?:\{|$)", prompt.template, re.MULTILINE)
-        self.labels = {" ".join(words(label)) for label in labels}
+        triples = zip(tokens, tokens[1:], tokens[2:], strict=False)
+        wording = [" ".join(three) for three in triples if sum(word not in COMMON for word in three) >= 2]
+        wording += re.findall(r"\b[^\W\d_]+(?:-[^\W\d_]+)+\b", fixed)
+        wording += re.findall(r"^([^\n:{}]{3,40}):\s*(?:\{|$)", prompt.template, re.MULTILINE)
+        self.wording = {" ".join(words(phrase)) for phrase in wording}
         self.names = {"sentence", "caption", "description"} & {word.removesuffix("s") for word in tokens}
 
     def fault(self, text: str, inputs: list[str], finished: bool = True) -> str | None:
@@ -175,73 +172,57 @@ class Checker:
             finished: False if the LLM stopped at the limit of new tokens.
         """
         captions = [caption for caption in inputs if not ORDERS.search(caption)] or inputs
-        if not words(text):
-            return "empty"
-        if illegal_characters(text):
-            return "illegal"
-        if says(REFUSAL, QUOTED.sub(" ", text), captions, following=2):
-            return "refusal"
-        if says(CHATTER, text, captions):
-            return "chatter"
-        if self.leaked(text, captions) or says(TALK, text, captions):
-            return "prompt_leak"
-        if repetition(text) and not any(repetition(caption) for caption in captions):
-            return "repetition"
-        if not finished or broken_off(text) or headless(text, captions):
-            return "cut_off"
-        if self.foreign(text, captions):
-            return "language"
-        if copied(text, captions):
-            return "copy"
-        if self.english and unrelated(text, captions):
-            return "unrelated"
-        return None
+        return next((reason for reason, applies in self.checks(text, captions, finished) if applies), None)
 
-    def leaked(self, text: str, inputs: list[str]) -> str | None:
-        """Wording of the prompt that the text has and none of its inputs does."""
-        lower, tokens = text.lower(), words(IDIOMS.sub(" ", text))
-        captions = " ".join(inputs).lower()
-        for compound in self.compounds:
-            if compound in lower and compound not in captions:
-                return compound
-        captions = f" {' '.join(words(captions))} "
-        for three in zip(tokens, tokens[1:], tokens[2:], strict=False):
-            if three in self.phrases and " ".join(three) not in captions:
-                return " ".join(three)
-        spaced = f" {' '.join(tokens)} "
-        for label in self.labels:
-            if f" {label} " in spaced and label not in captions:
-                return label
-        for token in tokens:
-            if token.removesuffix("s") in self.names and token.removesuffix("s") not in captions:
-                return token
-        return None
+    def checks(self, text: str, captions: list[str], finished: bool) -> Iterator[tuple[str, bool]]:
+        """Each of REASONS that a text can be rejected for, with whether it applies, in the order in which they count."""
+        yield "empty", not words(text)
+        yield "illegal", bool(illegal_characters(text))
+        yield "refusal", says(REFUSAL, QUOTED.sub(" ", text), captions, following=2)
+        yield "chatter", says(CHATTER, text, captions)
+        yield "prompt_leak", self.leaks(text, captions) or says(TALK, text, captions)
+        yield "repetition", bool(repetition(text)) and not any(map(repetition, captions))
+        yield "cut_off", not finished or broken_off(text) or headless(text, captions)
+        yield "language", self.foreign(text, captions)
+        yield "copy", copied(text, captions)
+        yield "unrelated", self.english and unrelated(text, captions)
 
-    def foreign(self, text: str, inputs: list[str]) -> bool:
-        """Whether a text has letters of a script that no input has; with language en, also more letters of other scripts
+    def leaks(self, text: str, captions: list[str]) -> bool:
+        """Whether the text has wording of the prompt that no caption has."""
+        tokens, given = words(IDIOMS.sub(" ", text)), in_spaces(words(" ".join(captions)))
+        names = self.names.intersection(token.removesuffix("s") for token in tokens)
+        leaked = [phrase for phrase in self.wording if f" {phrase} " in in_spaces(tokens)]
+        return any(phrase not in given for phrase in (*names, *leaked))
+
+    def foreign(self, text: str, captions: list[str]) -> bool:
+        """Whether a text has letters of a script that no caption has; with language en, also more letters of other scripts
         than Latin ones, eight or more words without a single English function word, or more function words of another
         language than English ones."""
         letters = scripts(text)
-        if not text.isascii():
-            of_inputs = scripts(" ".join(inputs))
-            if any(script not in of_inputs for script in letters):
-                return True
+        if not text.isascii() and letters.keys() - scripts(" ".join(captions)):
+            return True
         if not self.english:
             return False
         tokens = set(words(text))
-        if letters["LATIN"] < 0.5 * sum(letters.values()) or (len(words(text)) >= 8 and not ENGLISH & tokens):
+        if letters["LATIN"] < 0.5 * letters.total() or (len(words(text)) >= 8 and not ENGLISH & tokens):
             return True
-        names = {word for caption in inputs if not other_language(set(words(caption))) for word in words(caption)}
-        return other_language(tokens - names, tokens, one_is_enough=True) or accented(tokens - names, tokens)
+        english = [spoken for spoken in map(set, map(words, captions)) if not other_language(spoken, spoken)]
+        own = tokens.difference(*english)
+        return other_language(own, tokens, one_is_enough=True) or accented(own, tokens)
+
+
+def in_spaces(tokens: list[str]) -> str:
+    """Words as a text in which " word " finds whole ones."""
+    return f" {' '.join(tokens)} "
 
 
 def says(wording: re.Pattern, text: str, captions: list[str], following: int = 0) -> bool:
     """Whether a text has wording that no caption has. `following`: with as many words after it."""
-    spaced = [f" {' '.join(words(caption))} " for caption in captions]
+    given = [in_spaces(words(caption)) for caption in captions]
     for match in wording.finditer(text):
         after = words(text[match.end() :])[:following]
         phrase = " ".join([*words(match.group()), *after])
-        if not re.search(r"[^\W\d_]", phrase) or not any(f" {phrase} " in caption for caption in spaced):
+        if not re.search(r"[^\W\d_]", phrase) or not any(f" {phrase} " in caption for caption in given):
             return True
     return False
 
@@ -252,20 +233,19 @@ def broken_off(text: str) -> bool:
 
 def headless(text: str, inputs: list[str]) -> bool:
     """Whether a text begins mid-sentence. A name may begin in lower case ("adidas Originals"), as an input has it."""
-    if not HEADLESS.match(text) or text[0] in ",;:)(":
-        return HEADLESS.match(text) is not None
-    first, *others = text.split()[:2]
-    if first.lower() in BEGINNINGS or any(caption.lower().startswith(first.lower()) for caption in inputs):
-        return False
-    return not (others and any(f"{first} {others[0]}" in caption for caption in inputs))
+    if text.startswith(PUNCTUATION):
+        return True
+    first, start = text.split()[0].lower(), " ".join(text.split()[:2])
+    is_name = any(caption.lower().startswith(first) or start in caption for caption in inputs)
+    return bool(LOWER_CASE.match(text)) and first not in BEGINNINGS and not is_name
 
 
-def other_language(tokens: set[str], every: set[str] | None = None, one_is_enough: bool = False) -> bool:
+def other_language(tokens: set[str], every: set[str], one_is_enough: bool = False) -> bool:
     """Whether more of the words are of another language than of English. `one_is_enough`: a single one, if no word is English."""
-    every = tokens if every is None else every
+    enough = 1 if one_is_enough and not every & ENGLISH else 2
     for function_words in FOREIGN:
         others, english = len(tokens & function_words - ENGLISH), len(every & ENGLISH - function_words)
-        if others > english and (others >= 2 or (one_is_enough and not every & ENGLISH)):
+        if others >= enough and others > english:
             return True
     return False
 
@@ -291,15 +271,14 @@ def copied(text: str, inputs: list[str]) -> bool:
     all of them, one after the other, with no word between."""
     if len(inputs) < 2:
         return False
-    written, given = words(text), [words(caption) for caption in inputs]
-    spaced, total = f" {' '.join(written)} ", sum(map(len, given))
-    if len(written) == total and all(f" {' '.join(caption)} " in spaced for caption in given):
+    written, given = words(text), list(map(words, inputs))
+    if len(written) == sum(map(len, given)) and all(in_spaces(caption) in in_spaces(written) for caption in given):
         return True
-    for number, caption in enumerate(given):
-        shared = len(set(written) & set(caption))
-        if shared < 0.8 * max(len(set(written)), len(set(caption))):
-            continue
-        others = {word for i, other in enumerate(given) if i != number for word in other}
-        if others - set(caption) - ENGLISH and SequenceMatcher(None, written, caption, False).ratio() >= 0.9:
-            return True
-    return False
+    more = set().union(*given) - ENGLISH
+    return any(more - set(caption) and alike(written, caption) for caption in given)
+
+
+def alike(one: list[str], other: list[str]) -> bool:
+    """Whether nine in ten words are the same, in order."""
+    most = max(len(set(one)), len(set(other)))
+    return len(set(one) & set(other)) >= 0.8 * most and SequenceMatcher(None, one, other, False).ratio() >= 0.9
