@@ -17,9 +17,10 @@ from captioning import writers
 from captioning.names import EachOnce, short
 from captioning.shards import ImageSource, identity
 from common.errors import DataError
-from common.existence import exists, may_be_on_hub
+from common.existence import exists
 from common.remote import whole_at
 from jobs.shards import REPORT, Shard, ShardFolder
+from jobs.tables import common_schema, schema_of, table_of
 
 logger = logging.getLogger(__name__)
 OWN = ("key", "image", "version", "caption", "error", "columns")  # a source's columns with these names are renamed
@@ -70,8 +71,8 @@ def write_shard(
     errors = sum("error" in row for row in rows)
     counts = {"source": str(shard), "rows": len(rows), "errors": errors, "cut": cut, "sources": sorted(sources)}
     counts |= {"seconds": round(seconds, 3), "finished": time.time(), "settings": settings}
-    schema = writers.schema_of(lambda: iter(rows), ("key", "image", "caption", "error"), nulls=True)
-    folder.write(shard.file, iter([writers.table_of(rows, schema)]), lambda: counts)
+    schema = schema_of(lambda: iter(rows), ("key", "image", "caption", "error"), nulls=True)
+    folder.write(shard.file, iter([table_of(rows, schema)]), lambda: counts)
     return counts
 
 
@@ -138,7 +139,7 @@ def _keep_other_sources(folder: ShardFolder, stale: list[str], names: list[str],
     for name, (schema, counts) in folder.footers(stale).items():
         others = set(counts.get("sources", ())) - named
         rows = [row for row in folder.rows(name) if short(row["key"]) not in present]
-        if not rows or not any(exists(path) or may_be_on_hub(path) for path in others):
+        if not rows or not any(exists(path, hub=True) for path in others):
             folder.remove(name)
             continue
         counts |= {"rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
@@ -150,10 +151,10 @@ def _keep_other_sources(folder: ShardFolder, stale: list[str], names: list[str],
 def _give_one_schema(folder: ShardFolder, contents: dict) -> None:
     """Rewrite files whose columns or types differ from the common schema: readers take the first file's."""
     schemas = {name: schema.remove_metadata() for name, (schema, _) in contents.items()}
-    common = writers.common_schema(list(schemas.values()))
+    common = common_schema(list(schemas.values()))
     for name, schema in schemas.items():
         if schema != common:
-            table = writers.table_of(list(folder.rows(name)), common)
+            table = table_of(list(folder.rows(name)), common)
             folder.write(name, iter([table]), functools.partial(dict, contents[name][1]))
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from common.errors import message_of
 from data.images import ImageError
 
 
@@ -33,6 +34,6 @@ def caption(captioner, rows: ImageRows, args):
             failed = isinstance(captions, ImageError)
             yield row, {"error": str(captions)} if failed else {"caption": captions[0]}
     except ImageError as error:
-        # A DataLoader worker passes its error on as text with the whole traceback.
-        reason = str(error).strip().splitlines()[-1].removeprefix("data.images.ImageError: ")
-        raise ImageError(f"{reason}. With --skip_bad_images such images are written with their error") from None
+        raise ImageError(
+            f"{message_of(error)}. With --skip_bad_images such images are written with their error"
+        ) from None

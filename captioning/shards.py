@@ -29,9 +29,8 @@ class ImageSource:
     def __init__(self, paths: list[str], options: Options):
         self.options = options
         self.named = {piece: _whole_path(path) for path in paths for piece in pieces([path], options)}
-        files = [piece for piece in self.named if piece[0] in ("tar", "parquet")]
         with ThreadPoolExecutor(16) as pool:
-            contents = list(zip(files, pool.map(_content, files), strict=True))
+            contents = zip(self.named, pool.map(_content, self.named), strict=True)
         self.files = {piece: content for piece, content in contents if content is not None}
         self.streamed = [piece for piece in self.named if piece not in self.files]
         self.count_of_name = Counter(os.path.basename(place) for _, place in self.files)
@@ -84,9 +83,8 @@ class ImageSource:
         return map(_keyed, once(rows))
 
     def _once(self):
-        return (
-            iter if [storage for storage, _ in self.streamed] == ["folder"] else EachOnce(version_in)
-        )  # its names differ
+        one_folder = [storage for storage, _ in self.streamed] == ["folder"]  # whose names differ
+        return iter if one_folder else EachOnce(version_in)
 
     def _noted(self, row: dict) -> tuple:
         self.images.append(identity(row))
@@ -154,9 +152,11 @@ def _told_by(row: dict) -> tuple:
 
 
 def _content(piece: tuple[str, str]):
-    """(Parquet metadata or None, version) of a file; None for a Parquet file of paths, which is a list. A broken file has
+    """(Parquet metadata or None, version) of a tar or a Parquet file; None for others, also a Parquet file of paths. A broken file has
     no metadata, and is one shard, whose rows report what is wrong with it."""
     storage, place = piece
+    if storage not in ("tar", "parquet"):
+        return None
     try:
         version = version_of(place)
         if storage == "tar":

@@ -7,7 +7,6 @@ needed. Nothing is decoded here, and only a piece of a tar or a Parquet file is 
 import dataclasses
 import glob
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import xxhash
 
 from captioning.names import EachOnce, printable
 from common.errors import DataError
-from common.existence import ENDINGS
+from common.existence import ENDINGS, may_be_on_hub
 from common.remote import is_remote, list_remote, local_copy, reaching
 from common.text import read_text
 from data import formats
@@ -30,6 +29,7 @@ from data.walk import walk
 
 LISTS = (".txt", ".lst", ".list")
 FORMATS = {"tar": webdataset, "parquet": parquet}
+STORAGES = {"webdataset": "tar", "parquet": "parquet"}
 
 
 def image_rows(paths: list[str], options: Options) -> Iterator[dict]:
@@ -80,8 +80,7 @@ def pieces(paths: list[str], options: Options) -> Iterator[tuple[str, str]]:
 def _matching(path: str) -> list[str]:
     """The files that a pattern matches, or the name of a Hub data set."""
     files = sorted(glob.glob(path, recursive=True))
-    may_be_on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not os.path.splitext(path)[1]
-    if not files and path != "scenes" and not may_be_on_hub:
+    if not files and not may_be_on_hub(path):
         raise DataError(f"{path}: there is no such file or folder, and no file that matches it as a pattern.")
     return files or [path]
 
@@ -115,10 +114,8 @@ def _folder_pieces(path: str, options: Options) -> list[tuple[str, str]]:
 
 
 def _format_pieces(format, path: str, options: Options) -> list[tuple[str, str]]:
-    storages = [storage for storage, module in FORMATS.items() if module is format]
-    return [(storage, part.place) for storage in storages for part in format.parts(Path(path), options)] or [
-        ("rows", path)
-    ]
+    storage = STORAGES.get(format.NAME)
+    return [(storage, part.place) for part in format.parts(Path(path), options)] if storage else [("rows", path)]
 
 
 # ---------------------------------------------------------------- rows

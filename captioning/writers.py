@@ -19,19 +19,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioning.names import Different, folded, inside, printable, short, stem_and_ending
 from common.errors import DataError, UserError
-from common.files import whole, write_text
+from common.files import can_write, nearest_existing, whole, write_text
 from common.remote import is_remote, open_binary
 from common.text import json_line
 from data.formats import webdataset
 from data.images import ImageError
+from jobs.tables import batches, json_of, schema_of, table_of
 
 logger = logging.getLogger(__name__)
-BATCH = 5_000
 CHANGED = "the source has changed while this was running. Start the same command again"
 
 
@@ -57,9 +56,9 @@ def write_csv(captions: Captions, target: Path) -> None:
 
 
 def write_parquet(captions: Captions, target: Path) -> None:
-    schema = schema_of(captions.rows)
+    schema = schema_of(captions.rows, ("image", "caption"))
     with pq.ParquetWriter(target, schema) as writer:
-        for batch in _batches(captions.rows()):
+        for batch in batches(captions.rows()):
             writer.write_table(table_of(batch, schema))
 
 
@@ -91,9 +90,10 @@ def write_metadata(captions: Captions, target: Path) -> None:
 
     def entries():
         for row in captions.captioned():
-            if row["image"] in copies or os.path.exists(row["image"]):  # else it is in a source of an earlier run
-                name = copies.get(row["image"]) or _below(row["image"], folder)
-                yield {"file_name": name} | {k: v for k, v in row.items() if k not in ("image", "file_name")}
+            image = row.pop("image")
+            if image in copies or os.path.exists(image):  # else it is in a source of an earlier run
+                name = copies.get(image) or _below(image, folder)
+                yield {"file_name": name} | row | {"file_name": name}
 
     if captions.output.endswith(".csv"):
         _write_table(entries, target)
@@ -213,9 +213,10 @@ class Texts:
 
 def check_folder_writable(folder: Path) -> None:
     """UserError if no file can be made in the folder, or where it will be."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place} cannot be written to. Name another folder for the .txt files with --output FOLDER.")
+    if not can_write(folder):
+        raise UserError(
+            f"{nearest_existing(folder)} cannot be written to. Name another folder for the .txt files with --output FOLDER."
+        )
 
 
 def text_of(image: str) -> Path:
@@ -291,57 +292,7 @@ def _write_table(rows: Callable[[], Iterator[dict]], target: Path) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain.from_iterable(rows()))))
         writer.writeheader()
         for row in rows():
-            writer.writerow({name: _json_of(v) if isinstance(v, dict | list | bool) else v for name, v in row.items()})
-
-
-def schema_of(rows, text: tuple[str, ...] = ("image", "caption"), nulls: bool = False) -> pa.Schema:
-    """Types that hold every row: a column of several types becomes text, and one without values unless `nulls`. The
-    columns `text` come first."""
-    schemas = [pa.schema([(name, pa.string()) for name in text])]
-    for batch in _batches(rows()):
-        names = dict.fromkeys(itertools.chain.from_iterable(batch))
-        schemas.append(pa.schema([(name, _type_of([row.get(name) for row in batch])) for name in names]))
-    return common_schema(schemas, nulls)
-
-
-def common_schema(schemas: list[pa.Schema], nulls: bool = False) -> pa.Schema:
-    """One schema for tables of all of these; a column without any value is text, unless `nulls`."""
-    types: dict[str, set[pa.DataType]] = {}
-    for field in itertools.chain.from_iterable(schemas):
-        types.setdefault(field.name, {pa.null()}).add(field.type)
-    unknown = pa.null() if nulls else pa.string()
-    return pa.schema([(name, _common_type(kinds - {pa.null()}, unknown)) for name, kinds in types.items()])
-
-
-def _common_type(types: set[pa.DataType], unknown: pa.DataType) -> pa.DataType:
-    if len(types) < 2:
-        return next(iter(types), unknown)
-    return pa.float64() if all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in types) else pa.string()
-
-
-def _type_of(values: list) -> pa.DataType:
-    try:
-        return pa.array(values).type
-    except pa.ArrowException:  # values of several types
-        return pa.string()
-
-
-def table_of(rows: list[dict], schema: pa.Schema) -> pa.Table:
-    """Rows as a table; other values in a text column are written as JSON."""
-
-    def text(value):
-        return value if isinstance(value, str | None) else _json_of(value)
-
-    fit = {field.name: text if pa.types.is_string(field.type) else lambda value: value for field in schema}
-    return pa.table({name: [fit[name](row.get(name)) for row in rows] for name in schema.names}, schema=schema)
-
-
-def _json_of(value) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
-    return iter(lambda: list(itertools.islice(rows, BATCH)), [])
+            writer.writerow({name: json_of(v) if isinstance(v, dict | list | bool) else v for name, v in row.items()})
 
 
 # ---------------------------------------------------------------- names and files
@@ -366,11 +317,11 @@ def _below(image: str, folder: Path) -> str:
         ) from None
 
 
-def _content(image) -> bytes:
-    if isinstance(image, dict) and image.get("bytes") is not None:
+def _content(image: dict | str) -> bytes:
+    image = image if isinstance(image, dict) else {"path": image}
+    if image.get("bytes") is not None:
         return image["bytes"]
-    path = image["path"] if isinstance(image, dict) else image
-    with open_binary(path) as file:
+    with open_binary(image["path"]) as file:
         return file.read()
 
 

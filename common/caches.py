@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import can_write
 
 
 def cache_folder(cache_dir=None) -> Path:
@@ -19,7 +20,7 @@ def use_writable_cache(beside: str | None) -> None:
     """Moves the caches of Hugging Face, matplotlib and this repo into the folder `beside` (default: a temporary folder) if
     the usual place, ~/.cache, cannot be written to. Must be called before these libraries are imported."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
-    if os.environ.get("HF_HOME") or _is_writable(usual):
+    if os.environ.get("HF_HOME") or (usual.is_absolute() and can_write(usual)):
         return
     try:
         temporary = Path(tempfile.gettempdir())
@@ -33,11 +34,6 @@ def use_writable_cache(beside: str | None) -> None:
     os.environ.setdefault("MPLCONFIGDIR", str(place.absolute() / "matplotlib"))
     for name in ("USER", "LOGNAME"):  # libraries ask for the name of a user that the system does not know
         os.environ.setdefault(name, _user())
-
-
-def _is_writable(folder: Path) -> bool:
-    place = next((place for place in (folder, *folder.parents) if place.exists()), folder)
-    return place.is_absolute() and place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def _user() -> str:

@@ -4,7 +4,6 @@ Values come from the defaults of the dataclasses, then a recipe (`train.py recip
 """
 
 import contextlib
-import dataclasses
 import difflib
 import gc
 import importlib.util
@@ -23,11 +22,11 @@ import yaml
 
 from common import logs
 from common.caches import use_writable_cache
-from common.errors import UserError
-from common.existence import check_files, exists, may_be_on_hub
+from common.errors import UserError, message_of
+from common.existence import check_files, exists
 from common.habits import unrecognized
 from common.help import Help, arrange
-from common.text import TextError, read_text
+from common.text import TextError, each_value, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPED = "stopped. What was finished is kept; run the same command again to resume."
@@ -48,10 +47,8 @@ def parse(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
     as the last value (list of str). The dataclasses are common.flags.Flags.
     """
     parser, found, words = _read(dataclasses_, argv, positional)
-    try:
+    with _exits_at_mistakes(parser):
         found = [group.complete() for group in found]
-    except (ValueError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
     return (*found, words) if positional else tuple(found)
 
 
@@ -88,67 +85,66 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
     here = argv is None  # not the command line of a job elsewhere
     argv = list(sys.argv[1:] if here else argv)
     parser = argument_parser(dataclasses_)
-    actions = flags_of(parser)
-    subject = next((name for name in ("dataset_name", "model_name_or_path") if name in actions), None)
-    name = f" [{subject.partition('_')[0].upper()}]" if subject else ""
-    first = f"{positional.upper()} ..." if positional else f"[RECIPE.yaml]{name}"
-    parser.usage = f"%(prog)s {first} [--flag value ...]    (--help lists the flags)"
-    replaced = replaced_flags(dataclasses_)
-    for name in replaced:
-        actions[name].help = SUPPRESS
-    for twin in set(parser._actions) - set(actions.values()):  # --no_x, with x's own words and the opposite default
-        twin.help = SUPPRESS
+    actions, replaced = flags_of(parser), replaced_flags(dataclasses_)
+    subject = "dataset_name" if "dataset_name" in actions else "model_name_or_path"
+    first = (positional or subject.partition("_")[0]).upper()
+    named = f"{first} ..." if positional else f"[RECIPE.yaml] [{first}]"
+    parser.usage = f"%(prog)s {named} [--flag value ...]    (--help lists the flags)"
+    twins = set(parser._actions) - set(actions.values())  # --no_x, with x's own words and the opposite default
+    for action in (*twins, *map(actions.get, replaced)):
+        action.help = SUPPRESS
     arrange(parser, dataclasses_)
-    if positional:
-        parser.add_argument(positional, nargs="*", help=SUPPRESS)
-    named = None
-    try:
-        if not positional:
-            named, values = _named_first(argv, subject, dataclasses_, actions, parser, replaced)
-            parser.set_defaults(**values)
-        namespace, unknown = parser.parse_known_args(argv)
-        if named and named != getattr(namespace, subject):
-            raise UserError(f"{named} and --{subject} {getattr(namespace, subject)} name two: leave one of them out.")
-        for word in [*argv, *unknown]:
+    with _exits_at_mistakes(parser):
+        if positional:
+            parser.add_argument(positional, nargs="*", help=SUPPRESS)
+            namespace, unknown = parser.parse_known_args(argv)
+        else:
+            namespace, unknown = _parse_named(parser, argv, subject, dataclasses_)
+        for word in argv:
             name = word.removeprefix("--").split("=")[0].replace("-", "_")
             if word.startswith("--") and name in replaced:
                 raise UserError(f"--{name} is not used here: {replaced[name]}.")
         if unknown:
-            known = actions.keys() - replaced.keys() | ({positional.upper()} if positional else set())
-            raise UserError(unrecognized(unknown[0], known))
-        values, found = {name: local(value) for name, value in vars(namespace).items()}, []
-        for cls in dataclasses_:
-            names = {f.name for f in dataclasses.fields(cls) if f.init}
-            for name in names:
-                if isinstance(values[name], float) and not math.isfinite(values[name]):
-                    raise UserError(f"--{name} {values[name]}: name a finite number.")
-            found.append(cls(**{name: values[name] for name in names}))
-        words = values[positional] if positional else []
+            raise UserError(unrecognized(unknown[0], {*actions, first} - replaced.keys()))
+        values = each_value(vars(namespace), local)
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name} {value}: name a finite number.")
+        found, words = parser.parse_dict(values, allow_extra_keys=True), values.get(positional, [])
         for group in found:
             group.check_words(words)
             if here:
                 check_files(group)
-        use_writable_cache(next((group.output_dir for group in found if hasattr(group, "output_dir")), None))
-    except (ValueError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        use_writable_cache(values.get("output_dir"))
     if here:
         logs.log_format = values["log_format"]
     return parser, found, words
 
 
-def _named_first(argv: list[str], subject: str, dataclasses_, actions: dict, parser, replaced: dict):
-    """Takes from `argv` the recipe and the data set that it begins with. Returns (data set or None, values of flags)."""
-    name, values = None, {}
+def _parse_named(parser, argv: list[str], subject: str, dataclasses_: tuple) -> tuple:
+    """(namespace, unknown words) of a command line that may begin with a recipe, and with the value of the flag `subject`."""
     if argv and argv[0].lower().endswith((".yaml", ".yml")):
-        values = read_recipe(argv.pop(0), actions, parser, replaced)
-        paths = [name for cls in dataclasses_ for name in (*cls.FILES, *cls.HUB)]
-        values |= {name: in_the_repo(values[name]) for name in paths if values.get(name)}
-    if subject and argv and not argv[0].startswith("-"):
-        name = argv.pop(0)
-        if not (os.path.isabs(name) or exists(local(name)) or may_be_on_hub(name)):
-            raise UserError(f"{name}: no such file or folder. Flags begin with --.{nearest_recipe(name)}")
-        values[subject] = name
-    return name, values
+        values = read_recipe(argv.pop(0), flags_of(parser), replaced_flags(dataclasses_))
+        paths = [name for cls in dataclasses_ for name in (*cls.FILES, *cls.HUB) if values.get(name)]
+        parser.set_defaults(**values | {name: in_the_repo(values[name]) for name in paths})
+    if not argv or argv[0].startswith("-"):
+        return parser.parse_known_args(argv)
+    name = argv.pop(0)
+    if not (os.path.isabs(name) or exists(local(name), hub=True)):
+        raise UserError(f"{name}: no such file or folder. Flags begin with --.{nearest_recipe(name)}")
+    namespace, unknown = parser.parse_known_args([f"--{subject}={name}", *argv])
+    if getattr(namespace, subject) != name:
+        raise UserError(f"{name} and --{subject} {getattr(namespace, subject)} name two: leave one of them out.")
+    return namespace, unknown
+
+
+@contextlib.contextmanager
+def _exits_at_mistakes(parser):
+    """Ends the process with one message where values of flags are wrong, or need a package that is not installed."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def in_the_repo(path: str) -> str:
@@ -157,10 +153,8 @@ def in_the_repo(path: str) -> str:
     return str(in_repo) if not os.path.exists(os.path.expanduser(path)) and in_repo.exists() else path
 
 
-def local(value):
-    """file:// addresses, alone or in a list, as the paths that they are."""
-    if isinstance(value, list):
-        return [local(item) for item in value]
+def local(value, name: str = ""):
+    """A file:// address as the path that it is; any other value as it is."""
     if isinstance(value, str) and value.startswith("file://"):
         return urllib.request.url2pathname(urllib.parse.urlsplit(value).path)
     return value
@@ -189,32 +183,28 @@ def replaced_flags(dataclasses_: tuple) -> dict[str, str]:
     return {name: why for cls in dataclasses_ for name, why in cls.REPLACED.items()}
 
 
-def read_recipe(path: str, actions: dict, parser, replaced: dict[str, str]) -> dict:
-    """The flags of a YAML file, checked: known names, right types. Exits with 2 and one message that names the key."""
-
-    def fail(message):
-        parser.exit(2, f"{parser.prog}: {path}: {message}\n")
-
+def read_recipe(path: str, actions: dict, replaced: dict[str, str]) -> dict:
+    """The flags of a YAML file, checked: known names, right types. UserError that names the file and the key."""
     try:
-        recipe = yaml.safe_load(read_text(path))
+        recipe = yaml.safe_load(read_text(path)) or {}
     except OSError as error:
-        fail(f"cannot be read as a recipe: {error.strerror}. Flags begin with --.{nearest_recipe(path)}")
+        raise UserError(
+            f"{path}: cannot be read as a recipe: {error.strerror}. Flags begin with --.{nearest_recipe(path)}"
+        ) from None
     except (yaml.YAMLError, TextError) as error:
-        fail(f"is not YAML: {error}")
-    if recipe is None:
-        return {}
+        raise UserError(f"{path}: is not YAML: {error}") from None
     if not isinstance(recipe, dict):
-        fail("must hold 'flag: value' lines.")
+        raise UserError(f"{path}: must hold 'flag: value' lines.")
     checked = {}
     for name, value in recipe.items():
         if name not in actions or name == "help":
-            fail(unrecognized(str(name), actions.keys() - replaced.keys()))
+            raise UserError(f"{path}: {unrecognized(str(name), actions.keys() - replaced.keys())}")
         if name in replaced:
-            fail(f"'{name}' is not used here: {replaced[name]}.")
+            raise UserError(f"{path}: '{name}' is not used here: {replaced[name]}.")
         try:
             checked[name] = convert(value, actions[name])
         except (ValueError, TypeError) as error:
-            fail(f"{name}: {error}")
+            raise UserError(f"{path}: {name}: {error}") from None
     return checked
 
 
@@ -287,9 +277,7 @@ def mistakes_in_one_line(script: str):
         if "No space left" in str(error):
             message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"
         elif isinstance(error, UserError):
-            # A DataLoader worker passes on its error as a text that ends with the traceback's last line.
-            text = str(error).strip()
-            message = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+            message = message_of(error)
         elif isinstance(error, PermissionError) and error.filename and ".cache" in str(error.filename):
             message = f"{error.filename}: {error.strerror}. Set HF_HOME to a folder that can be written to."
         elif isinstance(error, OSError) and error.filename:

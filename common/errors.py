@@ -10,6 +10,12 @@ class UserError(ValueError):
     of_one_shard = False  # whether the run can continue with its other shards
 
 
+def message_of(error: Exception) -> str:
+    """Its message. A DataLoader worker passes its error on as a text that ends with the traceback's last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
+
 class DataError(UserError):
     """Data that cannot be used as it is; the message says where, what is wrong and what to do."""
 

@@ -26,15 +26,16 @@ def check_files(group: Flags) -> None:
 
 def check_exists(path: str, flag: str = "", hub: bool = False) -> None:
     """UserError if there is no such file or folder; with `hub`, nor may it be an id of the Hub."""
-    if not exists(path) and not (hub and may_be_on_hub(path)):
+    if not exists(path, hub):
         raise UserError(f"{flag}{path}: no such file or folder")
 
 
-def exists(path: str) -> bool:
-    """True also for addresses, which are not asked, and for a pattern that some file matches. DataError for web addresses."""
+def exists(path: str, hub: bool = False) -> bool:
+    """True also for addresses, which are not asked, for a pattern that some file matches, and with `hub` for what may be an
+    id of the Hub. DataError for web addresses."""
     refuse_web(path)
     path = os.path.expanduser(path)
-    if "://" in path or os.path.exists(path):
+    if "://" in path or os.path.exists(path) or (hub and may_be_on_hub(path)):
         return True
     return glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None
 

@@ -54,6 +54,17 @@ def share_weights(folder) -> None:
             file.chmod(NEW_FILE)
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def can_write(folder: Path) -> bool:
+    """Whether a file can be made in the folder, or where it will be."""
+    place = nearest_existing(folder)
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
 def output_folder(path: str) -> Path:
     """The folder, created if needed; ValueError if it is a file or cannot be written to."""
     folder = Path(path)

@@ -39,13 +39,11 @@ def arrange(parser, dataclasses_: tuple) -> None:
     MOST_USED names, last those that are transformers' own."""
     most_used = [name for cls in dataclasses_ for name in cls.MOST_USED]
     owners = [base for cls in dataclasses_ for base in cls.__mro__ if "HEADING" in vars(base)]
-    under: dict[str, list] = {"the most used": [], **{base.HEADING: [] for base in owners}}
+    heading_of = {name: base.HEADING for base in reversed(owners) for name in base.__dataclass_fields__}
+    heading_of |= dict.fromkeys(most_used, "the most used") | {"help": owners[-1].HEADING}
+    under: dict[str, list] = {heading: [] for heading in ("the most used", *(base.HEADING for base in owners))}
     for action in parser._actions:
-        heading = next(
-            (base.HEADING for base in owners if action.dest in base.__dataclass_fields__), "transformers' Trainer"
-        )
-        heading = owners[-1].HEADING if action.dest == "help" else heading
-        under.setdefault("the most used" if action.dest in most_used else heading, []).append(action)
+        under.setdefault(heading_of.get(action.dest, "transformers' Trainer"), []).append(action)
     under["the most used"].sort(key=lambda action: most_used.index(action.dest))
     parser._action_groups = []
     for heading, actions in under.items():

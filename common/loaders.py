@@ -56,13 +56,15 @@ def fit_workers(
     Batches travel through /dev/shm, of which Docker gives a container 64 MB, and stay there as long as the consumer
     holds them. When it is full, the thread that sends them dies, and torch's DataLoader waits for its worker forever.
     """
-    if num_workers:  # by name: file descriptors are fetched from the worker itself, which no timeout covers
-        torch.multiprocessing.set_sharing_strategy("file_system")
+    if not num_workers:
+        return 0, None
+    # By name: file descriptors are fetched from the worker itself, which no timeout covers.
+    torch.multiprocessing.set_sharing_strategy("file_system")
     asked = prefetch or 2
-    free = free_shared_memory() if num_workers else None
-    batch = _batch_bytes(dataset, collate_fn, batch_size) if free is not None else 0
-    if not batch:
-        return num_workers, asked if num_workers else None
+    free = free_shared_memory()
+    if free is None:
+        return num_workers, asked
+    batch = _batch_bytes(dataset, collate_fn, batch_size)
     room = max(0, free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // batch - held)  # in batches
     workers = min(num_workers, room)
     ahead = min(asked, room // workers) if workers else 0
@@ -78,10 +80,9 @@ def fit_workers(
 
 def _batch_bytes(dataset, collate_fn, batch_size: int) -> int:
     """An estimate from the first samples, plus a quarter as others may be larger."""
-    rows = dataset if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(dataset)))
-    samples = list(itertools.islice(rows, MEASURED))
+    samples = list(itertools.islice(dataset, MEASURED))
     if not samples:
-        return 0
+        return 1
     batch = (collate_fn or torch.utils.data.default_collate)(samples)
     tensors = batch.values() if isinstance(batch, dict) else [batch]
     size = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))

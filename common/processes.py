@@ -133,11 +133,10 @@ def _with_lines(items, total: int | None, doing: str, quiet: bool):
 def in_threads(function, items, threads: int | None = None, progress: str | None = None) -> list:
     """`[function(item) for item in items]` on several threads: Pillow and numpy release the GIL while they decode and
     resize. Default: as many as torch has, which is one in a DataLoader worker. `progress` names a progress bar."""
-    threads = min(threads or torch.get_num_threads(), len(items))
-    if threads < 2:
-        return [function(item) for item in (show_progress(items, len(items), progress) if progress else items)]
+    threads = max(1, min(threads or torch.get_num_threads(), len(items)))
     size = max(1, min(256, len(items) // (4 * threads)))  # a future per item would cost more than most items do
     pieces = [items[start : start + size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor(threads) as pool:
-        results = itertools.chain.from_iterable(pool.map(lambda piece: [*map(function, piece)], pieces))
+        work = pool.map if threads > 1 else map
+        results = itertools.chain.from_iterable(work(lambda piece: [*map(function, piece)], pieces))
         return list(show_progress(results, len(items), progress) if progress else results)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from common.limits import cpus
+from common.text import each_value
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch", "transformers", "datasets", "accelerate", "peft", "sacrebleu", "pycocoevalcap", "pillow", "numpy"]
@@ -30,7 +31,7 @@ def environment() -> dict:
     if commit and _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
         commit += " with uncommitted changes"
     return {
-        "command": shlex.join(["python", *_without_secrets(sys.orig_argv[1:])]),
+        "command": FLAG_AND_SECRET.sub(r"\1***", shlex.join(["python", *map(without_secrets, sys.orig_argv[1:])])),
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": {
@@ -57,6 +58,8 @@ def _version(package: str) -> str | None:
 
 SECRET = r"(?:token|secret|password|passwd|credentials?|authorization|(?:api|access|private|auth|q)?_?key)"
 
+FLAG_AND_SECRET = re.compile(rf"(--\w*{SECRET}(?<!kms_key) )('[^']*'|\S+)")
+
 
 def without_secrets(text: str) -> str:
     """A text without passwords and keys: of addresses (//user:password@, ?key=...), of JSON ("api_key": "...") and of
@@ -68,20 +71,7 @@ def without_secrets(text: str) -> str:
 
 def hide_secrets(value):
     """A value of JSON with `without_secrets` for each of its texts."""
-    if isinstance(value, dict):
-        return {name: hide_secrets(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [hide_secrets(one) for one in value]
-    return without_secrets(value) if isinstance(value, str) else value
-
-
-def _without_secrets(words: list[str]) -> list[str]:
-    """The command line without them: results files are published."""
-    hidden = [without_secrets(word) for word in words]
-    for i, word in enumerate(words[:-1]):
-        if re.fullmatch(rf"--\w*{SECRET}", word) and not word.endswith("kms_key"):
-            hidden[i + 1] = "***"
-    return hidden
+    return each_value(value, lambda inner, _: without_secrets(inner) if isinstance(inner, str) else inner)
 
 
 def _cpu_name() -> str:

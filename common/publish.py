@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path, PureWindowsPath
 
 from common.errors import UserError
+from common.text import each_value
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,12 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CLEANED = ("run.json", "coco_metrics.json")
 # Two parts or more below a root, a drive or a home; not a URL, not a closing tag.
 PATH = re.compile(r"""(?<![\w/.:<\\])(?:~|[A-Za-z]:)?[/\\][\w.@%+=~ -]*[\w.@%+=~-][/\\][^\s"'`|<>(),;]+""")
-
-BEGINS_AS_PATH = re.compile(r"[~/]|\\\\|[A-Za-z]:[/\\]")
+ABSOLUTE = re.compile(r"(?:[~/]|\\\\|[A-Za-z]:[/\\]).*")  # one line
 
 
 def copy_to_upload(source: Path, folder: Path) -> None:
     """Copies of the files that an upload of `source` takes; of weights, which nobody changes, links where there can be some."""
-    for path in {path for pattern in UPLOADED for path in source.glob(pattern) if path.is_file()}:
+    for path in _uploaded(source):
         place = folder / path.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # another file system, or one without links
@@ -42,9 +42,13 @@ def copy_to_upload(source: Path, folder: Path) -> None:
             shutil.copyfile(path, place)
 
 
+def _uploaded(folder: Path) -> list[Path]:
+    return sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
+
+
 def files_to_upload(folder: Path) -> dict[str, Path | bytes]:
     """{name in the repository: file, or the content that is uploaded in its place}."""
-    files = sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
+    files = _uploaded(folder)
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{folder} holds no weights (*.safetensors) to upload.")
     return {path.relative_to(folder).as_posix(): _content(path) for path in files}
@@ -73,15 +77,15 @@ def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> N
     logger.info("uploaded %d files to https://huggingface.co/%s", len(files), repo_id)
 
 
-def without_local_paths(value, key: str = ""):
+def without_local_paths(value):
     """`value` (JSON data), with every path of this machine cut to its last part."""
-    if isinstance(value, dict):
-        return {name: without_local_paths(inner, name) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_local_paths(inner, key) for inner in value]
+    return each_value(value, _without_local_paths)
+
+
+def _without_local_paths(value, name: str):
     if not isinstance(value, str):
         return value
-    return shlex.join(map(_word, shlex.split(value))) if key == "command" else _word(value)
+    return shlex.join(map(_word, shlex.split(value))) if name == "command" else _word(value)
 
 
 def _word(text: str) -> str:
@@ -90,12 +94,8 @@ def _word(text: str) -> str:
         return f"{flag}={_word(value)}"
     if text.endswith((".yaml", ".yml")) and Path(text).absolute().is_relative_to(RECIPES):
         return Path(text).absolute().relative_to(RECIPES.parent).as_posix()  # of this repo, so no path of yours
-    is_path = "\n" not in text and len(text) < 4096 and (BEGINS_AS_PATH.match(text) or _is_relative_path(text))
+    is_path = ABSOLUTE.fullmatch(text) or (re.search(r"[/\\]", text) and os.path.exists(text))
     return PureWindowsPath(text).name or text if is_path else _without_paths(text)
-
-
-def _is_relative_path(text: str) -> bool:
-    return bool(re.search(r"[/\\]", text)) and os.path.exists(text)
 
 
 def _content(path: Path) -> Path | bytes:

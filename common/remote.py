@@ -69,7 +69,6 @@ def local_copy(name: str, cache_dir=None) -> Path:
     """A copy of a file, a folder or the files of a pattern in the cache: fetched once, and again where its size or its
     version has changed. A file appears under its name only when complete."""
     system, path = file_system(name)
-    pattern = glob.has_magic(name)
     root = re.split(r"[^/]*[*?\[]", path)[0].rstrip("/")
     folder = cache_folder(cache_dir) / "remote" / hashlib.sha256(name.encode()).hexdigest()[:16]
     addresses = list_remote(name)
@@ -87,9 +86,7 @@ def local_copy(name: str, cache_dir=None) -> Path:
             with reaching(address), whole(target) as part:
                 system.get_file(inner, str(part))
             mark.touch()
-    if pattern:
-        return folder / name[len(name) - len(path) + len(root) :].lstrip("/") if root else folder / path
-    return folder / Path(path).name if addresses == [name] else folder
+    return folder / Path(path).name if addresses == [name] else folder / path[len(root) :].lstrip("/")
 
 
 def upload(source: Path, name: str) -> None:
@@ -97,9 +94,7 @@ def upload(source: Path, name: str) -> None:
     system, path = file_system(name)
     with reaching(name):
         if source.is_dir():
-            for file in sorted(source.rglob("*")):
-                if file.is_file():
-                    system.put_file(str(file), f"{path.rstrip('/')}/{file.relative_to(source).as_posix()}")
+            system.put(f"{source}/", path, recursive=True)
         else:
             system.put_file(str(source), path)
 

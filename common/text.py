@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from common.errors import DataError
 from common.logs import say_once
@@ -45,15 +45,20 @@ def json_line(row: dict) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False) + "\n"
     except ValueError:
-        return json.dumps(_finite(row), ensure_ascii=False, default=str) + "\n"
+        return json.dumps(each_value(row, _finite), ensure_ascii=False, default=str) + "\n"
 
 
-def _finite(value):
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+def _finite(value, name: str):
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def each_value(value, change: Callable, name: str = ""):
+    """JSON data in which `change(inner value, its name)` stands in place of every inner value that is no list and no object."""
+    if isinstance(value, dict):
+        return {key: each_value(inner, change, key) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [each_value(inner, change, name) for inner in value]
+    return change(value, name)
 
 
 def spreadsheet_cell(value):

@@ -12,33 +12,19 @@ from dataclasses import dataclass
 from common.errors import Unreachable, UserError
 from common.logs import duration
 from jobs.queue import wait_for_servers
-from jobs.shards import FAILED, REPORT, SETTINGS, Shard, ShardFolder, reachable, rows_of
+from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable, rows_of
 
 logger = logging.getLogger(__name__)
 QUIET = 20  # seconds without a file after which a run may be over
 LOOK_AGAIN = 10  # seconds until other processes' files are looked for again
 
 
-class Finished:
-    """Finished shards, as their files say; each file is opened once.
-
-    Args:
-        contents: those of files that were opened before, as ShardFolder.footers returns them.
-    """
-
-    def __init__(self, folder: ShardFolder, contents: dict | None = None):
-        self.folder, self.contents = folder, dict(contents or {})
-
-    def counts(self, names: Iterable[str]) -> list[dict]:
-        """Those in each of these files that is whole."""
-        self.contents |= self.folder.footers([name for name in names if name not in self.contents])
-        return [self.contents[name][1] for name in names if name in self.contents]
-
-
-def total_of(counts: list[dict]) -> Counter:
-    """{"shards", "rows", "errors"} of finished shards together."""
-    rows, errors = (sum(shard.get(name, 0) for shard in counts) for name in ("rows", "errors"))
-    return Counter(shards=len(counts), rows=rows, errors=errors)
+def total_of(counts: Iterable[dict]) -> Counter:
+    """{"shards", "rows", "errors"} of finished shards together, of the counts of each."""
+    total = Counter()
+    for shard in counts:
+        total.update(shards=1, rows=shard["rows"], errors=shard.get("errors", 0))
+    return total
 
 
 def line(done: Counter, rows: int | None, shards: int, failed: int, rate: float, unit: str) -> str:
@@ -116,22 +102,21 @@ def look(output: str) -> Status:
         about = folder.read_json(SETTINGS)
     if about is None:
         raise UserError(f"--status {output}: no run has written there.")
-    counts = Finished(folder).counts(folder.outputs().values())
-    done, rows, shards = total_of(counts), about["rows"], about["shards"]
-    recent = [shard for shard in counts if shard.get("finished", 0) >= about["started"]]
-    last = max((shard["finished"] for shard in recent), default=None)
-    seconds = (last or 0) - about["started"]
-    rate = total_of(recent)["rows"] / seconds if seconds > 0 else 0.0
-    since = None if last is None else max(0.0, time.time() - last)  # a worker's clock may be ahead
-    marks = [folder.read_json(file) for file in folder.files() if file.startswith(FAILED)]
-    failed = [mark["error"] for mark in marks if mark]
+    counts = [counts for _, counts in folder.footers(list(folder.outputs().values())).values()]
+    done, rows, shards, started = total_of(counts), about["rows"], about["shards"], about["started"]
+    recent = [shard for shard in counts if shard.get("finished", 0) >= started]
+    last = max((shard["finished"] for shard in recent), default=started)
+    rate = total_of(recent)["rows"] / max(1e-3, last - started)
+    since = max(0.0, time.time() - last) if recent else None  # a worker's clock may be ahead
+    failed = list(folder.failed().values())
     if done["shards"] >= shards and folder.read_json(REPORT) is not None:
         state = "finished"
     elif failed:
         state = "failed"
+    elif recent and since > max(QUIET, 3 * (last - started) / len(recent)):
+        state = "stopped"
     else:
-        has_stopped = since is not None and since > max(QUIET, 3 * seconds / max(1, len(recent)))
-        state = "stopped" if has_stopped else "running"
+        state = "running"
     left = seconds_left(done, rows, shards, rate) if state == "running" else None
     return Status(state, done["rows"], rows, done["shards"], shards, done["errors"], failed, rate, left, since)
 
@@ -144,10 +129,9 @@ class Progress:
         quiet: print nothing: another process does.
     """
 
-    def __init__(self, folder: ShardFolder, shards: list[Shard], unit: str, contents=None, quiet: bool = False):
-        self.folder, self.shards, self.unit, self.quiet = folder, shards, unit, quiet
+    def __init__(self, folder: ShardFolder, shards: list[Shard], unit: str, contents: dict, quiet: bool):
+        self.folder, self.shards, self.unit, self.contents, self.quiet = folder, shards, unit, contents, quiet
         self.rows = rows_of(shards)
-        self.finished_files = Finished(folder, contents)
         done = folder.done(shards)
         self.done = Counter(shards=len(done), rows=sum(shard.rows or 0 for shard in done))
         self.rows_before, self.failed, self.rows_of_current = self.done["rows"], 0, 0
@@ -162,11 +146,12 @@ class Progress:
 
     def finished(self, outcome) -> None:
         """A shard is done, or given up, or left to another run."""
-        if outcome.error and not outcome.in_use:
+        if not outcome.error:
+            self.done += total_of([outcome.counts])
+        elif not outcome.in_use:
             self.failed += 1
             mark = functools.partial(self.folder.write_json, outcome.shard.mark, {"error": str(outcome)})
             wait_for_servers(mark, functools.partial(reachable, self.folder.name))
-        self.done += total_of([] if outcome.error else [outcome.counts])
         self.tick(0)
 
     def say(self) -> None:
@@ -175,7 +160,9 @@ class Progress:
             return
         if self.said - self.looked > LOOK_AGAIN:
             with contextlib.suppress(Unreachable):  # then the numbers are those of the last look
-                self.done = total_of(self.finished_files.counts(self.folder.done(self.shards).values()))
+                files = set(self.folder.done(self.shards).values())
+                self.contents |= self.folder.footers(list(files - self.contents.keys()))
+                self.done = total_of(counts for _, counts in self.contents.values())
             self.looked = time.monotonic()
         done = self.done + Counter(rows=self.rows_of_current)
         rate = max(0, done["rows"] - self.rows_before) / max(1e-3, self.said - self.began)

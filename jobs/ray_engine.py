@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from common.errors import UserError
 from jobs.queue import Outcome, Queue, attempt, work_on
+from jobs.shards import differences
 
 logger = logging.getLogger(__name__)
 POLL = 2.0  # seconds between checks of the workers' progress
@@ -92,14 +93,15 @@ class Actor:
 
 
 class Pool:
-    """The workers, and what each is doing."""
+    """The workers, and what each is doing. `settings` are those that the first worker started with."""
 
     def __init__(self, ray, work, reachable: Callable, workers: int, resources: dict):
-        self.ray, self.deaths, self.polled = ray, 0, {}
+        self.ray, self.settings, self.deaths, self.polled = ray, None, 0, {}
         actor_class = ray.remote(Actor).options(max_concurrency=2, scheduling_strategy="SPREAD", **resources)
         arguments = ray.put(work), reachable, os.getcwd(), [place for place in sys.path if place]
         self.new = lambda: actor_class.remote(*arguments)
         self.tasks, self.idle = {}, []  # {what a worker will return: (worker, its shard, None while it starts)}
+        self.waiting = time.monotonic()  # since when nobody works
         for _ in range(workers):
             self.add()
 
@@ -117,31 +119,49 @@ class Pool:
         self.tasks[actor.work_on.remote(shard)] = actor, shard
 
     def wait(self):
-        """Waits up to POLL seconds, and yields the Outcome of each shard that has ended, and of each worker that has
-        started, which has no shard. Raises an error that keeps workers from starting."""
+        """Waits up to POLL seconds, and yields the Outcome of each shard that has ended. Raises an error that keeps workers
+        from starting."""
         ready, _ = self.ray.wait([*self.tasks], timeout=POLL)
+        if ready or self.busy:
+            self.waiting = time.monotonic()
+        elif time.monotonic() - self.waiting > 60:
+            self.waiting = time.monotonic()
+            logger.warning("ray: no worker has started yet; free resources: %s", self.ray.available_resources())
         for ref in ready:
             actor, shard = self.tasks.pop(ref)
             try:
                 outcome = self.ray.get(ref)
             except self.ray.exceptions.RayError as error:
-                logger.warning("a worker has died, another takes its place: %s", str(error).strip().splitlines()[0])
-                self.add()
-                self.deaths += shard is None
-                if self.deaths == DEATHS and not self.busy and not self.idle:
-                    raise UserError(f"--engine ray: workers die while they load the model. {error}") from None
-                if shard is not None:
-                    yield Outcome(shard, {}, "its worker died: out of memory, or its node is gone", lost=True)
-                continue
-            if shard is None and outcome.error:
-                raise UserError(outcome.error if outcome.expected else f"a worker cannot start: {outcome.trace}")
-            self.idle.append(actor)
-            yield outcome
+                self.replace(shard, error)
+                outcome = Outcome(shard, {}, "its worker died: out of memory, or its node is gone", lost=True)
+            else:
+                self.idle.append(actor)
+            if shard is not None:
+                yield outcome
+            elif not outcome.lost:
+                self.started(outcome)
+
+    def replace(self, shard, error: Exception) -> None:
+        """Start another worker in place of one that died, on a shard or while it started."""
+        logger.warning("a worker has died, another takes its place: %s", str(error).strip().splitlines()[0])
+        self.add()
+        self.deaths += shard is None
+        if self.deaths == DEATHS and not self.busy and not self.idle:
+            raise UserError(f"--engine ray: workers die while they load the model. {error}") from None
+
+    def started(self, outcome: Outcome) -> None:
+        if outcome.error:
+            raise UserError(outcome.error if outcome.expected else f"a worker cannot start: {outcome.trace}")
+        self.settings = self.settings or outcome.counts
+        if changes := differences(self.settings, outcome.counts):
+            raise UserError(f"--engine ray: workers differ: {'; '.join(changes.values())}.")
 
     def rows(self) -> int:
         """Finished rows of the shards in progress."""
         asked = {actor.progress.remote(): actor for actor in self.busy}
-        ready, _ = self.ray.wait([*asked], num_returns=len(asked), timeout=0.5) if asked else ([], [])
+        if not asked:
+            return 0
+        ready, _ = self.ray.wait([*asked], num_returns=len(asked), timeout=0.5)
         for ref in ready:
             with contextlib.suppress(self.ray.exceptions.RayError):  # it died: `wait` says so
                 self.polled[asked[ref]] = self.ray.get(ref)
@@ -157,32 +177,17 @@ def run(work, begin: Callable, reachable: Callable, args, max_shards: int) -> li
             "ray: %d workers with %g CPUs and %g GPUs each", workers, per_worker["num_cpus"], per_worker["num_gpus"]
         )
         pool = Pool(ray, work, reachable, workers, per_worker)
-        settings, queue, progress, waiting = {}, None, None, time.monotonic()
-        while queue is None or pool.busy or not queue.empty():
-            while pool.idle and queue is not None and not queue.empty():
+        while not pool.idle:
+            list(pool.wait())  # of shards, which nobody has yet
+        shards, progress = begin(pool.settings)
+        queue = Queue(shards, progress.finished)
+        while pool.busy or not queue.empty():
+            while pool.idle and not queue.empty():
                 pool.give(queue.take())
             for outcome in pool.wait():
-                if outcome.shard is not None:
-                    queue.give(outcome)
-                elif queue is None:
-                    settings = outcome.counts
-                    shards, progress = begin(settings)
-                    queue = Queue(shards, progress.finished)
-                elif outcome.counts != settings:
-                    raise UserError(f"--engine ray: workers differ in {_differing(settings, outcome.counts)}.")
-            if pool.busy:
-                waiting = time.monotonic()
-                progress.tick(pool.rows())
-            elif time.monotonic() - waiting > 60:
-                waiting = time.monotonic()
-                logger.warning("ray: no worker has started yet; free resources: %s", ray.available_resources())
+                queue.give(outcome)
+            progress.tick(pool.rows())
         progress.close()
         return queue.failed
     finally:
         ray.shutdown()
-
-
-def _differing(one: dict, other: dict) -> str:
-    return "; ".join(
-        f"{name}: {one.get(name)!r} and {other.get(name)!r}" for name in one if one[name] != other.get(name)
-    )

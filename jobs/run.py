@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from jobs import queue
 from jobs.progress import Progress
-from jobs.shards import FAILED, Shard, ShardFolder, reachable, rows_of
+from jobs.shards import Shard, ShardFolder, reachable, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,9 @@ class Run:
         left = [shard for shard in mine if shard not in done]
         if not quiet:
             self._say_begun(done, left)
-        planned, left_here = {shard.mark for shard in self.shards}, {shard.mark for shard in left}
-        for mark in [file for file in self.folder.files() if file.startswith(FAILED)]:
-            if mark in left_here or (mark not in planned and number == 0):  # tried again, or no longer in the source
-                self.folder.remove(mark)
+        not_here = {shard.mark for shard in self.shards} - {shard.mark for shard in left}
+        for mark in self.folder.failed().keys() - not_here:  # tried again, or no longer in the source
+            self.folder.remove(mark)
         return left, progress
 
     def _say_begun(self, done: dict, left_here: list[Shard]) -> None:
@@ -65,16 +64,14 @@ class Run:
     def failures(self) -> list[str]:
         """What is wrong with each shard that was given up, if no shard is left to other processes: the last one reports
         it, since torchrun stops all processes as soon as one of them ends with an error."""
-        done = self.folder.done(self.shards)
-        files = set(self.folder.files())
-        marks = {shard.mark: shard for shard in self.shards if shard.mark in files}
-        failed = [mark for mark, shard in marks.items() if shard not in done]
-        for mark in marks.keys() - set(failed):  # another process has finished the shard
+        done, errors = self.folder.done(self.shards), self.folder.failed()
+        for mark in errors.keys() & {shard.mark for shard in done}:  # another process has finished the shard
             self.folder.remove(mark)
+        failed = [shard.mark for shard in self.shards if shard.mark in errors and shard not in done]
         if len(done) + len(failed) < len(self.shards):
             return []
         for mark in failed:
-            logger.error("failed: %s", (self.folder.read_json(mark) or {}).get("error"))
+            logger.error("failed: %s", errors[mark])
         if failed:
             total = len(self.shards)
             logger.error("%d of %d shards failed; the same command tries them again", len(failed), total)

@@ -4,7 +4,6 @@ A shard is a tar, or a number of rows of a Parquet file, a folder, a list or ano
 """
 
 import contextlib
-import glob
 import itertools
 import json
 import logging
@@ -82,6 +81,12 @@ def digest_of(*values) -> str:
     """8 hex digits of values that JSON can hold, or that str() tells apart."""
     text = json.dumps(values, default=str, ensure_ascii=False)
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "backslashreplace"))[:8]
+
+
+def differences(before: dict, now: dict) -> dict[str, str]:
+    """{name: in words} of the settings that are not as they were."""
+    names = [name for name in now if now[name] != before.get(name)]
+    return {name: f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in names}
 
 
 def row_ranges(rows: Iterator, size: int, first: int = 0) -> Iterator[tuple[int, int, str]]:
@@ -169,11 +174,7 @@ class ShardFolder:
             UserError: it was started with other settings.
         """
         before = (self.read_json(SETTINGS) or {"settings": settings})["settings"]
-        changes = {
-            name: f"{name} was {before.get(name, 'not recorded')!r}, is {value!r}"
-            for name, value in settings.items()
-            if before.get(name, "not recorded") != value
-        }
+        changes = differences(before, settings)
         if changes.keys() - NAMES or (changes and "weights" not in settings):
             raise UserError(
                 f"{self.output} was started with other settings: {'; '.join(changes.values())}. Name another --output."
@@ -184,7 +185,7 @@ class ShardFolder:
         self.write_json(SETTINGS, about | {"started": time.time(), "done_before": len(self.done(shards))})
 
     def check(self) -> None:
-        """UserError where no run can write: the folder is missing, or holds other things, or what earlier versions left."""
+        """UserError where no run can write: the folder is missing, or holds other things."""
         if self.read_json(SETTINGS) is not None:
             return
         if self.remote:
@@ -194,12 +195,6 @@ class ShardFolder:
             output = Path(self.output)
             if not output.absolute().parent.is_dir():
                 raise UserError(f"--output {output}: its folder does not exist.")
-            for left in ("part-*", "settings.json"):
-                for file in output.parent.glob(f"{glob.escape(output.name)}.{left}"):
-                    raise UserError(
-                        f"--output {output} was started by an earlier version, which left {file.name}: finish it with that "
-                        "version, or name another --output."
-                    )
             is_taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
         if is_taken:
             raise UserError(
@@ -215,6 +210,11 @@ class ShardFolder:
         except FileNotFoundError:
             return []
         return sorted(place.rstrip("/").rpartition("/")[2] for place in places)
+
+    def failed(self) -> dict[str, str]:
+        """{name of its mark: error} of the shards that were given up."""
+        marks = {name: self.read_json(name) for name in self.files() if name.startswith(FAILED)}
+        return {name: mark["error"] for name, mark in marks.items() if mark}
 
     def outputs(self) -> dict[str, str]:
         """{key of a shard: name of its file} of all that are there."""
@@ -280,7 +280,7 @@ class ShardFolder:
                     metadata = pq.read_metadata(file)
             except (pa.ArrowException, FileNotFoundError):
                 return None
-            return metadata.schema.to_arrow_schema(), json.loads((metadata.metadata or {}).get(FOOTER, b"{}"))
+            return metadata.schema.to_arrow_schema(), json.loads(metadata.metadata[FOOTER])
 
         with ThreadPoolExecutor(16) as pool:
             return {name: content for name, content in zip(names, pool.map(footer, names), strict=True) if content}

@@ -308,10 +308,9 @@ class HFBackend:
         self.args, self.device = args, torch.device(device) if device else processes().device
         bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        options = {"dtype": self.dtype}
+        options = {"dtype": self.dtype, "device_map": {"": self.device}}
         if args.quantization:
             options["quantization_config"] = quantization_config(args.quantization)
-            options["device_map"] = {"": self.device}
         config = transformers.AutoConfig.from_pretrained(model)
         seq2seq = config.is_encoder_decoder
         limit = getattr(config, "max_position_embeddings", None)
@@ -324,8 +323,6 @@ class HFBackend:
         # A vision-language checkpoint has weights that its language model does not use.
         unread = r"(.*\.)?(vision|visual|multi_modal|mm_)\w*\..*"
         self.model = read_weights(model_class, model, unread=unread, **options).eval()
-        if not args.quantization:
-            self.model.to(self.device)
         tokenizer = load_tokenizer(model)
         if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -378,23 +375,24 @@ class HFBackend:
             torch.manual_seed(hash((self.args.seed, attempt, batch[0].row)) % 2**32)
             search = {"do_sample": True, "num_beams": 1, "temperature": self.args.temperature or 0.7, "top_p": 0.95}
         try:
-            if search["num_beams"] > 1:
-                beams, room = self.args.num_beams, self.args.max_new_tokens
-                search["past_key_values"] = prompt_cache(self.model, inputs, beams, room)
-            tokens = self.model.generate(
-                **inputs,
-                **search,
-                max_new_tokens=self.args.max_new_tokens,
-                pad_token_id=self.tokens.tokenizer.pad_token_id,
-            )
+            return self.search(inputs, search)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            tokens = search = None  # retried outside the handler, which keeps the memory in use
-        if tokens is None:
-            torch.cuda.empty_cache()
-            half = len(batch) // 2
-            return self.generate(batch[:half], attempt) + self.generate(batch[half:], attempt)
+        torch.cuda.empty_cache()  # outside the handler, which keeps the memory in use
+        half = len(batch) // 2
+        return self.generate(batch[:half], attempt) + self.generate(batch[half:], attempt)
+
+    def search(self, inputs: dict, search: dict) -> list[tuple[str, bool, int]]:
+        """As `generate`. inputs: input_ids and attention_mask, (rows, tokens); search: settings of the model's `generate`."""
+        beams, room = search["num_beams"], self.args.max_new_tokens
+        tokens = self.model.generate(
+            **inputs,
+            **search,
+            past_key_values=prompt_cache(self.model, inputs, beams, room) if beams > 1 else None,
+            max_new_tokens=room,
+            pad_token_id=self.tokens.tokenizer.pad_token_id,
+        )
         before = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         tokens = tokens[:, before:]
         ended = torch.isin(tokens, self.ends)

@@ -16,6 +16,7 @@ from metrics.coco_caption.coco import resampled_scores
 from metrics.judges import Clair, MultipleChoice, Pairwise
 from rewriting.backends import Job, open_backend
 from rewriting.prompts import fill, load_prompt
+from rewriting.results import cost_of
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3
@@ -99,7 +100,6 @@ class Judge:
     def record(self, questions: list, rows: list[dict]) -> dict:
         distinct = {row["key"]: row for row in rows}.values()
         tokens = [sum(row["tokens"][side] for row in distinct) for side in (0, 1)]
-        prices = self.llm_args.price_in, self.llm_args.price_out
         values = [question.read(row["text"]) for question, row in zip(questions, rows, strict=True)]
         unreadable, above = values.count(None), sum(value is not None and value > 1 for value in values)
         if unreadable:
@@ -116,5 +116,5 @@ class Judge:
             "unreadable": unreadable / len(rows),
             "above_100": above / len(rows),  # counted as 100
             "tokens": {"prompts": tokens[0], "written": tokens[1]},
-            "cost": None if None in prices else sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6,
+            "cost": cost_of(*tokens, self.llm_args.price_in, self.llm_args.price_out),
         }

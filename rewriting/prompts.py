@@ -87,7 +87,7 @@ class Tokens:
 
 
 def fill(prompt: Prompt, inputs: dict) -> str:
-    """The prompt of one row. `inputs` are {"captions": [str, ...]} or {"raw": str, "synthetic": str}."""
+    """The prompt of one row. `inputs` are {"captions": [str, ...]}, {"raw": str, "synthetic": str} or a judge's."""
     values = dict(inputs)
     if "captions" in inputs:
         values["captions"] = "\n".join(f"- {caption}" for caption in inputs["captions"])
@@ -103,16 +103,14 @@ def fit(prompt: Prompt, inputs: dict, tokens: Tokens, limit: int) -> tuple[str, 
     Raises:
         ValueError: the prompt without captions leaves no room.
     """
-    inputs = {name: [value] if isinstance(value, str) else list(value) for name, value in inputs.items()}
+    texts = {name: [value] if isinstance(value, str) else list(value) for name, value in inputs.items()}
     while True:
-        text = fill(prompt, {name: value if name == "captions" else value[0] for name, value in inputs.items()})
+        text = fill(prompt, {name: value if name == "captions" else value[0] for name, value in texts.items()})
         ids = tokens.encode(text)
         excess = len(ids) - limit
         if excess <= 0:
             return text, ids
-        if not any(
-            _cut_one(inputs[name], tokens, excess) for name in ("captions", "raw", "synthetic") if name in inputs
-        ):
+        if not any(_cut_one(captions, tokens, excess) for captions in texts.values()):
             raise UserError(
                 f"The prompt alone takes {len(tokens.encode(prompt.template))} tokens, which leaves no room for captions "
                 f"in --max_prompt_tokens {limit}. Raise it, or shorten the prompt file."

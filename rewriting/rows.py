@@ -18,11 +18,12 @@ from common.errors import DataError
 from common.text import json_line
 from data import reader
 from data.caption_files import load_predictions
-from data.columns import LOOKED_AT, captions_of, find_columns, first_values, is_missing, usual_name
+from data.columns import LOOKED_AT, captions_of, find_columns, first_of, first_values, is_missing, usual_name
 from data.formats.parquet import file_rows
 from data.rows import Options
 from data.sources import open_rows, require_splits
 from data.text_rows import first_character, table_objects
+from jobs.tables import schema_of
 
 # CapsFusion's example file and CapsFusion-120M call them laion_2b and laion_coco.
 RAW_COLUMNS = ("laion_2b", "raw", "raw_caption", "alt_text", "alt", "text", "txt", "caption", "captions")
@@ -226,7 +227,7 @@ def paragraph_inputs(columns: list[str], name: str) -> Callable[[dict], dict]:
 
 
 def fuse_inputs(raw: str, synthetic: str) -> Callable[[dict], dict]:
-    return lambda row: {"raw": first_of(row.get(raw)), "synthetic": first_of(row.get(synthetic))}
+    return lambda row: {"raw": caption_in(row.get(raw)), "synthetic": caption_in(row.get(synthetic))}
 
 
 def matched_inputs(raw: str, names: list[str], root: str, synthetic_file: str) -> Callable[[dict], dict]:
@@ -237,7 +238,7 @@ def matched_inputs(raw: str, names: list[str], root: str, synthetic_file: str) -
         keys = [str(place_of(row.get(name))) for name in names]
         keys += [os.path.abspath(os.path.join(root, key)) for key in keys]
         synthetic = next(filter(None, map(synthetic_of.get, keys)), None)
-        return {"raw": first_of(row.get(raw)), "synthetic": clean(synthetic)}
+        return {"raw": caption_in(row.get(raw)), "synthetic": clean(synthetic)}
 
     return inputs
 
@@ -246,7 +247,7 @@ def place_of(image):
     return image["path"] if isinstance(image, dict) else image
 
 
-def first_of(value) -> str:
+def caption_in(value) -> str:
     """A caption of `fuse`: text from the web, taken as it is, or the first of a list."""
     return clean(next(iter(value), None) if isinstance(value, list) else value)
 
@@ -260,8 +261,7 @@ def clean(caption) -> str:
 
 def find_column(columns, name: str | None, usual: tuple[str, ...], option: str, source: str) -> str:
     """The column called `name`, or else as is usual, in any case."""
-    by_usual_name = {usual_name(column): column for column in reversed(columns)}
-    column = name or next(filter(None, map(by_usual_name.get, usual)), None)
+    column = name or first_of(usual, {usual_name(column): column for column in reversed(columns)})
     if column not in columns:
         raise DataError(
             f"{source}: there is no column {name or ' or '.join(usual)}. Columns present: {', '.join(columns)}. Name it "
@@ -279,15 +279,16 @@ def read_synthetic(path: str) -> dict[str, str]:
 # ---------------------------------------------------------------- rows out
 
 LINES = pa.schema({"line": pa.string()})
+TEXT, COUNT = datasets.Value("string"), datasets.Value("int64")
 RESULT = {
-    "status": "string",  # rewritten, kept_synthetic, kept_raw, null
-    "reason": "string",  # one of rewriting.checks.REASONS, if the LLM's text was rejected
-    "warnings": "list",  # names and numbers that no input has
-    "rejected": "string",  # the last text that was rejected
-    "attempts": "int64",
-    "model": "string",
-    "prompt": "string",  # sha256 of the prompt's template, 12 digits
-    "settings": "string",
+    "status": TEXT,  # rewritten, kept_synthetic, kept_raw, null
+    "reason": TEXT,  # one of rewriting.checks.REASONS, if the LLM's text was rejected
+    "warnings": datasets.List(TEXT),  # names and numbers that no input has
+    "rejected": TEXT,  # the last text that was rejected
+    "attempts": COUNT,
+    "model": TEXT,
+    "prompt": TEXT,  # sha256 of the prompt's template, 12 digits
+    "settings": TEXT,
 }
 
 
@@ -320,21 +321,12 @@ def typed_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
 
 
 def inferred_features(rows: list[dict]) -> datasets.Features:
-    """Column types inferred from some of the input's rows; a column without values is text."""
-    names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    types = datasets.Features.from_arrow_schema(table.schema)
-    return datasets.Features(
-        {k: datasets.Value("string") if v == datasets.Value("null") else v for k, v in types.items()}
-    )
+    """Column types inferred from some of the input's rows; a column without values, or with values of several types, is text."""
+    return datasets.Features.from_arrow_schema(schema_of(lambda: iter(rows)))
 
 
 def output_features(features: datasets.Features, column: str) -> datasets.Features:
-    string = datasets.Value("string")
-    types = {
-        name: datasets.List(string) if dtype == "list" else datasets.Value(dtype) for name, dtype in RESULT.items()
-    }
-    return datasets.Features({**features, column: string, "rewrite": types})
+    return datasets.Features({**features, column: TEXT, "rewrite": RESULT})
 
 
 def plain_row(row: dict) -> dict:

@@ -219,14 +219,6 @@ def test_another_prompt_or_model_refuses_to_mix_and_more_rows_go_on(rewrite, tmp
         assert "row 3 has other captions than when it was rewritten" in said
 
 
-def test_a_run_of_an_earlier_version_is_refused_in_one_line(rewrite, tmp_path):
-    (tmp_path / "out.jsonl.part-0").write_text('{"row": 0}\n')
-    with LLMServer(fused) as server:
-        said = rewrite(*command(write_rows(tmp_path, 2), tmp_path / "out.jsonl", server), fails=True)
-        assert "was started by an earlier version, which left out.jsonl.part-0: finish it with that version" in said
-        assert not server.requests
-
-
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [
