@@ -688,7 +688,7 @@ class InferArguments(ShardArguments):
         "(in the folder of the images), x.tar, or a folder of Parquet files; local or an address such as s3://. The "
         "same command resumes a stopped run.",
     )
-    output_format: str | None = flag(
+    output_format: Literal["jsonl", "csv", "parquet", "coco", "metadata", "tar", "txt"] | None = flag(
         None,
         "Format of the output, if its name does not give it: jsonl, csv, parquet, coco, metadata, tar, or txt, a .txt "
         "next to each image or in the folder --output.",

@@ -1,6 +1,6 @@
 """The output of infer.py: a Parquet file per shard, and at the end, made from them, what the output's name says.
 
-Below, `form` is a key of captioning.writers.FORMATS.
+Below, `form` is what captioning.writers.form_of returns.
 """
 
 import functools
@@ -28,27 +28,18 @@ OWN = ("key", "image", "version", "caption", "error", "columns")  # a source's c
 
 def shard_folder(output: str, form: str) -> ShardFolder:
     """Where the shards' outputs are: in the output itself if that is a folder of Parquet files."""
-    return ShardFolder(output, single=not (form == "parquet" and writers.is_folder(output, form)))
+    return ShardFolder(output, single=form != "parquets")
 
 
 def check_names(output: str, form: str, source: ImageSource) -> None:
     """DataError, before anything is captioned, where a form of output has no name for an image."""
     if form == "metadata":
         writers.check_metadata(output, source.stream())
-    if _is_tars(output, form):
-        tars_of(source)
-
-
-def _is_tars(output: str, form: str) -> bool:
-    return form == "tar" and writers.is_folder(output, form)
-
-
-def tars_of(source: ImageSource) -> list[str]:
-    """The tars of a source whose copies have captions. DataError if two have one name, or a path is something else."""
-    for storage, place in source.named:
-        if storage != "tar":
-            raise DataError(f"{place}: is not a tar file, and --output_format tar writes copies of tars")
-    return writers.check_tars([place for _, place in source.named])
+    if form == "tars":
+        for storage, place in source.named:
+            if storage != "tar":
+                raise DataError(f"{place}: is not a tar file, and --output_format tar writes copies of tars")
+        writers.check_tars([place for _, place in source.named])
 
 
 # ---------------------------------------------------------------- shards
@@ -114,7 +105,7 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
         if contents is None:
             return False
         others = _keep_other_sources(folder, stale_files(folder, shards), list(contents), paths)
-        contents |= others if form != "tar" else {}  # which would need their images
+        contents |= others if form not in ("tar", "tars") else {}  # which would need their images
         if folder.single:
             _write_output(folder, form, shards, list(contents), source)
         else:
@@ -174,7 +165,6 @@ def _write_output(folder: ShardFolder, form: str, shards: list[Shard], names: li
     def images() -> Iterator[dict]:
         return once(itertools.chain.from_iterable(map(source.rows, shards)), "name")
 
-    is_tars = _is_tars(output, form)
-    captions = writers.Captions(rows, images, output, tars_of(source) if is_tars else [])
+    captions = writers.Captions(rows, images, output, [place for _, place in source.named])
     with whole_at(output) as target:
-        (writers.write_tars if is_tars else writers.WRITERS[form])(captions, target)
+        writers.WRITERS[form](captions, target)

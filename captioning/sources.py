@@ -137,7 +137,7 @@ def _rows_in(storage: str, place: str, options: Options, start: int, stop: int |
     base = os.path.basename(place)
     limits = {"start": start, "stop": stop} if storage == "parquet" else {}
     if storage == "folder":
-        rows = (Row("", file, name=_below(file, place)) for file in _images_in(place))
+        rows = (Row("", file, name=file.removeprefix(place).lstrip("/\\")) for file in _images_in(place))
     elif storage == "rows" and options.format == "auto" and _is_list_or_image(place):
         rows = _listed(place, options)
     elif is_remote(place):
@@ -157,10 +157,6 @@ def _rows_at(storage: str, place: str, options: Options, limits: dict) -> Iterat
         yield dataclasses.replace(row, image=_beside(place, row.image))
 
 
-def _below(file: str, folder: str) -> str | None:
-    return file[len(folder) :].lstrip("/\\") if file.startswith(folder) else None
-
-
 def _is_list_or_image(place: str) -> bool:
     if is_remote(place):
         return not place.lower().endswith(TABLES)
@@ -174,7 +170,7 @@ def _listed(place: str, options: Options) -> Iterator[Row]:
         return
     file = str(local_copy(place, options.cache_dir)) if is_remote(place) else place
     names = list(filter(None, map(str.strip, read_text(file).splitlines())))
-    find = Finder([os.path.dirname(file), "."], lambda: (name for name in names if not is_remote(name)))
+    find = Finder([os.path.dirname(file), "."], lambda: names)
     for name in names:
         try:
             image = _beside(place, name) if is_remote(place) or is_remote(name) else find(name)

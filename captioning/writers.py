@@ -41,7 +41,7 @@ class Captions:
     rows: Callable[[], Iterator[dict]]  # {"image", "caption" or "error", columns ...}
     images: Callable[[], Iterator[dict]]  # what captioning.sources yields, for forms that hold or copy the images
     output: str  # the value of --output
-    tars: list[str]  # of the source, for copies of them
+    tars: list[str]  # the source's files, for copies of them
 
     def captioned(self) -> Iterator[dict]:
         return (row for row in self.rows() if "caption" in row)
@@ -149,12 +149,11 @@ def write_tars(captions: Captions, target: Path) -> None:
         raise DataError(f"{row['image']}: {CHANGED}")
 
 
-def check_tars(tars: list[str]) -> list[str]:
-    """The tars. DataError if two have one name."""
+def check_tars(tars: list[str]) -> None:
+    """DataError if two tars have one name."""
     names = Counter(map(os.path.basename, tars))
     if twice := next((name for name in names if names[name] > 1), None):
         raise DataError(f"{twice} is the name of more than one tar of the source: caption each folder separately")
-    return tars
 
 
 # ---------------------------------------------------------------- a text beside each image
@@ -247,36 +246,30 @@ FORMATS = {
 FORM_OF_NAME = {"metadata.jsonl": "metadata", "metadata.csv": "metadata"}
 FORM_OF_ENDING = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".json": "coco",
                   ".tar": "tar", "": "parquet"}  # fmt: skip
+FORM_OF_FOLDER = {"parquet": "parquets", "tar": "tars"}
 WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet, "coco": write_coco,
-           "metadata": write_metadata, "tar": write_tar}  # fmt: skip
+           "metadata": write_metadata, "tar": write_tar, "tars": write_tars}  # fmt: skip
 
 
 def form_of(output: str | None, output_format: str | None) -> str:
-    """The key of FORMATS that a name and --output_format say.
+    """The key of WRITERS that a name and --output_format say, "parquets" for a folder of Parquet files, or "txt".
 
     Raises:
         DataError: an extension that is not one of these.
     """
-    if output_format is not None:
-        if output_format not in FORMATS:
-            raise DataError(f"--output_format {output_format}: is not one of {', '.join(FORMATS)}")
-        if output is None and output_format != "txt":
+    if output is None:
+        if output_format != "txt":
             raise DataError(f"--output_format {output_format} needs --output, where to write it")
-        return output_format
-    if output.endswith(("/", "\\")) or os.path.isdir(output):
-        return "parquet"
+        return "txt"
     name = re.split(r"[/\\]", output)[-1]
     ending = os.path.splitext(name)[1].lower()
-    form = FORM_OF_NAME.get(name, FORM_OF_ENDING.get(ending))
+    of_name = "parquet" if os.path.isdir(output) else FORM_OF_NAME.get(name, FORM_OF_ENDING.get(ending))
+    form = output_format or of_name
     if form is None:
         raise DataError(
             f"--output {output}: the extension {ending} does not say what to write: {'; '.join(FORMATS.values())}"
         )
-    return form
-
-
-def is_folder(output: str, form: str) -> bool:
-    return form in ("parquet", "tar") and os.path.splitext(output.rstrip("/\\"))[1].lower() not in (".parquet", ".tar")
+    return form if ending in (".parquet", ".tar") else FORM_OF_FOLDER.get(form, form)
 
 
 # ---------------------------------------------------------------- tables

@@ -4,7 +4,6 @@ Values come from the defaults of the dataclasses, then a recipe (`train.py recip
 """
 
 import contextlib
-import difflib
 import gc
 import importlib.util
 import logging
@@ -24,7 +23,7 @@ from common import logs
 from common.caches import use_writable_cache
 from common.errors import UserError, message_of
 from common.existence import check_files, exists
-from common.habits import unrecognized
+from common.habits import nearest, unrecognized
 from common.help import Help, arrange
 from common.text import TextError, each_value, read_text
 
@@ -238,11 +237,8 @@ def convert(value, action):
 
 def nearest_recipe(path: str) -> str:
     """A hint with the recipe of this repo whose path is most alike, or nothing."""
-    known = [
-        file.relative_to(ROOT).as_posix() for file in ROOT.glob("recipes/*/*.yaml") if file.parent.name != "accelerate"
-    ]
-    match = difflib.get_close_matches(path.replace("\\", "/"), known, n=1, cutoff=0.6)
-    return f" Did you mean {match[0]}?" if match else ""
+    recipes = [file for file in ROOT.glob("recipes/*/*.yaml") if file.parent.name != "accelerate"]
+    return nearest(path.replace("\\", "/"), [file.relative_to(ROOT).as_posix() for file in recipes])
 
 
 def run(main) -> None:
@@ -278,10 +274,10 @@ def mistakes_in_one_line(script: str):
             message = f"the disk is full. What was finished before is kept; free some space and start again. ({error})"
         elif isinstance(error, UserError):
             message = message_of(error)
-        elif isinstance(error, PermissionError) and error.filename and ".cache" in str(error.filename):
-            message = f"{error.filename}: {error.strerror}. Set HF_HOME to a folder that can be written to."
         elif isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}."
+            in_cache = isinstance(error, PermissionError) and ".cache" in str(error.filename)
+            advice = " Set HF_HOME to a folder that can be written to." if in_cache else ""
+            message = f"{error.filename}: {error.strerror}.{advice}"
         elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):  # timed out, or worker killed
             code = 1
             for child in multiprocessing.active_children():  # a stopped one would block the exit

@@ -77,9 +77,13 @@ def unrecognized(word: str, known) -> str:
     if isinstance(habit, str):
         return f"{message}: {habit}."
     flag = next((flag for flag in habit if flag in known), None)
-    if flag and flag.isupper():
-        return f"{message}. It is named without a flag: {flag}."
-    return f"{message}. Did you mean {dashes}{flag}?" if flag else f"{message}.{nearest(name, known, dashes)}"
+    if flag is None:
+        return f"{message}.{nearest(name, known, dashes)}"
+    return (
+        f"{message}. It is named without a flag: {flag}."
+        if flag.isupper()
+        else f"{message}. Did you mean {dashes}{flag}?"
+    )
 
 
 def nearest(name: str, known, dashes: str = "") -> str:

@@ -41,9 +41,7 @@ def set_up(level: int) -> None:
     handler = Lines(sys.stderr)
     handler.setFormatter(JsonLines() if log_format == "json" else formatter)
     root = logging.getLogger()
-    for earlier in [one for one in root.handlers if isinstance(one, Lines)]:
-        root.removeHandler(earlier)
-    root.addHandler(handler)
+    root.handlers = [*(other for other in root.handlers if not isinstance(other, Lines)), handler]
     root.setLevel(level)
     logging.captureWarnings(True)
     for about in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):  # for programmers

@@ -46,7 +46,7 @@ def own_share() -> tuple[int, int]:
     for name in [name for name in os.environ if name.startswith(OF_MPI)]:  # accelerate would join by them
         del os.environ[name]
     number, count, local = (int(os.environ.pop(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if count > 1 and on_accelerator():
+    if on_accelerator():
         torch.accelerator.set_device_index(local % torch.accelerator.device_count())
     return number, count
 

@@ -59,10 +59,12 @@ def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> N
     `options` (token, revision, private) are huggingface_hub's."""
     files = files_to_upload(folder)
     if dry_run:
-        sizes = [len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values()]
-        for name, size in zip(files, sizes, strict=True):
+        total = 0
+        for name, content in files.items():
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            total += size
             print(f"{size:>15,}  {name}")
-        print(f"{sum(sizes):>15,}  bytes in {len(files)} files would be uploaded to {repo_id}")
+        print(f"{total:>15,}  bytes in {len(files)} files would be uploaded to {repo_id}")
         return
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -25,12 +25,9 @@ def trainer_flags() -> type:
     classes = []
     for name in SOURCES:
         for node in ast.parse((folder / name).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name in CLASSES:
+            if isinstance(node, ast.ClassDef) and (node.name in CLASSES or _is_enum(node)):
                 node.body = [statement for statement in node.body if _is_field(statement)]
-                node.decorator_list = [ast.Name("dataclass", ast.Load())]
-                classes.append(node)
-            elif isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Enum") for base in node.bases):
-                node.body = [statement for statement in node.body if isinstance(statement, ast.Assign)]
+                node.decorator_list = [ast.Name("dataclass", ast.Load())] if node.name in CLASSES else []
                 classes.append(node)
     module = ast.fix_missing_locations(ast.Module(classes, []))
     names = {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Path": Path, "__name__": __name__}
@@ -45,6 +42,10 @@ def trainer_flags() -> type:
     names |= {name: _stand_in(name) for name in used - names.keys() - vars(builtins).keys()}
     exec(compile(module, "training flags of transformers", "exec"), names)
     return names[CLASSES[-1]]
+
+
+def _is_enum(node: ast.ClassDef) -> bool:
+    return any(ast.unparse(base).endswith("Enum") for base in node.bases)
 
 
 def _is_field(statement: ast.stmt) -> bool:

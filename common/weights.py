@@ -104,10 +104,8 @@ def fingerprint(source, revision: str = "main") -> str:
     """16 hex digits of a model's files, weights and what belongs to them, and of an adapter's base model: the same
     wherever the model lies, and others once it is trained further. `source` is a local folder or an id of the Hub."""
     configs = ("config.json", "adapter_config.json")
-    folder, digest = Path(source), xxhash.xxh3_64()
-    if not folder.is_dir():
-        cached = filter(None, (cached_file(str(source), name, revision=revision, **MAY_BE_MISSING) for name in configs))
-        folder = Path(next(cached, source)).parent
+    files = (cached_file(str(source), name, revision=revision, **MAY_BE_MISSING) for name in configs)
+    folder, digest = Path(next(filter(None, files), Path(source, "none"))).parent, xxhash.xxh3_64()
     for file in sorted(file for file in folder.glob("*") if MODEL_FILES.fullmatch(file.name)):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with open(file, "rb") as content:
@@ -121,9 +119,7 @@ def fingerprint(source, revision: str = "main") -> str:
 
 
 def _has(source, revision: str, *names: str) -> bool:
-    """Whether one of the files is there."""
-    if Path(source).is_dir():
-        return any(Path(source, name).is_file() for name in names)
+    """Whether one of the files is in a local folder or on the Hub."""
     return any(cached_file(str(source), name, revision=revision, **MAY_BE_MISSING) for name in names)
 
 

@@ -23,7 +23,7 @@ def total_of(counts: Iterable[dict]) -> Counter:
     """{"shards", "rows", "errors"} of finished shards together, of the counts of each."""
     total = Counter()
     for shard in counts:
-        total.update(shards=1, rows=shard["rows"], errors=shard.get("errors", 0))
+        total.update(shards=1, rows=shard.get("rows", 0), errors=shard.get("errors", 0))
     return total
 
 
@@ -129,8 +129,8 @@ class Progress:
         quiet: print nothing: another process does.
     """
 
-    def __init__(self, folder: ShardFolder, shards: list[Shard], unit: str, contents: dict, quiet: bool):
-        self.folder, self.shards, self.unit, self.contents, self.quiet = folder, shards, unit, contents, quiet
+    def __init__(self, folder: ShardFolder, shards: list[Shard], unit: str, contents=(), quiet: bool = False):
+        self.folder, self.shards, self.unit, self.contents, self.quiet = folder, shards, unit, dict(contents), quiet
         self.rows = rows_of(shards)
         done = folder.done(shards)
         self.done = Counter(shards=len(done), rows=sum(shard.rows or 0 for shard in done))

@@ -5,11 +5,10 @@ A shard that fails is retried once after all others are done, and then given up;
 ends the run.
 """
 
-import errno
 import logging
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -43,12 +42,11 @@ def attempt(call: Callable[[], dict], shard) -> Outcome:
     try:
         return Outcome(shard, call())
     except Exception as error:
-        disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         expected = isinstance(error, UserError | OSError)
         return Outcome(
             shard,
             error=_last_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_last_line(error)}",
-            ends_run=disk_full or (isinstance(error, UserError) and not error.of_one_shard),
+            ends_run=_ends_run(error),
             expected=expected,
             in_use=isinstance(error, JournalInUse),
             trace="" if expected else traceback.format_exc(),
@@ -71,7 +69,7 @@ def wait_for_servers(call: Callable, reachable: Callable, shard=None):
         try:
             return call()
         except Exception as error:
-            if isinstance(error, UserError) and not error.of_one_shard:
+            if _ends_run(error):
                 raise
             pause, trouble = PAUSE, f"{shard or 'the output'}: {_last_line(error)}"
             while not reachable(shard):
@@ -88,6 +86,11 @@ def wait_for_servers(call: Callable, reachable: Callable, shard=None):
                 time.sleep(pause)
 
 
+def _ends_run(error: Exception) -> bool:
+    """Whether it would affect every shard: a full disk, or a mistake of the user's."""
+    return "No space left" in str(error) or not getattr(error, "of_one_shard", True)
+
+
 def _last_line(error: Exception) -> str:
     return str(error).strip().rpartition("\n")[2]
 
@@ -96,18 +99,15 @@ class Queue:
     """The shards that are left, and the outcomes of the others."""
 
     def __init__(self, shards: list, report: Callable[[Outcome], None]):
-        self.left, self.again = list(reversed(shards)), []
-        self.tries: Counter = Counter()
+        self.left, self.tries = deque(shards), Counter()
         self.report, self.failed, self.unexpected = report, [], 0
 
     def empty(self) -> bool:
-        return not self.left and not self.again
+        return not self.left
 
     def take(self):
-        """The next shard, or None."""
-        if not self.left:
-            self.left, self.again = list(reversed(self.again)), []
-        return self.left.pop() if self.left else None
+        """The next shard."""
+        return self.left.popleft()
 
     def give(self, outcome: Outcome) -> None:
         """Record the outcome of a shard. Raises an error that ends the run."""
@@ -123,7 +123,7 @@ class Queue:
         self.tries[outcome.shard] += 1
         if self.tries[outcome.shard] < (2 * TRIES if outcome.lost else TRIES):
             logger.warning("%s. It will be retried", str(outcome).rstrip("."))
-            self.again.append(outcome.shard)
+            self.left.append(outcome.shard)
         else:
             self.failed.append(outcome)
             self.report(outcome)
@@ -145,8 +145,8 @@ def run(work, begin: Callable, reachable: Callable, args, max_shards: int) -> li
         return ray_engine.run(work, begin, reachable, args, max_shards)
     shards, progress = begin(work.start())
     queue = Queue(shards, progress.finished)
-    while (shard := queue.take()) is not None:
-        queue.give(work_on(work, shard, progress.tick, reachable))
+    while not queue.empty():
+        queue.give(work_on(work, queue.take(), progress.tick, reachable))
     progress.close()
     return queue.failed
 

@@ -23,7 +23,7 @@ def connect(args):
     """Ray, connected to RAY_ADDRESS, or started on this machine alone where that is not set.
 
     Raises:
-        UserError: Ray is not installed, nothing answers at the address, or the cluster does not have the GPUs.
+        UserError: Ray is not installed, or nothing answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -44,19 +44,18 @@ def connect(args):
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **of_this_machine)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"RAY_ADDRESS={address}: {str(error).splitlines()[0]}") from None
-    gpus = ray.cluster_resources().get("GPU", 0)
-    needed = (args.gpus_per_worker or 0) * (args.workers or 1)
-    if needed > gpus:
-        raise UserError(f"--engine ray: {needed:g} GPUs are wanted, and the cluster has {gpus:g}.")
     return ray
 
 
 def resources(ray, args, max_shards: int) -> tuple[int, dict]:
-    """(workers, what each is given): one per GPU; without GPUs one per node, with all of its cores."""
-    total = ray.cluster_resources()
-    gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(total.get("GPU", 0) > 0)
+    """(workers, what each is given): one per GPU; without GPUs one per node, with all of its cores. UserError if the
+    cluster does not have the GPUs."""
+    total = {"GPU": 0.0} | ray.cluster_resources()
+    gpus = args.gpus_per_worker if args.gpus_per_worker is not None else min(1.0, total["GPU"])
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = args.workers or (int(total["GPU"] // gpus) if gpus else len(nodes))
+    workers = args.workers or (max(1, int(total["GPU"] // gpus)) if gpus else len(nodes))
+    if gpus * workers > total["GPU"]:
+        raise UserError(f"--engine ray: {gpus * workers:g} GPUs are wanted, and the cluster has {total['GPU']:g}.")
     cpus = total["CPU"] / workers
     smallest = min(filter(None, (node.get("CPU") for node in nodes)))
     return min(workers, max(1, max_shards)), {

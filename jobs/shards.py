@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -67,8 +66,7 @@ class Shard:
         return f"{FAILED}{self.key}.json"
 
     def __str__(self) -> str:
-        rows = f"rows {self.start} to {self.stop}" if self.stop is not None else "all rows"
-        return f"{self.label}, {rows}" if self.storage != "tar" else self.label
+        return self.label if self.stop is None else f"{self.label}, rows {self.start} to {self.stop}"
 
 
 def rows_of(shards: list[Shard]) -> int | None:
@@ -149,8 +147,8 @@ class ShardFolder:
         self.output, self.single = output.rstrip("/\\"), single
         self.name = f"{self.output}.shards" if single else self.output
         self.remote = is_remote(output)
-        local = (fsspec.filesystem("file"), str(Path(self.name).absolute()))
-        self.system, self.path = file_system(self.name) if self.remote else local
+        self.place = self.name if self.remote else str(Path(self.name).absolute())
+        self.system, self.path = file_system(self.place)
 
     def size(self, default: int, share: tuple[int, int], rows: Iterator) -> int:
         """Rows per shard where none are given: those the run was started with, else `default`, or fewer so that each of
@@ -227,7 +225,7 @@ class ShardFolder:
 
     def whole(self, name: str):
         """A context: a local path to write to; the file appears under `name` when the block ends without an error."""
-        return whole_at(f"{self.name if self.remote else self.path}/{name}")
+        return whole_at(f"{self.place}/{name}")
 
     def open(self, name: str):
         return self.system.open(f"{self.path}/{name}")
@@ -280,7 +278,7 @@ class ShardFolder:
                     metadata = pq.read_metadata(file)
             except (pa.ArrowException, FileNotFoundError):
                 return None
-            return metadata.schema.to_arrow_schema(), json.loads(metadata.metadata[FOOTER])
+            return metadata.schema.to_arrow_schema(), json.loads((metadata.metadata or {}).get(FOOTER, b"{}"))
 
         with ThreadPoolExecutor(16) as pool:
             return {name: content for name, content in zip(names, pool.map(footer, names), strict=True) if content}

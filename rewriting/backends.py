@@ -150,7 +150,7 @@ class OpenAIBackend:
                     job, failure = waiting.pop(future), future.exception()
                     if failure is None:
                         yield job, future.result()
-                    elif not isinstance(failure, Stopped):
+                    else:  # the first one, which has stopped the others
                         error = error or failure
                         self.stop.set()
         finally:

@@ -43,11 +43,10 @@ def load_prompt(task: str, path: str | None = None) -> Prompt:
         raise UserError(f"{file}: {error}. Write a brace that is not a field twice: {{{{ or }}}}.") from None
     fields = re.findall(r"\{[^{}]*\}", template.replace("{{", "").replace("}}", ""))
     expected = [f"{{{name}}}" for name in FIELDS[task]]
-    faults = [f"{field} is not a field" for field in fields if field not in expected]
-    faults += [f"the field {field} is missing" for field in expected if field not in fields]
-    if faults:
-        fields = " ".join(expected)
-        raise UserError(f"{file}: {faults[0]}. A prompt for '{task}' has {fields}, and no other braces.")
+    unknown, missing = sorted(set(fields) - set(expected)), sorted(set(expected) - set(fields))
+    if unknown or missing:
+        fault = f"{unknown[0]} is not a field" if unknown else f"the field {missing[0]} is missing"
+        raise UserError(f"{file}: {fault}. A prompt for '{task}' has {' '.join(expected)}, and no other braces.")
     return Prompt(template, hashlib.sha256(template.encode()).hexdigest()[:12])
 
 

@@ -59,7 +59,7 @@ class Answers:
         if folder.remote:
             self.path = cache_folder() / "answers" / digest({"folder": folder.name}) / f"{shard.id}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if folder.remote and not self.path.exists():
+        if not self.path.exists():
             with (
                 contextlib.suppress(FileNotFoundError),
                 folder.open(self.name) as stored,
