@@ -19,6 +19,7 @@ from captioning.shards import ImageSource, identity
 from common.errors import DataError
 from common.existence import exists
 from common.remote import whole_at
+from jobs.progress import total_of
 from jobs.shards import REPORT, Shard, ShardFolder
 from jobs.tables import common_schema, schema_of, table_of
 
@@ -111,9 +112,9 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
         else:
             _give_one_schema(folder, contents)
         counts = [counts for _, counts in contents.values()]
-        total = {name: sum(shard.get(name, 0) for shard in counts) for name in ("rows", "errors", "cut", "seconds")}
+        total = total_of(counts, ("rows", "errors", "cut", "seconds"))
         settings = next(iter(counts), {}).get("settings", {})
-        folder.write_json(REPORT, {"shards": len(counts), **total, "settings": settings})
+        folder.write_json(REPORT, {**total, "settings": settings})
     captions = total["rows"] - total["errors"]
     logger.info("%d captions in %s, %d images without one", captions, folder.output, total["errors"])
     if total["cut"]:

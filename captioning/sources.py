@@ -191,17 +191,14 @@ def _named(row: Row, storage: str, label: str, number: int) -> dict:
     columns = {"image_id": row.image_id, "split": row.split}
     columns = {name: value for name, value in columns.items() if value is not None} | row.columns
     columns = {n: v for n, v in columns.items() if n not in row.used[:1] and not isinstance(v, bytes)}
-    if isinstance(row.image, str):
-        is_relative = row.name and not is_remote(row.name) and not os.path.isabs(row.name)
-        return _image_row(row.image, row.image, columns, row.name if is_relative else "")
+    name, relative = row.image, row.name
     if storage == "tar":
-        return _image_row(f"{label}/{row.name}", row.image, columns, row.name)
-    name = row.name or (row.image_id if storage == "rows" else None) or f"{label}#{number}"
-    return _image_row(name, row.image, columns)
-
-
-def _image_row(name: str, image, columns: dict, relative: str = "") -> dict:
-    return {"name": printable(name), "image": image, "columns": columns, "relative": relative or os.path.basename(name)}
+        name = f"{label}/{row.name}"
+    elif not isinstance(row.image, str):
+        name, relative = row.name or (row.image_id if storage == "rows" else None) or f"{label}#{number}", None
+    if not relative or is_remote(relative) or os.path.isabs(relative):
+        relative = os.path.basename(name)
+    return {"name": printable(name), "image": row.image, "columns": columns, "relative": relative}
 
 
 # ---------------------------------------------------------------- folders

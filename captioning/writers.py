@@ -106,7 +106,7 @@ def check_metadata(output: str, images: Iterator[dict]) -> None:
     if is_remote(output):
         raise DataError(f"--output {output}: metadata.jsonl and metadata.csv are written into a local folder of images")
     for row in images:
-        if isinstance(row["image"], str) and os.path.exists(row["name"]):
+        if os.path.exists(row["name"]):
             _below(row["name"], Path(output).parent)
 
 
@@ -133,7 +133,8 @@ def write_tars(captions: Captions, target: Path) -> None:
     """The tar files of the source again, each sample with its caption as .txt; one it had is kept as .source.txt."""
     target.mkdir()
     rows = captions.rows()
-    row = next(rows, None)
+    behind_last = {"image": ""}
+    row = next(rows, behind_last)
     for tar in captions.tars:
         base = os.path.basename(tar)
         with tarfile.open(target / base, "w") as copy:
@@ -141,19 +142,19 @@ def write_tars(captions: Captions, target: Path) -> None:
                 for member, content in sample["members"]:
                     _add(copy, re.sub(r"\.txt$", ".source.txt", member, flags=re.IGNORECASE), content)
                 name = printable(f"{base}/{sample['image']['path'] if sample['image'] else sample['key']}")
-                if row is not None and row["image"].startswith(name):
+                if row["image"].startswith(name):
                     if "caption" in row:
                         _add(copy, f"{sample['key']}.txt", row["caption"].encode())
-                    row = next(rows, None)
-    if row is not None:
+                    row = next(rows, behind_last)
+    if row is not behind_last:
         raise DataError(f"{row['image']}: {CHANGED}")
 
 
 def check_tars(tars: list[str]) -> None:
     """DataError if two tars have one name."""
-    names = Counter(map(os.path.basename, tars))
-    if twice := next((name for name in names if names[name] > 1), None):
-        raise DataError(f"{twice} is the name of more than one tar of the source: caption each folder separately")
+    (name, times), *_ = Counter(map(os.path.basename, tars)).most_common()
+    if times > 1:
+        raise DataError(f"{name} is the name of more than one tar of the source: caption each folder separately")
 
 
 # ---------------------------------------------------------------- a text beside each image

@@ -138,9 +138,10 @@ def _utf16_without_mark(first: bytes) -> str | None:
     """UTF-16 of mostly ASCII text has a zero in every other byte."""
     even, odd = first[0:4096:2].count(0), first[1:4096:2].count(0)
     half = max(1, min(len(first), 4096) // 2)
-    if odd > half * 0.4 and even < half * 0.05:
-        return "utf-16-le"
-    return "utf-16-be" if even > half * 0.4 and odd < half * 0.05 else None
+    for encoding, high, low in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
+        if high > half * 0.4 and low < half * 0.05:
+            return encoding
+    return None
 
 
 def _looks_western(chunk: bytes) -> bool:

@@ -30,13 +30,9 @@ def trainer_flags() -> type:
                 node.decorator_list = [ast.Name("dataclass", ast.Load())] if node.name in CLASSES else []
                 classes.append(node)
     module = ast.fix_missing_locations(ast.Module(classes, []))
-    names = {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Path": Path, "__name__": __name__}
-    names |= {name: getattr(typing, name) for name in typing.__all__}
-    names |= {
-        "ExplicitEnum": enum.Enum("ExplicitEnum", {}, type=str),
-        "Enum": enum.Enum,
-        "is_torch_available": lambda: True,
-    }
+    names = vars(typing) | {"dataclass": dataclasses.dataclass, "field": dataclasses.field, "Path": Path}
+    names |= {"ExplicitEnum": enum.Enum("ExplicitEnum", {}, type=str), "Enum": enum.Enum, "__name__": __name__}
+    names["is_torch_available"] = lambda: True
     names["trainer_log_levels"] = dict.fromkeys(LOG_LEVELS)
     used = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
     names |= {name: _stand_in(name) for name in used - names.keys() - vars(builtins).keys()}

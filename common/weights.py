@@ -84,7 +84,7 @@ def check_keys(source, model: str, missing, unexpected, unread: str = "") -> Non
     """ValueError if weights are missing from `source`, or if it holds some that `model` does not have."""
 
     def of_weight(names):
-        return sorted(n for n in names if not BUFFERS.fullmatch(n) and not (unread and re.fullmatch(unread, n)))
+        return sorted(n for n in names if not BUFFERS.fullmatch(n) and not re.fullmatch(unread, n))
 
     missing, unexpected = of_weight(missing), of_weight(unexpected)
     if missing:

@@ -19,11 +19,11 @@ QUIET = 20  # seconds without a file after which a run may be over
 LOOK_AGAIN = 10  # seconds until other processes' files are looked for again
 
 
-def total_of(counts: Iterable[dict]) -> Counter:
-    """{"shards", "rows", "errors"} of finished shards together, of the counts of each."""
+def total_of(counts: Iterable[dict], names: tuple[str, ...] = ("rows", "errors")) -> Counter:
+    """The number of finished "shards", and what they have together, by these names, of the counts of each."""
     total = Counter()
     for shard in counts:
-        total.update(shards=1, rows=shard.get("rows", 0), errors=shard.get("errors", 0))
+        total.update({name: shard.get(name, 0) for name in names}, shards=1)
     return total
 
 

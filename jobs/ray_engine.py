@@ -68,7 +68,7 @@ class Actor:
     """One worker. `progress` can be called while `work_on` runs."""
 
     def __init__(self, work, reachable: Callable, folder: str, path: list[str]):
-        sys.path[:] = [*path, *(place for place in sys.path if place not in path)]
+        sys.path[:] = dict.fromkeys([*path, *sys.path])
         if os.path.isdir(folder):
             os.chdir(folder)  # relative paths mean the same as where the run was started
         self.work, self.reachable, self.rows = work, reachable, 0
@@ -97,7 +97,7 @@ class Pool:
     def __init__(self, ray, work, reachable: Callable, workers: int, resources: dict):
         self.ray, self.settings, self.deaths, self.polled = ray, None, 0, {}
         actor_class = ray.remote(Actor).options(max_concurrency=2, scheduling_strategy="SPREAD", **resources)
-        arguments = ray.put(work), reachable, os.getcwd(), [place for place in sys.path if place]
+        arguments = ray.put(work), reachable, os.getcwd(), list(filter(None, sys.path))
         self.new = lambda: actor_class.remote(*arguments)
         self.tasks, self.idle = {}, []  # {what a worker will return: (worker, its shard, None while it starts)}
         self.waiting = time.monotonic()  # since when nobody works

@@ -186,14 +186,12 @@ class ShardFolder:
         """UserError where no run can write: the folder is missing, or holds other things."""
         if self.read_json(SETTINGS) is not None:
             return
-        if self.remote:
-            system, path = file_system(self.output)
-            is_taken = self.single and system.exists(path)
+        if not self.remote and not Path(self.path).parent.is_dir():
+            raise UserError(f"--output {self.output}: its folder does not exist.")
+        if self.single:
+            is_taken = self.system.exists(self.path.removesuffix(".shards"))
         else:
-            output = Path(self.output)
-            if not output.absolute().parent.is_dir():
-                raise UserError(f"--output {output}: its folder does not exist.")
-            is_taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
+            is_taken = not self.remote and self.files()
         if is_taken:
             raise UserError(
                 f"--output {self.output} exists already, and was not made by a run like this one. Name another."

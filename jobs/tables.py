@@ -25,17 +25,19 @@ def schema_of(rows: Callable[[], Iterator[dict]], text: tuple[str, ...] = (), nu
 
 def common_schema(schemas: list[pa.Schema], nulls: bool = False) -> pa.Schema:
     """One schema for tables of all of these; a column without any value is text, unless `nulls`."""
-    types: dict[str, set[pa.DataType]] = {}
+    same_name: dict[str, list[pa.Schema]] = {}
     for field in itertools.chain.from_iterable(schemas):
-        types.setdefault(field.name, {pa.null()}).add(field.type)
+        same_name.setdefault(field.name, []).append(pa.schema([field]))
+    types = {name: _common_type(fields) for name, fields in same_name.items()}
     unknown = pa.null() if nulls else pa.string()
-    return pa.schema([(name, _common_type(kinds - {pa.null()}, unknown)) for name, kinds in types.items()])
+    return pa.schema([(name, unknown if pa.types.is_null(common) else common) for name, common in types.items()])
 
 
-def _common_type(types: set[pa.DataType], unknown: pa.DataType) -> pa.DataType:
-    if len(types) < 2:
-        return next(iter(types), unknown)
-    return pa.float64() if types == {pa.int64(), pa.float64()} else pa.string()
+def _common_type(fields: list[pa.Schema]) -> pa.DataType:
+    try:
+        return pa.unify_schemas(fields, promote_options="permissive").types[0]
+    except pa.ArrowException:  # no type holds them all
+        return pa.string()
 
 
 def _type_of(values: list) -> pa.DataType:

@@ -55,10 +55,11 @@ class Outcome:
 
 def open_backend(llm: str, args):
     """The backend that --llm names, `openai:MODEL` or `hf:MODEL`. `args` are LLMArguments."""
-    backend, _, model = (llm or "").partition(":")
-    if backend not in ("openai", "hf") or not model:
+    backend, _, model = llm.partition(":")
+    backends = {"openai": OpenAIBackend, "hf": HFBackend}
+    if backend not in backends or not model:
         raise UserError(f"--llm {llm}: expected openai:MODEL (on a server) or hf:MODEL (a folder or Hub id).")
-    return OpenAIBackend(model, args) if backend == "openai" else HFBackend(model, args)
+    return backends[backend](model, args)
 
 
 def load_tokenizer(name: str | None):
@@ -123,8 +124,7 @@ class OpenAIBackend:
         self.requests, self.volume = Pace(args.requests_per_minute), Pace(args.tokens_per_minute)
         self.stop, self.answered, self.lock = threading.Event(), threading.Event(), threading.Lock()
         self.not_before = self.noted = 0.0
-        self.troubles: Counter = Counter()  # of the whole run, for its report
-        self.fresh: Counter = Counter()  # those not logged yet
+        self.fresh: Counter = Counter()  # errors that are not logged yet
 
     def settings(self) -> dict:
         named = ("max_new_tokens", "max_prompt_tokens", "temperature", "extra_body", "tokenizer")
@@ -237,15 +237,13 @@ class OpenAIBackend:
                 f"the server of {self.model} answers {code}: {server_message(error)}. {ADVICE.get(code, '')}"
             ) from None
         wait = retry_after(error.response.headers)
-        if code == 429:
-            self.not_before = max(self.not_before, time.monotonic() + wait)
+        self.not_before = max(self.not_before, time.monotonic() + wait)
         asks = f" and asks to wait {wait / 60:.0f} minutes" if wait > TOLD_WAIT else ""
         return f"answered {code}{asks}", wait
 
     def note(self, trouble: str) -> None:
         """Count an error, and log the recent ones on one line, at most every five seconds."""
         with self.lock:
-            self.troubles[trouble] += 1
             self.fresh[trouble] += 1
             if time.monotonic() - self.noted < 5:
                 return
@@ -319,14 +317,18 @@ class HFBackend:
                 f"{model} has a context of {limit} tokens; --max_prompt_tokens {args.max_prompt_tokens} plus --max_new_tokens "
                 f"{args.max_new_tokens} exceed it."
             )
-        model_class = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        of_decoder, of_encoder = (
+            (transformers.AutoModelForCausalLM, "left"),
+            (transformers.AutoModelForSeq2SeqLM, "right"),
+        )
+        model_class, padding_side = of_encoder if seq2seq else of_decoder
         # A vision-language checkpoint has weights that its language model does not use.
         unread = r"(.*\.)?(vision|visual|multi_modal|mm_)\w*\..*"
         self.model = read_weights(model_class, model, unread=unread, **options).eval()
         tokenizer = load_tokenizer(model)
         if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        tokenizer.padding_side = "right" if seq2seq else "left"
+        tokenizer.padding_side = padding_side
         self.tokens = Tokens(tokenizer, is_chat(tokenizer, args))
         ends = self.model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends

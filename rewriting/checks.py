@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
+from pathlib import Path
 
+from common.text import read_text
 from metrics.coco_caption.text_checks import illegal_characters, repetition, scripts, words
 from rewriting.prompts import Prompt
 
@@ -101,36 +103,10 @@ UNFINISHED = re.compile(
     re.IGNORECASE,
 )
 LONG = 25  # words; a text of more that does not end with a full stop was cut, whatever the server says
-ENGLISH = set(
-    words(
-        "a an the and or but of in on at to for from with by as is are was were be been has have had this that these those it "
-        "its his her their he she they which who while where when into over under near up down out off not no one two there "
-        "you your all can will for how what if so"
-    )
-)
-# Function words of other languages in Latin letters, with those that English has, too.
-FOREIGN = [
-    set(words(text))
-    for text in (
-        "der die das den dem des ein eine einen einem einer eines und ist sind mit auf im am zu zum zur von vom nicht sich für "
-        "wird werden vor hinter neben unter über aus bei nach durch es er sie wir ich steht sitzt liegt in an so was war hat will",
-        "de het een en van op te dat die voor met zijn aan niet ook als bij naar uit wordt worden heeft onder mijn door staat "
-        "zit ligt in is was we over of er had",
-        "el la los las un una unos unas y en de del que con por para se es son está están su sus al como sobre junto lleva hay "
-        "a no he me",
-        "le la les un une des du de et est sont dans sur avec pour au aux qui que en il elle ils ne pas se son sa ses leur à "
-        "près a on par",
-        "il lo la gli le un uno una di del della dei degli delle e è sono con per su sul sulla nel nella che non si da al alla "
-        "in a i",
-        "o os as um uma uns umas de do da dos das e é são com por para em no na nos nas que não se seu sua ao à está a",
-        "en ett och är i på med av för som det den de till vid under har inte sig bredvid står sitter at",
-        "en et og er i på med af av for som det den de til ved har ikke sig seg står sidder sitter at",
-        "w z na i nie to jest są się do od przez dla po przy obok a",
-        "yang di dan dengan untuk dari pada ini itu adalah seorang sebuah seekor sedang ke tidak atas",
-        "bir ve bu da de ile için olan çok gibi var üzerinde yanında",
-        "a az egy és van nem hogy ez mint meg el is",
-    )
-]
+# Function words of languages in Latin letters, with those that English has, too.
+LANGUAGES = dict(line.split(": ") for line in read_text(Path(__file__).with_name("function_words.txt")).splitlines())
+ENGLISH = set(LANGUAGES.pop("en").split())
+FOREIGN = [set(function_words.split()) for function_words in LANGUAGES.values()]
 COMMON = ENGLISH | set(words("them given provides provided please may contain simply ensuring yet new"))
 
 

@@ -73,8 +73,8 @@ class Judge:
         keys = [self.key(prompt) for prompt in prompts]
         with Journal(self.path) as journal:
             kept = {row["key"]: row for row in journal.rows}
-            first = {key: number for number, key in reversed(list(enumerate(keys))) if key not in kept}
-            left = sorted(first.values())
+            first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+            left = sorted(first[key] for key in first.keys() - kept.keys())
             jobs = (Job(n, keys[n], [], prompts[n], self.llm.tokens.encode(prompts[n])) for n in left)
             bar = tqdm(
                 total=len(left), desc=f"judge: {self.kind.task}", unit=" answers", disable=not left, mininterval=1

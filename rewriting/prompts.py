@@ -6,6 +6,7 @@ import re
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from common.errors import UserError
 from common.text import read_text
@@ -50,37 +51,46 @@ def load_prompt(task: str, path: str | None = None) -> Prompt:
     return Prompt(template, hashlib.sha256(template.encode()).hexdigest()[:12])
 
 
+class Pieces:
+    """Stands in for a tokenizer where there is none: pieces of text that are rarely longer than a token."""
+
+    PIECE = re.compile(r"\s?[^\W_]{1,4}|\s?[\W_]")
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=self.PIECE.findall(text))
+
+    def decode(self, pieces: list[str]) -> str:
+        return "".join(pieces)
+
+
 class Tokens:
-    """Counts and cuts text in an LLM's tokens or, without its tokenizer, in pieces that are rarely longer than a token.
+    """Counts and cuts text in an LLM's tokens or, without its tokenizer, in Pieces.
 
     Args:
         tokenizer: a transformers tokenizer, or None.
         chat: wrap prompts in the tokenizer's chat template.
     """
 
-    PIECE = re.compile(r"\s?[^\W_]{1,4}|\s?[\W_]")
-
     def __init__(self, tokenizer=None, chat: bool = False):
-        self.tokenizer, self.chat = tokenizer, chat
+        self.tokenizer, self.chat = Pieces() if tokenizer is None else tokenizer, chat
 
     def encode(self, prompt: str) -> list:
         """Tokens of a whole prompt as the model gets it, with start token and chat template."""
-        if self.tokenizer is None or not self.chat:
+        if not self.chat:
             return self.pieces(prompt, add_special_tokens=True)
         message = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def pieces(self, text: str, add_special_tokens: bool = False) -> list:
-        if self.tokenizer is None:
-            return self.PIECE.findall(text)
         return self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
 
     def cut(self, text: str, length: int) -> str:
         """The first `length` tokens of a text, or as many more as are needed for it not to be blank."""
         pieces = self.pieces(text)
         for end in range(max(1, length), len(pieces)):
-            piece = "".join(pieces[:end]) if self.tokenizer is None else self.tokenizer.decode(pieces[:end])
-            if piece := piece.rstrip("\ufffd").strip():  # half of a letter's bytes decode to U+FFFD
+            if (
+                piece := self.tokenizer.decode(pieces[:end]).rstrip("\ufffd").strip()
+            ):  # half of a letter's bytes decode to U+FFFD
                 return piece
         return text
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from jobs.journal import Journal
 from jobs.shards import Cursor, Shard, ShardFolder, digest_of, parquet_ranges, row_ranges, version_of
 from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
-from rewriting.prompts import Prompt, Tokens, fit
+from rewriting.prompts import Pieces, Prompt, Tokens, fit
 from rewriting.rows import Source
 
 FALLBACKS = {"fuse": "keep_synthetic", "paragraph": "drop"}
@@ -151,7 +152,7 @@ def fallback(task: str, inputs: dict, on_reject: str) -> tuple[str | None, str]:
     """(caption, status) for a row whose text was rejected; status null if there is nothing to keep."""
     if on_reject == "drop":
         return None, "dropped"
-    sentences = [c if c.endswith((".", "!", "?")) else f"{c}." for c in inputs.get("captions", [])]
+    sentences = [re.sub(r"(?<![.!?])$", ".", caption) for caption in inputs.get("captions", [])]
     source = on_reject.removeprefix("keep_")
     kept = " ".join(sentences) or inputs.get(source)  # of a paragraph only the raw captions can be kept
     return (kept, f"kept_{source}") if kept and on_reject != "null" else (None, "null")
@@ -175,13 +176,13 @@ class Report:
         self.tokens = [a + b for a, b in zip(self.tokens, tokens, strict=True)]
         if facts["reason"]:
             self.reasons[facts["reason"]] += 1
+        else:
+            self.lengths[str(min(len(words(caption)), 500))] += 1
         samples = self.samples.setdefault(facts["reason"] or "rewritten", [])
         if len(samples) < 5:
             samples.append(
                 {"inputs": inputs, "caption": caption, "rejected": facts["rejected"], "warnings": facts["warnings"]}
             )
-        if facts["status"] == "rewritten":
-            self.lengths[str(min(len(words(caption)), 500))] += 1
 
     def merge(self, other: dict) -> None:
         """Add the `vars` of another report."""
@@ -193,9 +194,6 @@ class Report:
             self.samples[reason] = (self.samples.get(reason, []) + samples)[:5]
 
     def summary(self, price_in: float | None, price_out: float | None) -> dict:
-        lengths = sorted((int(length), number) for length, number in self.lengths.items())
-        written = self.lengths.total()
-        up_to = list(itertools.accumulate(number for _, number in lengths))
         return {
             "rows": self.rows,
             "status": dict(self.statuses),
@@ -204,12 +202,19 @@ class Report:
             "attempts": dict(sorted(self.attempts.items())),
             "tokens": {"prompts": self.tokens[0], "written": self.tokens[1]},
             "cost": cost_of(*self.tokens, price_in, price_out),
-            "words": {
-                "mean": sum(length * number for length, number in lengths) / written if written else None,
-                **{f"p{p}": lengths[bisect_left(up_to, written * p / 100)][0] for p in (5, 50, 95) if written},
-            },
+            "words": self.lengths_of_texts(),
             "samples": self.samples,
         }
+
+    def lengths_of_texts(self) -> dict:
+        """Mean and percentiles of the words of the rewritten texts."""
+        written = self.lengths.total()
+        if not written:
+            return {"mean": None}
+        lengths = sorted((int(length), number) for length, number in self.lengths.items())
+        up_to = list(itertools.accumulate(number for _, number in lengths))
+        percentiles = {f"p{p}": lengths[bisect_left(up_to, written * p / 100)][0] for p in (5, 50, 95)}
+        return {"mean": sum(length * number for length, number in lengths) / written} | percentiles
 
 
 def cost_of(prompts: float, written: float, price_in: float | None, price_out: float | None) -> float | None:
@@ -248,17 +253,14 @@ def merged(rows, source: Source, answers: Answers, task: str, args, provenance: 
             if not answers.has(number, digest(inputs)):
                 raise UserError(f"{answers.shard.label}: row {number} has no answer. Run the same command again.")
             result = answers.rows[number]
-        caption, status = result["text"], "rewritten"
         if result["reason"]:
             caption, status = fallback(task, inputs, args.on_reject)
-        facts = {
-            "status": status,
-            "reason": result["reason"],
-            "warnings": unsupported_facts(caption, texts) if status == "rewritten" else [],
-            "rejected": result["text"] if result["reason"] else None,
-            "attempts": result["attempts"],
-            **provenance,
-        }
+            warnings, rejected = [], result["text"]
+        else:
+            caption, status = result["text"], "rewritten"
+            warnings, rejected = unsupported_facts(caption, texts), None
+        facts = {"status": status, "reason": result["reason"], "warnings": warnings, "rejected": rejected}
+        facts |= {"attempts": result["attempts"], **provenance}
         report.add(texts, caption, facts, result["tokens"])
         if status != "dropped":
             yield {**row, args.output_column: caption, "rewrite": facts}
@@ -277,7 +279,7 @@ def estimate(source: Source, prompt: Prompt, tokens: Tokens, args, llm, sample: 
             prompts += len(ids)
             written += min(llm.max_new_tokens, sum(map(len, map(tokens.pieces, texts))))
     scale = asked / max(1, min(asked, sample))
-    method = "counted with its tokenizer" if tokens.tokenizer else "estimated without a tokenizer"
+    method = "estimated without a tokenizer" if isinstance(tokens.tokenizer, Pieces) else "counted with its tokenizer"
     cost = "give --price_in and --price_out, the prices per million tokens"
     low = cost_of(prompts * scale, written * scale, llm.price_in, llm.price_out)
     if low is not None:

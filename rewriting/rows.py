@@ -299,8 +299,10 @@ def tables(rows: Iterator[dict], features: datasets.Features | None, column: str
         features: types of the input's columns.
         column: name of the caption column; everything else about the result is in `rewrite`.
     """
-    schema = LINES if features is None else output_features(features, column).arrow_schema
-    table_of = lines_of if features is None else typed_table
+    if features is None:
+        table_of, schema = lines_of, LINES
+    else:
+        table_of, schema = typed_table, output_features(features, column).arrow_schema
     yield table_of(list(itertools.islice(rows, 1000)), schema)  # a shard whose rows were all dropped has a file, too
     while group := list(itertools.islice(rows, 1000)):
         yield table_of(group, schema)
@@ -336,7 +338,7 @@ def plain_row(row: dict) -> dict:
 
 def plain_value(value, column: str):
     is_image = isinstance(value, dict) and set(value) == {"bytes", "path"}
-    if isinstance(value, bytes) or (is_image and value["bytes"] is not None):
+    if isinstance(value["bytes"] if is_image else value, bytes):
         raise DataError(
             f"column {column} holds images or other bytes, which JSONL cannot hold. Give an --output that does not "
             "end in .jsonl: it becomes a folder of Parquet files"
