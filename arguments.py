@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from common.errors import UserError
-from common.existence import check_exists, exists, may_be_on_hub
+from common.existence import check_exists, exists
 from common.flags import Flags
 from common.packages import check_packages
 from common.text import read_text
@@ -715,7 +715,7 @@ class InferArguments(ShardArguments):
         if not paths and not self.status:
             raise UserError("Name what to caption: image files, folders, globs, or a .txt or .jsonl list of images.")
         for path in paths:
-            if not exists(path) and not may_be_on_hub(path):
+            if not exists(path, hub=True):
                 raise UserError(f"{path}: there is no such file or folder, and no file that matches it as a pattern.")
 
     def complete(self):

@@ -35,7 +35,7 @@ from captioning.rows import ImageRows, caption
 from captioning.shards import ImageSource
 from captioning.sources import image_rows, left_out
 from common.errors import UserError
-from common.processes import default_workers, own_share, show_progress
+from common.processes import own_share, show_progress
 from common.remote import is_remote
 from common.weights import fingerprint
 from data.rows import Options
@@ -168,8 +168,6 @@ class CaptionShards:
         """Load the model; returns the settings that must stay the same during a run."""
         self.captioner, self.settings = self.load()
         self.settings["weights"] = fingerprint(self.settings["model"], self.settings["revision"] or "main")
-        if self.args.dataloader_num_workers is None:
-            self.args.dataloader_num_workers = default_workers()
         return self.settings
 
     def __call__(self, shard, tick) -> dict:

@@ -6,7 +6,8 @@ import sys
 
 NEEDED = ("yaml", "torch", "transformers", "datasets", "accelerate", "peft", "psutil")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FOLDER, PROGRAM = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
+WINDOWS, OTHERS = ("Scripts", "python.exe", "py"), ("bin", "python", "python3")
+FOLDER, PROGRAM, LAUNCHER = WINDOWS if os.name == "nt" else OTHERS
 
 
 def check_packages() -> None:
@@ -16,14 +17,14 @@ def check_packages() -> None:
     if folder != ROOT or (sys.version_info >= (3, 11) and not missing):
         return
     problem = "no " + " and no ".join(missing[:2]) if missing else "Python 3.11 or newer is needed"
-    venv, launcher = os.path.join(ROOT, ".venv"), "py" if os.name == "nt" else "python3"
+    venv = os.path.join(ROOT, ".venv")
     program = os.path.join(venv, FOLDER, PROGRAM)
     pip, python = (os.path.join(".venv", FOLDER, name) for name in ("pip", "python"))
     built = os.path.exists(program) and os.path.realpath(sys.prefix) != os.path.realpath(venv)
     first = f"Try {os.path.relpath(program)} {sys.argv[0]}, or install: " if built else "Install: "
     print(
         f"{script}: {problem} ({sys.executable} is Python {sys.version.split()[0]}). {first}in {ROOT} make install, or "
-        f"{launcher} -m venv .venv and {pip} install -r requirements.txt -c constraints.txt; then {python} {script} ...",
+        f"{LAUNCHER} -m venv .venv and {pip} install -r requirements.txt -c constraints.txt; then {python} {script} ...",
         file=sys.stderr,
     )
     sys.exit(2)

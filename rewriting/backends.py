@@ -299,12 +299,12 @@ class HFBackend:
     def __init__(self, model: str, args, device=None):
         import transformers
 
-        from common.processes import processes
+        from common.processes import captions_in_bfloat16, processes
         from common.weights import read_weights
         from models.loading import quantization_config
 
         self.args, self.device = args, torch.device(device) if device else processes().device
-        bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
+        bf16 = captions_in_bfloat16(self.device) if args.bf16 is None else args.bf16
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         options = {"dtype": self.dtype, "device_map": {"": self.device}}
         if args.quantization:

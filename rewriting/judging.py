@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.processes import show_progress
 from data.caption_files import load_predictions
 from jobs.journal import Journal
 from metrics.coco_caption.coco import resampled_scores
@@ -76,17 +76,13 @@ class Judge:
             first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
             left = sorted(first[key] for key in first.keys() - kept.keys())
             jobs = (Job(n, keys[n], [], prompts[n], self.llm.tokens.encode(prompts[n])) for n in left)
-            bar = tqdm(
-                total=len(left), desc=f"judge: {self.kind.task}", unit=" answers", disable=not left, mininterval=1
-            )
-            with bar:
-                for job, outcome in self.llm.run(jobs, lambda job, text, ended: self.fault(questions[job.row], text)):
-                    row = {"key": job.digest, "image_id": questions[job.row].image, "text": outcome.text}
-                    row |= {"attempts": outcome.attempts, "tokens": [outcome.tokens_in, outcome.tokens_out]}
-                    row |= {"refused": outcome.reason == "server_refused", "time": round(time.time())}
-                    journal.add(row)
-                    kept[job.digest] = row
-                    bar.update()
+            finished = self.llm.run(jobs, lambda job, text, ended: self.fault(questions[job.row], text))
+            for job, outcome in show_progress(finished, len(left), f"judge: {self.kind.task}"):
+                row = {"key": job.digest, "image_id": questions[job.row].image, "text": outcome.text}
+                row |= {"attempts": outcome.attempts, "tokens": [outcome.tokens_in, outcome.tokens_out]}
+                row |= {"refused": outcome.reason == "server_refused", "time": round(time.time())}
+                journal.add(row)
+                kept[job.digest] = row
         return [kept[key] for key in keys]
 
     def key(self, prompt: str) -> str:
