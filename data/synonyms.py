@@ -1,19 +1,15 @@
 """Words that can replace one another in a caption and leave it true.
 
-A table, written for captions by hand, plus WordNet for nouns, adjectives and adverbs that it lacks, where nltk and its
-corpus are installed (nothing here downloads them). The table takes precedence, as it knows what WordNet does not: which
-words mean the same in a caption ("a monitor" is a screen, "a screen" need not be a monitor).
+A table, written for captions by hand: it knows which words mean the same in one ("a monitor" is a screen, "a screen" need
+not be a monitor).
 
 A word keeps its part of speech, number and tense. Colours, counts, positions and directions are never replaced, as
 captions are scored on them.
 """
 
-import functools
 import itertools
 import re
-from collections import Counter, defaultdict
-
-NOUN, VERB = "1", "2"  # in WordNet's sense keys
+from collections import defaultdict
 
 # A line is a group whose words replace each other; "a > b c" allows only b or c for a, the narrower or clearer word.
 NOUNS = """
@@ -310,9 +306,7 @@ def synonyms(word: str, follower: str | None = None) -> tuple[str, ...]:
         follower: the next word of its sentence, None at the end. Verbs that may have an object ("walking a dog") are
             replaced only where none follows.
     """
-    if word in TABLE:
-        return TABLE[word] if word not in WITHOUT_OBJECT or follower in FOLLOWERS else ()
-    return wordnet().get(word, ())
+    return TABLE.get(word, ()) if word not in WITHOUT_OBJECT or follower in FOLLOWERS else ()
 
 
 def _pairs(lines: str):
@@ -361,40 +355,3 @@ WITHOUT_OBJECT = frozenset(
     for verb, _ in _pairs(VERBS_WITHOUT_OBJECT)
     for form in (inflected(verb, PLURAL), inflected(verb, ING), inflected(verb, ED))
 )
-
-
-@functools.cache
-def wordnet() -> dict[str, tuple[str, ...]]:
-    """{word: synonyms} of WordNet's nouns, adjectives and adverbs; {} where nltk or its corpus is missing.
-
-    Two words are synonyms if both are mostly used as the same part of speech, and both mostly in the same sense
-    (by WordNet's counts in sense-tagged text). No verbs: "hold" and "keep" share a first sense, and an umbrella that is
-    held is not kept.
-    """
-    try:
-        import nltk.data
-
-        # "dog%1:05:00:: 02084071 1 42": word, part of speech, synset, number of the sense, uses.
-        with nltk.data.find("corpora/wordnet/index.sense").open() as file:
-            lines = file.read().decode("utf-8").splitlines()
-    except (ImportError, LookupError):
-        return {}
-    uses: dict[str, Counter] = defaultdict(Counter)
-    members = defaultdict(set)
-    for line in lines:
-        key, synset, number, count = line.split()
-        word, _, sense = key.partition("%")
-        part = {"5": "3"}.get(sense[0], sense[0])  # a satellite adjective is an adjective
-        uses[word][part] += int(count)
-        if number == "1" and int(count) and word not in KEPT and re.fullmatch("[a-z]{4,}", word):
-            members[part, synset].add(word)
-    others_of = {}
-    for (part, _), words in members.items():
-        words = sorted(word for word in words if part != VERB and uses[word].most_common(1)[0][0] == part)
-        for word in words:
-            if others := tuple(other for other in words if other != word):
-                others_of[word] = others
-                plural, *plurals = (inflected(noun, PLURAL) for noun in (word, *others))
-                if part == NOUN and plural not in uses:
-                    others_of[plural] = tuple(plurals)
-    return others_of

@@ -3,15 +3,12 @@
 augment_text: ["synonym:0.2", "sentence_shuffle:0.2"]
 """
 
-import logging
 import random
 import re
 
 from common.errors import UserError
 from data.augmentation import parse_operation, seeded
-from data.synonyms import PHRASES, TABLE, synonyms, wordnet
-
-logger = logging.getLogger(__name__)
+from data.synonyms import PHRASES, synonyms
 
 FORMS = {
     "synonym": ("P", 1, lambda p: 0 <= p <= 1, "P from 0 to 1"),
@@ -52,16 +49,10 @@ class TextAugmentation:
     def __init__(self, spec: list[str], seed: int = 42, language: str = "en"):
         self.seed = seed
         self.operations = [parse_operation(text, FORMS, "augment_text") for text in spec]
-        if "synonym" in dict(self.operations):
-            if not re.fullmatch("en([-_].*)?", language.lower()):
-                raise UserError(
-                    f"--augment_text synonym: they are English, and caption_language is {language}. Leave it out."
-                )
-            # Logged, since it depends on the machine, and another lexicon makes another run.
-            also = (
-                ", and WordNet for other nouns, adjectives and adverbs" if wordnet() else "; nltk has no WordNet here"
+        if "synonym" in dict(self.operations) and not re.fullmatch("en([-_].*)?", language.lower()):
+            raise UserError(
+                f"--augment_text synonym: they are English, and caption_language is {language}. Leave it out."
             )
-            logger.info("synonyms come from the table of %d forms in data/synonyms.py%s", len(TABLE), also)
 
     def __call__(self, captions: list[str], epoch: int, image_id: str) -> list[str]:
         rng = seeded(self.seed, epoch, image_id, "text")

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from collator import CaptionCollator
 from data import CaptionPairs, TextAugmentation, load
-from data.synonyms import KEPT, TABLE, synonyms, wordnet
+from data.synonyms import KEPT, TABLE, synonyms
 from data.text_augmentation import replace_words, shuffle_sentences
 
 BOTH = ["synonym:0.2", "sentence_shuffle:0.2"]
@@ -203,61 +203,6 @@ def test_real_captions_keep_their_length_colours_counts_positions_and_articles(r
             if i and before[i - 1] in ("a", "an"):
                 assert (old[0] in "aeiou") == (word[0] in "aeiou"), (caption, new)
     assert changed > len(real_captions) / 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# WordNet
-
-SENSES = """
-    vehicle%1:06:00:: 100 1 30
-    conveyance%1:06:00:: 100 1 5
-    rarity%1:06:00:: 100 1 0
-    red%1:06:00:: 100 1 9
-    motor_vehicle%1:06:00:: 100 1 9
-    transport%1:06:00:: 100 2 4
-    transport%1:06:01:: 101 1 8
-    couch%1:06:00:: 102 1 9
-    settee%1:06:00:: 102 1 9
-    maintain%2:40:00:: 200 1 20
-    preserve%2:40:00:: 200 1 20
-    sketchy%3:00:00:: 300 1 20
-    vague%5:00:00:hazy:00 300 1 10
-    vague%1:00:00:: 301 1 5
-    drawn%5:00:00:hazy:01 300 1 2
-    drawn%2:00:00:: 201 1 50
-"""
-
-
-def test_wordnet_gives_nouns_and_adjectives_that_mean_the_same_first_of_all(tmp_path, monkeypatch):
-    nltk = pytest.importorskip("nltk", reason="nltk is not installed: it is optional, for synonyms from WordNet")
-    folder = tmp_path / "corpora" / "wordnet"
-    folder.mkdir(parents=True)
-    (folder / "index.sense").write_text("\n".join(line.strip() for line in SENSES.strip().splitlines()) + "\n")
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    wordnet.cache_clear()
-    try:
-        assert wordnet() == {
-            # not rarity (never met), transport (has another first sense), red (a colour), motor_vehicle (two words)
-            "vehicle": ("conveyance",), "vehicles": ("conveyances",),
-            "conveyance": ("vehicle",), "conveyances": ("vehicles",),
-            "couch": ("settee",), "couches": ("settees",), "settee": ("couch",), "settees": ("couches",),
-            # not maintain and preserve (verbs), not drawn (mostly a verb)
-            "sketchy": ("vague",), "vague": ("sketchy",),
-        }  # fmt: skip
-        assert replaced("vehicles and couches are vague") == "conveyances and sofas are sketchy"  # the table goes first
-    finally:
-        wordnet.cache_clear()
-
-
-def test_without_wordnet_the_table_is_enough(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nltk", None)
-    monkeypatch.setitem(sys.modules, "nltk.data", None)
-    wordnet.cache_clear()
-    try:
-        assert wordnet() == {}
-        assert replaced("vehicles and couches") == "vehicles and sofas"
-    finally:
-        wordnet.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
