@@ -27,6 +27,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CLEANED = ("run.json", "coco_metrics.json")
 # Two parts or more below a root, a drive or a home; not a URL, not a closing tag.
 PATH = re.compile(r"""(?<![\w/.:<\\])(?:~|[A-Za-z]:)?[/\\][\w.@%+=~ -]*[\w.@%+=~-][/\\][^\s"'`|<>(),;]+""")
+FLAG = re.compile(r"--[^=]*=")
 ABSOLUTE = re.compile(r"(?:[~/]|\\\\|[A-Za-z]:[/\\]).*")  # one line
 
 
@@ -91,9 +92,8 @@ def _without_local_paths(value, name: str):
 
 
 def _word(text: str) -> str:
-    flag, equals, value = text.partition("=")
-    if equals and flag.startswith("--"):
-        return f"{flag}={_word(value)}"
+    if flag := FLAG.match(text):
+        return flag[0] + _word(text.removeprefix(flag[0]))
     if text.endswith((".yaml", ".yml")) and Path(text).absolute().is_relative_to(RECIPES):
         return Path(text).absolute().relative_to(RECIPES.parent).as_posix()  # of this repo, so no path of yours
     is_path = ABSOLUTE.fullmatch(text) or (re.search(r"[/\\]", text) and os.path.exists(text))

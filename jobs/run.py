@@ -39,7 +39,7 @@ class Run:
         mine = self.shards[number::count]
         contents = self.folder.whole_files(list(self.folder.done(mine).values()))
         # Of processes that torchrun started only the first one speaks (common.cli); those of a job array have a log each.
-        quiet = number > 0 and not logger.isEnabledFor(logging.INFO)
+        quiet = not logger.isEnabledFor(logging.INFO)
         progress = Progress(self.folder, self.shards, self.unit, contents, quiet=quiet)
         done = self.folder.done(self.shards)
         left = [shard for shard in mine if shard not in done]

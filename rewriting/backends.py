@@ -83,8 +83,6 @@ class Pace:
         self.interval, self.next, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
 
     def wait(self, units: float = 1) -> None:
-        if not self.interval:
-            return
         with self.lock:
             start = max(self.next, time.monotonic())
             self.next = start + units * self.interval
@@ -212,9 +210,7 @@ class OpenAIBackend:
         options, temperature = dict(self.request), self.args.temperature
         if temperature is not None:
             options["temperature"] = max(temperature, 0.7) if attempt else temperature
-        if self.args.seed is not None:
-            options["seed"] = self.args.seed + attempt
-        return options
+        return options | {"seed": self.args.seed + attempt}
 
     def wait_for_turn(self, job: Job) -> None:
         self.stop.wait(max(0, self.not_before - time.monotonic()))
