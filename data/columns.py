@@ -240,16 +240,19 @@ def _answers(turns: list[dict], where: str) -> list:
         )
     value = answers[0].get("value", answers[0].get("content"))
     if isinstance(value, list):
-        value = " ".join(filter(None, (part.get("text") for part in value)))
+        texts = (part.get("text") if isinstance(part, dict) else part for part in value)
+        value = " ".join(filter(None, texts))
     return [value]
 
 
 # How a list or an object of strings begins, with any quotes, and a numpy array.
-BEGINS = re.compile(r"""[\[{]\s*(?:[\[({]\s*)*["'\u201c\u2018\u201e]|(?:np\.)?array\(""")
+BEGINS = re.compile(
+    r"""[\[{]\s*(?:[\[({]\s*)*(?:["'\u201c\u2018\u201e]|(?:np\.)?array\(|np\.str_\()|(?:np\.)?array\("""
+)
 ARRAY = re.compile(r"\A(?:np\.)?array\((.*?)(?:,\s*dtype=\S+)?\)\Z", re.DOTALL)
 # What Python, numpy and pandas write between the strings of a list, in [] or {}: nothing, in ['a b' 'c'], or missing values.
 STRING = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""", re.DOTALL)
-BETWEEN_STRINGS = re.compile(r"[\[{](?:[\s,]|\bnan\b)*[\]}]")
+BETWEEN_STRINGS = re.compile(r"[\[{](?:[\s,]|\b(?:nan|None)\b)*[\]}]")
 
 
 def parse_structure(text: str, where: str):
@@ -267,6 +270,8 @@ def parse_structure(text: str, where: str):
     if value is None and begins:
         raise DataError(f"{where}: the caption begins like a list but cannot be read as one: {text[:80]!r}")
     is_list = isinstance(value, list | tuple) and set(map(type, value)) <= {str, list, tuple, dict}
+    if begins and not is_list and not isinstance(value, dict):
+        raise DataError(f"{where}: the caption begins like a list but holds other than text: {text[:80]!r}")
     return value if is_list or isinstance(value, dict) else None
 
 
@@ -320,7 +325,8 @@ def _image_of_turns(turns):
     if isinstance(turns, list):
         return next(filter(None, map(_image_of_turns, turns)), None)
     if isinstance(turns, dict):
-        address = (turns.get("image_url") or {}).get("url")
+        address = turns.get("image_url")
+        address = address.get("url") if isinstance(address, dict) else address
         return address or turns.get("image") or _image_of_turns(turns.get("content"))
     return None
 

@@ -99,8 +99,12 @@ class Finder:
             stems = dict.fromkeys([stem, *([number[1], number[1].zfill(12)] if number else [])])
             candidates = [path for each_stem in stems for path in self.files.get(f"{each_stem}.*", [])]
         candidates = [path for path in candidates if os.path.realpath(path) not in self.named]
+        home = os.path.dirname(name.replace("\\", "/"))
+        homes = tuple(os.path.join(os.path.normpath(os.path.join(folder, home)), "") for folder in self.folders)
+        if home and any(map(os.path.isdir, homes)):  # the folder is there, so its file is missing, not moved
+            candidates = [path for path in candidates if os.path.normpath(path).startswith(homes)]
         for length in range(2, len(parts) + 1):  # as much of the name as distinguishes the files
-            narrower = [path for path in candidates if _key(path).split("/")[-length:] == parts[-length:]]
+            narrower = [path for path in candidates if _key(path).split("/")[-length:-1] == parts[-length:-1]]
             candidates = narrower or candidates
         return candidates
 

@@ -44,6 +44,8 @@ def merge(rows, options: Options) -> list[Record]:
         if not captions:
             continue
         path = os.path.abspath(row.image) if isinstance(row.image, str) else row.image
+        if isinstance(path, dict):
+            raise DataError(f"{row.where}: holds its image, and the first row names a file. Make all rows alike")
         new = Record(row.where, path, [], row.key, row.name, row.image_id, row.split, row.extras)
         record = records.setdefault(path, new)
         if record.split != row.split:

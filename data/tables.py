@@ -230,7 +230,8 @@ def stream_records(
     """
     table_of = {all_as: "train"} if set(tables) == {"train"} and all_as else dict(zip(tables, tables, strict=True))
     shares = shares_to_draw(shares, "test" in tables)
-    drawn = drawn_splits(shares) if set(tables) <= {"train", "test"} and "train" in table_of else []
+    whole = all_as is not None and set(tables) == {"train"}
+    drawn = drawn_splits(shares) if set(tables) <= {"train", "test"} and "train" in table_of and not whole else []
     table_of |= dict.fromkeys(drawn, "train")
     streams = {}
     for split, name in table_of.items():

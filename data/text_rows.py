@@ -69,6 +69,8 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
             else:
                 yield entry
                 text, number = text[behind.end() :], number + 1
+        if (text[1:] + content.read(chunk)).strip():
+            raise DataError(f"{file}: not valid JSON: there is more behind the end of the list")
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:
@@ -99,7 +101,13 @@ def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, 
             try:
                 cells, lines_behind = _cells(line, lines, separator)
             except csv.Error:
-                cells, lines_behind = _literal_cells(line, separator, len(header), f"{file} line {number}"), 0
+                place = f"{file} line {number}"
+                cells, lines_behind = _literal_cells(line, separator, len(header), place), 0
+                if _closes_behind(line, lines, separator, len(header)):
+                    raise DataError(
+                        f'{place}: a quote (") opens here and is closed in a line that looks like a row of its own. If it '
+                        'is none, keep the cell in one line; else write the quote twice ("") in a quoted cell'
+                    ) from None
             if last_takes_rest and len(cells) > len(header):
                 cells[len(header) - 1 :] = [separator.join(cells[len(header) - 1 :])]
             if len(cells) > len(header):
@@ -152,6 +160,15 @@ def _cells(line: str, lines: Iterator[str], separator: str) -> tuple[list[str], 
     cells, lines_behind = next(rows), rows.line_num - 1
     deque(itertools.islice(lines, lines_behind), maxlen=0)
     return cells, lines_behind
+
+
+def _closes_behind(line: str, lines: Iterator[str], separator: str, width: int) -> bool:
+    """Whether the row that begins with `line` is sound where it goes on over lines that look like rows."""
+    _, ahead = itertools.tee(lines)
+    try:
+        return len(next(_reader(line, itertools.islice(ahead, LONGEST_CELL), separator))) == width
+    except csv.Error:
+        return False
 
 
 def _signature(line: str, separator: str) -> str:

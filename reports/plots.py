@@ -1,6 +1,7 @@
 """Plots of a run: training_curves and, of a sweep, its heat map, as .svg and .png."""
 
 import itertools
+import os
 from pathlib import Path
 
 from common.files import whole
@@ -109,6 +110,7 @@ def plot_sweep(sweep: dict, folder: Path) -> None:
 
 
 def _pyplot():
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here, is refused by the import
     import matplotlib
 
     matplotlib.use("Agg")

@@ -79,7 +79,7 @@ def table_rows(shards: list, skip_bad_samples: bool, columns: tuple) -> Iterator
 
 def read(part: Part, options: Options) -> Iterator[Row]:
     for sample in samples(part.place, captions=options.captions):
-        image = sample["image"] or ImageError(sample["fault"])
+        image = ImageError(sample["fault"]) if sample["fault"] else sample["image"]
         name = image["path"] if isinstance(image, dict) else sample["key"]
         columns = scalars(sample["inner"])
         yield Row(sample["where"], image, sample["captions"], name=name, split=part.split, columns=columns)
@@ -130,8 +130,10 @@ def members_of(tar: str) -> Iterator[tuple[str, bytes]]:
 def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     where = f"{tar} sample {key}"
     by_ending = {name.rpartition("/")[2].partition(".")[2].lower(): (name, content) for name, content in members}
-    images = ({"path": name, "bytes": content} for name, content in by_ending.values() if is_image_file(name, content))
-    image = next(images, None)
+    images = [{"path": name, "bytes": content} for name, content in members if is_image_file(name, content)]
+    image = next(iter(images), None)
+    paths = [image["path"] for image in images]
+    rivals = [path for path in paths if "." not in path.rpartition("/")[2].partition(".")[2]]  # no mask: x.seg.png
     text = next(filter(None, map(by_ending.get, TEXTS)), None)
     raw = decode(by_ending["json"][1], where) if "json" in by_ending else None
     try:
@@ -143,6 +145,8 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     fault, names = None, ", ".join(name for name, _ in members)
     if image is None:
         fault = f"{where}: has no image, only {names}"
+    elif len(rivals) > 1:
+        fault = f"{where}: has {len(rivals)} images, {', '.join(rivals)}. A caption belongs to one image"
     elif captions == [None] and needs_captions:
         fault = f"{where}: has no caption (a .txt or .json file), only {names}"
         if raw is not None:

@@ -114,3 +114,10 @@ def test_the_lock_has_the_versions_that_the_tests_run_with():
     assert {name: v for name, v in lock.items() if constraints.get(name, v) != v} == {}
     entries = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     assert [line for line in entries if not line.startswith("#") and "--hash=sha256:" not in line] == []
+
+
+def test_a_notebooks_plotting_back_end_is_not_needed():
+    environment = {**os.environ, "MPLBACKEND": "module://a_notebooks.backend"}
+    code = "from reports.plots import _pyplot; print(_pyplot().get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip().lower()) == (0, "agg"), done.stderr

@@ -1,0 +1,139 @@
+"""Inputs that look like other ones: each caption comes to its own image, or the source is refused in one line."""
+
+import base64
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+import data
+from common.errors import DataError
+from data.columns import captions_of
+from data.text_rows import csv_rows
+
+
+def picture(path, colour="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+
+
+def encoded(form: str, colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, form)
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("folders", [("cam1", "cam2"), ("train", "test"), ("a/b", "c/b")])
+@pytest.mark.parametrize("image_dir", [None, "."])
+def test_a_missing_file_is_not_taken_from_another_folder_than_the_one_named(folders, image_dir, tmp_path):
+    one, other = folders
+    picture(tmp_path / one / "0.jpg")
+    picture(tmp_path / other / "1.jpg")  # which no row names
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{one}/0.jpg,a\n{one}/1.jpg,b\n")
+    options = {"image_dir": str(tmp_path)} if image_dir else {}
+    with pytest.raises(data.ImageError, match="1 of 2 images are missing"):
+        data.load(str(tmp_path / "captions.csv"), all_as="test", **options)
+
+
+def test_a_folder_that_was_moved_and_names_without_an_ending_are_found(tmp_path):
+    for folder, colour in (("a", "red"), ("b", "blue")):
+        picture(tmp_path / f"photos/{folder}/0.jpg", colour)
+    (tmp_path / "captions.csv").write_text("image,caption\na/0,x\nb/0,y\n")
+    rows = data.load(str(tmp_path / "captions.csv"), all_as="test")["test"]
+    found = {row["image"]["path"].rpartition("photos/")[2]: row["captions"] for row in rows}
+    assert found == {"a/0.jpg": ["x"], "b/0.jpg": ["y"]}
+
+
+@pytest.mark.parametrize("names", [("0.jpg", "0.png", "0.txt"), ("0.jpg", "0.txt", "0.jpg", "0.txt")])
+def test_two_images_of_a_tars_sample_are_refused(names, tmp_path):
+    content = {"jpg": encoded("JPEG", "red"), "png": encoded("PNG", "blue"), "txt": b"a dog"}
+    write_tar(tmp_path / "a.tar", [(name, content[name[-3:]]) for name in names])
+    with pytest.raises(DataError, match="has 2 images"):
+        data.load(str(tmp_path / "a.tar"), all_as="test")
+
+
+def test_a_mask_beside_an_image_is_none(tmp_path):
+    members = [("0.jpg", encoded("JPEG", "red")), ("0.seg.png", encoded("PNG", "black")), ("0.txt", b"a dog")]
+    write_tar(tmp_path / "a.tar", members)
+    (row,) = data.load(str(tmp_path / "a.tar"), all_as="test")["test"]
+    assert data.open_image(row["image"]).getpixel((0, 0))[0] > 200
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["id,caption", '1,"in the photo are', '3,000 people"', "2,b"],
+        ["image,caption", '1.jpg,"two photos:', '2.jpg, a dog"'],
+        ["image,caption", '1.jpg,"a', 'b.jpg is next, c"'],
+    ],
+)
+def test_a_cell_of_several_lines_that_look_like_rows_is_refused_with_its_line(lines, tmp_path):
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"a.csv line 2: a quote .* opens here and is closed in a line that looks like"):
+        list(csv_rows(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("text", ["['a dog', None]", "['a dog', nan]", "['a dog' nan]"])
+def test_missing_values_in_a_list_in_a_cell_are_none_of_its_captions(text):
+    assert captions_of({"caption": text}, ["caption"], "row 1") == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    "text", ["['a', 3]", "['a', 'b', ...]", "[array(['a'], dtype=object)]", '["a", null]', "[np.str_('a')]"]
+)
+def test_a_list_of_other_things_than_text_is_refused(text):
+    with pytest.raises(DataError, match="begins like a list"):
+        captions_of({"caption": text}, ["caption"], "row 1")
+
+
+def test_what_is_behind_the_end_of_a_json_list_is_not_lost(tmp_path):
+    for name in "01":
+        picture(tmp_path / f"{name}.jpg")
+    rows = [json.dumps([{"image": f"{name}.jpg", "caption": "a"}]) for name in "01"]
+    (tmp_path / "a.json").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"behind the end of the list"):
+        data.load(str(tmp_path / "a.json"), all_as="test")
+
+
+def test_rows_that_name_a_file_and_rows_that_hold_an_image_are_not_mixed(tmp_path):
+    picture(tmp_path / "0.jpg")
+    inside = base64.b64encode(encoded("JPEG", "blue")).decode()
+    rows = [{"image": "0.jpg", "caption": "a"}, {"image": inside, "caption": "b"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"line 2: holds its image"):
+        data.load(str(tmp_path / "a.jsonl"), all_as="test")
+
+
+@pytest.mark.parametrize(
+    "content", [[{"type": "image_url", "image_url": "0.jpg"}, {"type": "text", "text": "Describe."}], ["Describe."]]
+)
+def test_a_conversation_may_hold_plain_texts_and_addresses(content, tmp_path):
+    picture(tmp_path / "0.jpg")
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": ["a dog"]}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "0.jpg", "messages": turns}) + "\n")
+    (row,) = data.load(str(tmp_path / "a.jsonl"), all_as="test")["test"]
+    assert row["captions"] == ["a dog"]
+
+
+def test_a_stream_that_is_one_split_as_a_whole_draws_none(tmp_path):
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            (f"{n}.{ending}", content)
+            for n in range(40)
+            for ending, content in (("jpg", encoded("JPEG", (n, n, 3 * n))), ("txt", b"a dog"))
+        ],
+    )
+    streams = data.load(str(tmp_path / "a.tar"), streaming=True, all_as="train")
+    assert list(streams) == ["train"]
+    assert len(list(streams["train"])) == 40
