@@ -56,7 +56,11 @@ def test_the_coco_recipe_learns_and_writes_the_lengths_of_the_official_code(tmp_
     assert {name: flags[name] for name in official} == official
 
 
-@pytest.mark.parametrize("control", [[], ["--dataset_config_name", "shuffled"]], ids=["scenes", "shuffled control"])
+@pytest.mark.parametrize(
+    "control",
+    [[], pytest.param(["--dataset_config_name", "shuffled"], marks=pytest.mark.slow)],
+    ids=["scenes", "shuffled control"],
+)
 def test_the_quickstart_runs_and_measures_truth(control, tmp_path):
     tiny.run(
         "train.py", ROOT / "recipes/quickstart/scenes.yaml", "--output_dir", tmp_path, "--max_steps", 4,
@@ -78,6 +82,7 @@ def test_a_result_has_its_evidence(name):
     assert {"command", "commit", "hardware", "versions"} <= set(result)
 
 
+@pytest.mark.slow
 def test_the_counted_vocabulary_is_the_same_in_every_process(tmp_path):
     """Or the same seed would give other numbers each time."""
     code = (

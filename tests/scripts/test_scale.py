@@ -170,6 +170,7 @@ def test_what_is_missing_is_said_before_anything_is_waited_for(model, photos, tm
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_rewrite_py_asks_no_answered_row_again_when_workers_and_driver_are_killed(tmp_path):
     source, output = write_rows(tmp_path, 400), tmp_path / "out.jsonl"
 

@@ -37,6 +37,7 @@ def test_the_command_for_a_gpu_runs_with_no_more_than_a_pytorch_image_has(tmp_pa
     assert result["hardware"]["instructions"]
 
 
+@pytest.mark.slow
 def test_every_benchmark_finds_what_it_imports():
     paths = sorted((ROOT / "benchmarks").glob("*/*.py"))
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]

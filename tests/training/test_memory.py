@@ -65,6 +65,7 @@ def measure(name: str, checkpointing: bool) -> int:
     return memory("VmHWM") - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
 @pytest.mark.parametrize("name", ["llava"])

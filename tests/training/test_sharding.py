@@ -192,6 +192,7 @@ def test_an_export_is_one_folder_that_captions_alike(trained, tmp_path):
     assert {name: found[name] for name in known} == known
 
 
+@pytest.mark.slow
 def test_rewards_of_captions_drawn_on_shares_are_those_of_two_whole_models(ranks, dataset, tmp_path):
     """SCST with the encoder trained, so with gradients through the shared encoding, and DiCO, whose reference is kept in
     shares: both as under DDP, where each process has the model."""

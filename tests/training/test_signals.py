@@ -68,6 +68,7 @@ def test_a_run_stopped_by_any_of_the_signals_ends_with_the_weights_of_an_unbroke
     assert evaluations(unbroken) == evaluations(out)
 
 
+@pytest.mark.slow
 def test_sigterm_in_an_evaluation_ends_it_at_once_and_the_next_start_makes_up_for_it(
     dataset, config, unbroken, tmp_path
 ):

@@ -34,7 +34,14 @@ def test_each_pass_has_each_pair_once_and_is_augmented_anew(unbroken):
     assert json.loads((unbroken.output / "run.json").read_text())["training"]["epochs"] == 12 * 8 / 25
 
 
-@pytest.mark.parametrize("way", [{}, {"dataloader_num_workers": 2}, {"processes": 2, "dataloader_num_workers": 1}])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"dataloader_num_workers": 2},
+        pytest.param({"processes": 2, "dataloader_num_workers": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_killed_in_each_pass_sees_what_an_unbroken_one_does(way, runs, unbroken):
     whole = runs.run(f"whole {way}", **FLAGS, **OFTEN, **way)[0] if "processes" in way else unbroken
     name = f"killed {way}"
