@@ -31,7 +31,7 @@ def environment() -> dict:
     if commit and _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results"):
         commit += " with uncommitted changes"
     return {
-        "command": FLAG_AND_SECRET.sub(r"\1***", shlex.join(["python", *map(without_secrets, sys.orig_argv[1:])])),
+        "command": shlex.join(["python", *map(_shown, sys.orig_argv, sys.orig_argv[1:])]),
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": {
@@ -58,7 +58,12 @@ def _version(package: str) -> str | None:
 
 SECRET = r"(?:token|secret|password|passwd|credentials?|authorization|(?:api|access|private|auth|q)?_?key)"
 
-FLAG_AND_SECRET = re.compile(rf"(--\w*{SECRET}(?<!kms_key) )('[^']*'|\S+)")
+SECRET_FLAG = re.compile(rf"--\w*{SECRET}(?<!kms_key)")
+
+
+def _shown(before: str, word: str) -> str:
+    """A word of a command line, which is a secret where the one before it is such a flag."""
+    return "***" if SECRET_FLAG.fullmatch(before) else without_secrets(word)
 
 
 def without_secrets(text: str) -> str:

@@ -5,6 +5,7 @@ A shard that fails is retried once after all others are done, and then given up;
 ends the run.
 """
 
+import errno
 import logging
 import time
 import traceback
@@ -88,7 +89,8 @@ def wait_for_servers(call: Callable, reachable: Callable, shard=None):
 
 def _ends_run(error: Exception) -> bool:
     """Whether it would affect every shard: a full disk, or a mistake of the user's."""
-    return "No space left" in str(error) or not getattr(error, "of_one_shard", True)
+    disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return disk_full or not getattr(error, "of_one_shard", True)
 
 
 def _last_line(error: Exception) -> str:

@@ -189,7 +189,9 @@ class ShardFolder:
         if not self.remote and not Path(self.path).parent.is_dir():
             raise UserError(f"--output {self.output}: its folder does not exist.")
         if self.single:
-            is_taken = self.system.exists(self.path.removesuffix(".shards"))
+            output = self.path.removesuffix(".shards")
+            is_empty = not self.remote and Path(output).is_dir() and not any(Path(output).iterdir())  # of tars, say
+            is_taken = self.system.exists(output) and not is_empty
         else:
             is_taken = not self.remote and self.files()
         if is_taken:

@@ -12,8 +12,11 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from common import cli
+from captioning import writers
+from common import cli, provenance
 from common.errors import BelowThreshold, DataError, Unreachable, UserError
+from jobs import queue
+from jobs.shards import ShardFolder
 from training.signals import Stopped
 
 ENDS = [
@@ -121,3 +124,24 @@ def test_a_notebooks_plotting_back_end_is_not_needed():
     code = "from reports.plots import _pyplot; print(_pyplot().get_backend())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout.strip().lower()) == (0, "agg"), done.stderr
+
+
+@pytest.mark.parametrize("secret", ["it's mine", "two words", '"', "a'b'c"])
+def test_no_part_of_a_secret_is_in_a_recorded_command(secret, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--hub_token", secret, "--seed", "1"])
+    assert provenance.environment()["command"] == "python train.py --hub_token '***' --seed 1"
+
+
+def test_an_empty_folder_is_no_output_and_a_full_disk_ends_a_run(tmp_path):
+    (tmp_path / "tars").mkdir()
+    folder = ShardFolder(str(tmp_path / "tars"), single=True)
+    folder.check()
+    (tmp_path / "tars/0.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="exists already"):
+        folder.check()
+    writers.check_tars([])
+
+    def write():
+        raise OSError(errno.ENOSPC, "There is not enough space on the disk")  # as Windows says it
+
+    assert queue.attempt(write, None).ends_run
