@@ -118,6 +118,19 @@ def in_words(overlap: dict) -> str:
     return f"{overlap['trained_on']:,} of these {overlap['images']:,} images were trained on{selected}."
 
 
+class Unrecorded:
+    """A model that was trained on the source, and whose folder has no record: a copy of a run without it."""
+
+    def __init__(self, model: str):
+        self.model = model
+
+    def held_out(self, splits, split: str):
+        raise UserError(
+            f"{self.model} was trained on this source, and {NAME}, which says on which images, is not with it: its {split} split "
+            "is not known. Name the folder of the run itself; --score_trained_images scores the split that is drawn now."
+        )
+
+
 def find(model: str | Path | None) -> Seen | None:
     """The record of a model's folder or, for a checkpoint, of its run's; None if there is none (models from elsewhere)."""
     if not model or not Path(model).is_dir():  # a name of the Hub may look like a path into this folder

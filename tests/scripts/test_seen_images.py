@@ -41,3 +41,15 @@ def test_what_was_held_out_is_scored_after_the_data_grew_and_moved_and_a_resume_
     overlap = json.loads((tmp_path / "out" / "coco_metrics.json").read_text())["seen"]
     assert overlap["images"] == len(rows) - 2
     assert 0 < overlap["trained_on"] <= len(rows) - len(trained)
+
+
+def test_the_split_of_a_run_without_a_record_is_not_known(tmp_path):
+    table = tiny.write_photos(tmp_path / "set", small_run.CAPTIONS)
+    model = tiny.build_folder(tmp_path)
+    (model / "run.json").write_text(json.dumps({"flags": {"dataset_name": str(table)}}))
+    flags = ("--model_name_or_path", model, "--dataset_name", table, "--output_dir", tmp_path / "out", *FAST)
+    assert (
+        "seen.parquet, which says on which images, is not with it" in tiny.run("evaluate.py", *flags, fails=True).stderr
+    )
+    tiny.run("evaluate.py", *flags, "--score_trained_images")
+    assert json.loads((tmp_path / "out" / "coco_metrics.json").read_text())["seen"]["trained_on"] is None
