@@ -29,7 +29,7 @@ from data.walk import walk
 
 LISTS = (".txt", ".lst", ".list")
 FORMATS = {"tar": webdataset, "parquet": parquet}
-STORAGES = {"webdataset": "tar", "parquet": "parquet"}
+STORAGES = {module.NAME: storage for storage, module in FORMATS.items()}
 
 
 def image_rows(paths: list[str], options: Options) -> Iterator[dict]:

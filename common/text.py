@@ -53,7 +53,7 @@ def _finite(value, name: str):
 
 
 def each_value(value, change: Callable, name: str = ""):
-    """JSON data in which `change(inner value, its name)` stands in place of every inner value that is no list and no object."""
+    """A copy of JSON data, with every value that is neither a list nor an object replaced by `change(value, its name)`."""
     if isinstance(value, dict):
         return {key: each_value(inner, change, key) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -146,7 +146,7 @@ def _reader(line: str, behind: Iterable[str], separator: str):
 
 
 def _cells(line: str, lines: Iterator[str], separator: str) -> tuple[list[str], int]:
-    """(cells of the row that begins with `line`, how many of `lines` it goes on over, which are taken).
+    """(cells of the row that begins with `line`, number of further `lines` that belong to it, which are consumed).
 
     Raises:
         csv.Error: a quote is not closed before another row begins, or closed in the middle of a cell.
@@ -163,7 +163,7 @@ def _cells(line: str, lines: Iterator[str], separator: str) -> tuple[list[str], 
 
 
 def _closes_behind(line: str, lines: Iterator[str], separator: str, width: int) -> bool:
-    """Whether the row that begins with `line` is sound where it goes on over lines that look like rows."""
+    """Whether the row that begins with `line` is valid if lines that look like rows of their own belong to it."""
     _, ahead = itertools.tee(lines)
     try:
         return len(next(_reader(line, itertools.islice(ahead, LONGEST_CELL), separator))) == width

@@ -268,7 +268,7 @@ def test_the_limit_counts_the_caption_and_its_end_in_a_chat():
 
 
 def test_words_of_a_caption_see_the_image_tiles_that_the_prompt_sees():
-    """Mllama's cross-attention mask goes on with that of the prompt's last token."""
+    """In Mllama's cross-attention mask each word of a caption has the row of the prompt's last token."""
     model, processor = families.build("mllama")
     batch = CaptionCollator(processor, model.config)(samples(["a dog runs", "a cat"]))
     mask, length = batch["cross_attention_mask"], batch["prompt_length"]
