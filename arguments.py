@@ -316,10 +316,10 @@ class MetricArguments(Flags):
 
 @dataclass
 class ObjectiveArguments(Flags):
-    HEADING = "the objectives scst and dico"
+    HEADING = "the objectives scst, dico and grpo"
     reward: str = flag(
         "cider:1.0",
-        "With scst and dico: rewards and their weights, such as 'cider:1.0 clip-s:0.5'. cider is CIDEr-D with the "
+        "With scst, dico and grpo: rewards and their weights, such as 'cider:1.0 clip-s:0.5'. cider is CIDEr-D with the "
         "training split's document frequencies, bleu is BLEU-4 of the caption; both use all references and count the "
         "end of the caption. rouge-l is as evaluate.py's. length, repetition and bad-endings are of the caption alone, with "
         "a negative weight to be avoided. FILE.py:FUNCTION:WEIGHT is a function of yours. clip-s, pac-s, pac-s++ (with the prefix ref-: with references) are clip_metrics, as in "
@@ -338,6 +338,33 @@ class ObjectiveArguments(Flags):
     )
     scst_temperature: float = flag(1.0, "With scst: temperature of the sampling.")
     scst_top_p: float = flag(1.0, "With scst: sample from the most likely words that together have this probability.")
+    num_generations: int = flag(8, "With grpo: captions drawn per image.")
+    num_iterations: int = flag(1, "With grpo: optimizer steps in a row that learn from the same captions.")
+    beta: float = flag(
+        0.0, "With grpo: weight of the KL divergence from the model that it starts from; 0 computes none."
+    )
+    epsilon: float = flag(
+        0.2, "With grpo: a token's probability is made at most this share lower by num_iterations steps together."
+    )
+    epsilon_high: float | None = flag(None, "With grpo: the same for higher. Default: epsilon.")
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group",
+        "With grpo: what advantages are divided by: the standard deviation of the image's rewards (group), of all of the "
+        "step (batch), or nothing (none).",
+    )
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = flag(
+        "dapo",
+        "With grpo: the loss is the mean over the tokens of a step (dapo), over its captions (grpo), or the sum over captions "
+        "times max_new_tokens (dr_grpo).",
+    )
+    mask_truncated_completions: bool = flag(
+        False, "With grpo: captions that were cut at max_new_tokens do not count in the loss."
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = flag(
+        "sum_then_normalize",
+        "With grpo and several rewards: normalize_then_sum brings each to mean 0 and deviation 1 within an image before "
+        "they are weighted, for rewards of different scales.",
+    )
 
     def __post_init__(self):
         if self.scst_baseline not in ("leave_one_out", "greedy"):
@@ -353,10 +380,20 @@ class ObjectiveArguments(Flags):
             raise UserError(f"scst_temperature must be above 0, not {self.scst_temperature}.")
         if not 0 <= self.ce_weight < 1:
             raise UserError(f"ce_weight must be at least 0 and below 1, not {self.ce_weight}.")
+        for name, least in {
+            "num_generations": 2,
+            "num_iterations": 1,
+            "beta": 0,
+            "epsilon": 0,
+            "epsilon_high": 0,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}.")
 
 
 # The score that selects the best checkpoint, if metric_for_best_model is not given.
-BEST = {"cross_entropy": "sacrebleu", "scst": "CIDEr", "dico": "RefPAC-S"}
+BEST = {"cross_entropy": "sacrebleu", "scst": "CIDEr", "dico": "RefPAC-S", "grpo": "CIDEr"}
 
 
 # Flags of transformers that would have no effect here, or that another flag replaces.
@@ -407,8 +444,8 @@ class TrainFlags(LogArguments):
     HEADING = "training"
     objective: str = flag(
         "cross_entropy",
-        "What to learn from: cross_entropy on the references; or rewards of the model's own captions, with scst or "
-        "dico. These start from a trained captioner, and a sample is an image with all its captions.",
+        "What to learn from: cross_entropy on the references; or rewards of the model's own captions, with scst, "
+        "dico or grpo. These start from a trained captioner, and a sample is an image with all its captions.",
     )
     dry_run: bool = free(
         False,
@@ -436,7 +473,7 @@ class TrainFlags(LogArguments):
     metric_for_best_model: str | None = flag(
         None,
         "Score that selects the best checkpoint: sacrebleu, CIDEr, Bleu_4, ROUGE_L or one of clip_metrics (CLIP-S, "
-        "RefCLIP-S, ...) on the validation split, or loss. Default: sacrebleu, with scst CIDEr, with dico RefPAC-S, or "
+        "RefCLIP-S, ...) on the validation split, or loss. Default: sacrebleu, with scst and grpo CIDEr, with dico RefPAC-S, or "
         "RefCLIP-S if the reward is clip-s.",
     )
     patience: int | None = flag(

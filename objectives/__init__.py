@@ -6,11 +6,12 @@ from common.errors import UserError
 from metrics.clip_scores import NAMES
 from objectives.cross_entropy import CrossEntropy, caption_loss, token_log_probs
 from objectives.dico import Dico
+from objectives.grpo import Grpo
 from objectives.rewards import RecordRows, Rewards, clip_metrics_of, parse_rewards
 from objectives.scst import SelfCritical
 
 logger = logging.getLogger(__name__)
-REWARDED = ("scst", "dico")  # learn from rewards of the model's own captions
+REWARDED = ("scst", "dico", "grpo")  # learn from rewards of the model's own captions
 
 __all__ = ["CrossEntropy", "build_objective", "caption_loss", "check_objective", "token_log_probs"]
 
@@ -54,6 +55,20 @@ def build_objective(args, objective_args, captioner, train, scorers=(), caption_
             sampled=objective_args.dico_sampled,
             beta=objective_args.dico_beta,
             tau=objective_args.dico_tau,
+        )
+    if args.objective == "grpo":
+        return Grpo(
+            captioner,
+            rewards,
+            num_generations=objective_args.num_generations,
+            num_iterations=objective_args.num_iterations,
+            beta=objective_args.beta,
+            epsilon=objective_args.epsilon,
+            epsilon_high=objective_args.epsilon_high,
+            scale_rewards=objective_args.scale_rewards,
+            loss_type=objective_args.loss_type,
+            mask_truncated_completions=objective_args.mask_truncated_completions,
+            multi_objective_aggregation=objective_args.multi_objective_aggregation,
         )
     return SelfCritical(
         captioner,

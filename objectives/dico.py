@@ -6,14 +6,11 @@ what counts is by how much its preference exceeds the starting model's.
 """
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
 
 from collator import IGNORE
-from common.sharding import gathered
-from models.vision import has_gradients
 from objectives.cross_entropy import images_that_count, target_logits
-from objectives.policy import SAMPLING, draw, facts, switch_off_dropout
+from objectives.policy import SAMPLING, StartingModel, draw, facts, switch_off_dropout
 
 
 def dico_loss(
@@ -59,10 +56,9 @@ class Dico:
     The candidates are the k beams of one beam search, or k samples, of the current model. Those with the same text
     count as one candidate, the first: two beams may tokenize a word differently, two samples may be equal.
 
-    The reference is the model as it was when this object was made. Only trained weights are copied, and swapped in for
-    its pass: with a new adapter it is the network without one, and the whole network is never copied. If the vision
-    encoder is not trained, an image is encoded once for decoding, policy and reference; else the reference encodes it
-    again. Dropout is off: it would be most of the difference between two passes.
+    The reference is the model as it was when this object was made (StartingModel). If the vision encoder is not trained,
+    an image is encoded once for decoding, policy and reference; else the reference encodes it again. Dropout is off: it
+    would be most of the difference between two passes.
 
     Logged: `reward` (mean over candidates), `reward_best`, and `reward_NAME` of its parts; `chosen`, `rejected` and
     `margin` (beta times the log-ratios of `preferences`); `kl` (nats per caption: the divergence of the next-token
@@ -77,8 +73,7 @@ class Dico:
         self.decoding = SAMPLING if sampled else {"do_sample": False, "num_beams": candidates}
         self.decoding = self.decoding | {"num_return_sequences": candidates}
         switch_off_dropout(captioner.model)
-        self.trained = [parameter for parameter in captioner.model.parameters() if parameter.requires_grad]
-        self.start = [parameter.detach().clone() for parameter in self.trained]
+        self.start = StartingModel(captioner)
 
     def items(self, batch: dict) -> int:
         """The number of items that the loss is a mean over: images, instead of target tokens."""
@@ -95,11 +90,7 @@ class Dico:
 
         passed = self.captioner.training_batch(encoded, candidates.tokens)
         row = (passed["labels"] != IGNORE).nonzero()[:, 0]
-        # If the encoder is trained, the reference encodes the images again.
-        of_reference = passed
-        if has_gradients(encoded):
-            of_reference = self.captioner.training_batch(batch, candidates.tokens)
-        reference = self.reference_log_probs(of_reference)
+        reference = self.start.logits(batch, encoded, candidates.tokens).log_softmax(dim=-1)
         logits, targets = target_logits(model, passed)
         policy = logits.float().log_softmax(dim=-1)
 
@@ -126,24 +117,3 @@ class Dico:
             "distinct": counted.float().mean(),
             **facts(candidates),
         }
-
-    @torch.no_grad()
-    def reference_log_probs(self, passed: dict) -> torch.Tensor:
-        """(targets, vocabulary) log-probabilities of the starting model where `passed` has targets."""
-        device, dtype = passed["input_ids"].device.type, self.captioner.autocast
-        self._exchange_weights()
-        try:
-            with gathered(self.captioner.model), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                logits, _ = target_logits(self.captioner.model, passed)
-        finally:
-            self._exchange_weights()
-        return logits.float().log_softmax(dim=-1)
-
-    def _exchange_weights(self) -> None:
-        for i, parameter in enumerate(self.trained):
-            if isinstance(parameter, DTensor):  # FSDP keeps the address of a shard
-                own, other = parameter.to_local(), self.start[i].to_local()
-                kept = own.clone()
-                own.copy_(other), other.copy_(kept)
-            else:
-                parameter.data, self.start[i] = self.start[i].to(parameter.device), parameter.data

@@ -6,11 +6,19 @@ Shared by the objectives that learn from the model's own captions.
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor
+from torch.distributed.tensor import DTensor
+from transformers import (
+    LogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common.processes import fork_rng
 from common.sharding import gathered
 from metrics import ends_badly, repeated_bigrams, tokenize
+from models.vision import has_gradients
+from objectives.cross_entropy import target_logits
 
 # Settings of generate for greedy decoding, and for sampling from the model's own distribution (the library's default
 # top_k is 50).
@@ -67,6 +75,65 @@ def draw(captioner, batch: dict, **settings) -> Candidates:
     k = settings.get("num_return_sequences", 1)
     starts = range(0, len(tokens), k)
     return Candidates(tokens, [texts[i : i + k] for i in starts], [ended[i : i + k] for i in starts])
+
+
+class Distribution:
+    """What captions are sampled from: the model's own distribution, changed by temperature and top-p, without the
+    placeholders of images. `settings` are those of `draw`."""
+
+    def __init__(self, captioner, temperature: float = 1.0, top_p: float = 1.0):
+        self.settings = SAMPLING | {"temperature": temperature, "top_p": top_p}
+        self.warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+        self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        if captioner.collator.placeholders:  # never drawn
+            self.warpers.append(SuppressTokensLogitsProcessor(captioner.collator.placeholders, captioner.model.device))
+
+    def log_probs(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each target under the distribution that was drawn from, and the entropy of that, in nats:
+        two (tokens,) tensors, from logits (tokens, vocabulary)."""
+        warped = logits
+        for warper in self.warpers:
+            warped = warper(None, warped)
+        if self.warpers:
+            # A drawn token was in the nucleus, even if the two passes round to different sides of its edge.
+            own = logits.gather(1, targets[:, None]) / self.settings["temperature"]
+            warped = warped.scatter(1, targets[:, None], own)
+        log_probs = warped.log_softmax(dim=-1)
+        entropy = torch.special.entr(log_probs.detach().exp()).sum(dim=-1)
+        return log_probs.gather(1, targets[:, None])[:, 0], entropy
+
+
+class StartingModel:
+    """The model as it was when this object was made. Only trained weights are copied, and swapped in for its pass: with a
+    new adapter it is the network without one, and the whole network is never copied."""
+
+    def __init__(self, captioner):
+        self.captioner = captioner
+        self.trained = [parameter for parameter in captioner.model.parameters() if parameter.requires_grad]
+        self.weights = [parameter.detach().clone() for parameter in self.trained]
+
+    @torch.no_grad()
+    def logits(self, batch: dict, encoded: dict, rows: list[list[int]]) -> torch.Tensor:
+        """(targets, vocabulary) float32 logits of `rows` of token ids, equally many for each image of `batch`, which is also
+        given `encoded`: images whose encoder is trained are encoded again."""
+        passed = self.captioner.training_batch(batch if has_gradients(encoded) else encoded, rows)
+        device, dtype = passed["input_ids"].device.type, self.captioner.autocast
+        self._exchange_weights()
+        try:
+            with gathered(self.captioner.model), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                logits, _ = target_logits(self.captioner.model, passed)
+        finally:
+            self._exchange_weights()
+        return logits.float()
+
+    def _exchange_weights(self) -> None:
+        for i, parameter in enumerate(self.trained):
+            if isinstance(parameter, DTensor):  # FSDP keeps the address of a shard
+                own, other = parameter.to_local(), self.weights[i].to_local()
+                kept = own.clone()
+                own.copy_(other), other.copy_(kept)
+            else:
+                parameter.data, self.weights[i] = self.weights[i].to(parameter.device), parameter.data
 
 
 def facts(candidates: Candidates) -> dict[str, torch.Tensor]:

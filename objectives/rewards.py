@@ -1,4 +1,4 @@
-"""Rewards of candidate captions: what SCST and DiCO learn from.
+"""Rewards of candidate captions: what SCST, DiCO and GRPO learn from.
 
 A reward is a function
 
@@ -142,8 +142,14 @@ class Rewards:
         """The reward of each candidate, (images, candidates), and its unweighted parts by name, of your own by the function's."""
         references = [self.references[image_id] for image_id in image_ids]
         parts = {name: reward(image_ids, candidates, references, ended) for name, reward in self.rewards.items()}
-        total = sum(self.weights[name] * part.nan_to_num() for name, part in parts.items())
-        return total, {name.rpartition(":")[2]: part for name, part in parts.items()}
+        parts = {name.rpartition(":")[2]: part for name, part in parts.items()}
+        return self.weighted(parts), parts
+
+    def weighted(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of rewards, in the order of their names; NaN counts as 0."""
+        return sum(
+            weight * part.nan_to_num() for weight, part in zip(self.weights.values(), parts.values(), strict=True)
+        )
 
 
 class RecordRows:

@@ -17,16 +17,11 @@ What the gradient is of. The policy is exactly the distribution that captions ar
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import (
-    LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList
 
 from collator import IGNORE
 from objectives.cross_entropy import target_logits
-from objectives.policy import SAMPLING, LastIsGreedy, draw, facts, switch_off_dropout
+from objectives.policy import Distribution, LastIsGreedy, draw, facts, switch_off_dropout
 
 
 class SelfCritical:
@@ -64,14 +59,11 @@ class SelfCritical:
     ):
         self.captioner, self.rewards = captioner, rewards
         self.samples, self.baseline = samples, baseline
-        self.sampling = SAMPLING | {"temperature": temperature, "top_p": top_p, "num_return_sequences": samples}
+        self.distribution = Distribution(captioner, temperature, top_p)
+        self.sampling = self.distribution.settings | {"num_return_sequences": samples}
         if baseline == "greedy":
             together = LogitsProcessorList([LastIsGreedy(samples + 1)])
             self.sampling |= {"num_return_sequences": samples + 1, "logits_processor": together}
-        self.warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
-        self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-        if captioner.collator.placeholders:  # never drawn
-            self.warpers.append(SuppressTokensLogitsProcessor(captioner.collator.placeholders, captioner.model.device))
         self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
         switch_off_dropout(captioner.model)
 
@@ -102,7 +94,7 @@ class SelfCritical:
         logits, targets = target_logits(model, passed)
         logits, row = logits.float(), (passed["labels"] != IGNORE).nonzero()[:, 0]
         of_sample = is_sample[row]
-        log_probs, entropy = self.log_probs(logits[of_sample], targets[of_sample])
+        log_probs, entropy = self.distribution.log_probs(logits[of_sample], targets[of_sample])
         log_probs = torch.zeros(len(is_sample), device=labels.device).index_add(0, row[of_sample], log_probs)
         log_probs = log_probs[is_sample].view(images, self.samples)
 
@@ -124,17 +116,3 @@ class SelfCritical:
             logged["ce_loss"] = summed / (~of_sample).sum()
             loss = self.ce_weight * summed / items + (1 - self.ce_weight) * loss
         return {"loss": loss, **logged}
-
-    def log_probs(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each target under the distribution that was drawn from, and the entropy of that, in nats:
-        two (tokens,) tensors, from logits (tokens, vocabulary)."""
-        warped = logits
-        for warper in self.warpers:
-            warped = warper(None, warped)
-        if self.warpers:
-            # A drawn token was in the nucleus, even if the two passes round to different sides of its edge.
-            own = logits.gather(1, targets[:, None]) / self.sampling["temperature"]
-            warped = warped.scatter(1, targets[:, None], own)
-        log_probs = warped.log_softmax(dim=-1)
-        entropy = torch.special.entr(log_probs.detach().exp()).sum(dim=-1)
-        return log_probs.gather(1, targets[:, None])[:, 0], entropy

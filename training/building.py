@@ -121,7 +121,11 @@ def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_arg
     data_args.max_txt_len = data_args.max_txt_len or PUBLISHED
     no_augmentations = {"augmentation": None, "text_augmentation": None}
     collator = build_collator(captioner, no_augmentations, data_args).for_evaluation()
-    drawn = {"scst": objective_args.scst_samples, "dico": objective_args.dico_candidates}
+    drawn = {
+        "scst": objective_args.scst_samples,
+        "dico": objective_args.dico_candidates,
+        "grpo": objective_args.num_generations,
+    }
     rows = drawn.get(args.objective, data_args.captions_per_image)
     found = plan(model, collator, args, rows, data_args.max_txt_len, model_args.quantization)
     if args.process_index == 0:

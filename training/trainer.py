@@ -126,8 +126,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
-        sampler = StreamBatches if isinstance(self.train_dataset, CaptionStream) else TrainingBatches
-        self.batches = sampler(self.train_dataset, self.args, self._train_batch_size)
+        if isinstance(self.train_dataset, CaptionStream):
+            self.batches = StreamBatches(self.train_dataset, self.args, self._train_batch_size)
+        else:
+            iterations = getattr(self.objective, "num_iterations", 1)
+            self.batches = TrainingBatches(self.train_dataset, self.args, self._train_batch_size, iterations)
         return self.batches
 
     def _run_epoch(self, *, epoch, **kwargs):
@@ -192,10 +195,14 @@ class CaptionTrainer(Seq2SeqTrainer):
         if items is not None:
             # The Trainer skips each row's first label, which is a target if a decoder has no prompt (T5).
             count = getattr(self.objective, "items", lambda batch: int(batch["labels"].ne(-100).sum()))
-            items = torch.tensor(sum(map(count, batches)), device=self.args.device)
-            if self.args.average_tokens_across_devices:
-                items = self.accelerator.reduce(items, "sum")
+            items = self._total(torch.tensor(sum(map(count, batches)), device=self.args.device))
+        if hasattr(self.objective, "begin_step"):
+            self.objective.begin_step(batches, self.batches.is_repeated(self.state.global_step), self._total)
         return batches, items
+
+    def _total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes that a loss is a mean over."""
+        return self.accelerator.reduce(tensor, "sum") if self.args.average_tokens_across_devices else tensor
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -292,8 +299,17 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
+        if getattr(self.objective, "num_iterations", 1) > 1:
+            torch.save(self.objective.state_dict(), Path(output_dir, f"drawn_{self.args.process_index}.pt"))
         # Next, the first process writes what marks the checkpoint as complete (training.checkpoints).
         self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint):
+        # Called when the batches of the first step are there, as random numbers that they took would count.
+        super()._load_rng_state(checkpoint)
+        drawn = [torch.load(file, "cpu", weights_only=True) for file in sorted(Path(checkpoint).glob("drawn_*.pt"))]
+        if drawn:
+            self.objective.load_state_dicts(drawn)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -350,7 +366,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 # The Trainer's methods that are overridden above: if one were renamed, its override would silently not be called.
 _OVERRIDDEN = (
     "_get_train_sampler", "_run_epoch", "_load_best_model", "_save_optimizer_and_scheduler", "_prepare_for_training", "create_accelerator_and_postprocess", "_load_from_checkpoint", "_push_from_checkpoint", "_save",
-    "create_model_card", "get_batch_samples",
+    "create_model_card", "get_batch_samples", "_save_rng_state", "_load_rng_state",
 )  # fmt: skip
 if missing := [name for name in _OVERRIDDEN if not hasattr(Seq2SeqTrainer, name)]:
     raise ImportError(

@@ -36,6 +36,7 @@ OPTIONS = {
     "LoRA": laws.FROM_A_MODEL | {"use_peft": "true", "lora_r": 4, "lora_dropout": 0.1, "feature_cache": "off"},
     "SCST": REWARDED | {"objective": "scst", "scst_samples": 2},
     "DiCO": REWARDED | {"objective": "dico", "dico_candidates": 2},
+    "GRPO": REWARDED | {"objective": "grpo", "num_generations": 2, "num_iterations": 2, "beta": 0.1},
     "captions_per_image 2": {"captions_per_image": 2},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "patience": {"patience": 2, "metric_for_best_model": "loss", "greater_is_better": "true", "learning_rate": 1e-4},
@@ -43,7 +44,7 @@ OPTIONS = {
     "warm-up": {"warmup_steps": 5, "lr_scheduler_type": "cosine"},
     "stream": {"streaming": "true", "max_steps": 12},
 }
-NOISY = ("LoRA", "SCST")  # each process draws its own
+NOISY = ("LoRA", "SCST", "GRPO")  # each process draws its own
 TWO = {"processes": 2}
 WAYS = {
     "2 workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": "true"},

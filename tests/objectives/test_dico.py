@@ -181,10 +181,10 @@ def test_the_weights_are_the_models_own_again_after_a_step(captioner):
     objective = Dico(captioner, FixedRewards(), candidates=3)
     disturb(captioner.model)
     before = copy.deepcopy(captioner.model.state_dict())
-    start = [value.clone() for value in objective.start]
+    start = [value.clone() for value in objective.start.weights]
     logged = objective(captioner.model, batch_of(captioner, 2))
     assert all(value.equal(before[name]) for name, value in captioner.model.state_dict().items())
-    assert all(one.equal(other) for one, other in zip(start, objective.start, strict=True))
+    assert all(one.equal(other) for one, other in zip(start, objective.start.weights, strict=True))
     assert logged["kl"] > 0.01
     # At the start there is no divergence, and nothing to prefer.
     fresh = Dico(captioner, FixedRewards(), candidates=3)(captioner.model, batch_of(captioner, 2))
@@ -196,11 +196,12 @@ def test_with_an_adapter_the_reference_is_the_network_without_it(captioner):
     plain = copy.deepcopy(captioner.model)
     captioner.model = get_peft_model(captioner.model, LoraConfig(r=2, target_modules=["query", "value"]))
     objective = Dico(captioner, FixedRewards(), candidates=3)
-    assert sum(value.numel() for value in objective.start) < 0.1 * sum(p.numel() for p in plain.parameters())
+    assert sum(value.numel() for value in objective.start.weights) < 0.1 * sum(p.numel() for p in plain.parameters())
     disturb(captioner.model, size=0.5)
     batch = batch_of(captioner, 2)
-    passed = captioner.training_batch(captioner.encode(batch), [[5, 6, 3]] * 4)
-    reference = objective.reference_log_probs(passed)
+    encoded = captioner.encode(batch)
+    passed = captioner.training_batch(encoded, [[5, 6, 3]] * 4)
+    reference = objective.start.logits(batch, encoded, [[5, 6, 3]] * 4).log_softmax(dim=-1)
     expected, _ = target_logits(plain, captioner.training_batch(batch, [[5, 6, 3]] * 4))
     torch.testing.assert_close(reference, expected.log_softmax(dim=-1), atol=1e-5, rtol=0)
     own, _ = target_logits(captioner.model, passed)

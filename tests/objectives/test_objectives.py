@@ -21,6 +21,7 @@ from models.loading import load_model
 from objectives import build_objective
 from objectives.cross_entropy import mean_log_probs
 from objectives.dico import Dico
+from objectives.grpo import Grpo
 from objectives.scst import SelfCritical
 
 
@@ -82,7 +83,7 @@ def test_a_reward_is_the_score_that_an_evaluation_in_the_captions_language_gives
     assert rewards["en"].max() < 1e-3
 
 
-@pytest.mark.parametrize(("objective", "prefix"), [(SelfCritical, "scst_"), (Dico, "dico_")])
+@pytest.mark.parametrize(("objective", "prefix"), [(SelfCritical, "scst_"), (Dico, "dico_"), (Grpo, "")])
 def test_without_settings_an_objective_is_that_of_train_py_without_flags(objective, prefix):
     flags = vars(ObjectiveArguments()) | {"label_smoothing": 0.0}  # the only one that train.py has another default for
     own = {name: value.default for name, value in inspect.signature(objective).parameters.items()}

@@ -118,6 +118,52 @@ def test_rewards_are_of_each_image_once_in_any_number_of_processes(objective, ru
             assert two.logged(name) == pytest.approx(one.logged(name), abs=1e-5), name
 
 
+GRPO = {"objective": "grpo", "reward": "cider:1.0", "num_generations": 2, "num_iterations": 3, "beta": 0.1}
+GRPO |= laws.FROM_A_MODEL | {"num_train_epochs": 3, "num_beams": 1, "eval_strategy": "no"}
+
+
+@pytest.fixture(scope="module")
+def twice(runs, unbroken):
+    """A run of GRPO whose steps come three times: of 13 images, 8 of them do, then 5 once."""
+    return runs.run("grpo", model_name_or_path=unbroken.output, **GRPO, save_strategy="no")[0]
+
+
+def test_a_step_that_is_repeated_has_the_same_images_and_the_next_has_others(twice):
+    images = [sorted(sample["image"] for sample in step["samples"]) for step in twice.steps().values()]
+    assert [len(step) for step in images] == [8, 8, 8, 5] * 3
+    for epoch in (images[:4], images[4:8], images[8:]):
+        assert epoch[0] == epoch[1] == epoch[2]
+        assert len({*epoch[2], *epoch[3]}) == 13
+    rewards = [*twice.logged("reward").values()]
+    assert rewards[0] == rewards[1] == rewards[2] != rewards[4]
+    noise = list(twice.noise().values())
+    assert noise[1] == noise[2]  # nothing is drawn
+
+
+@pytest.mark.parametrize("moment", ["step 3", "step 7"])
+def test_a_run_that_is_killed_between_updates_of_the_same_captions_goes_on_with_them(moment, runs, unbroken, twice):
+    flags = GRPO | {"model_name_or_path": unbroken.output, "save_strategy": "steps", "save_steps": 1}
+    name = f"grpo killed at {moment}"
+    runs.run(name, **flags, moment=moment, code=-9)
+    other, logs = runs.run(name, **flags)
+    assert "resuming from" in logs[0]
+    assert other.steps() == twice.steps()
+    for logged in ("loss", "reward", "kl"):
+        assert other.logged(logged) == twice.logged(logged), logged
+    assert equal_weights(other.output, twice.output)
+
+
+def test_other_processes_go_on_with_the_same_captions(runs, unbroken):
+    flags = GRPO | {"model_name_or_path": unbroken.output, "save_strategy": "steps", "save_steps": 1}
+    whole, _ = runs.run("grpo of two", processes=2, **flags)
+    runs.run("grpo by fewer", processes=2, **flags, moment="step 3", code=-9)
+    fewer, _ = runs.run("grpo by fewer", **flags, allow_other_processes="true")
+    assert fewer.steps() == whole.steps()
+    for name in ("loss", "reward"):  # other values are means over batches, which are others
+        ours, theirs = fewer.logged(name), whole.logged(name)
+        assert [ours[step] for step in (1, 2, 3)] == pytest.approx([theirs[step] for step in (1, 2, 3)], abs=1e-5), name
+
+
 # The loss, of which a high one is wanted here, falls from the first evaluation on.
 PATIENT = {"num_train_epochs": 12, "patience": 5, "metric_for_best_model": "loss", "greater_is_better": "true"}
 PATIENT |= {"learning_rate": 1e-4, "save_total_limit": 20}
