@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.existence import check_exists, exists
 from common.flags import Flags
 from common.packages import check_packages
+from common.prompts import template_of
 from common.text import read_text
 from common.trainer_flags import trainer_flags
 
@@ -227,7 +228,16 @@ class GenerationArguments(Flags):
     """Unset flags take the settings that the checkpoint was trained with (its generation_config.json)."""
 
     HEADING = "captions"
-    prompt: str | None = flag(None, "Words that every caption continues. Default: the checkpoint's own, else none.")
+    prompt: str | None = flag(
+        None,
+        "Words that every caption continues, or the question that a chat model is asked. It may hold columns of the data, "
+        "'Describe this {category}. Tags: {tags}'; braces that are text are doubled. Default: the checkpoint's own, else a "
+        "conversation's own question where the family is asked one, else the family's.",
+    )
+    prompt_column: str | None = flag(None, "Column of each image's own prompt, in place of --prompt.")
+    system_prompt: str | None = flag(
+        None, "System message of a chat model, before every prompt. Default: the one it was trained with, else none."
+    )
     keep_prompt: bool = flag(
         False, "Keep the prompt's words at the front of the captions; always, if the checkpoint was trained with it."
     )
@@ -252,6 +262,14 @@ class GenerationArguments(Flags):
     no_repeat_ngram_size: int | None = flag(
         None, "No n-gram of this size occurs twice. Default: the checkpoint's, else 0."
     )
+
+    def __post_init__(self):
+        template_of(self.prompt, self.prompt_column)
+
+    def settings(self) -> dict:
+        """These flags as Captioner takes them."""
+        flags = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "prompt_column"}
+        return flags | {"prompt": template_of(self.prompt, self.prompt_column)}
 
 
 @dataclass

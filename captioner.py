@@ -49,7 +49,9 @@ class Captioner:
 
     `settings` are those of `generate`; one that is None or absent is taken from the checkpoint (its
     generation_config.json), else from DEFAULTS. Nothing else of that file counts: models.decoding.drop_leftovers takes it
-    out of the model. `prompt` None is the prompt that the checkpoint was trained with. The prompt's words are left out of
+    out of the model. `prompt` None is the prompt that the checkpoint was trained with; one that holds columns (data.prompts)
+    is for records that have theirs filled in, and `own_questions` says that records' own are the questions of conversations.
+    `system_prompt` is for chat models. The prompt's words are left out of
     the captions, unless `keep_prompt`; `remove_illegal_characters` removes those of metrics.coco_caption.text_checks from
     every caption; both also if the checkpoint was trained with it. `fast_jpeg` and `corruption` are ImageCollator's.
     """
@@ -60,6 +62,8 @@ class Captioner:
         processor,
         *,
         prompt=None,
+        system_prompt=None,
+        own_questions=False,
         keep_prompt=False,
         autocast=None,
         fast_jpeg=False,
@@ -73,10 +77,10 @@ class Captioner:
         self.keep_prompt = keep_prompt or own.get("keep_prompt", False)
         self.filtered = remove_illegal_characters or own.get("remove_illegal_characters", False)
         default = getattr(model.config, "caption_prompt", family_of(model.config).default_words)
-        self.prompt = default if prompt is None else prompt
-        self.collator = ImageCollator(
-            processor, model.config, prompt=self.prompt, fast_jpeg=fast_jpeg, corruption=corruption
-        )
+        self.prompt, self.own_questions = default if prompt is None else prompt, own_questions
+        self.system_prompt = own.get("system_prompt") if system_prompt is None else system_prompt
+        asked = {"prompt": self.prompt, "system_prompt": self.system_prompt}
+        self.collator = ImageCollator(processor, model.config, **asked, fast_jpeg=fast_jpeg, corruption=corruption)
         self.asked = {n: float(v) if n in FLOATS else v for n, v in settings.items() if v is not None}
         drop_leftovers(base_model(model))
         self.settings = {name: getattr(model.generation_config, name, None) for name in DEFAULTS}
@@ -102,6 +106,8 @@ class Captioner:
             self.model,
             self.processor,
             prompt=self.prompt if prompt is None else prompt,
+            system_prompt=self.system_prompt,
+            own_questions=self.own_questions,
             keep_prompt=self.keep_prompt,
             autocast=self.autocast,
             fast_jpeg=self.fast_jpeg,
@@ -132,9 +138,15 @@ class Captioner:
         self.model.config.caption_text = {
             "keep_prompt": self.keep_prompt,
             "remove_illegal_characters": self.filtered,
+            **self._asked(),
         }
         # Beams' settings of the checkpoint before would not let a greedy one be saved.
         self.model.generation_config.update(**dict.fromkeys(WITHOUT_BEAMS) | self.settings)
+
+    def _asked(self) -> dict:
+        """What is asked besides the prompt, if anything."""
+        asked = {"system_prompt": self.system_prompt, "own_questions": self.own_questions}
+        return {name: value for name, value in asked.items() if value}
 
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
@@ -144,7 +156,7 @@ class Captioner:
             how["corrupt"] = self.corruption.spec
         if self.filtered:
             how["remove_illegal_characters"] = True
-        return {"prompt": self.prompt, "keep_prompt": self.keep_prompt, **self.settings, **how}
+        return {"prompt": self.prompt, **self._asked(), "keep_prompt": self.keep_prompt, **self.settings, **how}
 
     def __call__(self, images: list) -> list[str]:
         """One caption per image, for a list of anything that data.open_image takes."""
@@ -158,14 +170,16 @@ class Captioner:
             with torch.inference_mode():
                 encoded = self.encode(batch)
                 with self._precision():
-                    encoded |= read_prompts(self.model, model_inputs(self.model.config, encoded))
+                    read = read_prompts(self.model, model_inputs(self.model.config, encoded))
+                encoded |= read if CACHE in read else {}
+            encoded["prompts"] = batch.get("prompts", ())
             by_setting = [captioner.caption_batch(encoded) for captioner in sweep]
             return [[captions[0] for captions in of_image] for of_image in zip(*by_setting, strict=True)]
         tokens = self.generate_tokens(batch)
         self.written += len(tokens)
         self.cut += int((tokens != self.collator.end).all(dim=1).sum())
         per_image = len(tokens) // len(batch["input_ids"])
-        texts = self.texts(tokens)
+        texts = self.texts(tokens, [prompt for prompt in batch.get("prompts", ()) for _ in range(per_image)])
         return [texts[i : i + per_image] for i in range(0, len(texts), per_image)]
 
     @torch.inference_mode()
@@ -175,6 +189,10 @@ class Captioner:
         the captioner's own."""
         inputs, settings = self._on_device(batch), self.search(**settings)
         prompt = inputs["input_ids"]
+        if not self.collator.joint and self.collator.decoder_prompt is None:
+            pads = prompt.shape[1] - inputs["attention_mask"].sum(dim=1)
+            if pads.any():
+                return self._generate_by_length(inputs, pads, settings)
         check_lengths(self.model.config, prompt.shape[1], settings)
         if self.model.config.model_type == "blip":
             # Its generate() takes no padding, and drops the last token, expecting [SEP].
@@ -196,6 +214,19 @@ class Captioner:
         output.sequences = output.sequences[:, before:]
         return output
 
+    def _generate_by_length(self, inputs: dict, pads: torch.Tensor, settings: dict) -> torch.LongTensor:
+        """generate_tokens, for images with equally long prompts at a time: some families count positions from the beginning
+        of the row, and padding there would be read."""
+        rows, tokens = [], []
+        for pad in pads.unique().tolist():
+            rows.append((pads == pad).nonzero()[:, 0])
+            group = {name: value[rows[-1]] for name, value in inputs.items()}
+            group |= {name: group[name][:, pad:] for name in ("input_ids", "attention_mask")}
+            tokens.append(self.generate_tokens(group, **settings).unflatten(0, (len(rows[-1]), -1)))
+        longest = max(found.shape[2] for found in tokens)
+        tokens = [torch.nn.functional.pad(f, (0, longest - f.shape[2]), value=self.collator.pad) for f in tokens]
+        return torch.cat(tokens)[torch.cat(rows).argsort()].flatten(0, 1)
+
     def search(self, **settings) -> dict:
         """All that `generate` is told besides the model's inputs: `settings`, else the captioner's own; and which tokens
         end a caption, pad it, and are never in it."""
@@ -214,12 +245,15 @@ class Captioner:
         with self._precision():
             return encode_once(self.model, inputs)
 
-    def texts(self, tokens: torch.LongTensor) -> list[str]:
-        """The captions of rows of generated tokens."""
+    def texts(self, tokens: torch.LongTensor, prompts: list[str] | None = None) -> list[str]:
+        """The captions of rows of generated tokens; `prompts` are those of the rows (default: the captioner's)."""
         texts = [" ".join(t.split()) for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
         if self.filtered:
             texts = [remove_illegal_characters(text) for text in texts]
-        return [f"{self.collator.words} {text}".strip() for text in texts] if self.keep_prompt else texts
+        if not self.keep_prompt:
+            return texts
+        prompts = prompts or [self.collator.words] * len(texts)
+        return [f"{prompt.rstrip()} {text}".strip() for prompt, text in zip(prompts, texts, strict=True)]
 
     def rows(self, tokens: torch.LongTensor) -> list[list[int]]:
         """Generated token ids without padding, including the end token where it was reached."""

@@ -8,7 +8,9 @@ from PIL import Image
 
 from common.errors import UserError
 from common.processes import in_threads
+from common.prompts import columns_in, plain
 from data import ImageError, open_image
+from data.prompts import PROMPTS
 from models.families import decoder_prompt, family_of, is_encoder_decoder, placeholders, special_tokens
 
 IGNORE = -100  # torch's cross-entropy ignores targets of this value
@@ -18,7 +20,8 @@ class CaptionCollator:
     """Training batches: pixels, decoder inputs, and labels that are -100 wherever there is nothing to learn.
 
     A sample is `{"image": anything data.open_image takes, "captions": [str, ...], "image_id": str, "epoch": int}`, its
-    captions being those that share one encoding of the image. With I images and at most K captions per image the batch
+    captions being those that share one encoding of the image and one prompt: data.prompts.PROMPTS has it, if it is the
+    sample's own. With I images and at most K captions per image the batch
     holds `pixel_values` (I, 3, H, W) and `input_ids`, `attention_mask`, `labels` (I * K, L), the captions of an image in
     neighbouring rows. An image with fewer than K captions is padded with rows that have no labels. Samples with
     "features" (training/feature_cache.py) instead of "image" have these as `pixel_values`.
@@ -49,31 +52,32 @@ class CaptionCollator:
         *,
         max_txt_len: int = 40,
         prompt: str = "",
+        system_prompt: str | None = None,
         augmentation=None,
         text_augmentation=None,
         fast_jpeg: bool = False,
         prompts_only: bool = False,
     ):
         self.prompts_only = prompts_only
-        self.images = ImageCollator(processor, config, prompt=prompt, fast_jpeg=fast_jpeg)
+        self.images = ImageCollator(processor, config, prompt=prompt, system_prompt=system_prompt, fast_jpeg=fast_jpeg)
         self.augmentation, self.text_augmentation = augmentation, text_augmentation
-        self.room = max_txt_len - self.images.words_before
-        if self.room < 2:
-            raise UserError(f"The prompt '{prompt}' leaves no room for a caption in max_txt_len {max_txt_len}.")
+        self.max_txt_len = max_txt_len
+        self.room_behind(self.images.prompt)
 
     def __call__(self, samples: list[dict]) -> dict:
         captions = [sample["captions"] for sample in samples]
         if self.text_augmentation:
             captions = [self.text_augmentation(s["captions"], s["epoch"], self._draw_id(s)) for s in samples]
         per_image = max(map(len, captions))
+        prompts = list(map(self.images.prompt_of, samples))
         if "features" in samples[0]:
-            inputs = self.images.prompts(len(samples))
+            inputs = self.images.prompts(prompts)
             inputs["pixel_values"] = torch.stack([sample["features"] for sample in samples])
         else:
             images = in_threads(self._image, samples)
-            inputs = self.images.inputs(images)
+            inputs = self.images.inputs(images, prompts)
         inputs["image_ids"] = [sample["image_id"] for sample in samples]
-        return self._with_captions(inputs, captions, per_image)
+        return self._with_captions(inputs, captions, prompts, per_image)
 
     def for_evaluation(self) -> "CaptionCollator":
         """The same collator without augmentation, and with captions as targets."""
@@ -95,12 +99,21 @@ class CaptionCollator:
 
     def token_tensors(self, captions: list[list[str]]) -> dict[str, torch.Tensor]:
         """The batch of each image's captions, without pixels. Not for chat models, whose prompt depends on them."""
-        return self._with_captions(self.images.prompts(len(captions)), captions, max(map(len, captions)))
+        prompts = [self.images.prompt] * len(captions)
+        return self._with_captions(self.images.prompts(prompts), captions, prompts, max(map(len, captions)))
 
-    def _with_captions(self, inputs: dict, captions: list[list[str]], per_image: int) -> dict:
+    def room_behind(self, prompt: str) -> int:
+        """How many tokens of a caption are learnt behind this prompt."""
+        room = self.max_txt_len - self.images.words_in(prompt)
+        if room < 2:
+            raise UserError(f"The prompt '{prompt}' leaves no room for a caption in max_txt_len {self.max_txt_len}.")
+        return room
+
+    def _with_captions(self, inputs: dict, captions: list[list[str]], prompts: list[str], per_image: int) -> dict:
         targets = []
-        for group in captions:
-            targets += [ids[: self.room] for ids in self.images.target_ids(group)]
+        for group, prompt in zip(captions, prompts, strict=True):
+            room = self.room_behind(prompt)
+            targets += [ids[:room] for ids in self.images.target_ids(group, prompt)]
             targets += [[]] * (per_image - len(group))
         padded, lengths = pad_rows(targets, self.images.pad)
         if self.prompts_only:
@@ -122,47 +135,88 @@ class ImageCollator:
     """Batches to caption: pixels, the prompt, and the image ids. The samples' captions are never read, so nothing
     generated from such a batch has seen its reference. `corruption` is from data.corruption: noise on every image,
     drawn by its id.
+
+    `prompt` is that of every sample without one of its own (data.prompts.PROMPTS); one that holds columns is of none. Shorter
+    prompts of a batch are padded on the left, those that an encoder reads on the right. `system_prompt` is for chat models.
     """
 
-    def __init__(self, processor, config, *, prompt: str = "", skip_bad_images=False, fast_jpeg=False, corruption=None):
-        self.corruption = corruption
+    def __init__(
+        self,
+        processor,
+        config,
+        *,
+        prompt: str = "",
+        system_prompt: str | None = None,
+        skip_bad_images=False,
+        fast_jpeg=False,
+        corruption=None,
+    ):
+        self.corruption, self.config = corruption, config
+        self.template = prompt if columns_in(prompt) else None
+        self.prompt = prompt = "" if self.template else plain(prompt)
         self.processor, self.pixels = processor, Pixels(processor.image_processor, fast_jpeg)
         self.skip_bad_images = skip_bad_images
         self.family, self.kind = family_of(config), config.model_type
         family = self.family
         self.joint, self.words = family.prompt is None, prompt.rstrip()
+        self.system = {"system": system_prompt} if system_prompt else {}
+        if system_prompt and not family.chats:
+            raise UserError(f"A model of family '{self.kind}' takes no system prompt: leave out --system_prompt.")
         self.placeholders = placeholders(config, processor)
         if self.joint:
-            self.lead, self.end = family.answer(processor, prompt)
+            self.lead, self.end = family.answer(processor, prompt, **self.system)
             self.pad = processor.tokenizer.pad_token_id
         else:
             self.end, self.pad = special_tokens(config)
         self.decoder_prompt = decoder_prompt(config)
         if self.joint:
-            self.text = family.joint_prompt(processor, prompt)
-            self.words_before = 0
+            self.text = family.joint_prompt(processor, prompt, **self.system)
             # As apply_chat_template does.
             start = processor.tokenizer.bos_token
             self.adds_special_tokens = not family.writes_special_tokens and not (start and self.text.startswith(start))
         else:
             self.before = family.prompt(processor, config, self.words)
-            image_token = getattr(config, "image_token_id", None)
-            words = [token for token in self.before["input_ids"] if token != image_token]
-            self.words_before = 0 if is_encoder_decoder(config) else len(words)
+        self.words_before = self.words_in(self.prompt)
+
+    def prompt_of(self, sample: dict) -> str:
+        """What is asked about a sample's image. UserError if the prompt holds columns, and the sample has none filled in."""
+        own = next(iter(sample.get(PROMPTS) or ()), None)
+        if own is None and self.template:
+            raise UserError(
+                f"The prompt {self.template!r} holds columns, and there is no row to take them from: give a --prompt without, "
+                "or caption a table that has them."
+            )
+        return self.prompt if own is None else own
+
+    def words_in(self, prompt: str) -> int:
+        """How many tokens of a caption's row are its start and this prompt's words; 0 if an encoder or a chat holds them."""
+        if self.joint or is_encoder_decoder(self.config):
+            return 0
+        image_token = getattr(self.config, "image_token_id", None)
+        return sum(token != image_token for token in self._before(prompt)["input_ids"])
+
+    def _before(self, prompt: str) -> dict[str, list[int]]:
+        words = prompt.rstrip()
+        return self.before if words == self.words else self.family.prompt(self.processor, self.config, words)
 
     def __call__(self, samples: list[dict]) -> dict:
         """The model inputs of the I readable images (`pixel_values` (I, 3, H, W), `input_ids` and `attention_mask`
-        (I, P) of the prompt), `image_ids` of all samples, and `errors`, {position: ImageError} of the unreadable ones.
+        (I, P) of the prompt), `image_ids` of all samples, and `errors`, {position: ImageError} of the unreadable ones;
+        and where samples have prompts of their own `prompts`, those of the readable images.
         Without `skip_bad_images` such an error is raised. Samples with "features" instead of "image" have these as
         `pixel_values`."""
-        ids = [sample["image_id"] for sample in samples]
+        ids, prompts = [sample["image_id"] for sample in samples], list(map(self.prompt_of, samples))
+        own = any(PROMPTS in sample for sample in samples)
         if "features" in samples[0]:
             pixel_values = torch.stack([sample["features"] for sample in samples])
-            return {"pixel_values": pixel_values, **self.prompts(len(samples)), "image_ids": ids, "errors": {}}
+            inputs = {"pixel_values": pixel_values, **self.prompts(prompts)} | ({"prompts": prompts} if own else {})
+            return {**inputs, "image_ids": ids, "errors": {}}
         opened = in_threads(self._image, samples)
-        images = [found for found in opened if not isinstance(found, ImageError)]
         errors = {i: found for i, found in enumerate(opened) if isinstance(found, ImageError)}
-        return {**(self.inputs(images) if images else {}), "image_ids": ids, "errors": errors}
+        images = [found for found in opened if not isinstance(found, ImageError)]
+        prompts = [prompt for i, prompt in enumerate(prompts) if i not in errors]
+        inputs = {"prompts": prompts} if own else {}
+        return {**inputs, **(self.inputs(images, prompts) if images else {}), "image_ids": ids, "errors": errors}
 
     def _image(self, sample: dict) -> Image.Image | ImageError:
         try:
@@ -173,30 +227,40 @@ class ImageCollator:
             return error
         return self.corruption(image, 0, sample["image_id"]) if self.corruption else image
 
-    def inputs(self, images: list) -> dict[str, torch.Tensor]:
-        """The model inputs for RGB PIL images and the prompt."""
+    def inputs(self, images: list, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """The model inputs for RGB PIL images and their prompts."""
         if self.family.image_inputs:
             found = self.processor.image_processor(images=images, return_tensors="pt")
             pixels = {ours: found[theirs] for theirs, ours in self.family.image_inputs.items()}
-            return {**pixels, **self.prompts(len(images))}
+            return {**pixels, **self.prompts(prompts)}
         if not self.joint:
-            return {"pixel_values": self.pixels(images), **self.prompts(len(images))}
+            return {"pixel_values": self.pixels(images), **self.prompts(prompts)}
         inputs = self.processor(
             add_special_tokens=self.adds_special_tokens,
             images=[[image] for image in images],
-            text=[self.text] * len(images),
+            text=[
+                self.text if prompt == self.prompt else self.family.joint_prompt(self.processor, prompt, **self.system)
+                for prompt in prompts
+            ],
             padding=True,
-            padding_side="left",  # a caption follows directly after its prompt
+            # A caption follows directly after its prompt, but for that of an encoder.
+            padding_side="right" if self.decoder_prompt else "left",
             return_tensors="pt",
         )
         inputs.pop("labels", None)  # PaliGemma's processor makes some, with no targets in them
         return dict(inputs)
 
-    def prompts(self, images: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` (images, P) of the prompt, which is the same for all."""
-        rows = {name: torch.tensor(ids).repeat(images, 1) for name, ids in self.before.items()}
-        masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in rows.items()}
-        return rows | masks
+    def prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` (images, P) of these prompts."""
+        of_prompt, inputs = {prompt: self._before(prompt) for prompt in dict.fromkeys(prompts)}, {}
+        for name in self.before:
+            rows = [of_prompt[prompt][name] for prompt in prompts]
+            left = name == "input_ids" and self.decoder_prompt is None
+            padded, lengths = pad_rows([row[::-1] for row in rows] if left else rows, self.pad)
+            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+            inputs[name] = padded.flip(1) if left else padded
+            inputs[name.replace("input_ids", "attention_mask")] = mask.flip(1) if left else mask
+        return inputs
 
     def with_targets(self, inputs: dict, targets: torch.Tensor, lengths: torch.Tensor) -> dict:
         """A training batch: the model inputs of I images with their prompts, and after each prompt its targets.
@@ -236,16 +300,26 @@ class ImageCollator:
         else:
             prompt = batch["input_ids"][:, :length]
             batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
+            pads = length - inputs["attention_mask"].sum(dim=1)
+            if not self.joint and pads.any():
+                # Rows begin with their prompts, as alone: some families count positions from there.
+                order = (
+                    torch.arange(batch["labels"].shape[1], device=pads.device) + pads.repeat_interleave(times)[:, None]
+                )
+                for name in ("input_ids", "attention_mask", "labels"):
+                    batch[name] = batch[name].gather(1, order % batch["labels"].shape[1])
+                length -= int(pads.max())
             if self.kind != "blip":
                 batch["prompt_length"] = length
         return batch
 
-    def target_ids(self, captions: list[str]) -> list[list[int]]:
-        """Token ids of each caption as it follows the prompt, and its end."""
+    def target_ids(self, captions: list[str], prompt: str | None = None) -> list[list[int]]:
+        """Token ids of each caption as it follows the prompt (default: the collator's), and its end."""
         tokenizer, before, lead = self.processor.tokenizer, 0, self.lead if self.joint else ""
-        if not self.joint and self.decoder_prompt is None and self.words:
+        words = self.words if prompt is None else prompt.rstrip()
+        if not self.joint and self.decoder_prompt is None and words:
             # After a word, a caption's first word may be tokenized differently than at the start.
-            before, lead = len(tokenizer(self.words, add_special_tokens=False)["input_ids"]), f"{self.words} "
+            before, lead = len(tokenizer(words, add_special_tokens=False)["input_ids"]), f"{words} "
         texts = [lead + caption for caption in captions]
         return [[*ids[before:], self.end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 

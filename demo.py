@@ -52,7 +52,7 @@ def main():
         logger.warning("everybody who can reach %s can use this demo; --login FILE asks for a password", args.host)
     names = [model_args.model_name_or_path, *filter(None, [args.compare_to])]
     how = {"bf16": args.bf16, "fast_jpeg": model_args.fast_jpeg, "loading": model_args.loading()}
-    loaded = [Captioner.from_pretrained(name, **how, **vars(generation_args)) for name in names]
+    loaded = [Captioner.from_pretrained(name, **how, **generation_args.settings()) for name in names]
     captioners = dict(zip(shown_names(names), loaded, strict=True))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory() as folder:

@@ -27,6 +27,7 @@ from common.processes import processes
 from common.provenance import environment
 from data.scored import load_scored
 from metrics.clip_scores import load_scorers
+from models.loading import asks
 from reports import comparison, outputs
 from reports.console import report_to_open
 from reports.human import compare_with_people
@@ -58,11 +59,12 @@ def main():
 
     # Load the data and the model
     state = processes()
+    asked = asks(model_args.model_name_or_path, model_args.model_revision, generation_args.settings()["prompt"])
     with state.main_process_first():
-        splits, overlap = load_scored(model_args.model_name_or_path, data_args, args)
+        splits, overlap = load_scored(model_args.model_name_or_path, data_args, args, asked)
     records = splits[args.split]
     scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
-    captioner = load_captioner(model_args, generation_args, args)
+    captioner = load_captioner(model_args, generation_args, args, asked["own_questions"])
 
     # Caption
     how = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
@@ -124,14 +126,15 @@ def conclude(args, metric_args, scored, judges) -> None:
         raise BelowThreshold(f"fail_under: {'; '.join(below)}.")
 
 
-def load_captioner(model_args, generation_args, args) -> Captioner:
+def load_captioner(model_args, generation_args, args, own_questions: bool = False) -> Captioner:
     return Captioner.from_pretrained(
         model_args.model_name_or_path,
         bf16=args.bf16,
         fast_jpeg=model_args.fast_jpeg,
         loading=model_args.loading(),
         corruption=data.corruption(args.corrupt),
-        **vars(generation_args),
+        own_questions=own_questions,
+        **generation_args.settings(),
     )
 
 

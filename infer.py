@@ -41,6 +41,7 @@ from common.weights import fingerprint
 from data.rows import Options
 from jobs import queue
 from jobs.run import Run
+from models.loading import asks
 
 logger = logging.getLogger("infer")
 
@@ -54,9 +55,9 @@ def main():
     if form in (None, "txt") and args.engine == "ray":
         raise UserError("--engine ray needs an --output other than .txt files: a local path or an address.")
     load = functools.partial(load_captioner, model_args, generation_args, args)
-    failed = []
+    failed, asking = [], asked(model_args, generation_args)
     if form in (None, "txt"):
-        rows = functools.partial(image_rows, paths, options(args))
+        rows = functools.partial(image_rows, paths, options(args, asking))
         if form is None:
             next(rows(), None)  # reports bad paths before the model is loaded
             print_captions(load(), rows, args)
@@ -64,7 +65,7 @@ def main():
             texts = plan_texts(rows, args)
             write_texts(load(), rows, texts, args, share)
     else:
-        failed = write_output(load, args, form, paths, share)
+        failed = write_output(load, args, form, paths, share, asking)
     if share[0] == 0:
         say_left_out(paths)
     if failed:
@@ -79,15 +80,22 @@ def load_captioner(model_args, generation_args, args) -> tuple[Captioner, dict]:
         bf16=args.bf16,
         fast_jpeg=model_args.fast_jpeg,
         loading=model_args.loading(),
-        **vars(generation_args),
+        own_questions=asked(model_args, generation_args)["own_questions"],
+        **generation_args.settings(),
     )
     named = {"model": model_args.model_name_or_path, "revision": model_args.model_revision}
     return captioner, named | captioner.description()
 
 
-def options(args) -> Options:
+def asked(model_args, generation_args) -> dict:
+    """What the images' own prompts are made of."""
+    return asks(model_args.model_name_or_path, model_args.model_revision, generation_args.settings()["prompt"])
+
+
+def options(args, asked: dict | None = None) -> Options:
     """Options for reading the sources."""
     return Options(
+        **asked or {},
         image_dir=args.image_dir,
         image_column=args.image_column,
         config=args.dataset_config_name,
@@ -141,11 +149,13 @@ def write_texts(loaded, rows, texts: writers.Texts, args, share: tuple[int, int]
     loaded[0].say_cut()
 
 
-def write_output(load, args, form: str, paths: list[str], share: tuple[int, int]) -> list[str]:
+def write_output(
+    load, args, form: str, paths: list[str], share: tuple[int, int], asked: dict | None = None
+) -> list[str]:
     """Caption the remaining shards, then build the output from all shards. Returns those that failed."""
     folder = caption_output.shard_folder(args.output, form)
     folder.check()
-    source = ImageSource(paths, options(args))
+    source = ImageSource(paths, options(args, asked))
     caption_output.check_names(args.output, form, source)
     size = args.shard_size or folder.size(1000, queue.sharing(args, share), source.stream())
     shards = source.shards(size)

@@ -43,6 +43,7 @@ from training.building import (
     load_augmentations,
     load_captioner,
     plan_memory,
+    questions,
 )
 from training.checkpoints import claimed, find_checkpoint, processes_by_step, record_run
 from training.lengths import fit_lengths
@@ -84,8 +85,9 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     set_seed(args.seed)
 
     # Load the data and the model
-    splits, bad_samples = load_splits(groups, checkpoint)
-    captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args)
+    asked = questions(model_args, scratch_args, generation_args)
+    splits, bad_samples = load_splits(groups, checkpoint, asked)
+    captioner = load_captioner(model_args, scratch_args, adapter_args, generation_args, splits["train"], args, asked)
     lengths = fit_lengths(captioner, splits["train"], data_args, generation_args, checkpoint)
     flags = flags_of(groups)  # with these lengths
 
@@ -117,13 +119,13 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
         trainer.push_to_hub()
 
 
-def load_splits(groups, checkpoint) -> tuple:
+def load_splits(groups, checkpoint, asked: dict) -> tuple:
     """(splits of records, bad training samples that were left out), recorded in the output folder. ValueError if a required
     split is missing, or if the data are not those of the checkpoint."""
     model_args, scratch_args, _, data_args, *_, args = groups
     bad_rows = []
     with args.main_process_first(desc="preparing the dataset"):
-        splits = data.load(**data_args.source(), max_samples=data_args.max_samples, bad_samples=bad_rows)
+        splits = data.load(**data_args.source(), **asked, max_samples=data_args.max_samples, bad_samples=bad_rows)
         data.require_training_split(splits, data_args.dataset_name)
         splits, bad_images = data.check_images(splits, skip_bad_samples=data_args.skip_bad_samples)
     if "validation" not in splits and args.eval_strategy != "no":

@@ -4,6 +4,7 @@ import torch
 
 from common.errors import message_of
 from data.images import ImageError
+from data.prompts import PROMPTS
 
 
 class ImageRows(torch.utils.data.IterableDataset):
@@ -18,7 +19,8 @@ class ImageRows(torch.utils.data.IterableDataset):
         for number, row in enumerate(self.rows()):  # each worker reads all rows, and takes its own
             mine = worker is None or number // self.batch_size % worker.num_workers == worker.id
             if mine and self.left(row):
-                yield {"image": row["image"], "image_id": row | {"image": None}}
+                own = {} if row["prompt"] is None else {PROMPTS: [row["prompt"]]}
+                yield {"image": row["image"], "image_id": row | {"image": None}} | own
 
 
 def caption(captioner, rows: ImageRows, args):

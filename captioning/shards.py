@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioning.names import EachOnce, short
-from captioning.sources import content_of, pieces, rows_of
+from captioning.sources import asked_in, content_of, pieces, rows_of
 from common.errors import DataError
 from common.remote import file_system, is_remote, open_binary, reaching, tag_of
 from data.rows import Options
@@ -20,7 +20,7 @@ from jobs.shards import Cursor, Shard, digest_of, parquet_ranges, row_ranges, ve
 class ImageSource:
     """What infer.py's paths name, as shards, and the rows of each: those of captioning.sources with a `key` that no other
     row of the source has, the `source` (the path that named it), and the `version` of its image, which differs when the
-    image does.
+    image or its own prompt does.
 
     Lists, folders and Parquet files of paths are one stream of rows; tars and Parquet files that hold images are read each
     on its own.
@@ -58,7 +58,7 @@ class ImageSource:
         return planned
 
     def rows(self, shard: Shard) -> Iterable[dict]:
-        """The rows of a shard: {"key", "name", "image", "columns", "relative", "source", "version"}.
+        """The rows of a shard: {"key", "name", "image", "columns", "relative", "prompt", "source", "version"}.
 
         Raises:
             DataError: the file is broken, or the list or folder has changed since `shards` scanned it.
@@ -117,7 +117,7 @@ class ImageSource:
                 version = self._listed(place) if is_remote(place) else version_of(place)
             except (OSError, TypeError):  # captioning it says what is wrong
                 version = ""
-        return row | {"source": source, "version": version}
+        return row | {"source": source, "version": version + asked_in(row)}
 
     def _listed(self, place: str) -> str:
         """The version of an image at an address: folders are listed, which costs less than asking for each image."""

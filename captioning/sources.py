@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from captioning.names import EachOnce, printable
+from captioning.names import EachOnce, printable, short
 from common.errors import DataError
 from common.existence import ENDINGS, may_be_on_hub
 from common.remote import is_remote, list_remote, local_copy, reaching
@@ -22,6 +22,7 @@ from data import formats
 from data.finder import Finder
 from data.formats import detect, parquet, saved, webdataset
 from data.images import ImageError, is_image
+from data.prompts import prompt_of
 from data.reader import Source, find_format
 from data.rows import Options, Part, Row, split_of_file
 from data.text_rows import ENDINGS as TABLES
@@ -33,8 +34,8 @@ STORAGES = {module.NAME: storage for storage, module in FORMATS.items()}
 
 
 def image_rows(paths: list[str], options: Options) -> Iterator[dict]:
-    """{"name", "image", "columns", "relative"} for each image, in order: `name` is unique, its path or its place in
-    the source; `image` is what data.open_image takes (an ImageError where there is none); `columns` are
+    """{"name", "image", "columns", "relative", "prompt"} for each image, and each of its own prompts if rows have them, in
+    order: `name` is unique, its path or its place in the source; `prompt` is None where it is that of all; `image` is what data.open_image takes (an ImageError where there is none); `columns` are
     the source's others; `relative` is its path below the folder or the tar that it was found in.
 
     Files in a folder that are not images are skipped; `left_out` counts them.
@@ -43,13 +44,18 @@ def image_rows(paths: list[str], options: Options) -> Iterator[dict]:
         DataError: a path that does not exist, holds no image, or cannot be read.
     """
     rows = (row for piece in pieces(paths, options) for row in rows_of(*piece, options))
-    return EachOnce(lambda row: content_of(row) or "")(rows)
+    return EachOnce(lambda row: f"{content_of(row) or ''}{asked_in(row)}")(rows)
 
 
 def content_of(row: dict) -> str | None:
     """What tells the image of a row from others, if the source holds it."""
     content = row["image"].get("bytes") if isinstance(row["image"], dict) else None
     return None if content is None else xxhash.xxh3_64_hexdigest(content)
+
+
+def asked_in(row: dict) -> str:
+    """What tells the prompt of a row from others, if the row has its own."""
+    return "" if row["prompt"] is None else f" {short(row['prompt']):x}"
 
 
 # ---------------------------------------------------------------- pieces
@@ -127,7 +133,7 @@ def rows_of(storage: str, place: str, options: Options, start: int = 0, stop: in
     with reaching(place, ImageError):
         number = start - 1
         for number, (row, label) in enumerate(_rows_in(storage, place, options, start, stop), start):
-            yield _named(row, storage, label, number)
+            yield _named(row, storage, label, number) | {"prompt": prompt_of(row, options)}
         if number < start and storage == "rows":
             raise DataError(f"{place}: the list is empty.")
 

@@ -182,8 +182,13 @@ class Texts:
             image = self._place(row)
             text = text_of(image)
             if short(image) in self.images:
-                if folder is None:  # the same file by another name
+                if folder is None and row.get("prompt") is None:  # the same file by another name
                     continue
+                if row.get("prompt") is not None:
+                    raise UserError(
+                        f"{row['name']}: this image is asked several prompts, and all answers would have the text {text}. Name "
+                        "a table: --output captions.jsonl."
+                    )
                 raise UserError(
                     f"{row['name']}: another image has this name in its source, and both would have the text {text}. "
                     "Caption each source into a folder of its own, or name a table: --output captions.jsonl."

@@ -40,6 +40,8 @@ SPLIT_COLUMNS = ("split", "set_name")  # TextCaps says set_name
 MAYBE_SPLIT_COLUMNS = ("subset", "partition", "set", "fold", "phase")  # where they say train, val or test
 ID_COLUMNS = ("image_id", "cocoid", "imgid")
 MISSING = ("", "nan", "none", "n/a", "null", "<na>", "#n/a")
+CONVERSATIONS = ("conversations", "messages")
+QUESTION = "caption_question"  # what is kept of a conversation beside its answer, in a table made of its source
 LOOKED_AT = 200  # rows whose keys make the header of a file that has none
 IMG2DATASET = (
     "Images are not fetched from addresses in a data set. Fetch them: img2dataset --url_list {file} --input_format {form} "
@@ -58,10 +60,11 @@ class Columns:
     captions: list[str] = field(default_factory=list)
     image_id: str | None = None
     split: str | None = None
+    question: str | None = None
 
     @property
     def used(self) -> tuple:
-        return (self.image, self.image_id, self.split, *self.captions)
+        return (self.image, self.image_id, self.split, self.question, *self.captions)
 
 
 def find_columns(examples: dict, options: Options, source: str, images: tuple = ()) -> Columns:
@@ -88,7 +91,16 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
         image = _image_by_content(examples, captions, options.is_file, source)
     elif image is None:
         image_id = image_id or usual.get("id")
-    return Columns(image, captions, None if image_id == image else image_id, _split_column(examples, usual, source))
+    split = _split_column(examples, usual, source)
+    return Columns(
+        image, captions, None if image_id == image else image_id, split, _question(examples, usual, captions)
+    )
+
+
+def _question(examples: dict, usual: dict, captions: list[str]) -> str | None:
+    """The column of what conversations ask."""
+    candidates = [usual.get(QUESTION), *(captions or map(usual.get, CONVERSATIONS))]
+    return next((name for name in candidates if name and (name == usual.get(QUESTION) or _turns(examples[name]))), None)
 
 
 def first_of(names: tuple, values: dict):
@@ -223,26 +235,57 @@ def _captions(value, where: str, inside: bool = False) -> list:
     if key := caption_key(value):
         return _captions(value[key], where, inside)
     if isinstance(value, list | tuple | np.ndarray):
-        turns = list(value)
-        if turns and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns):
+        if turns := _turns(value):
             return _answers(turns, where)
-        return [caption for item in turns for caption in _captions(item, where, inside=True)]
+        return [caption for item in value for caption in _captions(item, where, inside=True)]
     return [value]  # `clean_captions` refuses what is no text
+
+
+MODEL = ("gpt", "assistant", "model")  # who answers in a conversation
 
 
 def _answers(turns: list[dict], where: str) -> list:
     """What the model says in a conversation of LLaVA's form ({"from": "gpt", "value": ...}) or OpenAI's (role, content)."""
-    answers = [turn for turn in turns if turn.get("from", turn.get("role")) in ("gpt", "assistant", "model")]
+    answers = [turn for turn in turns if _says(turn) in MODEL]
     if len(answers) != 1:
         raise DataError(
             f"{where}: a conversation with {len(answers)} answers. Captions are conversations with one answer each: keep "
             "those of the descriptions"
         )
-    value = answers[0].get("value", answers[0].get("content"))
-    if isinstance(value, list):
+    return [_text_of(answers[0])]
+
+
+def _turns(value) -> list[dict] | None:
+    """The turns of a conversation; None of what is none."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = _json(value)
+    turns = list(value) if isinstance(value, list | tuple | np.ndarray) else []
+    return turns if turns and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns) else None
+
+
+def _says(turn: dict) -> str:
+    return turn.get("from", turn.get("role"))
+
+
+def _text_of(turn: dict):
+    value = turn.get("value", turn.get("content"))
+    if isinstance(value, list | np.ndarray):
         texts = (part.get("text") if isinstance(part, dict) else part for part in value)
         value = " ".join(filter(None, texts))
-    return [value]
+    return value
+
+
+def question_of(value) -> str | None:
+    """What the user says before the answer in a conversation, without the image's placeholder; None if it is none, or nothing
+    is asked."""
+    turns = _turns(value)
+    if turns is None:
+        return value or None if isinstance(value, str) else None
+    if any(_says(turn) == "system" for turn in turns):
+        say_once(logger, "the system messages of conversations are left out; --system_prompt gives every image one")
+    before = itertools.takewhile(lambda turn: _says(turn) not in MODEL, turns)
+    texts = (str(_text_of(turn) or "") for turn in before if _says(turn) in ("human", "user"))
+    return "\n".join(filter(None, (text.replace("<image>", "").strip() for text in texts))) or None
 
 
 # How a list or an object of strings begins, with any quotes, and a numpy array.
@@ -402,6 +445,7 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         split=split if own_split is None else split_name(own_split, place),
         columns=content,
         used=columns.used,
+        question=question_of(content.get(columns.question)) if columns.question else None,
         error=text_or_none(content.get("error")),
     )
 

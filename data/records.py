@@ -23,6 +23,7 @@ from common.processes import in_threads
 from data.checks import clean_captions, may_skip, refuse
 from data.columns import is_missing
 from data.images import ImageError
+from data.prompts import PROMPTS, prompt_of
 from data.rows import SPLITS, Options, Record, Row
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def merge(rows, options: Options) -> list[Record]:
     Rows of a table (an int for an image) stay separate here: `same_content` finds which of them are one image.
     """
     records: dict = {}
+    not_asked = 0
     of_lines = []  # rows whose captions span several lines
     for row in rows:
         captions = captions_of_row(row, options)
@@ -53,9 +55,16 @@ def merge(rows, options: Options) -> list[Record]:
                 f"{row.where}: image {row.name or path} is in split {row.split!r}, and in {record.split!r} at "
                 f"{record.where}. One image belongs to one split: correct the file"
             )
+        prompt = prompt_of(row, options)
+        not_asked += row.question is not None and prompt is None
         record.captions += captions
+        record.prompts += [prompt] * len(captions)
         if options.group_column is not None:
             record.groups.add(group_of(row, options.group_column))
+    if not_asked:
+        logger.info(
+            "the questions of %d conversations are left out: every image has the model's prompt, or --prompt", not_asked
+        )
     if of_lines:
         logger.warning(
             "the captions of %d rows span several lines, the first at %s; each is read as one caption. If every line is a "
@@ -173,10 +182,12 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
             continue
         one.groups |= record.groups
         if one.name == record.name:
-            one.captions += record.captions
+            more = pairs_of(record)
         else:
-            one.captions += [caption for caption in record.captions if caption not in one.captions]
+            more = [pair for pair in pairs_of(record) if pair not in set(pairs_of(one))]
             dropped["renamed copies of an image"] += 1
+        one.captions += [caption for caption, _ in more]
+        one.prompts += [prompt for _, prompt in more]
     return list(kept.values())
 
 
@@ -215,6 +226,9 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
         table: the source's own table if it holds the images: then image bytes are not copied, a split is a
             selection of its (memory-mapped) rows.
     """
+    for record in records if own_prompts(records) else ():  # captions of one prompt next to each other
+        both = sorted(pairs_of(record), key=lambda pair: record.prompts.index(pair[1]))
+        record.captions, record.prompts = map(list, zip(*both, strict=True))
     full = _dataset_of_files(records) if table is None else _with_ids_and_captions(table, records)
     rows = np.arange(len(records)) if table is None else np.array([record.image for record in records])
     splits = np.array([record.split for record in records])
@@ -228,10 +242,22 @@ def _dataset_of_files(records: list[Record]) -> datasets.Dataset:
         "image": pa.array([_image_value(str(record.image)) for record in records], image_type.pa_type),
         "captions": pa.array([record.captions for record in records], CAPTIONS),
     }
+    if own_prompts(records):
+        ours[PROMPTS] = pa.array([record.prompts for record in records], CAPTIONS)
     names = dict.fromkeys(itertools.chain.from_iterable(record.extras for record in records))
     extras = {name: _column([record.extras.get(name) for record in records]) for name in names}
     # Columns of the source that are called like ours, such as captions beside --caption_column caption, give way.
     return datasets.Dataset(pa.table(ours | extras | ours)).cast_column("image", image_type)
+
+
+def pairs_of(record: Record) -> list[tuple]:
+    """(caption, its prompt) of a record."""
+    return list(itertools.zip_longest(record.captions, record.prompts))
+
+
+def own_prompts(records: list[Record]) -> bool:
+    """Whether rows have prompts of their own."""
+    return any(prompt is not None for record in records for prompt in record.prompts)
 
 
 def _with_ids_and_captions(table: datasets.Dataset, records: list[Record]) -> datasets.Dataset:
@@ -240,6 +266,11 @@ def _with_ids_and_captions(table: datasets.Dataset, records: list[Record]) -> da
     for record in records:
         ids[record.image], captions[record.image] = record.image_id, record.captions
     full = table.add_column("image_id", pa.array(ids, pa.string())).add_column("captions", pa.array(captions, CAPTIONS))
+    if own_prompts(records):
+        prompts: list = [None] * len(table)
+        for record in records:
+            prompts[record.image] = record.prompts
+        full = full.add_column(PROMPTS, pa.array(prompts, CAPTIONS))
     return full.select_columns(list(dict.fromkeys(["image_id", "image", "captions", *full.column_names])))
 
 
@@ -275,6 +306,14 @@ def table_images(table: datasets.Dataset):
     return pc.binary_length(content).to_pylist(), names, read
 
 
+def texts_of(rows) -> list[list[str]]:
+    """The captions of each record, followed by their prompts where rows have their own."""
+    captions = rows["captions"][:]
+    if PROMPTS not in rows.column_names:
+        return captions
+    return [[*texts, *map(str, prompts)] for texts, prompts in zip(captions, rows[PROMPTS][:], strict=True)]
+
+
 def fingerprint(dataset) -> str | None:
     """A hash (16 hex digits) of the ids and captions of each split, whatever the order of records: the same on every
     run and machine for the same data. None for a stream, which would have to be read to its end."""
@@ -284,7 +323,7 @@ def fingerprint(dataset) -> str | None:
     digest = hashlib.sha256()
     for split in sorted(splits):
         rows = splits[split]
-        records = sorted(zip(rows["image_id"][:], rows["captions"][:], strict=True), key=lambda record: record[0])
+        records = sorted(zip(rows["image_id"][:], texts_of(rows), strict=True), key=lambda record: record[0])
         digest.update(json.dumps([split, len(rows)]).encode())
         for image_id, captions in records:
             digest.update(json.dumps([image_id, list(captions)], ensure_ascii=False).encode("utf-8", "surrogatepass"))

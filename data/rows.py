@@ -48,6 +48,7 @@ class Row:
     columns: dict = field(default_factory=dict)  # all that the source says, by its own names
     used: tuple = ()  # those columns that are the image, the captions, the id and the split
     key: str | None = None
+    question: str | None = None  # what the user asks in a conversation
     error: str | None = None  # what infer.py wrote instead of a caption
 
     @property
@@ -68,6 +69,7 @@ class Record:
     split: str | None = None
     extras: dict = field(default_factory=dict)
     groups: set = field(default_factory=set)  # values of the group column: images that share one are in one split
+    prompts: list = field(default_factory=list)  # of each caption; None of one whose row has none of its own
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Options:
     captions: bool = True  # False for callers that read images only
     images: bool = True  # False for callers that read captions only: an id is enough
     predictions: bool = False  # captions are a model's
+    prompt: str | None = None  # with columns: each row is asked with its own
+    own_questions: bool = False  # rows that are conversations are asked what they ask
     literal: bool = False  # and text among them is no list written out, whatever it looks like
     is_file: Callable[[str], bool] = no_file  # whether a text names an image that is there; set by the reader
     dropped: Counter = field(default_factory=Counter)  # what was left out, and how many, for the log line

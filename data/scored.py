@@ -11,7 +11,7 @@ from data.sources import load
 from data.training import in_memory
 
 
-def load_scored(model: str, data_args, args) -> tuple:
+def load_scored(model: str, data_args, args, asked: dict) -> tuple:
     """(splits of records; how many of the scored ones the model has seen). UserError if it was trained on some of them."""
     record = seen.find(model)
     drawn = data_args.draw_splits_from is not None
@@ -21,7 +21,9 @@ def load_scored(model: str, data_args, args) -> tuple:
         "splits": (args.split, "train") if args.seen_in_training else (args.split,),
         "max_samples": {args.split: args.max_samples} if args.max_samples is not None else None,
     }
-    splits = load(**data_args.source(), **options, all_as=None if record is None and drawn else args.split, seen=record)
+    splits = load(
+        **data_args.source(), **asked, **options, all_as=None if record is None and drawn else args.split, seen=record
+    )
     records = in_memory(splits[args.split], args.split)
     overlap = record.overlap(records) if isinstance(record, seen.Seen) else {"images": len(records), **seen.UNKNOWN}
     if overlap["trained_on"] and args.split != "train" and not args.score_trained_images:

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import whole
 from common.processes import in_threads
 from data.checks import cached_array, version_of_images
+from data.records import texts_of
 from data.rows import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Seen:
         """How many of the images the model was trained on (None where it cannot be known), and how many chose its
         checkpoint or its settings, as validation split."""
         before = self.splits_of(rows)
-        texts = zip(map(_hash, rows["image_id"][:]), map(_captions, rows["captions"][:]), strict=True)
+        texts = zip(map(_hash, rows["image_id"][:]), map(_captions, texts_of(rows)), strict=True)
         if alike := sum(not part and text in self.trained_texts for part, text in zip(before, texts, strict=True)):
             logger.warning(
                 "%d images have other bytes than images that %s was trained on, but their ids and captions: if they are these "
@@ -169,7 +170,7 @@ def describe(splits) -> pa.Table:
         pa.table(
             [
                 pa.array(map(_hash, rows["image_id"][:]), pa.uint64()),
-                pa.array(map(_captions, rows["captions"][:]), pa.uint64()),
+                pa.array(map(_captions, texts_of(rows)), pa.uint64()),
                 pa.array(contents(rows), pa.binary(16)),
                 pa.array([split] * len(rows), pa.string()),
                 pa.array([False] * len(rows)),

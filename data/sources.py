@@ -63,6 +63,8 @@ def load(
     all_as: str | None = None,
     seen=None,
     bad_samples: list | None = None,
+    prompt: str | None = None,
+    own_questions: bool = False,
     require_images: bool = True,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load captioned images, one record per image, and log in one line what was found and dropped.
@@ -90,11 +92,14 @@ def load(
         seen: with `all_as`, a data.seen.Seen: of a source without splits, the images of the split that this model's
             training had, if it has seen any of the source.
         bad_samples: a list that receives {"image_id", "image", "reason"} for each row skipped.
+        prompt: with columns in braces (data.prompts): each row's own prompt is made of its columns.
+        own_questions: rows that are conversations have their question as their prompt.
         require_images: False for callers that read captions only: image files may then be missing, and are not fetched.
 
     Returns:
         Those of train, validation and test that exist, with columns `image_id` (str), `image` ({"path", "bytes"},
-        undecoded), `captions` (list of str) and the source's other columns. A split of the source keeps its order; a
+        undecoded), `captions` (list of str) and the source's other columns; where rows have prompts of their own also
+        data.prompts.PROMPTS, that of each caption (None of a row without one). A split of the source keeps its order; a
         drawn one is ordered by id.
 
     Raises:
@@ -105,7 +110,7 @@ def load(
     shares = splitting.parse_shares(split_shares)
     options = Options(
         dataset_config_name, image_dir, image_column, caption_column, group_column, cache_dir, streaming, skip_bad_samples,
-        data_format, bad_samples=[] if bad_samples is None else bad_samples,
+        data_format, bad_samples=[] if bad_samples is None else bad_samples, prompt=prompt, own_questions=own_questions,
     )  # fmt: skip
     source = Source(str(local_copy(dataset_name, cache_dir)) if is_remote(dataset_name) else dataset_name, options)
     rows, tables = open_rows(source, dataset_name, draw_splits_from)

@@ -13,9 +13,11 @@ import datasets
 import numpy as np
 
 from common.errors import DataError
+from common.prompts import columns_in
 from data import records as rec
 from data.checks import clean_captions, refuse
-from data.columns import Columns, find_columns, from_base64, image_in, row_of
+from data.columns import QUESTION, Columns, find_columns, from_base64, image_in, row_of
+from data.prompts import PROMPTS, prompt_of
 from data.rows import SPLIT_NAMES, Options, Part, Row, key_of, text_or_none, usual_split
 from data.splits import drawn_splits, place_of, shares_to_draw, split_at
 from data.walk import files_below
@@ -174,7 +176,8 @@ def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], dataset
     if set(sizes) <= {None}:
         return table_rows(table, columns, splits, options, "the data set"), None
     used = {*columns.used, "split"} & {*table.column_names} - {"image"}
-    texts = table.select_columns(sorted({*used, options.group_column} & {*table.column_names}))
+    texts = {*used, options.group_column, *columns_in(options.prompt)} & {*table.column_names} - {"image"}
+    texts = table.select_columns(sorted(texts))
     return _numbered(texts, columns, splits, options, names), table.remove_columns(
         list({*used, "image_id"} & {*table.column_names})
     )
@@ -194,22 +197,24 @@ def spooled(rows: Iterator[Row], read, key: dict, cache_dir) -> dict:
         rows: the first one says which columns there are.
         read: read(**key) yields the rows again; `key` determines them.
     """
-    extras = list(next(rows).extras)
-    features = {"image": IMAGE, "captions": datasets.List(TEXT)} | dict.fromkeys(["image_id", "split", *extras], TEXT)
+    first = next(rows)
+    extras, asks = list(first.extras), [QUESTION] * (first.question is not None)
+    texts = dict.fromkeys(["image_id", "split", *asks, *extras], TEXT)
+    features = {"image": IMAGE, "captions": datasets.List(TEXT)} | texts
     with loading(key["path"], "annotations"):
         table = datasets.Dataset.from_generator(
             _generate, features=datasets.Features(features), cache_dir=cache_dir,
-            gen_kwargs={"read": read, "extras": extras, "key": key},
+            gen_kwargs={"read": read, "extras": extras, "asks": bool(asks), "key": key},
         )  # fmt: skip
     return {"train": table.remove_columns([name for name in ("split", "image_id") if table.unique(name) == [None]])}
 
 
-def _generate(read, extras: list[str], key: dict) -> Iterator[dict]:
+def _generate(read, extras: list[str], asks: bool, key: dict) -> Iterator[dict]:
     for row in read(**key):
         texts = {name: text_or_none(row.extras.get(name)) for name in extras}
         captions = clean_captions(row.captions, row.where, row.name or "")
         ours = {"image": _undecoded(row.image), "captions": captions, "image_id": row.image_id, "split": row.split}
-        yield ours | texts
+        yield ours | ({QUESTION: row.question} if asks else {}) | texts
 
 
 # ---------------------------------------------------------------- streams
@@ -239,6 +244,8 @@ def stream_records(
         check_own_splits(tables[name], name, source)
         table = with_images(tables[name], columns.image)
         ours = {"image_id": TEXT, "image": IMAGE, "captions": datasets.List(TEXT)}
+        if columns_in(options.prompt) or (options.own_questions and columns.question):
+            ours[PROMPTS] = datasets.List(TEXT)
         apart = {columns.image, *columns.captions, *ours, "split"}
         extras = {name: feature for name, feature in table.features.items() if name not in apart}
         streams[split] = datasets.IterableDataset.from_generator(
@@ -252,6 +259,9 @@ def stream_records(
                 "root": root,
                 "table_split": name,
                 "skip_bad_samples": options.skip_bad_samples and split == "train",
+                "asked": {"prompt": options.prompt, "own_questions": options.own_questions}
+                if PROMPTS in ours
+                else None,
             },
         )
     return datasets.IterableDatasetDict(streams)
@@ -272,20 +282,23 @@ def stream_split(
     root: str,
     table_split: str,
     skip_bad_samples: bool,
+    asked: dict | None = None,
 ) -> Iterator[dict]:
     """One split of one or more shards: neighbouring rows of the same image as one record.
 
     Args:
         drawn: (split, seed, shares) of a split that is drawn.
+        asked: what Options have to say about rows' own prompts.
     """
+    options = Options(**asked or {})
     report = (lambda message: None) if skip_bad_samples else refuse
     for shard in shards:
-        rows = table_rows(shard, columns, itertools.repeat(table_split), Options(), table_split)
+        rows = table_rows(shard, columns, itertools.repeat(table_split), options, table_split)
         for key, group in itertools.groupby(rows, lambda row: key_of(row.image, None, root) or ""):
             if drawn is not None and split_at(place_of(key, drawn[1]), drawn[2]) != drawn[0]:
                 continue
             group = list(group)
-            first, captions = group[0], []
+            first, captions, prompts = group[0], [], []
             for row in group:
                 if row.split != table_split:
                     raise DataError(
@@ -293,9 +306,11 @@ def stream_split(
                         "follow. Leave out --streaming"
                     )
                 captions += clean_captions(row.captions, row.where, row.name or key, report)
+                prompts += [prompt_of(row, options)] * (len(captions) - len(prompts))
             if captions:
                 ours = {"image_id": first.image_id or os.path.basename(first.name or key), "captions": captions}
                 ours["image"] = first.columns[columns.image]
+                ours |= {PROMPTS: prompts} if asked else {}
                 yield ours | {name: first.columns[name] for name in extras}
 
 

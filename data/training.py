@@ -1,27 +1,59 @@
 """From records to training data: a checked subset, in samples of an image and the captions that share its encoding."""
 
 import itertools
+import logging
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute
 import torch
 
 from common.errors import DataError
+from data.prompts import PROMPTS
+
+logger = logging.getLogger(__name__)
+CAPTIONS = pa.list_(pa.string())
 
 
 def in_memory(split, name: str) -> datasets.Dataset:
     """A split that is evaluated, which is read more than once, from a stream or not. DataError if a stream has no
     image of it."""
     if not isinstance(split, datasets.IterableDataset):
-        return split
+        return one_prompt_each(split)
     records = list(split)
     if not records:
         raise DataError(
             f"no image of the stream is in the {name} split: without splits in the source, --split_shares of the images are "
             "drawn by their bytes, which may be none of only a few images. Leave out --streaming"
         )
-    return datasets.Dataset.from_list(records, features=split.features)
+    return one_prompt_each(datasets.Dataset.from_list(records, features=split.features))
+
+
+def one_prompt_each(records: datasets.Dataset) -> datasets.Dataset:
+    """The records, those with several prompts once for each, with its captions: x, x#2, ... A caption is scored against the
+    answers to what was asked."""
+    prompts = records[PROMPTS][:] if PROMPTS in records.column_names else []
+    if all(len(set(of_record)) == 1 for of_record in prompts):
+        return records
+    rows, ids, captions, own = [], [], [], []
+    for row, (image_id, texts) in enumerate(zip(records["image_id"][:], records["captions"][:], strict=True)):
+        for number, prompt in enumerate(dict.fromkeys(prompts[row]), 1):
+            rows.append(row)
+            ids.append(image_id if number == 1 else f"{image_id}#{number}")
+            captions.append([text for text, its in zip(texts, prompts[row], strict=True) if its == prompt])
+            own.append([prompt] * len(captions[-1]))
+    if twice := len(ids) - len(set(ids)):
+        raise DataError(
+            f"{twice} ids are taken by numbered ones, such as x#2 of x, which has several prompts: rename them"
+        )
+    several = sum(len(set(of_record)) > 1 for of_record in prompts)
+    logger.info("%d images have several prompts: they are captioned and scored once for each", several)
+    ours = {"image_id": pa.array(ids), "captions": pa.array(captions, CAPTIONS), PROMPTS: pa.array(own, CAPTIONS)}
+    split = records.select(rows).remove_columns(list(ours))
+    for name, column in ours.items():
+        split = split.add_column(name, column)
+    return split
 
 
 def require_training_split(splits, source: str) -> None:
@@ -40,7 +72,7 @@ class EncodedRecords(torch.utils.data.Dataset):
 
     def __init__(self, records, features):
         self.source, self.features = records, features
-        self.records = records.select_columns(["image_id", "captions"])
+        self.records = records.select_columns(["image_id", "captions", *({PROMPTS} & {*records.column_names})])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -63,10 +95,15 @@ class CaptionPairs(torch.utils.data.Dataset):
         counts = pyarrow.compute.list_value_length(table.with_format("arrow")["captions"][:]).to_numpy()
         captions_per_image = captions_per_image or int(max(counts, default=1))
         self.records, self.captions_per_image = records, captions_per_image
-        samples = -(-counts // captions_per_image)  # of each record
-        self.record_of = np.repeat(np.arange(len(counts)), samples)
-        firsts = np.repeat(np.cumsum(samples) - samples, samples)
-        self.start_of = (np.arange(len(firsts)) - firsts) * captions_per_image
+        if PROMPTS in table.column_names:
+            starts = [starts_of(len(prompts), prompts, captions_per_image) for prompts in table[PROMPTS][:]]
+            self.record_of = np.repeat(np.arange(len(counts)), list(map(len, starts)))
+            self.start_of = np.concatenate(starts, dtype=int)
+        else:
+            samples = -(-counts // captions_per_image)  # of each record
+            self.record_of = np.repeat(np.arange(len(counts)), samples)
+            firsts = np.repeat(np.cumsum(samples) - samples, samples)
+            self.start_of = (np.arange(len(firsts)) - firsts) * captions_per_image
         # Shared, so that worker processes that outlive an epoch see it move.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -87,11 +124,24 @@ class CaptionPairs(torch.utils.data.Dataset):
         return sample_of(record, int(self.start_of[index]), self.captions_per_image, int(self.epoch))
 
 
+def starts_of(captions: int, prompts: list | None, number: int) -> list[int]:
+    """Where the samples of a record begin: of `number` captions at most, all of one prompt. `prompts` None: there is one."""
+    starts = []
+    for _, same in itertools.groupby(range(captions), key=prompts.__getitem__ if prompts else lambda _: None):
+        starts += list(same)[::number]
+    return starts
+
+
 def sample_of(record: dict, start: int, number: int, epoch: int) -> dict:
-    """The captions from `start` on of a record, up to `number` of them."""
+    """The captions from `start` on of a record, up to `number` of them, and of one prompt."""
     captions = record["captions"][start : start + number]
+    if PROMPTS in record:
+        prompts = record[PROMPTS][start : start + number]
+        prompts = list(itertools.takewhile(lambda prompt: prompt == prompts[0], prompts))
+        record = record | {PROMPTS: prompts}
+        captions = captions[: len(prompts)]
     sample = {"image_id": record["image_id"], "first_caption": start, "captions": captions, "epoch": epoch}
-    return sample | {name: record[name] for name in ("image", "features") if name in record}
+    return sample | {name: record[name] for name in ("image", "features", PROMPTS) if name in record}
 
 
 class CaptionStream(torch.utils.data.IterableDataset):
@@ -110,7 +160,7 @@ class CaptionStream(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for record in self.records:
-            for start in range(0, len(record["captions"]), self.captions_per_image):
+            for start in starts_of(len(record["captions"]), record.get(PROMPTS), self.captions_per_image):
                 yield sample_of(record, start, self.captions_per_image, self.epoch)
 
     def passes(self):

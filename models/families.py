@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass, field, replace
 
 import transformers
+from jinja2 import TemplateError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from common.errors import UserError
@@ -53,7 +54,7 @@ def _words(processor, words: str) -> list[int]:
     return processor.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
 
 
-def _chat_texts(processor, words: str) -> tuple[str, str, str]:
+def _chat_texts(processor, words: str, system: str = "") -> tuple[str, str, str]:
     """What a chat template writes before an answer, between that and the answer's first word, and after the answer.
 
     Words that a conversation has between its generation prompt and an answer (the header of the answer's turn, if a
@@ -61,8 +62,15 @@ def _chat_texts(processor, words: str) -> tuple[str, str, str]:
     """
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
-    prompt = processor.apply_chat_template([user], add_generation_prompt=True)
-    before, found, closing = processor.apply_chat_template([user, answer]).rpartition("ANSWER")
+    turns = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    turns.append(user)
+    try:
+        prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+        before, found, closing = processor.apply_chat_template([*turns, answer]).rpartition("ANSWER")
+    except TemplateError as error:
+        raise UserError(f"The model's chat template refuses this prompt: {error}") from None
+    if system.strip() not in prompt:
+        raise UserError("The model's chat template leaves out a system prompt: leave out --system_prompt.")
     if not found:
         raise UserError("The chat template leaves out the text of an answer: a caption cannot be trained behind it.")
     if not before.startswith(prompt):
@@ -80,14 +88,14 @@ def _chat_texts(processor, words: str) -> tuple[str, str, str]:
     return prompt, lead, closing
 
 
-def _chat_prompt(processor, words: str) -> str:
-    return _chat_texts(processor, words)[0]
+def _chat_prompt(processor, words: str, system: str = "") -> str:
+    return _chat_texts(processor, words, system)[0]
 
 
-def _chat_answer(processor, words: str) -> tuple[str, int]:
+def _chat_answer(processor, words: str, system: str = "") -> tuple[str, int]:
     """What a template puts between its prompt and an answer, and the token that ends the answer."""
     tokenizer = processor.tokenizer
-    _, lead, closing = _chat_texts(processor, words)
+    _, lead, closing = _chat_texts(processor, words, system)
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
     closing = [token for token in ids if token in tokenizer.added_tokens_decoder]
     return lead, closing[0] if closing else tokenizer.eos_token_id

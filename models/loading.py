@@ -102,6 +102,26 @@ def load_model(
     return ready(model, processor, fast_attention), processor
 
 
+def asks(model_name_or_path: str, revision: str, prompt: str | None) -> dict:
+    """What rows' own prompts are made of, as data.load takes it: {"prompt"}, one that holds columns, and {"own_questions"},
+    whether conversations are asked their own questions. Both are the checkpoint's, unless --prompt says otherwise; those of
+    families that are asked a question, where train.py did not say."""
+    adapter = None if Path(model_name_or_path, "config.json").is_file() else find_adapter(model_name_or_path, revision)
+    if adapter:
+        return asks(adapter["base_model_name_or_path"], adapter.get("revision") or "main", prompt)
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=False)
+        family = family_of(config, model_name_or_path)
+    except (OSError, ValueError):  # loading the model says what is wrong with it
+        return {"prompt": prompt, "own_questions": False}
+    trained = hasattr(config, "caption_prompt")
+    own = config.caption_text.get("own_questions", False) if trained else bool(family.default_words)
+    return {
+        "prompt": getattr(config, "caption_prompt", None) if prompt is None else prompt,
+        "own_questions": own and prompt is None,
+    }
+
+
 def _load_processor(config, model_name_or_path: str, options: dict):
     """The processor from a folder or the Hub; rebuilt if it was saved as two parts."""
     try:

@@ -4,11 +4,15 @@ import json
 
 from peft import PeftModel
 
+from common.prompts import COLUMN, columns_in
 from models.families import base_model, model_inputs
 
 
 def snippet(name: str, captioner, precision: str) -> str:
     """Python code that prints what `captioner` says of photo.jpg, byte for byte, for the model saved as `name`."""
+    template = captioner.collator.template
+    if template:  # as text, to be replaced
+        captioner = captioner.with_settings(COLUMN.sub(r"{{\1\2}}", template))
     collator = captioner.collator
     processor_imports, processor = _processor(name, captioner)
     model_imports, model = _model(name, captioner, precision)
@@ -37,6 +41,7 @@ def snippet(name: str, captioner, precision: str) -> str:
             "",
             'image = Image.open("photo.jpg")',
             *image,
+            *[f"# In place of {{...}}, the image's own: {', '.join(columns_in(template))}"] * bool(template),
             *inputs,
             f"settings = dict({settings})",
             f"tokens = model.generate(**inputs.to(model.dtype), **settings)[0, {before}:]",

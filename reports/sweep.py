@@ -39,7 +39,14 @@ def sweep_settings(sweep: str) -> list[dict]:
     """
     parser = HfArgumentParser((GenerationArguments,), allow_abbrev=False)
     known = flags_of(parser)
-    for name in ("help", "prompt", "keep_prompt", "remove_illegal_characters"):  # not settings of a search
+    for name in (
+        "help",
+        "prompt",
+        "prompt_column",
+        "system_prompt",
+        "keep_prompt",
+        "remove_illegal_characters",
+    ):  # not settings of a search
         del known[name]
     values = {}
     for part in sweep.split():

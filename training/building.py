@@ -10,10 +10,11 @@ from collator import CaptionCollator, input_size
 from common.errors import UserError
 from common.processes import captions_in_bfloat16, device_memory
 from common.sharding import strategy
+from data.prompts import PROMPTS
 from metrics.clip_scores import NAMES
 from metrics.names import SCORES
 from models.families import base_model, family_of, vision_encoder
-from models.loading import build_model, load_model, make_trainable, without_weights
+from models.loading import asks, build_model, load_model, make_trainable, without_weights
 from training.feature_cache import keep_features
 from training.lengths import PUBLISHED
 from training.memory import plan
@@ -44,6 +45,14 @@ def load_augmentations(data_args, seed: int, language: str) -> dict:
     }
 
 
+def questions(model_args, scratch_args, generation_args) -> dict:
+    """What images are asked, as data.load takes it."""
+    prompt = generation_args.settings()["prompt"]
+    if scratch_args.model_config:
+        return {"prompt": prompt, "own_questions": False}
+    return asks(model_args.model_name_or_path, model_args.model_revision, prompt)
+
+
 def open_model(model_args, scratch_args, adapter_args, captions, weights: bool = True) -> tuple:
     """(model, processor). A model of random weights, whose tokenizer learns its vocabulary from `captions` unless one is
     given; or a pretrained one, without its weights if `weights` is false."""
@@ -54,14 +63,16 @@ def open_model(model_args, scratch_args, adapter_args, captions, weights: bool =
     return build_model(scratch_args.model_config, vocab, captions, model_args.fast_attention, accents)
 
 
-def load_captioner(model_args, scratch_args, adapter_args, generation_args, train_records, args) -> Captioner:
+def load_captioner(
+    model_args, scratch_args, adapter_args, generation_args, train_records, args, asked: dict
+) -> Captioner:
     """A pretrained captioner or one with random weights; only the weights to train are trainable, and the model is
     sharded across processes if they were launched that way."""
     captions = (text for row in train_records for text in row["captions"])
     model, processor = open_model(model_args, scratch_args, adapter_args, captions)
     model = shard(make_trainable(model, adapter_args, scratch_args.freeze_vision), args)
-    how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg}
-    return Captioner(model, processor, **how, **vars(generation_args))
+    how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg, "own_questions": asked["own_questions"]}
+    return Captioner(model, processor, **how, **generation_args.settings())
 
 
 def as_loaded(captioner: Captioner, model_args, args) -> Captioner:
@@ -92,6 +103,7 @@ def build_collator(captioner, augmentations: dict, data_args, prompts_only: bool
         captioner.model.config,
         max_txt_len=data_args.max_txt_len,
         prompt=captioner.prompt,
+        system_prompt=captioner.system_prompt,
         fast_jpeg=captioner.fast_jpeg,
         prompts_only=prompts_only,
         **augmentations,
@@ -100,6 +112,11 @@ def build_collator(captioner, augmentations: dict, data_args, prompts_only: bool
 
 def build_datasets(splits, captioner, collator, scratch_args, data_args, args) -> tuple:
     """(training dataset, validation records or None), with a frozen encoder's images encoded in advance."""
+    if collator.prompts_only and PROMPTS in (splits["train"].column_names or ()):
+        raise UserError(
+            f"--objective {args.objective} asks the same of every image, and these have prompts of their own: give one "
+            '--prompt without columns, such as --prompt "Describe the image."'
+        )
     used = {"train": splits["train"], "validation": splits.get("validation") if args.eval_strategy != "no" else None}
     # Rewards look at all references of an image at once.
     per_image = None if collator.prompts_only else data_args.captions_per_image

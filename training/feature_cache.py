@@ -26,6 +26,7 @@ from common.limits import free_memory
 from common.loaders import data_loader
 from common.processes import processes, show_progress
 from data import CaptionPairs, EncodedRecords
+from data.prompts import PROMPTS
 from models.families import base_model, family_of, vision_encoder
 from models.vision import encode_images, takes_encoded
 
@@ -182,7 +183,7 @@ class Encoder:
         if not len(rows):
             return
         loader = data_loader(
-            records.select_columns(["image_id", "image"]).select(rows),
+            records.select_columns(["image_id", "image", *({PROMPTS} & {*records.column_names})]).select(rows),
             self.collator,
             batch_size=self.batch_size,
             num_workers=self.num_workers,

@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets import IterableDataset
 from PIL import Image
 
+from data.prompts import PROMPTS
 from data.text_augmentation import clean
 from data.tokens import check_captions_can_be_written
 from training.memory import PICTURE
@@ -35,13 +36,14 @@ def fit_lengths(captioner, records, data_args, generation_args, checkpoint: str 
     check_captions_can_be_written(captioner.processor.tokenizer, captions)
     images = captioner.collator
     counts = sorted(map(len, images.target_ids(captions)))
-    needed, before = counts[math.ceil((1 - CUT) * len(counts)) - 1], images.words_before
+    needed, prompt = counts[math.ceil((1 - CUT) * len(counts)) - 1], _longest_prompt(records, images)
+    before = images.words_in(prompt)
     own = captioner.settings["max_new_tokens"]
     positions = limit = None
     if needed > min(PUBLISHED - before, own):
         positions = getattr(captioner.model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
-        limit = positions - images.inputs([Image.new("RGB", PICTURE)])["input_ids"].shape[1]
+        limit = positions - images.inputs([Image.new("RGB", PICTURE)], [prompt])["input_ids"].shape[1]
     learnt = min(needed, limit or needed)
     begun = _flags(checkpoint)
     asked = data_args.max_txt_len or begun.get("max_txt_len")
@@ -77,6 +79,15 @@ def _captions(records) -> list[str]:
         return list(islice((caption for row in records for caption in row["captions"]), OF_A_STREAM))
     captions = list(chain.from_iterable(records["captions"][:]))
     return captions[:: math.ceil(len(captions) / LOOKED_AT)]
+
+
+def _longest_prompt(records, images) -> str:
+    """The longest of the rows' own prompts that are looked at, or the one of all rows."""
+    if PROMPTS not in (records.column_names or ()):
+        return images.prompt
+    rows = islice(records.select_columns([PROMPTS]), OF_A_STREAM)
+    prompts = {prompt or images.prompt for row in rows for prompt in row[PROMPTS]}
+    return max(prompts, key=len, default=images.prompt)
 
 
 def _flags(checkpoint: str | None) -> dict:
