@@ -42,6 +42,7 @@ ID_COLUMNS = ("image_id", "cocoid", "imgid")
 MISSING = ("", "nan", "none", "n/a", "null", "<na>", "#n/a")
 CONVERSATIONS = ("conversations", "messages")
 QUESTION = "caption_question"  # what is kept of a conversation beside its answer, in a table made of its source
+LONGEST_NAME = 4096  # of a path
 LOOKED_AT = 200  # rows whose keys make the header of a file that has none
 IMG2DATASET = (
     "Images are not fetched from addresses in a data set. Fetch them: img2dataset --url_list {file} --input_format {form} "
@@ -145,7 +146,7 @@ def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[st
         say_once(logger, "%s: images are named by column %s, whose names are those of files", source, columns[0])
         return columns[0]
     for name in captions:
-        if _image_of_turns(examples[name]) is not None:
+        if _images_of_turns(examples[name]):
             return name
     for name, text in texts.items():
         if re.match(r"https?://", text):
@@ -289,10 +290,11 @@ def question_of(value) -> str | None:
 
 
 # How a list or an object of strings begins, with any quotes, and a numpy array.
+OF_CALL = r"(?:np\.|pd\.)?(?:array|list|Index)\("
 BEGINS = re.compile(
-    r"""[\[{]\s*(?:[\[({]\s*)*(?:["'\u201c\u2018\u201e]|(?:np\.)?array\(|np\.str_\()|(?:np\.)?array\("""
+    rf"""[\[{{]\s*(?:[\[({{]\s*)*(?:b?["'\u201c\u2018\u201e]|{OF_CALL}|np\.str_\()|{OF_CALL}(?=\s*[\[(])"""
 )
-ARRAY = re.compile(r"\A(?:np\.)?array\((.*?)(?:,\s*dtype=\S+)?\)\Z", re.DOTALL)
+ARRAY = re.compile(rf"\A{OF_CALL}(.*?)(?:,\s*(?:dtype|name)=\S+)*\)\Z", re.DOTALL)
 # What Python, numpy and pandas write between the strings of a list, in [] or {}: nothing, in ['a b' 'c'], or missing values.
 STRING = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""", re.DOTALL)
 BETWEEN_STRINGS = re.compile(r"[\[{](?:[\s,]|\b(?:nan|None)\b)*[\]}]")
@@ -312,7 +314,7 @@ def parse_structure(text: str, where: str):
         value = _python_literal(text)
     if value is None and begins:
         raise DataError(f"{where}: the caption begins like a list but cannot be read as one: {text[:80]!r}")
-    is_list = isinstance(value, list | tuple) and set(map(type, value)) <= {str, list, tuple, dict}
+    is_list = isinstance(value, list | tuple) and set(map(type, value)) <= {str, bytes, list, tuple, dict}
     if begins and not is_list and not isinstance(value, dict):
         raise DataError(f"{where}: the caption begins like a list but holds other than text: {text[:80]!r}")
     return value if is_list or isinstance(value, dict) else None
@@ -342,7 +344,7 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
     """
     if isinstance(value, str):
         value = parse_structure(value, where) or value
-    value = _image_of_turns(value) or value
+    value = _images_of_turns(value) or value
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
             raise DataError(
@@ -360,18 +362,21 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
     if re.match(r"https?://", value) and not address:
         raise DataError(f"{where}: " + address_error(column, value, where, list(captions)))
     content = from_base64(value)
+    if content is None and len(value) > LONGEST_NAME:
+        content = value.encode()  # a damaged image, and treated as one
     return value.strip() if content is None else {"path": None, "bytes": content}
 
 
-def _image_of_turns(turns):
-    """The image inside a conversation: {"type": "image_url", "image_url": {"url": data}} or {"type": "image", "image": path}."""
+def _images_of_turns(turns) -> list:
+    """The images inside a conversation: {"type": "image_url", "image_url": {"url": data}} or {"type": "image", "image": path}."""
     if isinstance(turns, list):
-        return next(filter(None, map(_image_of_turns, turns)), None)
+        return [image for turn in turns for image in _images_of_turns(turn)]
     if isinstance(turns, dict):
         address = turns.get("image_url")
         address = address.get("url") if isinstance(address, dict) else address
-        return address or turns.get("image") or _image_of_turns(turns.get("content"))
-    return None
+        image = address or turns.get("image")
+        return [image] if image else _images_of_turns(turns.get("content"))
+    return []
 
 
 def from_base64(value: str) -> bytes | None:

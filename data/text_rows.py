@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from common.errors import DataError
@@ -29,9 +30,18 @@ ENDINGS = (".json", *LINES, *TABLES)
 
 def read_json(file: Path):
     try:
-        return json.loads(read_text(file))
+        return json.loads(read_text(file), object_pairs_hook=partial(object_of, file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: not valid JSON: {error}. One object per line belongs in a .jsonl file") from None
+
+
+def object_of(file: Path, pairs: list[tuple]) -> dict:
+    """A JSON object. DataError if a key is there twice, as an image in a map of images to captions: one value would be lost."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        double = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise DataError(f"{file}: the key {double!r} is there twice in one object. Put its values into one list")
+    return content
 
 
 def first_character(file: Path) -> str:
@@ -52,7 +62,7 @@ def table_objects(file: Path) -> Iterator[tuple[object, str]]:
 
 def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
     """The entries of a JSON list, read piece by piece."""
-    decoder, number = json.JSONDecoder(), 0
+    decoder, number = json.JSONDecoder(object_pairs_hook=partial(object_of, file)), 0
     with open_text(file) as content:
         text = content.read(chunk).lstrip()[1:].lstrip()
         while not text.startswith("]"):
@@ -79,7 +89,7 @@ def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    yield number, json.loads(line)
+                    yield number, json.loads(line, object_pairs_hook=partial(object_of, file))
             except json.JSONDecodeError as error:
                 raise DataError(f"{file} line {number}: not valid JSON: {error}") from None
 
@@ -109,7 +119,7 @@ def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, 
                         'is none, keep the cell in one line; else write the quote twice ("") in a quoted cell'
                     ) from None
             if last_takes_rest and len(cells) > len(header):
-                cells[len(header) - 1 :] = [separator.join(cells[len(header) - 1 :])]
+                cells = line.rstrip("\r\n").split(separator, len(header) - 1)
             if len(cells) > len(header):
                 advice = ". Quote captions with commas" if separator == "," else f", separated by {separator!r}"
                 raise DataError(f"{file} line {number}: more fields than the header has{advice}")

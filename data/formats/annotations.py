@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
+from common.logs import say_once
 from common.text import read_text
 from data.columns import as_id, caption_key, first_of, object_rows
 from data.finder import folders_beside
@@ -40,6 +41,15 @@ def parts(path: Path, options: Options) -> list[Part]:
             raise DataError(
                 f"{path}: {other.name} and {file.name} are both for {split_in(file.stem)}. Remove or rename one"
             )
+    beside = {
+        file
+        for place in ("*", "annotations/*")
+        for file in path.glob(place)
+        if file.suffix.lower() in (*LINES, *TABLES)
+    }
+    if others := sorted(file.name for file in beside.difference(files)):
+        read = " and ".join(file.name for file in files)
+        say_once(logger, "%s: read from %s, not from %s", path, read, " and ".join(others[:5]))
     return [Part(NAME, str(file), split=split_in(file.stem), folders=folders_beside(file)) for file in files]
 
 
@@ -105,8 +115,8 @@ def lists_in(content, file: Path) -> dict[str | None, list]:
     if all(map(is_captions, content.values())):
         return {None: [entry_of(name, value) for name, value in content.items()]}
     raise DataError(
-        f"{file}: an object with the keys {', '.join(list(content)[:8])}. Expected a list of objects, or "
-        "COCO annotations (keys images and annotations)"
+        f"{file}: an object with the keys {', '.join(list(content)[:8])}. Expected a list of objects, a list for each of train, "
+        "validation and test, or COCO annotations (keys images and annotations)"
     )
 
 

@@ -137,3 +137,70 @@ def test_a_stream_that_is_one_split_as_a_whole_draws_none(tmp_path):
     streams = data.load(str(tmp_path / "a.tar"), streaming=True, all_as="train")
     assert list(streams) == ["train"]
     assert len(list(streams["train"])) == 40
+
+
+def messages(role: str, *parts) -> list:
+    return [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": role}]
+
+
+def test_a_conversation_about_two_images_is_refused_and_one_about_one_is_read(tmp_path):
+    for name, colour in (("a.jpg", "red"), ("b.jpg", "blue")):
+        picture(tmp_path / name, colour)
+    one, two = ({"type": "image", "image": name} for name in ("a.jpg", "b.jpg"))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": messages("red", one, {"type": "text", "text": "?"})}))
+    (row,) = data.load(str(tmp_path / "t.jsonl"), all_as="test")["test"]
+    assert row["image"]["path"].endswith("a.jpg")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": messages("red and blue", one, two)}))
+    with pytest.raises(DataError, match="holds 2 images"):
+        data.load(str(tmp_path / "t.jsonl"), all_as="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"a.jpg": "a dog", "b.jpg": "a cat", "a.jpg": "a cow"}'),
+        ("a.jsonl", '{"image": "a.jpg", "caption": "a dog", "caption": "a cow"}\n'),
+        ("a.json", '[{"image": "a.jpg", "caption": "a dog", "caption": "a cow"}]'),
+        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "caption": "a dog", "caption": "a cow"}]}'),
+    ],
+)
+def test_a_key_that_is_there_twice_loses_no_caption(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"the key '(a\.jpg|caption)' is there twice in one object"):
+        data.load(str(tmp_path / name), all_as="test", require_images=False)
+
+
+@pytest.mark.parametrize("cell", ["[b'a dog', b'two']", "list(['a dog', 'two'])", "Index(['a dog', 'two'], dtype='object')",
+                                  "pd.Index(['a dog', 'two'], dtype='object', name='x')", "array(['a dog', 'two'], dtype=object)"])  # fmt: skip
+def test_lists_as_libraries_print_them_are_captions(cell):
+    assert captions_of({"caption": cell}, ["caption"], "row 1") == ["a dog", "two"]
+
+
+@pytest.mark.parametrize(
+    "cell", ["list (of things) on a desk", "Index (finger) up", "array(s) of dots", "list(ing) of ships"]
+)
+def test_words_that_look_like_a_librarys_list_stay_words(cell):
+    assert captions_of({"caption": cell}, ["caption"], "row 1") == [cell]
+
+
+def test_the_rest_of_a_line_keeps_its_spaces_and_quotes(tmp_path):
+    (tmp_path / "captions.txt").write_text('image,caption\na.jpg,a sign says "stop" , and a dog, too\nb.jpg,one\n')
+    rows = list(csv_rows(tmp_path / "captions.txt", last_takes_rest=True))
+    assert [row["caption"] for row, _ in rows] == ['a sign says "stop" , and a dog, too', "one"]
+
+
+def test_a_damaged_image_in_base64_is_no_file_name(tmp_path):
+    image = base64.b64encode(encoded("PNG", "red") + bytes(6000)).decode()
+    (tmp_path / "a.csv").write_text(f"image,caption\n{image},a dog\n{image[:40]}{image[43:5001]}!,a cat\n")
+    with pytest.raises(data.ImageError, match="not an image"):
+        [data.open_image(row["image"]) for row in data.load(str(tmp_path / "a.csv"), all_as="test")["test"]]
+
+
+def test_a_table_beside_those_of_the_splits_is_named_as_not_read(tmp_path, caplog):
+    picture(tmp_path / "a.jpg")
+    row = json.dumps({"image": "a.jpg", "caption": "a dog"}) + "\n"
+    for name in ("train.jsonl", "more.jsonl", "annotations/val.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(row)
+    data.load(str(tmp_path), data_format="annotations", all_as="test")
+    assert "read from train.jsonl, not from more.jsonl and val.jsonl" in caplog.text
