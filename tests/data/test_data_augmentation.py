@@ -179,6 +179,8 @@ def test_randaugment_has_blips_ten_operations_at_blips_magnitudes(image):
     assert np.abs(brighter - np.minimum(pixels * 1.9, 255)).max() <= 1
     sheared = np.asarray(randaugment(image, 1, 5, Scripted("shear_x")))  # .15: the last row moves by 59 * .15
     assert abs(int(sheared[59, 10, 1]) - int(pixels[59, 10 + 9, 1])) <= 3
+    sheared = np.asarray(randaugment(image, 1, 5, Scripted("shear_y")))
+    assert abs(int(sheared[10, 59, 0]) - int(pixels[10 + 9, 59, 0])) <= 3
     turned = randaugment(image, 1, 5, Scripted("rotate"))
     assert turned.tobytes() == image.rotate(15, Image.Resampling.BILINEAR, fillcolor=GRAY).tobytes()
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.logs import say_once
 from data import ImageError, open_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -109,6 +110,21 @@ def test_a_turned_jpeg_is_undone_in_draft_mode_too():
         left, right = (np.asarray(image)[image.height // 2, image.width * share // 4].astype(int) for share in (1, 3))
         assert left[0] > 240 > 20 > left[2]
         assert right[2] > 240 > 20 > right[0]
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4])
+def test_only_orientations_that_exchange_width_and_height_do_so_in_draft_mode(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(Image.new("RGB", (1024, 256)), "JPEG", exif=exif)
+    assert open_image(content, size=(64, 256)).size == (256, 64)
+
+
+@pytest.mark.parametrize(("brightest", "said"), [(4095, "12-bit data"), (256, "12-bit data"), (255, "8 bits or fewer")])
+def test_the_line_about_16_bit_files_names_what_they_hold(brightest, said, caplog):
+    say_once.cache_clear()
+    open_image(saved(Image.fromarray(np.full((4, 4), brightest, np.uint16)), "PNG"))
+    assert said in caplog.text
 
 
 def test_damaged_exif_does_not_hide_a_sound_image():

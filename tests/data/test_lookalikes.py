@@ -1,16 +1,22 @@
 """Inputs that look like other ones: each caption comes to its own image, or the source is refused in one line."""
 
 import base64
+import dataclasses
 import io
 import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import data
 from common.errors import DataError
+from data.checks import described
 from data.columns import captions_of
+from data.reader import Source
+from data.rows import Options, Record
 from data.text_rows import csv_rows
 
 
@@ -204,3 +210,30 @@ def test_a_table_beside_those_of_the_splits_is_named_as_not_read(tmp_path, caplo
         (tmp_path / name).write_text(row)
     data.load(str(tmp_path), data_format="annotations", all_as="test")
     assert "read from train.jsonl, not from more.jsonl and val.jsonl" in caplog.text
+
+
+def test_a_row_of_a_tar_is_named_by_its_image_file(tmp_path):
+    write_tar(tmp_path / "a.tar", [("one.jpg", encoded("JPEG", "red")), ("one.txt", b"a dog")])
+    (row,) = Source(str(tmp_path / "a.tar"), Options()).rows()
+    assert row.name == "one.jpg"
+
+
+def test_messages_say_which_image_is_missing_and_what_a_damaged_file_holds(tmp_path):
+    record = Record("row 3", 3, ["a"], "key")
+    assert described(record) == "of row 3"
+    assert described(dataclasses.replace(record, name="b.jpg")) == "b.jpg"
+    (tmp_path / "a.parquet").write_bytes(bytes(40))
+    with pytest.raises(DataError, match=r"is not one \(.*[Pp]arquet"):
+        list(Source(str(tmp_path / "a.parquet"), Options()).rows())
+    (tmp_path / "a.json").write_text(json.dumps({f"key{n}": {"nested": n} for n in range(10)}))
+    with pytest.raises(DataError, match=r"an object with the keys key0, .*, key7\. Expected"):
+        data.load(str(tmp_path / "a.json"))
+
+
+def test_a_parquet_file_in_a_folder_of_the_source_names_images_from_its_own_folder(tmp_path):
+    for place, colour in (("0.jpg", "red"), ("data/0.jpg", "blue")):
+        picture(tmp_path / "set" / place, colour)
+    table = pa.table({"image": ["0.jpg"], "caption": ["a blue picture"]})
+    pq.write_table(table, tmp_path / "set/data/train-00000-of-00001.parquet")
+    (row,) = data.load(str(tmp_path / "set"), data_format="parquet", all_as="test")["test"]
+    assert row["image"]["path"].endswith("data/0.jpg")

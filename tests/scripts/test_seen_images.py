@@ -52,4 +52,6 @@ def test_the_split_of_a_run_without_a_record_is_not_known(tmp_path):
         "seen.parquet, which says on which images, is not with it" in tiny.run("evaluate.py", *flags, fails=True).stderr
     )
     tiny.run("evaluate.py", *flags, "--score_trained_images")
-    assert json.loads((tmp_path / "out" / "coco_metrics.json").read_text())["seen"]["trained_on"] is None
+    seen = json.loads((tmp_path / "out" / "coco_metrics.json").read_text())["seen"]
+    assert seen["trained_on"] is None
+    assert seen["images"] < len(small_run.CAPTIONS), "the split was drawn"
