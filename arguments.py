@@ -339,7 +339,8 @@ class ObjectiveArguments(Flags):
         "cider:1.0",
         "With scst, dico and grpo: rewards and their weights, such as 'cider:1.0 clip-s:0.5'. cider is CIDEr-D with the "
         "training split's document frequencies, bleu is BLEU-4 of the caption; both use all references and count the "
-        "end of the caption. rouge-l is as evaluate.py's. length, repetition and bad-endings are of the caption alone, with "
+        "end of the caption. rouge-l, meteor and spice are as evaluate.py's; chair counts the named objects that are neither in "
+        "instances nor in a reference. length, repetition and bad-endings are of the caption alone, with "
         "a negative weight to be avoided. FILE.py:FUNCTION:WEIGHT is a function of yours. clip-s, pac-s, pac-s++ (with the prefix ref-: with references) are clip_metrics, as in "
         "DiCO's code on the bare caption and not clipped at 0.",
     )

@@ -151,6 +151,11 @@ def objects_of(caption: str) -> list[str]:
     return [_CATEGORY_OF[word] for word in found if word in _CATEGORY_OF]
 
 
+def objects_there(references: Iterable[str], instances: Iterable[str] = ()) -> set[str]:
+    """The categories in an image: those of its instances, and those that its reference captions name."""
+    return {*instances, *itertools.chain(*map(objects_of, references))}
+
+
 def chair_scores(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
@@ -171,7 +176,7 @@ def chair_scores(
     """
     found = {}
     for image, captions in references.items():
-        there = {*instances.get(image, ()), *itertools.chain(*map(objects_of, captions))}
+        there = objects_there(captions, instances.get(image, ()))
         named = objects_of(predictions[image])
         wrong = [name for name in named if name not in there]
         found[image] = {

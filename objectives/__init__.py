@@ -3,11 +3,12 @@
 import logging
 
 from common.errors import UserError
+from metrics.chair import read_instances
 from metrics.clip_scores import NAMES
 from objectives.cross_entropy import CrossEntropy, caption_loss, token_log_probs
 from objectives.dico import Dico
 from objectives.grpo import Grpo
-from objectives.rewards import RecordRows, Rewards, clip_metrics_of, parse_rewards
+from objectives.rewards import RecordRows, Rewards, check_java, clip_metrics_of, parse_rewards
 from objectives.scst import SelfCritical
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,9 @@ def check_objective(args, objective_args, metric_args, scratch_args, data_args) 
     not fit `args.objective`."""
     if args.objective not in REWARDED:
         return []
-    needed = clip_metrics_of(parse_rewards(objective_args.reward))
+    weights = parse_rewards(objective_args.reward)
+    check_java(weights, metric_args.caption_language)
+    needed = clip_metrics_of(weights)
     metrics, best = [*needed, *metric_args.clip_metrics], args.metric_for_best_model
     if best == "RefPAC-S" and "pac-s" not in metrics:
         args.metric_for_best_model = f"Ref{NAMES[metrics[0]]}" if metrics else "CIDEr"
@@ -40,13 +43,16 @@ def check_objective(args, objective_args, metric_args, scratch_args, data_args) 
     return needed
 
 
-def build_objective(args, objective_args, captioner, train, scorers=(), caption_language="en"):
+def build_objective(args, objective_args, captioner, train, scorers=(), caption_language="en", instances=None):
     """The objective that `args.objective` names. `train` are the training records: rewards use their references, and
-    `scorers` (ClipScorer) their images."""
+    `scorers` (ClipScorer) their images. `instances`: COCO's file of the objects in them."""
     if args.objective == "cross_entropy":
         return CrossEntropy(args.label_smoothing_factor)
     references = dict(zip(train["image_id"], train["captions"], strict=True))
-    rewards = Rewards(parse_rewards(objective_args.reward), references, RecordRows(train), scorers, caption_language)
+    weights, objects = parse_rewards(objective_args.reward), None
+    if "chair" in weights and instances:
+        objects = read_instances(instances)
+    rewards = Rewards(weights, references, RecordRows(train), scorers, caption_language, objects)
     if args.objective == "dico":
         return Dico(
             captioner,

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import inspect
 import math
+import numbers
 import traceback
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def own_function(name: str):
     if not callable(getattr(module, function, None)):
         raise UserError(f"reward: {name}: {file} has no function {function}.")
     return getattr(module, function)
+
+
+def own_files(reward: str) -> list[str]:
+    """The files of the functions that --reward names."""
+    words = reward.replace(",", " ").split()
+    return sorted({f"{word.rpartition('.py:')[0]}.py" for word in words if ".py:" in word})
 
 
 class OwnReward:
@@ -67,7 +74,7 @@ class OwnReward:
                 f"reward: {self.name} returned {len(rewards)} values for {len(values['candidates'])} candidates."
             )
         for caption, reward in zip(values["candidates"], rewards, strict=True):
-            if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
+            if reward is not None and not (isinstance(reward, numbers.Real) and math.isfinite(reward)):
                 raise UserError(
                     f"reward: {self.name} returned {reward!r} for {caption!r}, which is neither a number nor None."
                 )

@@ -10,19 +10,25 @@ N-gram rewards count that end as a word: without it, "a man with a" is as good a
 self-critical training learns to stop too early. NaN, of a reward of your own, is no opinion.
 """
 
+import functools
 from fractions import Fraction
 
 import torch
 
 from common.caches import cache_folder
 from common.errors import UserError
-from metrics import CiderD, ends_badly, repeated_bigrams
+from metrics import CiderD, ends_badly, preflight, repeated_bigrams
+from metrics.chair import objects_of, objects_there
 from metrics.clip_scores import NAMES
 from metrics.coco_caption.bleu import bleu_from_statistics, bleu_statistics
 from metrics.coco_caption.cider import END_OF_SEQUENCE
+from metrics.coco_caption.java import Unavailable, meteor_from_statistics, meteor_statistics
 from metrics.coco_caption.languages import check_language, tokens_of
 from metrics.coco_caption.rouge import rouge_l
+from metrics.coco_caption.spice import spice
 from objectives.own_reward import OwnReward, own_function
+
+TIMEOUT = 1800  # seconds to wait for a Java program
 
 
 class CiderReward:
@@ -56,16 +62,46 @@ class BleuReward:
         return torch.from_numpy(bleu).float().view(len(image_ids), -1)
 
 
-class RougeReward:
-    """ROUGE-L of the single caption, 0 to 1, as an evaluation gives it: without the end as a word."""
+class ScoreReward:
+    """A score of the single caption, 0 to 1, as an evaluation gives it: without the end as a word."""
 
-    def __init__(self, tokens: dict[str, list[list[str]]], language: str):
-        self.tokens, self.language = tokens, language
+    def __init__(self, score, tokens: dict[str, list[list[str]]], language: str):
+        self.score, self.tokens, self.language = score, tokens, language
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
         references = [self.tokens[i] for i, group in zip(image_ids, candidates, strict=True) for _ in group]
-        scores = rouge_l(_tokens(candidates, self.language), references)
-        return torch.from_numpy(scores).float().view(len(image_ids), -1)
+        try:
+            scores = self.score(_tokens(candidates, self.language), references)
+        except Unavailable as error:
+            raise UserError(
+                f"reward: {error}. Checkpoints are kept; the same command resumes from the last."
+            ) from error
+        return torch.as_tensor(scores).float().view(len(image_ids), -1)
+
+
+def meteor(hypotheses, references):
+    return meteor_from_statistics(meteor_statistics(hypotheses, references, TIMEOUT, cache=cache_folder() / "metrics"))
+
+
+def spice_f(hypotheses, references):
+    rows = spice(hypotheses, references, cache=cache_folder() / "metrics", timeout=TIMEOUT)
+    return [row["f"] for row in rows]
+
+
+class ChairReward:
+    """How many of the objects that a caption names are not in the image (metrics/chair.py). `instances` are {image id:
+    categories}; what an image's references name is in it, too."""
+
+    def __init__(self, references: dict[str, list[str]], instances: dict):
+        self.objects = {i: objects_there(captions, instances.get(i, ())) for i, captions in references.items()}
+
+    def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
+        there = [self.objects[image_id] for image_id in image_ids]
+        wrong = [
+            [sum(name not in objects for name in objects_of(text)) for text in group]
+            for objects, group in zip(there, candidates, strict=True)
+        ]
+        return torch.tensor(wrong, dtype=torch.float32)
 
 
 class TextReward:
@@ -99,7 +135,13 @@ class ClipReward:
 
 
 # Built from {image id: tokenized references} of the training split, and the captions' language.
-NGRAM_REWARDS = {"cider": CiderReward, "bleu": BleuReward, "rouge-l": RougeReward}
+NGRAM_REWARDS = {
+    "cider": CiderReward,
+    "bleu": BleuReward,
+    "rouge-l": functools.partial(ScoreReward, rouge_l),
+    "meteor": functools.partial(ScoreReward, meteor),
+    "spice": functools.partial(ScoreReward, spice_f),
+}
 # Words of a caption; its share of repeated pairs of words; whether it ends in a word such as "a" or "with".
 TEXT_REWARDS = {"length": len, "repetition": repeated_bigrams, "bad-endings": ends_badly}
 CLIP_REWARDS = {f"{reference}{metric}": metric for reference in ("", "ref-") for metric in NAMES}
@@ -111,7 +153,7 @@ class Rewards:
     `references` are {image id: captions} of all images to be scored. They are tokenized once, here, by the tokenizer
     that evaluation uses, so a reward is the score that an evaluation would give (end-of-sequence aside). CLIP-based
     rewards use `scorers` and `rows`, {image id: the record}, as rewards of your own do. `language`: of the captions, a code that
-    --caption_language takes.
+    --caption_language takes. `instances`: {image id: categories}, for chair.
     """
 
     def __init__(
@@ -121,6 +163,7 @@ class Rewards:
         rows=None,
         scorers=(),
         language: str = "en",
+        instances: dict | None = None,
     ):
         language = check_language(language)
         self.weights, self.references, self.rewards = weights, references, {}
@@ -131,6 +174,8 @@ class Rewards:
         for name in weights:
             if name in NGRAM_REWARDS:
                 self.rewards[name] = NGRAM_REWARDS[name](tokens, language)
+            elif name == "chair":
+                self.rewards[name] = ChairReward(references, instances or {})
             elif name in TEXT_REWARDS:
                 self.rewards[name] = TextReward(TEXT_REWARDS[name], language)
             elif name in CLIP_REWARDS:
@@ -171,14 +216,14 @@ def _tokens(captions, language: str) -> list[list[str]]:
 def parse_rewards(text: str) -> dict[str, float]:
     """{name: weight} of "cider:1.0 clip-s:0.5 mine/rewards.py:short:0.1"; the default weight is 1. ValueError if it is not of that
     form, or if a function of your own is not there."""
-    known = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS, *TEXT_REWARDS, "FILE.py:FUNCTION"])
+    known = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS, *TEXT_REWARDS, "chair", "FILE.py:FUNCTION"])
     weights, said = {}, set()
     for word in text.replace(",", " ").split():
         file, own, rest = word.rpartition(".py:")
         name, _, weight = rest.partition(":")
         if own:
             own_function(name := f"{file}.py:{name}")
-        elif name not in NGRAM_REWARDS | TEXT_REWARDS | CLIP_REWARDS:
+        elif name not in NGRAM_REWARDS | TEXT_REWARDS | CLIP_REWARDS and name != "chair":
             raise UserError(f"reward: '{name}' is not a reward. Known: {known}.")
         if (short := name.rpartition(":")[2]) in said:
             raise UserError(f"reward: {short} is named twice in '{text}'.")
@@ -190,6 +235,13 @@ def parse_rewards(text: str) -> dict[str, float]:
     if not any(weights.values()):
         raise UserError(f"reward: '{text}' names no reward. Example: cider:1.0 clip-s:0.5. Known: {known}.")
     return weights
+
+
+def check_java(weights: dict[str, float], language: str) -> None:
+    """UserError if METEOR or SPICE is among the rewards and cannot be computed here, or not of this language."""
+    asked = {name: "auto" if name in weights else False for name in ("meteor", "spice")}
+    for name, reason in preflight(**asked, cache=cache_folder() / "metrics", language=language).items():
+        raise UserError(f"reward: {name} cannot be computed: {reason}.")
 
 
 def clip_metrics_of(weights: dict[str, float]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -16,6 +17,7 @@ from common.locks import Busy, hold
 from common.provenance import environment, hide_secrets
 from common.sharding import strategy
 from models.adapters import NEW
+from objectives.own_reward import own_files
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ def find_checkpoint(folder: Path, flags: dict, resume_from_checkpoint: str | Non
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     if (folder / "run.json").is_file():
         _check_flags(folder, flags)
+        _check_reward_files(folder, flags)
     elif checkpoints:
         raise UserError(
             f"output_dir {folder} holds {checkpoints[0].name}, but no run.json that says which run it belongs to. "
@@ -109,6 +112,7 @@ def record_run(folder: Path, flags: dict, **facts) -> dict:
     the `facts` of reports.model_card.run_facts. Removes unfinished checkpoints."""
     before = _read(folder / "run.json")
     kept = {"processes": before.get("processes", {}), "lengths": before.get("lengths"), "sharding": strategy()}
+    kept["reward_files"] = before.get("reward_files", _reward_files(flags))
     run = {"flags": _binding(flags), "license": flags["license"], **kept, **environment(), **facts}
     write_json(folder / "run.json", run)
     for path in folder.glob("checkpoint-*"):
@@ -127,6 +131,27 @@ def _check_flags(folder: Path, flags: dict) -> None:
             f"output_dir {folder} holds another run: {what}{more}. To continue from its model (more epochs, other settings), pass "
             f"--model_name_or_path {folder} and another --output_dir; to start anew, another --output_dir, or delete that one."
         )
+
+
+def _reward_files(flags: dict) -> dict[str, str | None]:
+    """{file: SHA-256 of what is in it} of the files that the rewards are made of; None if it is not there."""
+    files = own_files(flags["reward"]) + [flags["instances"]] * (
+        "chair" in flags["reward"] and bool(flags["instances"])
+    )
+    return {
+        file: hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None for file in files
+    }
+
+
+def _check_reward_files(folder: Path, flags: dict) -> None:
+    now = _reward_files(flags)
+    before = _read(folder / "run.json").get("reward_files", now)
+    for file in sorted({*before, *now}):
+        if before.get(file) != now.get(file):
+            raise UserError(
+                f"reward: {file} is not as it was when the run in {folder} began, which would go on with another reward. Restore "
+                "it, or name another --output_dir to start anew."
+            )
 
 
 def _check_resumable(checkpoint: Path) -> None:

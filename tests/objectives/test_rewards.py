@@ -13,11 +13,13 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from small_run import CAPTIONS, SPLITS
 
+from common.caches import cache_folder
 from common.errors import UserError
 from metrics import ends_badly, score, tokenize
 from metrics.coco_caption.cider import END_OF_SEQUENCE
+from metrics.coco_caption.java import why_no_meteor
 from objectives.own_reward import own_function
-from objectives.rewards import Rewards, parse_rewards
+from objectives.rewards import Rewards, check_java, parse_rewards
 
 WORDS = [
     "a",
@@ -198,6 +200,14 @@ def test_a_function_gets_what_its_parameters_are_named_after(own):
     assert parts["length"].tolist() == [[2, 1], [2, 1]]
 
 
+def test_a_function_may_return_numbers_of_numpy(own):
+    write, rows = own
+    name = write("""candidates):
+    import numpy
+    return numpy.arange(4, dtype=numpy.float32)""")
+    assert Rewards({name: 1.0}, REFERENCES, rows)([*REFERENCES], CANDIDATES, None)[0].tolist() == [[0, 1], [2, 3]]
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -231,12 +241,53 @@ def test_a_function_that_is_not_there_is_told_before_anything_is_loaded(own, cod
         parse_rewards(name)
 
 
-def test_rouge_is_that_of_an_evaluation(corpus):
-    candidates, _ = candidates_of(corpus, 1)
-    _, parts = Rewards({"rouge-l": 1.0}, corpus)(list(corpus), candidates, None)
-    predictions = {image: texts[0] for image, texts in zip(corpus, candidates, strict=True)}
-    _, rows = score(predictions, corpus, meteor=False, spice=False, bootstrap_samples=0)
-    assert parts["rouge-l"][:, 0].tolist() == pytest.approx([row["ROUGE_L"] for row in rows.values()], abs=1e-6)
+SLOW = pytest.mark.slow  # METEOR's table, and a parser of English
+NAMED = [
+    ("rouge-l", "ROUGE_L"),
+    pytest.param("meteor", "METEOR", marks=SLOW),
+    pytest.param("spice", "SPICE", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("reward", "name"), NAMED)
+def test_a_reward_of_the_name_of_a_score_is_that_of_an_evaluation(reward, name, corpus, request, monkeypatch):
+    if reward != "rouge-l" and why_no_meteor():
+        pytest.skip(why_no_meteor())
+    if reward == "spice":
+        pytest.importorskip("jpype")
+        monkeypatch.setenv("CORENLP_DIR", str(request.getfixturevalue("test_data") / "corenlp"))
+    corpus = dict([*corpus.items()][:6])
+    candidates, _ = candidates_of(corpus, 2)
+    check_java({reward: 1.0}, "en")
+    _, parts = Rewards({reward: 1.0}, corpus)(list(corpus), candidates, None)
+    asked = {"meteor": reward == "meteor", "spice": reward == "spice", "bootstrap_samples": 0}
+    for k in range(2):
+        predictions = {image: texts[k] for image, texts in zip(corpus, candidates, strict=True)}
+        _, rows = score(predictions, corpus, **asked, cache=cache_folder() / "metrics")
+        assert parts[reward][:, k].tolist() == pytest.approx([row[name] for row in rows.values()], abs=1e-6)
+    assert 0 < parts[reward].max() <= 1
+
+
+def test_java_that_is_not_there_or_fails_is_one_line(monkeypatch):
+    check_java({"cider": 1.0}, "vi")
+    with pytest.raises(UserError, match="reward: METEOR cannot be computed: METEOR is made for English"):
+        check_java({"meteor": 1.0}, "vi")
+    rewards = Rewards({"meteor": 1.0}, REFERENCES)
+    monkeypatch.setenv("CAPTION_NO_JAVA", "1")
+    with pytest.raises(UserError, match="reward: METEOR cannot be computed: no Java found"):
+        check_java({"meteor": 1.0}, "en")
+    with pytest.raises(UserError, match=r"reward: no Java found .*the same command resumes"):
+        rewards([*REFERENCES], CANDIDATES, None)
+
+
+def test_chair_counts_the_objects_that_are_not_there():
+    """In image0 there is a dog by its reference and a ball by its instances."""
+    candidates = [["a dog with a ball", "a cat, a dog and two cats"], ["a cat", "a man on a horse"]]
+    rewards = Rewards({"chair": -0.5, "length": 0.0}, REFERENCES, instances={"image0": {"sports ball"}})
+    total, parts = rewards([*REFERENCES], candidates, None)
+    assert parts["chair"].tolist() == [[0, 2], [0, 2]]
+    assert total.tolist() == [[0, -1], [0, -1]]
+    assert Rewards({"chair": 1.0}, REFERENCES)([*REFERENCES], candidates, None)[0].tolist() == [[1, 2], [0, 2]]
 
 
 def test_the_function_in_docs_is_trained_with(tmp_path, monkeypatch):

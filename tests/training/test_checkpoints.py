@@ -13,7 +13,7 @@ from common.cli import parse
 from common.errors import UserError
 from models.adapters import settle
 from training.building import check_best
-from training.checkpoints import find_checkpoint
+from training.checkpoints import find_checkpoint, record_run
 
 # What run.json of commit 2ee57a4 recorded with transformers 5.23 for the command below.
 EARLIER = json.loads((ROOT / "tests/fixtures/flags_of_2ee57a4.json").read_text(encoding="utf-8"))
@@ -102,6 +102,30 @@ def test_a_flag_may_change_if_it_does_not_alter_what_is_learnt(name, tmp_path):
     else:
         with pytest.raises(UserError, match="holds another run: "):
             resume(tmp_path, recorded, *more)
+
+
+def test_a_reward_whose_file_changed_is_another_run(tmp_path):
+    """The file of a function of one's own, and that of chair's instances, which is free without chair."""
+    reward, instances = tmp_path / "mine.py", tmp_path / "instances.json"
+    for changed, words in ((reward, f"cider {reward}:one"), (instances, "cider chair:-1")):
+        reward.write_text("def one(candidates): return [1] * len(candidates)\n")
+        instances.write_text("{}")
+        folder = tmp_path / changed.stem
+        flags = ["--output_dir", str(folder), "--objective", "scst", "--reward", words, "--instances", str(instances)]
+        flags = flags_of(*flags)
+        folder.mkdir()
+        assert find_checkpoint(folder, flags, None) is None
+        record_run(folder, flags)
+        assert find_checkpoint(folder, flags, None) is None
+        changed.write_text(changed.read_text() + " ")
+        record = (folder / "run.json").read_text()
+        record_run(folder, flags)  # as at the end of a run during which it was changed
+        assert json.loads((folder / "run.json").read_text())["reward_files"] == json.loads(record)["reward_files"]
+        with pytest.raises(UserError, match=rf"reward: .*{changed.name} is not as it was when the run in .* began"):
+            find_checkpoint(folder, flags, None)
+        changed.unlink()
+        with pytest.raises(UserError, match=f"{changed.name} is not as it was"):
+            find_checkpoint(folder, flags, None)
 
 
 def test_a_score_that_no_evaluation_has_cannot_select_the_best_checkpoint(tmp_path):
