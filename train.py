@@ -92,8 +92,7 @@ def fine_tune(groups, reward_metrics, folder, checkpoint):
     flags = flags_of(groups)  # with these lengths
 
     # Build the trainer
-    of_metrics = (scorers, metric_args.caption_language, metric_args.instances)
-    objective = build_objective(args, objective_args, captioner, splits["train"], *of_metrics)
+    objective = build_objective(args, objective_args, captioner, splits["train"], scorers, metric_args)
     collator = build_collator(captioner, augmentations, data_args, getattr(objective, "prompts_only", False))
     train_dataset, validation = build_datasets(splits, captioner, collator, scratch_args, data_args, args)
     trainer = CaptionTrainer(

@@ -43,16 +43,16 @@ def check_objective(args, objective_args, metric_args, scratch_args, data_args) 
     return needed
 
 
-def build_objective(args, objective_args, captioner, train, scorers=(), caption_language="en", instances=None):
+def build_objective(args, objective_args, captioner, train, scorers, metric_args):
     """The objective that `args.objective` names. `train` are the training records: rewards use their references, and
-    `scorers` (ClipScorer) their images. `instances`: COCO's file of the objects in them."""
+    `scorers` (ClipScorer) their images."""
     if args.objective == "cross_entropy":
         return CrossEntropy(args.label_smoothing_factor)
     references = dict(zip(train["image_id"], train["captions"], strict=True))
     weights, objects = parse_rewards(objective_args.reward), None
-    if "chair" in weights and instances:
-        objects = read_instances(instances)
-    rewards = Rewards(weights, references, RecordRows(train), scorers, caption_language, objects)
+    if "chair" in weights and metric_args.instances:
+        objects = read_instances(metric_args.instances)
+    rewards = Rewards(weights, references, RecordRows(train), scorers, metric_args.caption_language, objects)
     if args.objective == "dico":
         return Dico(
             captioner,

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import data
 import metrics
-from arguments import ObjectiveArguments
+from arguments import MetricArguments, ObjectiveArguments
 from captioner import Captioner
 from collator import CaptionCollator
 from models.loading import load_model
@@ -72,7 +72,8 @@ def test_a_reward_is_the_score_that_an_evaluation_in_the_captions_language_gives
     rewards = {}
     for language in ("zh", "en"):
         objective_args = ObjectiveArguments(reward="bleu:1.0")
-        built = build_objective(args, objective_args, Captioner(model, processor), records, (), language)
+        metric_args = MetricArguments(caption_language=language)
+        built = build_objective(args, objective_args, Captioner(model, processor), records, (), metric_args)
         candidates, ended = [[text] for text in written.values()], [[False]] * len(written)
         rewards[language], _ = built.rewards(list(CHINESE), candidates, ended)
     _, rows = metrics.score(written, CHINESE, meteor=False, spice=False, bootstrap_samples=0, language="zh")
