@@ -3,8 +3,14 @@
 import json
 from pathlib import Path
 
+import xxhash
+
+from common.caches import cache_folder
 from common.errors import UserError
 from common.locks import Busy, hold
+from jobs.shards import Shard, ShardFolder
+
+ANSWERS = "_answers"
 
 
 class JournalInUse(UserError):
@@ -43,3 +49,13 @@ class Journal:
         """Append one row, so that it survives this process."""
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
+
+
+def answers_of(folder: ShardFolder, shard: Shard) -> Path:
+    """Where the journal of a shard's answers is: in the output's _answers folder; for a remote output in the local cache."""
+    place = Path(folder.path) / ANSWERS
+    if folder.remote:
+        name = json.dumps({"folder": folder.name}, ensure_ascii=False)
+        place = cache_folder() / "answers" / xxhash.xxh3_64_hexdigest(name.encode())
+    place.mkdir(parents=True, exist_ok=True)
+    return place / f"{shard.id}.jsonl"

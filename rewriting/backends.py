@@ -5,31 +5,19 @@ returns the reason to reject a text, or None; a rejected row is retried with ano
 All finished rows are yielded before an error is raised.
 """
 
-import concurrent.futures
-import contextlib
 import itertools
-import json
-import logging
-import os
-import random
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 import torch
 
 from common.errors import UserError
 from common.provenance import without_secrets
+from jobs.chat_server import ChatServer, Refused, tokens_of
 from rewriting.checks import tidy
 from rewriting.prompt_cache import prompt_cache
 from rewriting.prompts import Tokens
 
-logger = logging.getLogger(__name__)
-WITHOUT_TEXT = "answered without text"
-TOLD_WAIT, LONGEST_WAIT = 120.0, 600.0  # seconds that a server may ask to wait: more than the first are said
 WINDOW = 32  # batches of rows that are sorted by length together
 
 
@@ -76,53 +64,12 @@ def is_chat(tokenizer, args) -> bool:
 # ---------------------------------------------------------------- a server
 
 
-class Pace:
-    """Rate limiter: lets `per_minute` units through per minute, evenly spaced."""
-
-    def __init__(self, per_minute: float | None):
-        self.interval, self.next, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
-
-    def wait(self, units: float = 1) -> None:
-        with self.lock:
-            start = max(self.next, time.monotonic())
-            self.next = start + units * self.interval
-        time.sleep(max(0, start - time.monotonic()))
-
-
-class Stopped(Exception):
-    """Another row met an error that ends the run."""
-
-
 class OpenAIBackend:
-    """Chat completions, `concurrency` rows at a time, each in its own thread.
-
-    Transient errors (no connection, a timeout, 408, 409, 429, 5xx, an answer without a message) are retried `max_retries`
-    times, after the delay that the server asks for, up to ten minutes, else with exponential backoff up to a minute, with
-    jitter. Permanent errors (a wrong key, no such model, no credit) end the run with a ValueError. A prompt that the server
-    refuses (400, 413, 422) or never answers with a message counts as that row's fault, unless no other is answered either.
-    """
+    """A chat model on a server (jobs/chat_server.py)."""
 
     def __init__(self, model: str, args):
-        import openai
-
-        self.openai, self.model, self.args = openai, model, args
-        base_url = args.base_url or os.environ.get("OPENAI_BASE_URL")
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key and not base_url:
-            raise UserError("Set OPENAI_API_KEY in the environment, or name another server with --base_url.")
-        self.client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=args.timeout, max_retries=0)
+        self.args, self.server = args, ChatServer(model, args, args.max_new_tokens)
         self.tokens = Tokens(load_tokenizer(args.tokenizer))
-        # OpenAI's newer models take max_completion_tokens, most other servers max_tokens.
-        limit = "max_completion_tokens" if "api.openai.com" in str(self.client.base_url) else "max_tokens"
-        self.request = {"model": model, limit: args.max_new_tokens}
-        try:
-            self.request["extra_body"] = json.loads(args.extra_body or "{}")
-        except json.JSONDecodeError as error:
-            raise UserError(f"--extra_body is not JSON: {error}") from None
-        self.requests, self.volume = Pace(args.requests_per_minute), Pace(args.tokens_per_minute)
-        self.stop, self.answered, self.lock = threading.Event(), threading.Event(), threading.Lock()
-        self.not_before = self.noted = 0.0
-        self.fresh: Counter = Counter()  # errors that are not logged yet
 
     def settings(self) -> dict:
         named = ("max_new_tokens", "max_prompt_tokens", "temperature", "extra_body", "tokenizer")
@@ -130,46 +77,23 @@ class OpenAIBackend:
         return values | {"extra_body": self.args.extra_body and without_secrets(self.args.extra_body)}
 
     def run(self, jobs: Iterable[Job], judge: Callable) -> Iterator[tuple[Job, Outcome]]:
-        self.stop.clear()
-        jobs, waiting, error = iter(jobs), {}, None
-        pool = concurrent.futures.ThreadPoolExecutor(self.args.concurrency)
-        try:
-            while True:
-                room = 0 if error else 2 * self.args.concurrency - len(waiting)
-                waiting |= {pool.submit(self.rewrite, job, judge): job for job in itertools.islice(jobs, room)}
-                if not waiting:
-                    break
-                try:
-                    done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                except KeyboardInterrupt as interrupt:  # requests in flight are already paid for: wait for them
-                    error, done = interrupt, []
-                    self.stop.set()
-                for future in done:
-                    job, failure = waiting.pop(future), future.exception()
-                    if failure is None:
-                        yield job, future.result()
-                    else:  # the first one, which has stopped the others
-                        error = error or failure
-                        self.stop.set()
-        finally:
-            self.stop.set()
-            pool.shutdown(cancel_futures=True)
-        if error:
-            raise error
+        return self.server.run(jobs, lambda job: self.rewrite(job, judge))
 
     def rewrite(self, job: Job, judge: Callable) -> Outcome:
         outcome = Outcome("", "empty", attempts=0)
         for attempt in range(self.args.max_attempts):
-            answer = self.ask(job, attempt)
             outcome.attempts += 1
-            if answer is None:
+            try:
+                answer = self.server.ask(job.prompt, len(job.ids), **self.options(attempt))
+            except Refused:
                 outcome.reason = "server_refused"
                 break
             choice = answer.choices[0]
             content = choice.message.content
             outcome.text = tidy(content if isinstance(content, str) else "")
-            outcome.tokens_in += getattr(answer.usage, "prompt_tokens", None) or 0
-            outcome.tokens_out += getattr(answer.usage, "completion_tokens", None) or 0
+            tokens_in, tokens_out = tokens_of(answer)
+            outcome.tokens_in += tokens_in
+            outcome.tokens_out += tokens_out
             if choice.finish_reason == "content_filter":
                 outcome.reason = "server_refused"
             else:
@@ -178,107 +102,12 @@ class OpenAIBackend:
                 break
         return outcome
 
-    def ask(self, job: Job, attempt: int):
-        """The server's answer, or None if it refuses the prompt."""
-        options = self.options(attempt)
-        for trial in range(self.args.max_retries + 1):
-            self.wait_for_turn(job)
-            try:
-                answer = self.client.chat.completions.create(
-                    messages=[{"role": "user", "content": job.prompt}], **options
-                )
-                if has_message(answer):
-                    self.answered.set()
-                    return answer
-                trouble, wait = WITHOUT_TEXT, 0.0
-            except (self.openai.OpenAIError, ValueError) as error:
-                if getattr(error, "status_code", None) in REFUSALS and self.answered.wait(20):
-                    self.note(f"refused a prompt, which is left ({error.status_code}: {server_message(error)})")
-                    return None
-                trouble, wait = self.trouble_of(error)
-            self.note(f"{trouble}; trying again")
-            self.stop.wait(wait or min(60, 0.5 * 2**trial) * random.uniform(0.5, 1))
-        if trouble == WITHOUT_TEXT and self.answered.is_set():  # it answers other prompts
-            return None
-        raise UserError(
-            f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. Finished rows are kept; "
-            "the same command resumes from there."
-        )
-
     def options(self, attempt: int) -> dict:
         """Options of a row's request: each attempt has another seed, and samples if it is not the first."""
-        options, temperature = dict(self.request), self.args.temperature
+        options, temperature = {"seed": self.args.seed + attempt}, self.args.temperature
         if temperature is not None:
             options["temperature"] = max(temperature, 0.7) if attempt else temperature
-        return options | {"seed": self.args.seed + attempt}
-
-    def wait_for_turn(self, job: Job) -> None:
-        self.stop.wait(max(0, self.not_before - time.monotonic()))
-        self.requests.wait()
-        self.volume.wait(len(job.ids) + self.args.max_new_tokens)
-        if self.stop.is_set():
-            raise Stopped
-
-    def trouble_of(self, error: Exception) -> tuple[str, float]:
-        """(what the server did, seconds that it asks to wait). UserError for what does not pass by itself."""
-        if isinstance(error, self.openai.APITimeoutError):
-            return f"did not answer in {self.args.timeout:g} s", 0.0
-        if isinstance(error, self.openai.APIConnectionError):
-            return f"could not be reached ({type(error.__cause__ or error).__name__})", 0.0
-        if not isinstance(error, self.openai.APIStatusError):
-            return f"sent invalid JSON ({type(error).__name__})", 0.0
-        code = error.status_code
-        if (code not in TRANSIENT and code < 500) or error.code == "insufficient_quota":
-            raise UserError(
-                f"the server of {self.model} answers {code}: {server_message(error)}. {ADVICE.get(code, '')}"
-            ) from None
-        wait = retry_after(error.response.headers)
-        self.not_before = max(self.not_before, time.monotonic() + wait)
-        asks = f" and asks to wait {wait / 60:.0f} minutes" if wait > TOLD_WAIT else ""
-        return f"answered {code}{asks}", wait
-
-    def note(self, trouble: str) -> None:
-        """Count an error, and log the recent ones on one line, at most every five seconds."""
-        with self.lock:
-            self.fresh[trouble] += 1
-            if time.monotonic() - self.noted < 5:
-                return
-            self.noted = time.monotonic()
-            recent, self.fresh = self.fresh, Counter()
-        logger.warning("server: %s", ", ".join(f"{trouble} (×{n})" for trouble, n in recent.items()))
-
-
-REFUSALS = (400, 413, 422)  # of one prompt, if others are answered
-TRANSIENT = (408, 409, 429)  # and all from 500 on
-ADVICE = {
-    401: "Is OPENAI_API_KEY right?",
-    403: "Is the key allowed to use this model?",
-    404: "Is the model's name right, and --base_url (it usually ends in /v1)?",
-    429: "The account has no credit left.",
-}
-
-
-def has_message(answer) -> bool:
-    """Whether an answer has what the protocol says; servers and gateways send others, too."""
-    choice = next(iter(getattr(answer, "choices", None) or []), None)
-    return hasattr(getattr(choice, "message", None), "content")
-
-
-def server_message(error) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    return str(body.get("message") or body.get("detail") or error.message)[:300]
-
-
-def retry_after(headers) -> float:
-    """Seconds that the server asks to wait, as a number or until a date, at most LONGEST_WAIT; 0 if it does not say."""
-    for seconds in (
-        lambda: float(headers["retry-after-ms"]) / 1000,
-        lambda: float(headers["retry-after"]),
-        lambda: parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(),
-    ):
-        with contextlib.suppress(KeyError, ValueError):
-            return min(LONGEST_WAIT, max(0.0, seconds()))
-    return 0.0
+        return options
 
 
 # ---------------------------------------------------------------- a local model

@@ -11,12 +11,12 @@ import numpy as np
 from common.errors import UserError
 from common.processes import show_progress
 from data.caption_files import load_predictions
+from jobs.chat_server import cost_of
 from jobs.journal import Journal
 from metrics.coco_caption.coco import resampled_scores
 from metrics.judges import Clair, MultipleChoice, Pairwise
 from rewriting.backends import Job, open_backend
 from rewriting.prompts import fill, load_prompt
-from rewriting.results import cost_of
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3

@@ -8,16 +8,15 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import xxhash
 
-from common.caches import cache_folder
 from common.errors import UserError
 from common.files import whole
 from common.remote import upload
-from jobs.journal import Journal
+from jobs.chat_server import cost_of
+from jobs.journal import ANSWERS, Journal, answers_of
 from jobs.shards import Cursor, Shard, ShardFolder, digest_of, parquet_ranges, row_ranges, version_of
 from metrics.coco_caption.text_checks import unsupported_facts, words
 from rewriting.backends import Job, Outcome
@@ -55,11 +54,8 @@ class Answers:
     """
 
     def __init__(self, folder: ShardFolder, shard: Shard):
-        self.folder, self.shard, self.name = folder, shard, f"_answers/{shard.id}.jsonl"
-        self.path = Path(folder.path) / self.name
-        if folder.remote:
-            self.path = cache_folder() / "answers" / digest({"folder": folder.name}) / f"{shard.id}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder, self.shard, self.path = folder, shard, answers_of(folder, shard)
+        self.name = f"{ANSWERS}/{self.path.name}"
         if not self.path.exists():
             with (
                 contextlib.suppress(FileNotFoundError),
@@ -215,11 +211,6 @@ class Report:
         up_to = list(itertools.accumulate(number for _, number in lengths))
         percentiles = {f"p{p}": lengths[bisect_left(up_to, written * p / 100)][0] for p in (5, 50, 95)}
         return {"mean": sum(length * number for length, number in lengths) / written} | percentiles
-
-
-def cost_of(prompts: float, written: float, price_in: float | None, price_out: float | None) -> float | None:
-    """Of so many tokens, at prices per million; None where one is not given."""
-    return None if None in (price_in, price_out) else (prompts * price_in + written * price_out) / 1e6
 
 
 def vocabulary(rows: Iterator[dict], source: Source, column: str) -> dict:

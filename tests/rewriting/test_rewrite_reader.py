@@ -18,7 +18,7 @@ import data
 from arguments import RewriteArguments
 from common.errors import DataError
 from jobs import journal
-from rewriting.backends import LONGEST_WAIT, retry_after
+from jobs.chat_server import LONGEST_WAIT, retry_after
 from rewriting.rows import open_source
 
 CAPTIONS = {
