@@ -94,6 +94,15 @@ class ModelArguments(Flags):
 
 
 @dataclass
+class ServedModelArguments(ModelArguments):
+    SERVED = True
+    model_name_or_path: str = flag(
+        "Salesforce/blip-image-captioning-base",
+        "Folder or Hub id of the captioner; or openai:MODEL, a model on a server (base_url).",
+    )
+
+
+@dataclass
 class ScratchArguments(Flags):
     HEADING = "training from scratch, or with a frozen encoder"
     FILES = ("model_config", "tokenizer_vocab")
@@ -759,6 +768,9 @@ class InferArguments(ShardArguments):
     )
     bf16: bool | None = flag(None, CAPTION_BF16)
     skip_bad_images: bool = flag(False, "Record unreadable images with their error instead of stopping at one.")
+    dry_run: bool = flag(
+        False, "openai: send nothing: count images and estimate tokens and cost (price_in, price_out)."
+    )
     shard_size: int | None = flag(
         None,
         "Images of a folder or a list, or rows of a Parquet file, that are written together: what a stopped run may "
@@ -894,7 +906,7 @@ class ServerArguments(Flags):
     base_url: str | None = flag(
         None, "openai: address of the server, such as http://localhost:8000/v1. Default: OpenAI."
     )
-    concurrency: int = flag(32, "openai: rows requested at the same time.")
+    concurrency: int = flag(32, "openai: rows or images requested at the same time.")
     timeout: float = flag(120.0, "openai: seconds to wait for an answer before requesting it again.")
     max_retries: int = flag(10, "openai: retries of a failed request, at growing intervals.")
     requests_per_minute: float | None = flag(None, "openai: limit of requests per minute, per process.")
@@ -905,6 +917,23 @@ class ServerArguments(Flags):
     )
     price_in: float | None = flag(None, "openai: price of a million prompt tokens, to estimate the cost.")
     price_out: float | None = flag(None, "openai: price of a million generated tokens.")
+
+    @property
+    def prices(self) -> tuple[float | None, float | None]:
+        return self.price_in, self.price_out
+
+
+@dataclass
+class ImageServerArguments(ServerArguments):
+    HEADING = "a server that captions (openai:)"
+    max_side: int = flag(
+        1024, "openai: images are sent as JPEGs with at most so many pixels on their longer side; 0 for all they have."
+    )
+
+    def __post_init__(self):
+        for name, least in {"concurrency": 1, "max_retries": 0, "max_side": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
 
 
 @dataclass
@@ -939,7 +968,7 @@ class LLMArguments(ServerArguments):
 
 
 @dataclass
-class JudgeArguments(ServerArguments):
+class JudgeArguments(ImageServerArguments):
     HEADING = "a language model as judge"
     FILES = ("questions", "judge_against", "judge_prompt")
     judge: Literal["clair", "multiple_choice", "pairwise"] | None = flag(
@@ -954,8 +983,10 @@ class JudgeArguments(ServerArguments):
     )
     judge_against: str | None = flag(None, "With pairwise: the captions to compare with, as for predictions.")
     judge_prompt: str | None = flag(None, "Prompt of the judge. Default: the one in recipes/judges/.")
+    judge_base_url: str | None = flag(None, "Address of the judge's server. Default: base_url.")
 
     def __post_init__(self):
+        super().__post_init__()
         needed = {"multiple_choice": "questions", "pairwise": "judge_against"}.get(self.judge)
         if not self.judge and (self.llm or self.questions or self.judge_against):
             raise UserError("--llm, --questions and --judge_against need --judge: clair, multiple_choice or pairwise.")
@@ -974,6 +1005,7 @@ class JudgeArguments(ServerArguments):
         except json.JSONDecodeError as error:
             raise UserError(f"--extra_body is not JSON: {error}") from None
         shared["extra_body"] = json.dumps({"temperature": 0} | body)
+        shared["base_url"] = self.judge_base_url or self.base_url
         return LLMArguments(**shared, max_new_tokens=256, max_prompt_tokens=4096, max_attempts=3, num_beams=1)
 
 
@@ -1006,9 +1038,9 @@ TRAIN_GROUPS = (
     AllTrainFlags,
 )
 EVALUATE_GROUPS = (
-    ModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments, JudgeArguments,
+    ServedModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments, JudgeArguments,
 )  # fmt: skip
-INFER_GROUPS = (ModelArguments, GenerationArguments, InferArguments)
+INFER_GROUPS = (ServedModelArguments, GenerationArguments, InferArguments, ImageServerArguments)
 DEMO_GROUPS = (ModelArguments, GenerationArguments, DemoArguments)
 REWRITE_GROUPS = (RewriteArguments, LLMArguments)
 EXPORT_GROUPS = (ExportArguments,)

@@ -94,6 +94,10 @@ class Captioner:
         """Begin to count captions: `written`, and those of them that were `cut` at max_new_tokens, without an end token."""
         self.written = self.cut = 0
 
+    def counts(self) -> dict[str, int]:
+        """What infer.py adds up over a run, besides images and errors, since the count began."""
+        return {"cut": self.cut}
+
     def say_cut(self) -> None:
         """One line about the captions that were cut since the count began, if there are any."""
         if self.cut:

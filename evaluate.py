@@ -21,6 +21,7 @@ import logging
 
 import data
 from captioner import Captioner
+from captioning import server
 from common.errors import BelowThreshold, UserError
 from common.files import output_folder, write_json, write_text
 from common.processes import processes
@@ -47,6 +48,7 @@ def main():
     if args.compare:
         return compare_runs(folder, args, metric_args)
     check_flags(args, metric_args, model_args)
+    server.check_flags(model_args, generation_args, judge_args, args)
     outputs.warn_of_missing_scores(metric_args)
     judges = load_judges(judge_args, folder)
     if args.human_judgments:
@@ -64,7 +66,12 @@ def main():
         splits, overlap = load_scored(model_args.model_name_or_path, data_args, args, asked)
     records = splits[args.split]
     scorers = load_scorers(metric_args, state.device) if state.is_main_process else []
-    captioner = load_captioner(model_args, generation_args, args, asked["own_questions"])
+    served = server.is_served(model_args.model_name_or_path)
+    if served:
+        where = {"corruption": data.corruption(args.corrupt), "journal_file": folder / "answers.jsonl"}
+        captioner = server.connect(model_args, generation_args, judge_args, **where)
+    else:
+        captioner = load_captioner(model_args, generation_args, args, asked["own_questions"])
 
     # Caption
     how = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
@@ -87,6 +94,7 @@ def main():
             looking["training_captions"] = (text for row in splits["train"] for text in row["captions"])
         model, name = model_args.model_name_or_path, data_args.dataset_name
         source = {"split": args.split, "dataset_name": name, "model": model, "seen": overlap}
+        source |= {"server": captioner.record()} if served else {}
         showing = {"captioner": captioner, "sweep": sweep, "judges": judges}
         scored = score_split(folder, predictions, records, metric_args, args.seed, source=source, **showing, **looking)
         conclude(args, metric_args, scored, judges)

@@ -30,8 +30,8 @@ from pathlib import Path
 
 from captioner import Captioner
 from captioning import output as caption_output
-from captioning import writers
-from captioning.rows import ImageRows, caption
+from captioning import server, writers
+from captioning.rows import ImageRows, caption, in_order
 from captioning.shards import ImageSource
 from captioning.sources import image_rows, left_out
 from common.errors import UserError
@@ -40,6 +40,7 @@ from common.remote import is_remote
 from common.weights import fingerprint
 from data.rows import Options
 from jobs import queue
+from jobs.journal import answers_of
 from jobs.run import Run
 from models.loading import asks
 
@@ -47,15 +48,20 @@ logger = logging.getLogger("infer")
 
 
 def main():
-    model_args, generation_args, args, paths = parse(INFER_GROUPS, positional="paths")
+    model_args, generation_args, args, server_args, paths = parse(INFER_GROUPS, positional="paths")
+    server.check_flags(model_args, generation_args, server_args, args)
     form = writers.form_of(args.output, args.output_format) if args.output or args.output_format else None
     share = own_share()
     if form is None and share[1] > 1:
         raise UserError("Several processes need --output, a file that collects their captions.")
     if form in (None, "txt") and args.engine == "ray":
         raise UserError("--engine ray needs an --output other than .txt files: a local path or an address.")
-    load = functools.partial(load_captioner, model_args, generation_args, args)
+    load = functools.partial(load_captioner, model_args, generation_args, args, server_args)
     failed, asking = [], asked(model_args, generation_args)
+    if args.dry_run:
+        rows = functools.partial(image_rows, paths, options(args, asking))
+        print(server.estimate(load()[0], ImageRows(rows, 1)))
+        return
     if form in (None, "txt"):
         rows = functools.partial(image_rows, paths, options(args, asking))
         if form is None:
@@ -65,15 +71,18 @@ def main():
             texts = plan_texts(rows, args)
             write_texts(load(), rows, texts, args, share)
     else:
-        failed = write_output(load, args, form, paths, share, asking)
+        failed = write_output(load, args, form, paths, share, server_args.prices, asking)
     if share[0] == 0:
         say_left_out(paths)
     if failed:
         sys.exit(1)
 
 
-def load_captioner(model_args, generation_args, args) -> tuple[Captioner, dict]:
+def load_captioner(model_args, generation_args, args, server_args) -> tuple[Captioner | server.ServerCaptioner, dict]:
     """The captioner, and the settings that must stay the same during a run."""
+    if server.is_served(model_args.model_name_or_path):
+        captioner = server.connect(model_args, generation_args, server_args)
+        return captioner, {"model": model_args.model_name_or_path} | captioner.description()
     model_args.complete()  # applies --device, also in a worker process
     captioner = Captioner.from_pretrained(
         model_args.model_name_or_path,
@@ -114,7 +123,7 @@ def say_left_out(paths: list[str]) -> None:
 
 
 def print_captions(loaded, rows, args) -> None:
-    captions = caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args)
+    captions = in_order(caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args))
     for row, outcome in captions if sys.stdout.isatty() else show_progress(captions, None):
         print(f"{row['name']}\t{outcome.get('caption', 'error: ' + outcome.get('error', ''))}", flush=True)
     loaded[0].say_cut()
@@ -150,7 +159,7 @@ def write_texts(loaded, rows, texts: writers.Texts, args, share: tuple[int, int]
 
 
 def write_output(
-    load, args, form: str, paths: list[str], share: tuple[int, int], asked: dict | None = None
+    load, args, form: str, paths: list[str], share: tuple[int, int], prices: tuple, asked: dict | None = None
 ) -> list[str]:
     """Caption the remaining shards, then build the output from all shards. Returns those that failed."""
     folder = caption_output.shard_folder(args.output, form)
@@ -163,7 +172,7 @@ def write_output(
     run_of_all = Run(folder, shards, size, "images", share, lambda left: earlier.count(source, left))
     return run_of_all.complete(
         CaptionShards(load, args, source, folder, earlier),
-        lambda: caption_output.finish(folder, shards, form, source, paths),
+        lambda: caption_output.finish(folder, shards, form, source, paths, prices),
         args,
     )
 
@@ -177,10 +186,21 @@ class CaptionShards:
     def start(self) -> dict:
         """Load the model; returns the settings that must stay the same during a run."""
         self.captioner, self.settings = self.load()
-        self.settings["weights"] = fingerprint(self.settings["model"], self.settings["revision"] or "main")
+        self.served = server.is_served(self.settings["model"])
+        if not self.served:
+            self.settings["weights"] = fingerprint(self.settings["model"], self.settings["revision"] or "main")
         return self.settings
 
     def __call__(self, shard, tick) -> dict:
+        if not self.served:
+            return self.write(shard, tick)
+        file = answers_of(self.folder, shard)
+        with self.captioner.journal(file, file.parent.glob("*.jsonl")):
+            counts = self.write(shard, tick)
+        file.unlink()  # its answers are in the shard's file now
+        return counts
+
+    def write(self, shard, tick) -> dict:
         started, captioned = time.time(), {}
         self.captioner.count_anew()
         rows = functools.partial(self.source.rows, shard)
@@ -189,14 +209,16 @@ class CaptionShards:
             captioned = {row["key"]: (row, self.earlier.of(row)) for row in listed}
             rows = functools.partial(iter, [row for row in listed if captioned[row["key"]][1] is None])
         captions = caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args)
+        if shard.storage != "rows":
+            captions = in_order(captions)
         for number, (row, outcome) in enumerate(captions, 1):
             captioned[row["key"]] = row, outcome
             tick(number)
         output = [caption_output.row_of(self.folder, row, outcome) for row, outcome in captioned.values()]
         sources = {row["source"] for row, _ in captioned.values()}
         seconds = time.time() - started
-        cut = self.captioner.cut
-        return caption_output.write_shard(self.folder, shard, output, seconds, self.settings, sources, cut=cut)
+        counted = self.captioner.counts()
+        return caption_output.write_shard(self.folder, shard, output, seconds, self.settings, sources, counted)
 
 
 if __name__ == "__main__":

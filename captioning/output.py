@@ -8,17 +8,21 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 
 from captioning import writers
 from captioning.names import EachOnce, short
+from captioning.server import say_cost
 from captioning.shards import ImageSource, identity
 from common.errors import DataError
 from common.existence import exists
 from common.remote import whole_at
+from jobs.journal import ANSWERS
 from jobs.progress import total_of
 from jobs.shards import REPORT, Shard, ShardFolder
 from jobs.tables import common_schema, schema_of, table_of
@@ -56,12 +60,12 @@ def row_of(folder: ShardFolder, row: dict, outcome: dict) -> dict:
 
 
 def write_shard(
-    folder: ShardFolder, shard: Shard, rows: list[dict], seconds: float, settings: dict, sources=(), cut: int = 0
+    folder: ShardFolder, shard: Shard, rows: list[dict], seconds: float, settings: dict, sources=(), counted=()
 ) -> dict:
     """Write a shard's rows, as `row_of` makes them; returns the counts of its footer. `sources` are the paths that named
-    its images; `cut` is how many captions ended at max_new_tokens."""
+    its images; `counted` is what the captioner counted."""
     errors = sum("error" in row for row in rows)
-    counts = {"source": str(shard), "rows": len(rows), "errors": errors, "cut": cut, "sources": sorted(sources)}
+    counts = {"source": str(shard), "rows": len(rows), "errors": errors, "sources": sorted(sources)} | dict(counted)
     counts |= {"seconds": round(seconds, 3), "finished": time.time(), "settings": settings}
     schema = schema_of(lambda: iter(rows), ("key", "image", "caption", "error"), nulls=True)
     folder.write(shard.file, iter([table_of(rows, schema)]), lambda: counts)
@@ -100,8 +104,11 @@ def stale_files(folder: ShardFolder, shards: list[Shard]) -> list[str]:
 # ---------------------------------------------------------------- the output of all shards
 
 
-def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSource, paths: list[str]) -> bool:
-    """Make the output from the shards' files, if all are there; returns whether they are."""
+def finish(
+    folder: ShardFolder, shards: list[Shard], form: str, source: ImageSource, paths: list[str], prices=(None, None)
+) -> bool:
+    """Make the output from the shards' files, if all are there; returns whether they are. `prices` are those of a million
+    tokens, of prompts and written."""
     with folder.assembling(shards) as contents:
         if contents is None:
             return False
@@ -112,14 +119,17 @@ def finish(folder: ShardFolder, shards: list[Shard], form: str, source: ImageSou
         else:
             _give_one_schema(folder, contents)
         counts = [counts for _, counts in contents.values()]
-        total = total_of(counts, ("rows", "errors", "cut", "seconds"))
+        total = total_of(counts, ("rows", "errors", "cut", "seconds", "tokens_in", "tokens_out"))
         settings = next(iter(counts), {}).get("settings", {})
         folder.write_json(REPORT, {**total, "settings": settings})
+        if not folder.remote:
+            shutil.rmtree(Path(folder.path) / ANSWERS, ignore_errors=True)  # of shards that the source no longer has
     captions = total["rows"] - total["errors"]
     logger.info("%d captions in %s, %d images without one", captions, folder.output, total["errors"])
     if total["cut"]:
         limit = settings.get("max_new_tokens")
         logger.info("%d of %d captions were cut at max_new_tokens, %s", total["cut"], captions, limit)
+    say_cost(total["tokens_in"], total["tokens_out"], prices)
     return True
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from common.errors import message_of
+from common.errors import DataError, message_of
 from data.images import ImageError
 from data.prompts import PROMPTS
 
@@ -20,11 +20,12 @@ class ImageRows(torch.utils.data.IterableDataset):
             mine = worker is None or number // self.batch_size % worker.num_workers == worker.id
             if mine and self.left(row):
                 own = {} if row["prompt"] is None else {PROMPTS: [row["prompt"]]}
-                yield {"image": row["image"], "image_id": row | {"image": None}} | own
+                yield {"image": row["image"], "image_id": row | {"image": None, "number": number}} | own
 
 
 def caption(captioner, rows: ImageRows, args):
-    """(row without its image, {"caption"} or {"error"}) for each image in order; errors only if they are to be skipped."""
+    """(row without its image, {"caption"} or {"error"}) for each image, with a model here in order; those of images that
+    cannot be read only if they are to be skipped. The row has its `number`."""
     stream = captioner.stream(
         rows,
         batch_size=args.per_device_eval_batch_size,
@@ -33,9 +34,19 @@ def caption(captioner, rows: ImageRows, args):
     )
     try:
         for row, captions in stream:
-            failed = isinstance(captions, ImageError)
+            failed = isinstance(captions, DataError | ImageError)
             yield row, {"error": str(captions)} if failed else {"caption": captions[0]}
     except ImageError as error:
         raise ImageError(
             f"{message_of(error)}. With --skip_bad_images such images are written with their error"
         ) from None
+
+
+def in_order(captions):
+    """What `caption` yields of all rows, in their order."""
+    waiting, number = {}, 0
+    for row, outcome in captions:
+        waiting[row["number"]] = row, outcome
+        while number in waiting:
+            yield waiting.pop(number)
+            number += 1

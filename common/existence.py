@@ -17,10 +17,19 @@ ENDING = "|".join(ending[1:] for ending in ENDINGS)  # in a regular expression
 OF_FILES = re.compile(r"\.(csv|tsv|jsonl?|txt|parquet|arrow|tar|zip|jpe?g|png|webp)", re.IGNORECASE)
 
 
+SERVER = "openai:"  # before the name of a model on a server
+
+
 def check_files(group: Flags) -> None:
     """UserError if a flag names what is not there."""
     for name in (*group.FILES, *group.HUB):
         if path := getattr(group, name):
+            if path.startswith(SERVER) and name in group.HUB:
+                if not group.SERVED:
+                    raise UserError(f"--{name} {path}: models on a server caption in infer.py and evaluate.py alone.")
+                if path == SERVER:
+                    raise UserError(f"--{name} {path}: name the model, openai:MODEL.")
+                continue
             check_exists(path, f"--{name} ", hub=name in group.HUB)
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 class Flags:
     FILES = ()  # names of the flags that name a file or folder
     HUB = ()  # of those that name one, or something on the Hub
+    SERVED = False  # whether those may name a model on a server, openai:MODEL
     MOST_USED = ()  # names of the flags that --help lists first
     REPLACED: ClassVar[dict[str, str]] = {}  # inherited flags that do nothing here, each with what to do instead
 

@@ -105,14 +105,12 @@ class ChatServer:
         if error:
             raise error
 
-    def ask(self, content, tokens: int, **options):
-        """The server's answer to one message, a text or the parts of one, of about so many `tokens`. Raises Refused."""
+    def ask(self, messages: list[dict], tokens: int, **options):
+        """The server's answer to messages of about so many `tokens`. Raises Refused."""
         for trial in range(self.args.max_retries + 1):
             self._wait_for_turn(tokens)
             try:
-                answer = self.client.chat.completions.create(
-                    messages=[{"role": "user", "content": content}], **self.request | options
-                )
+                answer = self.client.chat.completions.create(messages=messages, **self.request | options)
                 if has_message(answer):
                     self.answered.set()
                     return answer

@@ -68,9 +68,9 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
 def maps_of_worst(captioner, rows: list[dict], images, number: int) -> dict[str, tuple[list[str], np.ndarray]]:
     """{image id: what attention_maps gives} for the captions with the lowest CIDEr, as report.html shows them first.
 
-    rows, images: of reports.outputs.score_captions. Nothing for families other than BLIP.
+    rows, images: of reports.outputs.score_captions. Nothing for families other than BLIP, and models on a server.
     """
-    if base_model(captioner.model).config.model_type != "blip":
+    if captioner.model is None or base_model(captioner.model).config.model_type != "blip":
         return {}
     worst = sorted(range(len(rows)), key=lambda index: rows[index]["scores"]["CIDEr"])[:number]
     found = {}

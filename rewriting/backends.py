@@ -84,7 +84,8 @@ class OpenAIBackend:
         for attempt in range(self.args.max_attempts):
             outcome.attempts += 1
             try:
-                answer = self.server.ask(job.prompt, len(job.ids), **self.options(attempt))
+                message = {"role": "user", "content": job.prompt}
+                answer = self.server.ask([message], len(job.ids), **self.options(attempt))
             except Refused:
                 outcome.reason = "server_refused"
                 break

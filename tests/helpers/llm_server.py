@@ -1,5 +1,7 @@
 """A small OpenAI-compatible server on this machine: real HTTP, answers and faults as a test says."""
 
+import base64
+import io
 import json
 import re
 import threading
@@ -7,11 +9,13 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from PIL import Image
+
 
 class LLMServer(ThreadingHTTPServer):
     """`with LLMServer(answer) as server:` serves at `server.url`.
 
-    `answer(prompt, request)` gives the text; or (status, body, headers) for a fault; or None to hang until closed.
+    `answer(prompt, request)`, where the prompt of a picture is its data URI, gives the text; or (status, body, headers) for a fault; or None to hang until closed.
     `paid` counts the texts that were sent, by prompt.
     """
 
@@ -43,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = request["messages"][0]["content"]
+        if isinstance(prompt, list):  # of a picture and a text
+            prompt = prompt[0]["image_url"]["url"]
         self.server.requests.append((time.monotonic(), request))
         self.server.headers_seen.append({name.lower(): value for name, value in self.headers.items()})
         answer = self.server.answer(prompt, request)
@@ -79,6 +85,19 @@ def fused(prompt, request=None):
     raw = re.search(r"Sentence 1: (.*)", prompt).group(1)
     synthetic = re.search(r"Sentence 2: (.*)", prompt).group(1)
     return f"There is {raw.rstrip('.')}, and with it {synthetic.rstrip('.')}."
+
+
+def picture_in(uri) -> Image.Image:
+    """The picture of a data URI, which must be a JPEG."""
+    kind, _, data = uri.partition(";base64,")
+    assert kind == "data:image/jpeg"
+    return Image.open(io.BytesIO(base64.b64decode(data)), formats=["JPEG"])
+
+
+def coloured(uri, request=None):
+    """A caption that differs with the picture."""
+    red, green, blue = picture_in(uri).resize((1, 1)).getpixel((0, 0))
+    return f"a square of {red} red, {green} green and {blue} blue"
 
 
 def write_rows(folder, count, **more):

@@ -16,7 +16,7 @@ FREE = {
     "drawn_scenes": BELOW,
     "data": [*BELOW, "drawn_scenes"],
     "metrics": [*BELOW, "data"],  # a CLIP-based score looks at images
-    "captioning": [*BELOW, "jobs", "data"],
+    "captioning": [*BELOW, "jobs", "data", "metrics"],
     "models": BELOW,
     "collator": ["common", "data", "models"],
     "captioner": ["common", "data", "models", "metrics", "collator"],
