@@ -795,7 +795,38 @@ class InferArguments(ShardArguments):
 
 
 @dataclass
-class DemoArguments(LogArguments):
+class ListenArguments(LogArguments):
+    bf16: bool | None = flag(None, CAPTION_BF16)
+    host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
+    port: int = flag(8000, "Port to listen on.")
+
+    def answer(self) -> None:
+        """Mistakes that need no model to be seen."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            socket.create_server((self.host, self.port), family=family).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--host {self.host} --port {self.port}: {error}") from None
+
+
+@dataclass
+class ServeArguments(ListenArguments):
+    HEADING = "the server"
+    MOST_USED = ("model_name_or_path", "host", "port", "batch_size")
+    batch_size: int = flag(8, "Images of waiting requests that are captioned together.")
+    max_waiting: int = flag(256, "Requests that may wait; more are answered 429.")
+    max_request_mb: int = flag(20, "Largest request, in megabytes.")
+    max_megapixels: int = flag(50, "Largest image, in millions of pixels.")
+    max_tokens: int = flag(200, "Longest caption that a request may ask for, in tokens.")
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_waiting", "max_request_mb", "max_megapixels", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+
+@dataclass
+class DemoArguments(ListenArguments):
     HEADING = "the page"
     MOST_USED = ("model_name_or_path", "compare_to", "examples", "host", "port", "login")
     FILES, HUB = ("examples", "login"), ("compare_to",)
@@ -803,8 +834,6 @@ class DemoArguments(LogArguments):
     examples: str | None = flag(
         None, "Folder of images to offer as examples. Default: those of the model's report.html, else drawn scenes."
     )
-    bf16: bool | None = flag(None, CAPTION_BF16)
-    host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is the whole network.")
     port: int = flag(7860, "Port to listen on.")
     root_path: str | None = flag(
         None,
@@ -826,13 +855,8 @@ class DemoArguments(LogArguments):
         return pairs
 
     def answer(self) -> None:
-        """Mistakes that need no model to be seen."""
         self.users()
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        try:
-            socket.create_server((self.host, self.port), family=family).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"--host {self.host} --port {self.port}: {error}") from None
+        super().answer()
 
 
 @dataclass
@@ -1041,6 +1065,7 @@ EVALUATE_GROUPS = (
     ServedModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments, JudgeArguments,
 )  # fmt: skip
 INFER_GROUPS = (ServedModelArguments, GenerationArguments, InferArguments, ImageServerArguments)
+SERVE_GROUPS = (ModelArguments, GenerationArguments, ServeArguments)
 DEMO_GROUPS = (ModelArguments, GenerationArguments, DemoArguments)
 REWRITE_GROUPS = (RewriteArguments, LLMArguments)
 EXPORT_GROUPS = (ExportArguments,)

@@ -35,7 +35,7 @@ FREE = {
     ],
     "training": ["common", "data", "models", "metrics", "collator", "captioner", "objectives", "arguments"],
 }
-SCRIPTS = ["train", "evaluate", "infer", "rewrite", "demo", "export"]
+SCRIPTS = ["train", "evaluate", "infer", "rewrite", "demo", "serve", "export"]
 PAGE = 65
 LONGEST_MAIN = {"train": 50, "evaluate": 60}
 ROOMS = {*FREE, *SCRIPTS, "sagemaker", "benchmarks", "tests", "demo_page"}

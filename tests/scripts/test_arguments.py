@@ -22,7 +22,7 @@ from common import cli
 from common.existence import exists, may_be_on_hub
 from jobs.shards import Shard, ShardFolder
 
-SCRIPTS = {"train.py": [], "evaluate.py": [], "demo.py": [], "infer.py": ["x.jpg"], "export.py": ["folder"],
+SCRIPTS = {"train.py": [], "evaluate.py": [], "demo.py": [], "serve.py": [], "infer.py": ["x.jpg"], "export.py": ["folder"],
            "rewrite.py": ["fuse", "IN", "--llm", "hf:x", "--dry_run"]}  # fmt: skip
 # One mistake that argparse finds, one that a dataclass finds, for each script.
 MISTAKES = [

@@ -1,0 +1,145 @@
+"""serve.py as it runs: driven by OpenAI's own client, and by requests that nobody should send."""
+
+import base64
+import io
+import json
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import tiny
+from PIL import Image
+
+from captioner import Captioner
+
+pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-dev.txt)")
+COLOURS = ("red", "green", "blue", "white", "black")
+
+
+def picture(colour: str, size=(40, 30)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def message(content: bytes, *texts: str) -> list[dict]:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(content).decode()}}
+    return [{"role": "user", "content": [*({"type": "text", "text": text} for text in texts), image]}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def address(model):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = tiny.start(
+        "serve.py", "--model_name_or_path", model, "--port", port, "--max_request_mb", 1, "--max_megapixels", 1
+    )
+    address, deadline = f"http://127.0.0.1:{port}", time.time() + 120
+    while time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        try:
+            urllib.request.urlopen(f"{address}/health").close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield address
+    process.terminate()
+    process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def test_openais_client_gets_the_captions_of_infer(client, model):
+    captioner = Captioner.from_pretrained(model)
+    (listed,) = client.models.list().data
+    assert listed.id == model.name
+    for colour in COLOURS:
+        answer = client.chat.completions.create(model=listed.id, messages=message(picture(colour)))
+        assert answer.choices[0].message.content == captioner([Image.open(io.BytesIO(picture(colour)))])[0]
+    asked = {"max_tokens": 3, "messages": message(picture("red"), "a picture of")}
+    answer = client.chat.completions.create(model="any", **asked)
+    own = captioner.with_settings(prompt="a picture of", max_new_tokens=3)
+    assert answer.choices[0].message.content == own([Image.open(io.BytesIO(picture("red")))])[0]
+    assert (answer.choices[0].finish_reason == "length") == (answer.usage.completion_tokens == 3)
+    assert answer.usage.prompt_tokens > 1
+    drawn = {
+        client.chat.completions.create(model="any", temperature=2.0, messages=message(picture("red")))
+        .choices[0]
+        .message.content
+        for _ in range(5)
+    }
+    assert len(drawn) > 1
+
+
+def test_two_hundred_requests_at_once_are_each_answered_with_their_own_caption(client, model):
+    captioner = Captioner.from_pretrained(model)
+    pictures = [picture(COLOURS[n % 5], (20 + n, 30)) for n in range(200)]
+    texts = ["" if n % 3 else "a picture of" for n in range(200)]
+
+    def ask(n: int) -> str:
+        answer = client.chat.completions.create(model="m", messages=message(pictures[n], texts[n]))
+        return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(ask, range(200)))
+    for prompt in ("", "a picture of"):
+        own = [n for n in range(200) if texts[n] == prompt]
+        captions = captioner.with_settings(prompt=prompt or None)([Image.open(io.BytesIO(pictures[n])) for n in own])
+        assert [answers[n] for n in own] == captions
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "not a JSON object"),
+        (b"[]", 400, "not a JSON object"),
+        (b" " * 1_100_000, 413, "larger than 1 megabytes"),
+        ({}, 400, "messages must be a list"),
+        ({"messages": message(picture("red")) * 2}, 400, "2 images"),
+        ({"messages": [{"role": "user", "content": "hello"}]}, 400, "0 images"),
+        ({"messages": [{"role": "system", "content": "hello"}]}, 400, "one message of the user"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "parts of type text and image_url"),
+        ({"messages": message(b"no image")}, 400, "nothing is fetched"),
+        ({"messages": message(picture("red")[:60])}, 400, "truncated|damaged|not an image"),
+        ({"messages": message(picture("red", (2000, 1000)))}, 400, "too large"),
+        ({"messages": message(picture("red")), "stream": True}, 400, "stream"),
+        ({"messages": message(picture("red")), "n": 3}, 400, "one caption per request"),
+        ({"messages": message(picture("red")), "max_tokens": 10_000}, 400, "max_tokens must be a number from 1 to 200"),
+        ({"messages": message(picture("red")), "temperature": "hot"}, 400, "temperature must be a number"),
+    ],
+)  # fmt: skip
+def test_a_request_with_a_mistake_is_refused_in_one_sentence(body, status, said, address):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/v1/chat/completions", content))
+    assert refused.value.code == status
+    error = json.loads(refused.value.read())["error"]["message"]
+    assert re.search(said, error), error
+
+
+def test_an_address_is_not_fetched(address):
+    fetched = {"type": "image_url", "image_url": {"url": f"{address}/health"}}
+    body = json.dumps({"messages": [{"role": "user", "content": [fetched]}]}).encode()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/v1/chat/completions", body))
+    assert "nothing is fetched" in refused.value.read().decode()
+
+
+def test_a_port_in_use_is_one_line_before_the_model_is_loaded(address, model):
+    failed = tiny.run("serve.py", "--model_name_or_path", model, "--port", address.rpartition(":")[2], fails=True)
+    assert "Address already in use" in failed.stderr
+    assert "Traceback" not in failed.stderr
