@@ -817,10 +817,9 @@ class ServeArguments(ListenArguments):
     max_waiting: int = flag(256, "Requests that may wait; more are answered 429.")
     max_request_mb: int = flag(20, "Largest request, in megabytes.")
     max_megapixels: int = flag(50, "Largest image, in millions of pixels.")
-    max_tokens: int = flag(200, "Longest caption that a request may ask for, in tokens.")
 
     def __post_init__(self):
-        for name in ("batch_size", "max_waiting", "max_request_mb", "max_megapixels", "max_tokens"):
+        for name in ("batch_size", "max_waiting", "max_request_mb", "max_megapixels"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
 

@@ -1,10 +1,10 @@
 """A captioner behind the protocol that clients of language models speak: POST /v1/chat/completions with an image.
 
     python serve.py --model_name_or_path runs/quickstart          then http://127.0.0.1:8000/v1 is the base_url of any client
-    python infer.py photos/ --model_name_or_path openai:quickstart --base_url http://127.0.0.1:8000/v1
+    python infer.py photos/ --model_name_or_path openai:quickstart --base_url http://127.0.0.1:8000/v1 --prompt ""
 
 For BLIP and its kind, which no other server takes; chat models are faster behind vLLM or SGLang. A request has one image, as a
-data: address (nothing is fetched), and may have text, which takes the place of --prompt. Without `temperature`, or at 0, the
+data: address (nothing is fetched), and may have text, which takes the place of --prompt: BLIP continues it. Without `temperature`, or at 0, the
 caption is the one that infer.py gives; above 0 it is drawn. Requests that wait are captioned together. GET /health, /v1/models.
 """
 
@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 import uuid
 from pathlib import Path
@@ -132,7 +133,8 @@ class Server:
         settings = {"num_return_sequences": 1}
         tokens = body.get("max_completion_tokens", body.get("max_tokens"))
         if tokens is not None:
-            settings["max_new_tokens"] = int(number_in(tokens, "max_tokens", 1, self.args.max_tokens))
+            own = self.captioner.settings["max_new_tokens"]
+            settings["max_new_tokens"] = min(own, int(number_in(tokens, "max_tokens", 1, math.inf)))
         if number_in(body.get("temperature") or 0, "temperature", 0, 2) > 0:
             settings |= {"do_sample": True, "num_beams": 1, "temperature": float(body["temperature"])}
             settings["top_p"] = float(number_in(body.get("top_p") or 1, "top_p", 1e-6, 1))
