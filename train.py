@@ -45,7 +45,7 @@ from training.building import (
     plan_memory,
     questions,
 )
-from training.checkpoints import claimed, find_checkpoint, processes_by_step, record_run
+from training.checkpoints import claimed, find_checkpoint, processes_by_step, record_run, reward_files
 from training.lengths import fit_lengths
 from training.patience import patience_of
 from training.sharding import check_sharding
@@ -142,7 +142,7 @@ def train(trainer, checkpoint, folder, flags, bad_samples, lengths) -> dict:
     """Train, save the best model to `folder`, and return the Trainer's metrics."""
     if trainer.is_world_process_zero():
         processes = processes_by_step(folder, checkpoint, trainer.args.world_size)
-        record_run(folder, flags, processes=processes, lengths=lengths)
+        record_run(folder, flags, processes=processes, lengths=lengths, reward_files=reward_files(flags))
         outputs.write_bad_samples(folder, bad_samples)
     trainer.accelerator.wait_for_everyone()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | trainer.peak_memory()

@@ -20,6 +20,10 @@ from common.errors import UserError
 from data import open_image
 
 
+class RewardFailed(UserError):
+    """A reward could not be computed in the middle of a run."""
+
+
 @functools.cache
 def own_function(name: str):
     """The function `FILE.py:FUNCTION`; its file is run. UserError in one line if there is none."""
@@ -67,15 +71,17 @@ class OwnReward:
                 values[name] = [value for value in each for _ in range(times)]
         try:
             rewards = list(self.function(**{name: values[name] for name in self.parameters}))
+        except UserError as error:
+            raise RewardFailed(f"reward: {self.name}: {error}") from error
         except Exception as error:
-            raise UserError(f"reward: {self.name} failed: {_last_line(error)}.") from error
+            raise RewardFailed(f"reward: {self.name} failed: {_last_line(error)}.") from error
         if len(rewards) != len(values["candidates"]):
-            raise UserError(
+            raise RewardFailed(
                 f"reward: {self.name} returned {len(rewards)} values for {len(values['candidates'])} candidates."
             )
         for caption, reward in zip(values["candidates"], rewards, strict=True):
             if reward is not None and not (isinstance(reward, numbers.Real) and math.isfinite(reward)):
-                raise UserError(
+                raise RewardFailed(
                     f"reward: {self.name} returned {reward!r} for {caption!r}, which is neither a number nor None."
                 )
         rewards = [math.nan if reward is None else reward for reward in rewards]

@@ -26,7 +26,7 @@ from metrics.coco_caption.java import Unavailable, meteor_from_statistics, meteo
 from metrics.coco_caption.languages import check_language, tokens_of
 from metrics.coco_caption.rouge import rouge_l
 from metrics.coco_caption.spice import spice
-from objectives.own_reward import OwnReward, own_function
+from objectives.own_reward import OwnReward, RewardFailed, own_function
 
 TIMEOUT = 1800  # seconds to wait for a Java program
 
@@ -73,9 +73,7 @@ class ScoreReward:
         try:
             scores = self.score(_tokens(candidates, self.language), references)
         except Unavailable as error:
-            raise UserError(
-                f"reward: {error}. Checkpoints are kept; the same command resumes from the last."
-            ) from error
+            raise RewardFailed(f"reward: {error}.") from error
         return torch.as_tensor(scores).float().view(len(image_ids), -1)
 
 

@@ -51,6 +51,8 @@ class Judge:
         the share of answers that could not be read; NaN for images without questions."""
         try:
             questions = self.kind.questions(predictions, references)
+            if not questions:
+                raise UserError("questions: none of its images is among those that are scored.")
             rows = self.answers([fill(self.prompt, question.fields) for question in questions], questions)
         except UserError as error:  # the other scores must not be lost to it
             self.failure = f"{self.kind.name} is missing: {error}"
@@ -73,17 +75,21 @@ class Judge:
         keys = [self.key(prompt) for prompt in prompts]
         with Journal(self.path) as journal:
             kept = {row["key"]: row for row in journal.rows}
-            first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
-            left = sorted(first[key] for key in first.keys() - kept.keys())
-            jobs = (Job(n, keys[n], [], prompts[n], self.llm.tokens.encode(prompts[n])) for n in left)
-            finished = self.llm.run(jobs, lambda job, text, ended: self.fault(questions[job.row], text))
-            for job, outcome in show_progress(finished, len(left), f"judge: {self.kind.task}"):
-                row = {"key": job.digest, "image_id": questions[job.row].image, "text": outcome.text}
-                row |= {"attempts": outcome.attempts, "tokens": [outcome.tokens_in, outcome.tokens_out]}
-                row |= {"refused": outcome.reason == "server_refused", "time": round(time.time())}
+            finished, left = self.ask(keys, prompts, questions, kept), len({*keys} - kept.keys())
+            for row in show_progress(finished, left, f"judge: {self.kind.task}"):
                 journal.add(row)
-                kept[job.digest] = row
+                kept[row["key"]] = row
         return [kept[key] for key in keys]
+
+    def ask(self, keys: list[str], prompts: list[str], questions: list, kept: dict):
+        """Yields a row for each different key that is not in `kept`."""
+        first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+        left = sorted(first[key] for key in first.keys() - kept.keys())
+        jobs = (Job(n, keys[n], [], prompts[n], self.llm.tokens.encode(prompts[n])) for n in left)
+        for job, outcome in self.llm.run(jobs, lambda job, text, ended: self.fault(questions[job.row], text)):
+            row = {"key": job.digest, "image_id": questions[job.row].image, "text": outcome.text}
+            row |= {"attempts": outcome.attempts, "tokens": [outcome.tokens_in, outcome.tokens_out]}
+            yield row | {"refused": outcome.reason == "server_refused", "time": round(time.time())}
 
     def key(self, prompt: str) -> str:
         settings = json.dumps([self.args.llm, self.llm.settings(), prompt], ensure_ascii=False)
@@ -114,3 +120,33 @@ class Judge:
             "tokens": {"prompts": tokens[0], "written": tokens[1]},
             "cost": cost_of(*tokens, self.llm_args.price_in, self.llm_args.price_out),
         }
+
+
+class JudgeReward(Judge):
+    """A judge as a reward of one's own (objectives/own_reward.py), as in recipes/judges/rewards.py. `args`: JudgeArguments.
+
+    All captions of a step are asked about together, `concurrency` at a time, and equal requests once while the run lasts. A
+    server that fails, or answers of which none can be read, raise a UserError, which stops the run.
+    """
+
+    def __init__(self, args):
+        super().__init__(args, args.llm_arguments(), Path())
+        self.kept: dict[str, dict] = {}
+
+    def __call__(self, candidates: list[str], references: list[list[str]], image_ids: list[str]) -> list[float | None]:
+        """The score of each candidate, 0 to 1; None without a question about its image, or an answer that can be read."""
+        rows = zip(candidates, references, image_ids, strict=True)
+        of_each = [self.kind.questions({image: text}, {image: texts}) for text, texts, image in rows]
+        questions = [question for of_one in of_each for question in of_one]
+        prompts = [fill(self.prompt, question.fields) for question in questions]
+        keys = [self.key(prompt) for prompt in prompts]
+        for row in self.ask(keys, prompts, questions, self.kept):
+            self.kept[row["key"]] = row
+        values = [question.read(self.kept[key]["text"]) for question, key in zip(questions, keys, strict=True)]
+        if values and all(value is None for value in values):
+            raise UserError(f"none of the judge's answers can be read, such as {self.kept[keys[0]]['text'][:80]!r}.")
+        each, scores = iter(values), []
+        for of_one in of_each:
+            read = [min(value, 1.0) for value in (next(each) for _ in of_one) if value is not None]
+            scores.append(self.kind.score(read) if read else None)
+        return scores

@@ -112,7 +112,7 @@ def record_run(folder: Path, flags: dict, **facts) -> dict:
     the `facts` of reports.model_card.run_facts. Removes unfinished checkpoints."""
     before = _read(folder / "run.json")
     kept = {"processes": before.get("processes", {}), "lengths": before.get("lengths"), "sharding": strategy()}
-    kept["reward_files"] = before.get("reward_files", _reward_files(flags))
+    kept["reward_files"] = before.get("reward_files", {})
     run = {"flags": _binding(flags), "license": flags["license"], **kept, **environment(), **facts}
     write_json(folder / "run.json", run)
     for path in folder.glob("checkpoint-*"):
@@ -133,7 +133,7 @@ def _check_flags(folder: Path, flags: dict) -> None:
         )
 
 
-def _reward_files(flags: dict) -> dict[str, str | None]:
+def reward_files(flags: dict) -> dict[str, str | None]:
     """{file: SHA-256 of what is in it} of the files that the rewards are made of; None if it is not there."""
     files = own_files(flags["reward"]) + [flags["instances"]] * (
         "chair" in flags["reward"] and bool(flags["instances"])
@@ -144,13 +144,13 @@ def _reward_files(flags: dict) -> dict[str, str | None]:
 
 
 def _check_reward_files(folder: Path, flags: dict) -> None:
-    now = _reward_files(flags)
+    now = reward_files(flags)
     before = _read(folder / "run.json").get("reward_files", now)
     for file in sorted({*before, *now}):
         if before.get(file) != now.get(file):
             raise UserError(
                 f"reward: {file} is not as it was when the run in {folder} began, which would go on with another reward. Restore "
-                "it, or name another --output_dir to start anew."
+                "it, or name another --output_dir to start anew. To go on with the new one, pass --resume_from_checkpoint."
             )
 
 

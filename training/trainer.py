@@ -27,6 +27,7 @@ from metrics.names import QUICK, SCORES, score_named
 from models.families import base_model
 from models.loading import load_weights
 from objectives.cross_entropy import caption_loss, images_that_count
+from objectives.own_reward import RewardFailed
 from training.order import TrainingBatches
 from training.sharding import adopt, fill_in_states, whole_state
 from training.signals import EVALUATION_DUE, EvaluationStopped, StopOnSignal
@@ -72,6 +73,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.label_smoother = None  # the objective's own
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._scalars: dict[str, list] = {}
+        self._random: torch.Tensor | None = None  # random numbers' state at the beginning of the step
         self.batches: TrainingBatches | StreamBatches | None = None
         self.args.logging_nan_inf_filter = False  # it would hide NaN from the log; here NaN stops the run
         self._stopping, self._late = StopOnSignal(), False
@@ -167,7 +169,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         return self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = self.objective(model, inputs, num_items_in_batch)
+        if self._random is None:
+            self._random = torch.get_rng_state()
+        try:
+            result = self.objective(model, inputs, num_items_in_batch)
+        except RewardFailed:
+            self._save_begun_step()
+            raise
         images = images_that_count(inputs)
         loss = result["loss"] * (images > 0)
         for name, value in result.items():
@@ -186,8 +194,17 @@ class CaptionTrainer(Seq2SeqTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients; the sum is wanted
         return (loss, result) if return_outputs else loss
 
+    def _save_begun_step(self) -> None:
+        """Saves a checkpoint in the middle of a step, as it was at the step's beginning. Not of several processes: the others do
+        not know that this one has failed."""
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.world_size == 1 and self.state.global_step > 0 and not checkpoint.exists():
+            torch.set_rng_state(self._random)
+            self._save_checkpoint(self.model, trial=None)
+            logger.warning("saved %s: the same command resumes from there", checkpoint)
+
     def get_batch_samples(self, *args, **kwargs):
-        start = time.perf_counter()
+        start, self._random = time.perf_counter(), None
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - start
         if self.batches.ends_with_a_repeated_sample and self.accelerator.gradient_state.end_of_dataloader:

@@ -276,7 +276,7 @@ def test_java_that_is_not_there_or_fails_is_one_line(monkeypatch):
     monkeypatch.setenv("CAPTION_NO_JAVA", "1")
     with pytest.raises(UserError, match="reward: METEOR cannot be computed: no Java found"):
         check_java({"meteor": 1.0}, "en")
-    with pytest.raises(UserError, match=r"reward: no Java found .*the same command resumes"):
+    with pytest.raises(UserError, match="reward: no Java found"):
         rewards([*REFERENCES], CANDIDATES, None)
 
 

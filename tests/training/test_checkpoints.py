@@ -13,7 +13,7 @@ from common.cli import parse
 from common.errors import UserError
 from models.adapters import settle
 from training.building import check_best
-from training.checkpoints import find_checkpoint, record_run
+from training.checkpoints import find_checkpoint, record_run, reward_files
 
 # What run.json of commit 2ee57a4 recorded with transformers 5.23 for the command below.
 EARLIER = json.loads((ROOT / "tests/fixtures/flags_of_2ee57a4.json").read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def test_a_reward_whose_file_changed_is_another_run(tmp_path):
         flags = flags_of(*flags)
         folder.mkdir()
         assert find_checkpoint(folder, flags, None) is None
-        record_run(folder, flags)
+        record_run(folder, flags, reward_files=reward_files(flags))
         assert find_checkpoint(folder, flags, None) is None
         changed.write_text(changed.read_text() + " ")
         record = (folder / "run.json").read_text()
