@@ -1041,8 +1041,15 @@ class ExportArguments(LogArguments):
     )
     merge: bool = flag(True, "Merge an adapter into its base model.")
     output_dir: str | None = flag(None, "Folder to export to. Default: the folder itself.")
+    space: str | None = flag(None, "Write a Gradio Space of the Hub to this folder: the demo and the model.")
 
     def check_words(self, folders: list[str]) -> None:
+        if self.space and (self.output_dir or self.push_to_hub):
+            raise UserError("--space is an export of its own: leave --output_dir and --push_to_hub out.")
+        if self.space and not importlib.util.find_spec("gradio"):
+            raise UserError(
+                "--space names the version of Gradio that is installed here, and there is none: pip install gradio"
+            )
         if len(folders) != 1:
             raise UserError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
         if self.dry_run and not self.push_to_hub:

@@ -1,6 +1,7 @@
 """Make a self-contained model folder with its card from a training run or checkpoint, and optionally upload it.
 
 python export.py DIR [--output_dir OUT] [--push_to_hub user/name [--dry_run]]
+python export.py DIR --space OUT        a Space of the Hub with the demo and the model, to look at and to upload
 """
 
 from arguments import EXPORT_GROUPS
@@ -24,6 +25,7 @@ from common.publish import copy_to_upload, upload
 from data import seen
 from models.loading import load_model
 from reports.model_card import read_run, write_card
+from reports.space import write_space
 
 logger = logging.getLogger("export")
 RECORDS = (
@@ -33,7 +35,7 @@ RECORDS = (
 
 def main():
     args, paths = parse(EXPORT_GROUPS, positional="folder")
-    source, in_place = Path(paths[0]), not args.output_dir
+    source, in_place = Path(paths[0]), not (args.output_dir or args.space)
     with target(source, args) as folder:
         merge = args.merge and not in_place  # an adapter that stays where it is stays one
         model, processor = load_model(str(source), merge=merge)
@@ -42,7 +44,15 @@ def main():
         model.generation_config.save_pretrained(folder)
         run, scores = read_run(folder)
         write_card(folder, run, scores, as_scored(Captioner(model, processor), scores), args.push_to_hub)
-        if not args.dry_run:
+        if args.space:
+            name = source.resolve().name
+            write_space(
+                output_folder(args.space), folder, name, run.get("license") or run.get("model", {}).get("license")
+            )
+            logger.info(
+                "look at it: cd %s && python app.py. Upload it: hf upload USER/%s . --type space", args.space, name
+            )
+        elif not args.dry_run:
             logger.info("%s is self-contained, with its card in README.md", folder)
         if args.push_to_hub:
             upload(folder, args.push_to_hub, dry_run=args.dry_run)
@@ -50,12 +60,12 @@ def main():
 
 @contextlib.contextmanager
 def target(source: Path, args):
-    """The folder to export to; of a dry run a temporary one, so that nothing else changes."""
-    if not args.dry_run:
+    """The folder to export to; of a dry run and a Space a temporary one, so that nothing else changes."""
+    if not (args.dry_run or args.space):
         yield output_folder(args.output_dir) if args.output_dir else source
         return
     with tempfile.TemporaryDirectory() as folder:
-        if not args.output_dir:
+        if not (args.output_dir or args.space):
             copy_to_upload(source, Path(folder))
         yield Path(folder)
 

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 import zipfile
@@ -16,6 +18,7 @@ import numpy as np
 import proxy
 import pytest
 import tiny
+import yaml
 from PIL import Image
 
 from captioner import Captioner
@@ -85,6 +88,37 @@ def files(tmp_path_factory):
     with zipfile.ZipFile(folder / "mixed.zip", "a") as archive:
         archive.writestr("bad.jpg", b"this is no picture")
     return folder
+
+
+@pytest.mark.slow
+def test_an_exported_space_starts_by_itself_and_captions(model, files, tmp_path):
+    flags = {"dataset_name": "/home/me/secret/captions.csv"}
+    run = {"flags": flags, "versions": {}, "commit": "0", "command": f"train.py {flags['dataset_name']}"}
+    (model / "run.json").write_text(json.dumps(run))
+    tiny.run("export.py", model, "--space", tmp_path / "space")
+    (model / "run.json").unlink()
+    space = tmp_path / "space"
+    texts = [path.read_text(encoding="utf-8") for path in space.rglob("*") if path.suffix in (".md", ".json")]
+    assert not any("/home/me" in text for text in texts)
+    front = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (front["sdk"], front["app_file"], front["title"]) == ("gradio", "app.py", model.name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ("--host", "127.0.0.1", "--port", str(port))
+    process = subprocess.Popen([sys.executable, "app.py", *flags], cwd=space, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        try:
+            client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+            break
+        except Exception:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.5)
+    best = client.predict(image=gradio_client.handle_file(files / "photo.png"), api_name="/caption")[0]
+    process.terminate()
+    process.communicate(timeout=30)
+    assert [best] == Captioner.from_pretrained(model)([picture(0)])
 
 
 def test_the_captions_are_the_captioners_own_with_scores_and_a_map_a_word(client, model, files):
