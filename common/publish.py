@@ -21,7 +21,7 @@ UPLOADED = (
     "*processor*.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.*", "README.md", "LICENSE*", "training_curves.svg", "training_curves.png", "run.json",
-    "coco_metrics.json", "validation/coco_metrics.json",
+    "coco_metrics.json", "validation/coco_metrics.json", ".eval_results/*.yaml",
 )  # fmt: skip
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CLEANED = ("run.json", "coco_metrics.json")

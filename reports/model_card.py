@@ -6,7 +6,14 @@ import math
 import re
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from common.files import write_text
 from common.publish import without_local_paths
@@ -69,7 +76,7 @@ def write_card(folder: Path, run: dict, reported: list[dict], captioner, repo_id
     flags = run.get("flags", {})
     name = repo_id or folder.resolve().name
     dataset = flags.get("dataset_name")
-    on_hub = dataset and dataset.count("/") == 1 and not Path(dataset).exists()
+    on_hub = bool(dataset) and is_on_hub(dataset)
     metadata = ModelCardData(
         language=run.get("language"),
         license=run.get("license") or run.get("model", {}).get("license") or "other",
@@ -100,6 +107,29 @@ def write_card(folder: Path, run: dict, reported: list[dict], captioner, repo_id
     text = before.read_text(encoding="utf-8") if before.is_file() else ""
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{merge_sections(text, generated)}")
     write_text(folder / "README.md", str(card))
+    write_eval_results(folder, reported)
+
+
+def is_on_hub(dataset: str) -> bool:
+    return dataset.count("/") == 1 and not Path(dataset).exists()
+
+
+def write_eval_results(folder: Path, reported: list[dict]) -> None:
+    """.eval_results/DATASET.yaml of each data set of the Hub that was scored, from which the Hub shows scores on the pages of
+    model and data set (https://huggingface.co/docs/hub/eval-results). `reported`: what coco_metrics.json holds, of each split."""
+    by_dataset: dict[str, list[EvalResultEntry]] = {}
+    for scores in filter(lambda scores: is_on_hub(scores["dataset_name"]), reported):
+        notes = f"{scores['split']} split, {scores['counts']['images']} images"
+        for score in SCORES.values():
+            if score.hub_id and scores.get(score.name) is not None:
+                entry = EvalResultEntry(
+                    scores["dataset_name"], f"{scores['split']}_{score.name}", round(scores[score.name], 4), notes=notes
+                )
+                by_dataset.setdefault(entry.dataset_id, []).append(entry)
+    for dataset, entries in by_dataset.items():
+        file = folder / ".eval_results" / f"{dataset.replace('/', '_')}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
 def merge_sections(text: str, generated: dict[str, str]) -> str:

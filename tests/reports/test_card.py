@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import tiny
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from small_run import CAPTIONS, SPLITS, flags
 
-from reports.model_card import _examples
+from common.publish import _uploaded
+from reports.model_card import _examples, write_eval_results
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,20 @@ def test_the_hub_accepts_its_metadata(trained):
     results = {(r.metric_name, r.dataset_split): r.metric_value for r in card.data.eval_results}
     assert results["CIDEr", "test"] == round(scores["CIDEr"], 4)
     assert results["sacreBLEU", "test"] == round(scores["sacrebleu"], 4)
+
+
+def test_scores_on_data_sets_of_the_hub_are_read_back_by_its_library(trained, tmp_path):
+    scores = json.loads((trained / "coco_metrics.json").read_text())
+    assert not (trained / ".eval_results").exists(), "its data set is a file here"
+    write_eval_results(
+        tmp_path, [scores | {"dataset_name": "me/set"}, scores | {"dataset_name": "me/set", "split": "validation"}]
+    )
+    (file,) = (tmp_path / ".eval_results").iterdir()
+    entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    values = {(entry.dataset_id, entry.task_id): entry.value for entry in entries}
+    for split in ("test", "validation"):
+        assert values["me/set", f"{split}_CIDEr"] == round(scores["CIDEr"], 4)
+    assert file.relative_to(tmp_path) in [path.relative_to(tmp_path) for path in _uploaded(tmp_path)]
 
 
 def test_it_tells_what_the_run_knows(trained):
