@@ -193,7 +193,7 @@ class Captioner:
         the captioner's own."""
         inputs, settings = self._on_device(batch), self.search(**settings)
         prompt = inputs["input_ids"]
-        if not self.collator.joint and self.collator.decoder_prompt is None:
+        if self.collator.reads_padding:
             pads = prompt.shape[1] - inputs["attention_mask"].sum(dim=1)
             if pads.any():
                 return self._generate_by_length(inputs, pads, settings)
@@ -225,7 +225,9 @@ class Captioner:
         for pad in pads.unique().tolist():
             rows.append((pads == pad).nonzero()[:, 0])
             group = {name: value[rows[-1]] for name, value in inputs.items()}
-            group |= {name: group[name][:, pad:] for name in ("input_ids", "attention_mask")}
+            along = group["input_ids"].shape
+            names = self.collator.family.text_inputs & group.keys()
+            group |= {name: group[name][:, pad:] for name in names if group[name].shape == along}
             tokens.append(self.generate_tokens(group, **settings).unflatten(0, (len(rows[-1]), -1)))
         longest = max(found.shape[2] for found in tokens)
         tokens = [torch.nn.functional.pad(f, (0, longest - f.shape[2]), value=self.collator.pad) for f in tokens]

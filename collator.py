@@ -131,6 +131,13 @@ def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tenso
     return padded, lengths
 
 
+def rolled(inputs: dict, names: set[str], shape: tuple, places: torch.Tensor) -> dict:
+    """`inputs`, those of these names and this (rows, L) shape rolled to the left by (rows,) places."""
+    order = (torch.arange(shape[1], device=places.device) + places[:, None]) % shape[1]
+    along = {name: inputs[name] for name in names & inputs.keys() if inputs[name].shape == shape}
+    return inputs | {name: value.gather(1, order) for name, value in along.items()}
+
+
 class ImageCollator:
     """Batches to caption: pixels, the prompt, and the image ids. The samples' captions are never read, so nothing
     generated from such a batch has seen its reference. `corruption` is from data.corruption: noise on every image,
@@ -169,6 +176,7 @@ class ImageCollator:
         else:
             self.end, self.pad = special_tokens(config)
         self.decoder_prompt = decoder_prompt(config)
+        self.reads_padding = family.reads_padding or not (self.joint or self.decoder_prompt)
         if self.joint:
             self.text = family.joint_prompt(processor, prompt, **self.system)
             # As apply_chat_template does.
@@ -248,7 +256,12 @@ class ImageCollator:
             return_tensors="pt",
         )
         inputs.pop("labels", None)  # PaliGemma's processor makes some, with no targets in them
-        return dict(inputs)
+        inputs = dict(inputs)
+        if self.family.reads_padding:  # Kosmos-2's processor pads on the right, whatever it is told
+            inputs = rolled(
+                inputs, self.family.text_inputs, inputs["input_ids"].shape, inputs["attention_mask"].sum(dim=1)
+            )
+        return inputs
 
     def prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (images, P) of these prompts."""
@@ -301,13 +314,8 @@ class ImageCollator:
             prompt = batch["input_ids"][:, :length]
             batch["labels"] = torch.cat([torch.full_like(prompt, IGNORE), labels], dim=1)
             pads = length - inputs["attention_mask"].sum(dim=1)
-            if not self.joint and pads.any():
-                # Rows begin with their prompts, as alone: some families count positions from there.
-                order = (
-                    torch.arange(batch["labels"].shape[1], device=pads.device) + pads.repeat_interleave(times)[:, None]
-                )
-                for name in ("input_ids", "attention_mask", "labels"):
-                    batch[name] = batch[name].gather(1, order % batch["labels"].shape[1])
+            if self.reads_padding and pads.any():  # then rows begin with their prompts, as alone
+                batch = rolled(batch, self.family.text_inputs, batch["labels"].shape, pads.repeat_interleave(times))
                 length -= int(pads.max())
             if self.kind != "blip":
                 batch["prompt_length"] = length

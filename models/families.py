@@ -132,6 +132,8 @@ class Family:
     default_words: str = ""
     # The values of a caption's tokens in each input that runs along the text, except the ids and the attention mask.
     caption_tokens: dict = field(default_factory=lambda: {"token_type_ids": 0, "mm_token_type_ids": 0})
+    # Whether the model counts positions from the beginning of a row, padding included.
+    reads_padding: bool = False
     # Whether the processor itself adds start and end tokens to a prompt.
     writes_special_tokens: bool = False
     # {name in the image processor's output: our name for it}; empty if that is `pixel_values`.
@@ -271,6 +273,7 @@ FAMILIES |= {
         default_words="An image of",
         vision_takes_encoded=True,
         caption_tokens={"image_embeds_position_mask": 0},
+        reads_padding=True,
         license="mit",
         **_CHAT
         | {
