@@ -4,6 +4,7 @@ their class, those in MOST_USED first."""
 import dataclasses
 import importlib.util
 import json
+import math
 import socket
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -279,6 +280,53 @@ class GenerationArguments(Flags):
         """These flags as Captioner takes them."""
         flags = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "prompt_column"}
         return flags | {"prompt": template_of(self.prompt, self.prompt_column)}
+
+
+@dataclass
+class SamplingArguments(GenerationArguments):
+    """Of the scripts that caption and do not train."""
+
+    do_sample: bool = flag(
+        False,
+        "Draw captions at random instead of the likeliest ones. A caption depends on --seed, the image and its number alone: it "
+        "is the same in any batch, shard and number of processes.",
+    )
+    temperature: float | None = flag(None, "With do_sample: below 1 likelier captions, above 1 rarer ones. Default: 1.")
+    top_k: int | None = flag(None, "With do_sample: draw from the k likeliest tokens. Default: all.")
+    top_p: float | None = flag(
+        None, "With do_sample: draw from the likeliest tokens that together have this probability. Default: 1."
+    )
+    num_return_sequences: int | None = flag(
+        None,
+        "Captions per image: with do_sample that many samples, else the best of num_beams. Default: 1. More are a list "
+        "(captions) in JSON lines, Parquet and x.json, a row each in CSV, and x.1.txt, x.2.txt.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        given = [name for name, value in sampling.items() if value is not None]
+        if given and not self.do_sample:
+            raise UserError(f"--{given[0]} is for --do_sample: pass it too, or leave {' and '.join(given)} out.")
+        if self.do_sample and self.num_beams not in (None, 1):
+            raise UserError(
+                f"--do_sample draws captions, and --num_beams {self.num_beams} searches: leave one of them out."
+            )
+        for name, most in (("temperature", math.inf), ("top_p", 1)):
+            if sampling[name] is not None and not 0 < sampling[name] <= most:
+                raise UserError(f"--{name} must be above 0{' and at most 1' * (most == 1)}, not {sampling[name]}.")
+        for name in ("top_k", "num_return_sequences"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+
+    def settings(self) -> dict:
+        flags = super().settings()
+        if self.num_return_sequences == 1:
+            flags["num_return_sequences"] = None
+        if not self.do_sample:
+            return flags | {"do_sample": None}
+        drawn = {"temperature": self.temperature or 1.0, "top_k": self.top_k or 0, "top_p": self.top_p or 1.0}
+        return flags | drawn | {"num_beams": 1}
 
 
 @dataclass
@@ -681,7 +729,7 @@ class EvaluateArguments(LogArguments):
         None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
     bf16: bool | None = flag(None, CAPTION_BF16)
-    seed: int = flag(42, "Seed of the bootstrap and of the SPICE subsample.")
+    seed: int = flag(42, "Seed of the bootstrap, of the SPICE subsample, and of the captions that --do_sample draws.")
 
     def __post_init__(self):
         if self.compare or self.human_judgments:
@@ -767,6 +815,7 @@ class InferArguments(ShardArguments):
         None, "DataLoader workers that read images. Default: one per core up to 8 with a GPU, else none."
     )
     bf16: bool | None = flag(None, CAPTION_BF16)
+    seed: int = flag(42, "Seed of the captions that --do_sample draws.")
     skip_bad_images: bool = flag(False, "Record unreadable images with their error instead of stopping at one.")
     dry_run: bool = flag(
         False, "openai: send nothing: count images and estimate tokens and cost (price_in, price_out)."
@@ -1068,9 +1117,9 @@ TRAIN_GROUPS = (
     AllTrainFlags,
 )
 EVALUATE_GROUPS = (
-    ServedModelArguments, DataArguments, GenerationArguments, MetricArguments, EvaluateArguments, JudgeArguments,
+    ServedModelArguments, DataArguments, SamplingArguments, MetricArguments, EvaluateArguments, JudgeArguments,
 )  # fmt: skip
-INFER_GROUPS = (ServedModelArguments, GenerationArguments, InferArguments, ImageServerArguments)
+INFER_GROUPS = (ServedModelArguments, SamplingArguments, InferArguments, ImageServerArguments)
 SERVE_GROUPS = (ModelArguments, GenerationArguments, ServeArguments)
 DEMO_GROUPS = (ModelArguments, GenerationArguments, DemoArguments)
 REWRITE_GROUPS = (RewriteArguments, LLMArguments)

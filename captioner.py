@@ -18,6 +18,7 @@ from models.decoding_step import CACHE, release_graphs
 from models.families import ENCODED, base_model, family_of, model_inputs
 from models.loading import load_model
 from models.prefix import read_prompts
+from models.sampling import seeded
 from models.vision import check_repeatable, encode_once, encodes_once
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class Captioner:
     is for records that have theirs filled in, and `own_questions` says that records' own are the questions of conversations.
     `system_prompt` is for chat models. The prompt's words are left out of
     the captions, unless `keep_prompt`; `remove_illegal_characters` removes those of metrics.coco_caption.text_checks from
-    every caption; both also if the checkpoint was trained with it. `fast_jpeg` and `corruption` are ImageCollator's.
+    every caption; both also if the checkpoint was trained with it. With `seed`, do_sample draws captions that depend on it, the
+    image and the caption's number alone (models.sampling). `fast_jpeg` and `corruption` are ImageCollator's.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Captioner:
         fast_jpeg=False,
         corruption=None,
         remove_illegal_characters=False,
+        seed=None,
         **settings,
     ):
         self.model, self.processor, self.autocast = model, processor, autocast
@@ -80,7 +83,9 @@ class Captioner:
         self.prompt, self.own_questions = default if prompt is None else prompt, own_questions
         self.system_prompt = own.get("system_prompt") if system_prompt is None else system_prompt
         asked = {"prompt": self.prompt, "system_prompt": self.system_prompt}
-        self.collator = ImageCollator(processor, model.config, **asked, fast_jpeg=fast_jpeg, corruption=corruption)
+        self.seed = seed if settings.get("do_sample") else None
+        how = {"fast_jpeg": fast_jpeg, "corruption": corruption, "contents": self.seed is not None}
+        self.collator = ImageCollator(processor, model.config, **asked, **how)
         self.asked = {n: float(v) if n in FLOATS else v for n, v in settings.items() if v is not None}
         drop_leftovers(base_model(model))
         self.settings = {name: getattr(model.generation_config, name, None) for name in DEFAULTS}
@@ -88,6 +93,12 @@ class Captioner:
         self.settings |= self.asked
         if self.settings["num_beams"] == 1:
             self.settings = {name: value for name, value in self.settings.items() if name not in WITHOUT_BEAMS}
+        number, beams = self.settings.get("num_return_sequences", 1), self.settings["num_beams"]
+        if number > beams and not self.settings.get("do_sample"):
+            raise UserError(
+                f"{number} captions per image are the best of as many beams, and num_beams is {beams}: raise it, or sample "
+                "them with do_sample."
+            )
         self.count_anew()
 
     def count_anew(self) -> None:
@@ -117,6 +128,7 @@ class Captioner:
             fast_jpeg=self.fast_jpeg,
             corruption=self.corruption,
             remove_illegal_characters=self.filtered,
+            seed=self.seed,
             **self.asked | settings,
         )
 
@@ -160,6 +172,8 @@ class Captioner:
             how["corrupt"] = self.corruption.spec
         if self.filtered:
             how["remove_illegal_characters"] = True
+        if self.seed is not None:
+            how["seed"] = self.seed
         return {"prompt": self.prompt, **self._asked(), "keep_prompt": self.keep_prompt, **self.settings, **how}
 
     def __call__(self, images: list) -> list[str]:
@@ -192,11 +206,15 @@ class Captioner:
         batch: including the end token where it was reached, then padding. `settings` are for generate, and override
         the captioner's own."""
         inputs, settings = self._on_device(batch), self.search(**settings)
+        contents = inputs.get("contents")
         prompt = inputs["input_ids"]
         if self.collator.reads_padding:
             pads = prompt.shape[1] - inputs["attention_mask"].sum(dim=1)
             if pads.any():
                 return self._generate_by_length(inputs, pads, settings)
+        inputs.pop("contents", None)
+        if contents is not None:
+            settings = seeded(self.seed, contents.tolist(), settings)
         check_lengths(self.model.config, prompt.shape[1], settings)
         if self.model.config.model_type == "blip":
             # Its generate() takes no padding, and drops the last token, expecting [SEP].

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 
 from common.errors import UserError
@@ -144,7 +145,8 @@ class ImageCollator:
     drawn by its id.
 
     `prompt` is that of every sample without one of its own (data.prompts.PROMPTS); one that holds columns is of none. Shorter
-    prompts of a batch are padded on the left, those that an encoder reads on the right. `system_prompt` is for chat models.
+    prompts of a batch are padded on the left, those that an encoder reads on the right. `system_prompt` is for chat models. With `contents` a batch has
+    `contents` (I,), a hash of each readable image's pixels.
     """
 
     def __init__(
@@ -157,7 +159,9 @@ class ImageCollator:
         skip_bad_images=False,
         fast_jpeg=False,
         corruption=None,
+        contents=False,
     ):
+        self.contents = contents
         self.corruption, self.config = corruption, config
         self.template = prompt if columns_in(prompt) else None
         self.prompt = prompt = "" if self.template else plain(prompt)
@@ -224,6 +228,8 @@ class ImageCollator:
         images = [found for found in opened if not isinstance(found, ImageError)]
         prompts = [prompt for i, prompt in enumerate(prompts) if i not in errors]
         inputs = {"prompts": prompts} if own else {}
+        if self.contents:
+            inputs["contents"] = torch.tensor(in_threads(_content, images), dtype=torch.long)
         return {**inputs, **(self.inputs(images, prompts) if images else {}), "image_ids": ids, "errors": errors}
 
     def _image(self, sample: dict) -> Image.Image | ImageError:
@@ -330,6 +336,12 @@ class ImageCollator:
             before, lead = len(tokenizer(words, add_special_tokens=False)["input_ids"]), f"{words} "
         texts = [lead + caption for caption in captions]
         return [[*ids[before:], self.end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _content(image: Image.Image) -> int:
+    digest = xxhash.xxh3_64(str(image.size).encode())
+    digest.update(image.tobytes())
+    return digest.intdigest() - 2**63
 
 
 class Pixels:

@@ -47,7 +47,7 @@ def main():
     folder = output_folder(args.output_dir)
     if args.compare:
         return compare_runs(folder, args, metric_args)
-    check_flags(args, metric_args, model_args)
+    check_flags(args, generation_args, metric_args, model_args)
     server.check_flags(model_args, generation_args, judge_args, args)
     outputs.warn_of_missing_scores(metric_args)
     judges = load_judges(judge_args, folder)
@@ -100,7 +100,15 @@ def main():
         conclude(args, metric_args, scored, judges)
 
 
-def check_flags(args, metric_args, model_args) -> None:
+def check_flags(args, generation_args, metric_args, model_args) -> None:
+    if (generation_args.num_return_sequences or 1) > 1:
+        raise UserError(
+            "evaluate.py scores one caption per image, the first of several: leave out --num_return_sequences."
+        )
+    if args.sweep and generation_args.do_sample:
+        raise UserError(
+            "--sweep chooses the settings of a search, and --do_sample draws captions: leave one of them out."
+        )
     data.corruption(args.corrupt)
     outputs.bars(args.fail_under)
     if args.sweep:
@@ -142,6 +150,7 @@ def load_captioner(model_args, generation_args, args, own_questions: bool = Fals
         loading=model_args.loading(),
         corruption=data.corruption(args.corrupt),
         own_questions=own_questions,
+        seed=args.seed,
         **generation_args.settings(),
     )
 

@@ -90,6 +90,7 @@ def load_captioner(model_args, generation_args, args, server_args) -> tuple[Capt
         fast_jpeg=model_args.fast_jpeg,
         loading=model_args.loading(),
         own_questions=asked(model_args, generation_args)["own_questions"],
+        seed=args.seed,
         **generation_args.settings(),
     )
     named = {"model": model_args.model_name_or_path, "revision": model_args.model_revision}
@@ -125,7 +126,8 @@ def say_left_out(paths: list[str]) -> None:
 def print_captions(loaded, rows, args) -> None:
     captions = in_order(caption(loaded[0], ImageRows(rows, args.per_device_eval_batch_size), args))
     for row, outcome in captions if sys.stdout.isatty() else show_progress(captions, None):
-        print(f"{row['name']}\t{outcome.get('caption', 'error: ' + outcome.get('error', ''))}", flush=True)
+        for _, text in writers.texts_of(outcome) or [("", f"error: {outcome.get('error')}")]:
+            print(f"{row['name']}\t{text}", flush=True)
     loaded[0].say_cut()
 
 
@@ -147,12 +149,14 @@ def write_texts(loaded, rows, texts: writers.Texts, args, share: tuple[int, int]
         for row in itertools.islice(rows(), share[0], None, share[1]):
             yield row | {"target": str(texts.of(row))}
 
-    left = ImageRows(mine, args.per_device_eval_batch_size, lambda row: not os.path.exists(row["target"]))
-    captions = caption(loaded[0], left, args)
+    number = loaded[1].get("num_return_sequences", 1)
+    last = f".{number}.txt" if number > 1 else ".txt"
+    left = lambda row: not os.path.exists(row["target"].removesuffix(".txt") + last)  # noqa: E731
+    captions = caption(loaded[0], ImageRows(mine, args.per_device_eval_batch_size, left), args)
     for row, outcome in show_progress(captions, None):
-        if "caption" in outcome:
-            written += writers.write_text_beside(Path(row["target"]), outcome["caption"])
-        else:
+        for end, text in writers.texts_of(outcome):
+            written += writers.write_text_beside(Path(row["target"].removesuffix(".txt") + end), text)
+        if "error" in outcome:
             logger.warning("%s", outcome["error"])
     logger.info("%d .txt files written; existing ones are left as they are", written)
     loaded[0].say_cut()
@@ -214,7 +218,8 @@ class CaptionShards:
         for number, (row, outcome) in enumerate(captions, 1):
             captioned[row["key"]] = row, outcome
             tick(number)
-        output = [caption_output.row_of(self.folder, row, outcome) for row, outcome in captioned.values()]
+        several = caption_output.several_in(self.settings)
+        output = [caption_output.row_of(self.folder, row, outcome, several) for row, outcome in captioned.values()]
         sources = {row["source"] for row, _ in captioned.values()}
         seconds = time.time() - started
         counted = self.captioner.counts()

@@ -50,13 +50,20 @@ def check_names(output: str, form: str, source: ImageSource) -> None:
 # ---------------------------------------------------------------- shards
 
 
-def row_of(folder: ShardFolder, row: dict, outcome: dict) -> dict:
+def row_of(folder: ShardFolder, row: dict, outcome: dict, several: bool = False) -> dict:
     """A row of a shard's output: {"key", "image", "version", columns ..., "caption" or "error"}, of a source's row and its
-    {"caption"} or {"error"}. Where the output is one file, columns are JSON, and keep their types until it is made."""
-    columns = {f"source_{name}" if name in OWN else name: value for name, value in row["columns"].items()}
+    {"caption"}, {"captions"} (`several`) or {"error"}. Where the output is one file, columns are JSON, and keep their types
+    until it is made."""
+    own = (*OWN, "captions") if several else OWN
+    columns = {f"source_{name}" if name in own else name: value for name, value in row["columns"].items()}
     if folder.single:
         columns = {"columns": json.dumps(columns, ensure_ascii=False, default=str)}
     return {"key": row["key"], "image": row["name"], "version": row["version"]} | columns | outcome
+
+
+def several_in(settings: dict) -> bool:
+    """Whether images have several captions."""
+    return settings.get("num_return_sequences", 1) > 1
 
 
 def write_shard(
@@ -67,7 +74,13 @@ def write_shard(
     errors = sum("error" in row for row in rows)
     counts = {"source": str(shard), "rows": len(rows), "errors": errors, "sources": sorted(sources)} | dict(counted)
     counts |= {"seconds": round(seconds, 3), "finished": time.time(), "settings": settings}
-    schema = schema_of(lambda: iter(rows), ("key", "image", "caption", "error"), nulls=True)
+    several = several_in(settings)
+    text = ("key", "image", "error") if several else ("key", "image", "caption", "error")
+    schema = schema_of(lambda: iter(rows), text, nulls=True)
+    if several:  # also of a shard with errors only
+        place = schema.get_field_index("captions")
+        lists = pa.field("captions", pa.list_(pa.string()))
+        schema = schema.append(lists) if place < 0 else schema.set(place, lists)
     folder.write(shard.file, iter([table_of(rows, schema)]), lambda: counts)
     return counts
 
@@ -79,15 +92,18 @@ class Earlier:
         self.folder, self.files = folder, stale_files(folder, shards)
 
     @functools.cached_property
-    def captions(self) -> dict[int, str]:
-        """{identity of an image: caption}."""
-        rows = (row for name in self.files for row in self.folder.rows(name, ["key", "version", "caption"]))
-        return {identity(row): row["caption"] for row in rows if row["caption"] is not None}
+    def captions(self) -> dict[int, dict]:
+        """{identity of an image: its "caption", or "captions"}."""
+        found = {}
+        for name, (schema, _) in self.folder.footers(self.files).items():
+            column = "caption" if "caption" in schema.names else "captions"
+            rows = self.folder.rows(name, ["key", "version", column])
+            found |= {identity(row): {column: row[column]} for row in rows if row[column] is not None}
+        return found
 
     def of(self, row: dict) -> dict | None:
-        """{"caption"} of a source's row that has one here."""
-        caption = self.captions.get(identity(row))
-        return caption and {"caption": caption}
+        """{"caption"} or {"captions"} of a source's row that has some here."""
+        return self.captions.get(identity(row))
 
     def count(self, source: ImageSource, shards: list[Shard]) -> int:
         """How many images of the shards have a caption here."""
@@ -170,7 +186,8 @@ def _write_output(folder: ShardFolder, form: str, shards: list[Shard], names: li
 
     def rows() -> Iterator[dict]:
         for row in once((row for name in names for row in folder.rows(name)), "image"):
-            outcome = {"error": row["error"]} if row["caption"] is None else {"caption": row["caption"]}
+            outcome = {name: row[name] for name in ("caption", "captions") if row.get(name) is not None}
+            outcome = outcome or {"error": row["error"]}
             yield {"image": row["image"]} | json.loads(row["columns"]) | outcome
 
     def images() -> Iterator[dict]:

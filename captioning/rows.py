@@ -24,8 +24,8 @@ class ImageRows(torch.utils.data.IterableDataset):
 
 
 def caption(captioner, rows: ImageRows, args):
-    """(row without its image, {"caption"} or {"error"}) for each image, with a model here in order; those of images that
-    cannot be read only if they are to be skipped. The row has its `number`."""
+    """(row without its image, {"caption"}, of several {"captions"}, or {"error"}) for each image, with a model here in order;
+    those of images that cannot be read only if they are to be skipped. The row has its `number`."""
     stream = captioner.stream(
         rows,
         batch_size=args.per_device_eval_batch_size,
@@ -35,7 +35,10 @@ def caption(captioner, rows: ImageRows, args):
     try:
         for row, captions in stream:
             failed = isinstance(captions, DataError | ImageError)
-            yield row, {"error": str(captions)} if failed else {"caption": captions[0]}
+            if failed:
+                yield row, {"error": str(captions)}
+            else:
+                yield row, {"captions": captions} if len(captions) > 1 else {"caption": captions[0]}
     except ImageError as error:
         raise ImageError(
             f"{message_of(error)}. With --skip_bad_images such images are written with their error"

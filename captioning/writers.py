@@ -6,6 +6,7 @@ Rows are streamed; what is written appears complete or not at all, since the cal
 """
 
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -38,13 +39,31 @@ CHANGED = "the source has changed while this was running. Start the same command
 class Captions:
     """What an output is made of; rows() and images() yield the same images in the same order, whenever they are called."""
 
-    rows: Callable[[], Iterator[dict]]  # {"image", "caption" or "error", columns ...}
+    rows: Callable[[], Iterator[dict]]  # {"image", "caption", of several "captions", or "error", columns ...}
     images: Callable[[], Iterator[dict]]  # what captioning.sources yields, for forms that hold or copy the images
     output: str  # the value of --output
     tars: list[str]  # the source's files, for copies of them
 
     def captioned(self) -> Iterator[dict]:
-        return (row for row in self.rows() if "caption" in row)
+        return (row for row in self.rows() if "error" not in row)
+
+    def one_by_one(self) -> Iterator[dict]:
+        """A row for each caption."""
+        for row in self.rows():
+            captions = row.pop("captions") if is_several(row) else []
+            yield from [row | {"caption": caption} for caption in captions] or [row]
+
+
+def is_several(row: dict) -> bool:
+    """Whether a row has several captions: `captions` beside a caption are a column of the source."""
+    return "caption" not in row and "error" not in row
+
+
+def texts_of(row: dict) -> list[tuple[str, str]]:
+    """(end of its file's name, caption) of a row: .txt, of several .1.txt, .2.txt, ..."""
+    if is_several(row):
+        return [(f".{number}.txt", caption) for number, caption in enumerate(row["captions"], 1)]
+    return [(".txt", row["caption"])] if "caption" in row else []
 
 
 def write_jsonl(captions: Captions, target: Path) -> None:
@@ -52,11 +71,12 @@ def write_jsonl(captions: Captions, target: Path) -> None:
 
 
 def write_csv(captions: Captions, target: Path) -> None:
-    _write_table(captions.rows, target)
+    _write_table(captions.one_by_one, target)
 
 
 def write_parquet(captions: Captions, target: Path) -> None:
-    schema = schema_of(captions.rows, ("image", "caption"))
+    several = any(map(is_several, captions.rows()))
+    schema = schema_of(captions.rows, ("image",) if several else ("image", "caption"))
     with pq.ParquetWriter(target, schema) as writer:
         for batch in batches(captions.rows()):
             writer.write_table(table_of(batch, schema))
@@ -64,7 +84,8 @@ def write_parquet(captions: Captions, target: Path) -> None:
 
 def write_coco(captions: Captions, target: Path) -> None:
     """COCO's results, as evaluate.py --predictions and other scorers read them. The id is the source's, else COCO's
-    number in the file's name, else that name; where two images have one id, all have the whole names of `image`."""
+    number in the file's name, else that name; where two images have one id, all have the whole names of `image`. Several
+    captions are a list, which those scorers do not read."""
     number_of_id = Counter(short(str(_coco_id(row))) for row in captions.captioned())
     doubled = number_of_id.total() - len(number_of_id)
     if doubled:
@@ -72,7 +93,8 @@ def write_coco(captions: Captions, target: Path) -> None:
     with open(target, "w", encoding="utf-8", newline="\n") as file:
         file.write("[")
         for before, row in zip(itertools.chain(["\n"], itertools.repeat(",\n")), captions.captioned(), strict=False):
-            entry = {"image_id": row["image"] if doubled else _coco_id(row), "caption": row["caption"]}
+            name = "captions" if is_several(row) else "caption"
+            entry = {"image_id": row["image"] if doubled else _coco_id(row), name: row[name]}
             file.write(before + json.dumps(entry, ensure_ascii=False))
         file.write("\n]\n")
 
@@ -96,7 +118,7 @@ def write_metadata(captions: Captions, target: Path) -> None:
                 yield {"file_name": name} | row | {"file_name": name}
 
     if captions.output.endswith(".csv"):
-        _write_table(entries, target)
+        _write_table(dataclasses.replace(captions, rows=entries).one_by_one, target)
     else:
         _write_lines(entries(), target)
 
@@ -120,12 +142,13 @@ def write_tar(captions: Captions, target: Path) -> None:
         for row, image in itertools.zip_longest(captions.rows(), captions.images(), fillvalue={}):
             if row.get("image") != image.get("name"):
                 raise DataError(f"{image.get('name') or row['image']}: {CHANGED}")
-            if "caption" in row:
+            if texts := texts_of(row):
                 # A sample's name ends at its first dot, and `datasets` leaves out names that begin with a dot or __.
                 stem, _ = stem_and_ending(inside(image["relative"]))
                 key = different(re.sub(r"(^|/)__+", r"\1_", stem.replace(".", "_")))
                 _add(tar, f"{key}{ending}", _content(image["image"]))
-                _add(tar, f"{key}.txt", row["caption"].encode())
+                for end, text in texts:
+                    _add(tar, f"{key}{end}", text.encode())
                 _add(tar, f"{key}.json", json_line(row).rstrip("\n").encode())
 
 
@@ -143,8 +166,8 @@ def write_tars(captions: Captions, target: Path) -> None:
                     _add(copy, re.sub(r"\.txt$", ".source.txt", member, flags=re.IGNORECASE), content)
                 name = printable(f"{base}/{sample['image']['path'] if sample['image'] else sample['key']}")
                 if row["image"].startswith(name):
-                    if "caption" in row:
-                        _add(copy, f"{sample['key']}.txt", row["caption"].encode())
+                    for end, text in texts_of(row):
+                        _add(copy, f"{sample['key']}{end}", text.encode())
                     row = next(rows, behind_last)
     if row is not behind_last:
         raise DataError(f"{row['image']}: {CHANGED}")
