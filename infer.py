@@ -163,7 +163,7 @@ def write_texts(loaded, rows, texts: writers.Texts, args, share: tuple[int, int]
 
 
 def write_output(
-    load, args, form: str, paths: list[str], share: tuple[int, int], prices: tuple, asked: dict | None = None
+    load, args, form: str, paths: list[str], share: tuple[int, int], prices=(None, None), asked: dict | None = None
 ) -> list[str]:
     """Caption the remaining shards, then build the output from all shards. Returns those that failed."""
     folder = caption_output.shard_folder(args.output, form)
