@@ -319,7 +319,7 @@ OF_OTHER_PROGRAMS = (
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_flag_that_a_page_names_exists(page):
     known = {field for group in arguments.TRAIN_GROUPS for field in group.__dataclass_fields__}
-    others = ("Evaluate", "Judge", "Infer", "ImageServer", "Demo", "Serve", "Rewrite", "LLM", "Export")
+    others = ("Sampling", "Evaluate", "Judge", "Infer", "ImageServer", "Demo", "Serve", "Rewrite", "LLM", "Export")
     for group in (getattr(arguments, f"{name}Arguments") for name in others):
         known |= set(group.__dataclass_fields__)
     for script in ("launch", "deploy", "aws"):
