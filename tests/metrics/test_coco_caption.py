@@ -41,6 +41,26 @@ def expected(tmp_path_factory):
     return json.loads((folder / "coco_metrics.json").read_text())
 
 
+@pytest.mark.slow
+def test_a_wheel_of_it_alone_gives_the_same_scores_without_torch(expected, tmp_path):
+    pytest.importorskip("setuptools", reason="setuptools is not installed, which builds the wheel")
+    shutil.copytree(FOLDER, tmp_path / "source")  # setuptools writes beside its source
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, tmp_path / "source", "--target", tmp_path / "installed"], check=True)
+    (tmp_path / "data.json").write_text(json.dumps([dict(enumerate(PREDICTIONS)), dict(enumerate(REFERENCES))]))
+    code = (
+        "import json, sys; from coco_caption.coco import score; scores, _ = score(*json.load(open('data.json')));"
+        "assert 'torch' not in sys.modules; print(json.dumps(scores))"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables |= {"PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, check=True, stdout=subprocess.PIPE)
+    scores = json.loads(done.stdout)
+    assert {name: scores[name] for name in ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "sacrebleu")} == {
+        name: expected[name] for name in ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "sacrebleu")
+    }
+
+
 def load_elsewhere(path, folder, processes: int = 1) -> list:
     """What each process gets that loads the metric in `folder`, with nothing of the repository on its path."""
     (folder / "data.json").write_text(json.dumps({"predictions": PREDICTIONS, "references": REFERENCES}))
