@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 import tarfile
 import time
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from captioning import output as caption_output
@@ -376,3 +378,76 @@ def test_an_address_holds_the_same_as_a_folder(root):
     )
     with pytest.raises(UserError, match="model was 'm', is 'other'"):
         folder.begin({"model": "other"}, shards, 3)
+
+
+def test_shards_are_as_small_as_needed_to_give_every_process_one(tmp_path):
+    folder = ShardFolder(str(tmp_path / "o.csv"), single=True)
+    assert folder.size(1000, (0, 4), iter(range(8))) == 2
+    assert folder.size(1000, (3, 4), iter(range(9))) == 3
+    assert folder.size(2, (0, 4), iter(range(800))) == 2
+
+    def unread():
+        raise AssertionError("one process needs not know how many there are")
+        yield
+
+    assert folder.size(1000, (0, 1), unread()) == 1000
+
+
+def test_the_line_of_a_resumed_run_counts_what_was_done_before_but_not_in_its_rate(root, tmp_path, caplog, monkeypatch):
+    source = ImageSource([str(root / "photos")], Options())
+    folder, shards = ShardFolder(str(tmp_path / "o.csv"), single=True), source.shards(2)
+    folder.begin({"model": "m"}, shards, 2)
+    written(folder, shards[:2], lambda shard: [{"key": row["key"], "image": row["name"]} for row in source.rows(shard)])
+    clock = progress.time.monotonic()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    shown = progress.Progress(folder, shards, "images")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock + 10)
+    with caplog.at_level("INFO"):
+        shown.say()
+        shown.rows_of_current = 1
+        shown.say()
+        with folder.assembling(shards) as contents:
+            assert contents is None
+    first, second, left = (record.getMessage() for record in caplog.records)
+    assert first.startswith("4 of 7 images, 2 of 4 shards")
+    assert "0.1 images/s" not in first
+    assert second.startswith("5 of 7 images, 2 of 4 shards, 0.1 images/s")
+    assert left.startswith("2 of 4 shards are left")
+
+
+def test_a_run_is_taken_to_have_stopped_after_three_times_what_a_shard_took(root, tmp_path, monkeypatch):
+    output = str(tmp_path / "o.csv")
+    source = ImageSource([str(root / "photos")], Options())
+    folder, shards = ShardFolder(output, single=True), source.shards(2)
+    Run(folder, shards, 2, "images", (0, 1)).begin({"model": "m"})
+    started = folder.read_json("_settings.json")["started"]
+    for number, shard in enumerate(shards[:2], 1):  # 12.5 s each: over after 37.5 s without another
+        table = pa.Table.from_pylist([{"key": row["key"], "image": row["name"]} for row in source.rows(shard)])
+        folder.write(shard.file, iter([table]), lambda n=number: {"rows": 2, "finished": started + 12.5 * n})
+    for seconds, state in ((37.2, "running"), (37.8, "stopped")):
+        monkeypatch.setattr(progress.time, "time", lambda s=seconds: started + 25 + s)
+        assert progress.look(output).state == state
+
+
+def test_a_damaged_file_is_named_with_the_first_line_of_what_is_wrong(tmp_path, monkeypatch):
+    folder = ShardFolder(str(tmp_path / "o.csv"), single=True)
+    (tmp_path / "o.csv.shards").mkdir()
+    (tmp_path / "o.csv.shards" / "a.parquet").write_bytes(b"no file")
+
+    def broken(file):
+        raise pa.ArrowInvalid("it is broken\nin detail")
+
+    monkeypatch.setattr(pq, "ParquetFile", broken)
+    with pytest.raises(UserError, match=r"a\.parquet is damaged \(it is broken\)\. Delete it"):
+        list(folder.rows("a.parquet"))
+
+
+def test_a_worker_of_ray_starts_in_the_folder_of_the_run_where_there_is_one(tmp_path, monkeypatch):
+    from jobs.ray_engine import Actor
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Actor(None, None, str(tmp_path / "on another machine"), [])
+    assert os.getcwd() == str(ROOT)
+    Actor(None, None, str(tmp_path), [])
+    assert os.getcwd() == str(tmp_path)
