@@ -4,7 +4,9 @@ import collections
 import importlib.util
 import json
 import math
+import tempfile
 import types
+from pathlib import Path
 
 import datasets
 import enumerated
@@ -12,6 +14,7 @@ import families
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from enumerated import LENGTH, REFERENCES, batch_of, flat_gradient
 from PIL import Image
 from small_run import CAPTIONS, SPLITS
@@ -111,25 +114,28 @@ def test_advantages_are_those_computed_by_hand(captioner, scale, aggregation):
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
-def groups_of(objective, seed=0, images=3):
-    """Groups with made-up log-probabilities, and those of now: (groups, log-probabilities with a gradient, entropies)."""
-    generator = torch.Generator().manual_seed(seed)
-    k, groups, sizes = objective.sampling["num_return_sequences"], [], []
-    for _ in range(images):
-        lengths = torch.randint(1, LENGTH + 1, (k,), generator=generator).tolist()
-        ended = (torch.rand(k, generator=generator) < 0.6).tolist()
-        old, reference = -3 * torch.rand(2, sum(lengths), generator=generator, dtype=torch.float64)
-        advantages = torch.randn(k, generator=generator)
-        tokens = [[5] * length for length in lengths]
-        groups.append(Group(tokens, ["a"] * k, ended, advantages, {}, advantages, old, reference))
-        sizes.append(sum(lengths))
-    old = torch.cat([group.old for group in groups])
-    log_probs = (old + torch.randn(len(old), generator=generator, dtype=torch.float64) / 3).requires_grad_()
-    whole = [
-        row for g in groups for row, end in zip(g.tokens, g.ended, strict=True) if end or not objective.mask_truncated
-    ]
-    objective.captions, objective.tokens = images * k, sum(map(len, whole))
-    return groups, log_probs, torch.ones(len(old)), sizes
+# Made-up log-probabilities of 3 images of 4 captions each, and what TRL makes of them with each of OPTIONS. Written by
+# PYTHONPATH=.:tests:tests/helpers python tests/objectives/test_grpo.py
+RECORDED = ROOT / "tests/fixtures/grpo_trl.json"
+
+
+def groups_of(objective, recorded):
+    """(groups, log-probabilities with a gradient, entropies, tokens of each image)."""
+    groups = []
+    for row in recorded["groups"]:
+        old, reference = (torch.tensor(row[name], dtype=torch.float64) for name in ("old", "reference"))
+        advantages, tokens = torch.tensor(row["advantages"]), [[5] * length for length in row["lengths"]]
+        groups.append(Group(tokens, ["a"] * 4, row["ended"], advantages, {}, advantages, old, reference))
+    ends = [end or not objective.mask_truncated for group in groups for end in group.ended]
+    rows = [row for group in groups for row in group.tokens]
+    objective.captions, objective.tokens = len(rows), sum(len(row) for row, end in zip(rows, ends, strict=True) if end)
+    log_probs = torch.tensor(recorded["log_probs"], dtype=torch.float64, requires_grad=True)
+    return groups, log_probs, torch.ones(len(log_probs)), [sum(row["lengths"]) for row in recorded["groups"]]
+
+
+@pytest.fixture
+def recorded():
+    return json.loads(RECORDED.read_text(encoding="utf-8"))
 
 
 OPTIONS = [
@@ -143,9 +149,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_loss_of_a_step_is_the_sum_of_its_batches_losses(captioner, options):
+def test_the_loss_of_a_step_is_the_sum_of_its_batches_losses(captioner, options, recorded):
     objective = Grpo(captioner, rewards(), num_generations=4, **options)
-    groups, log_probs, entropy, sizes = groups_of(objective)
+    groups, log_probs, entropy, sizes = groups_of(objective, recorded)
     whole = objective.loss(groups, log_probs, entropy)["loss"]
     parts, cut = log_probs.split([sizes[0] + sizes[1], sizes[2]]), entropy.split([sizes[0] + sizes[1], sizes[2]])
     losses = [objective.loss(g, p, e)["loss"] for g, p, e in zip((groups[:2], groups[2:]), parts, cut, strict=True)]
@@ -191,26 +197,32 @@ def trl_loss(objective, groups, log_probs):
     return GRPOTrainer._compute_loss(trainer, None, inputs), metrics["train"]
 
 
-@TRL
-@pytest.mark.parametrize("options", OPTIONS)
-def test_loss_gradient_and_log_are_trls(captioner, options):
-    objective = Grpo(captioner, rewards(), num_generations=4, **options)
-    groups, log_probs, entropy, _ = groups_of(objective)
+def by_trl(objective, recorded) -> dict:
+    groups, log_probs, _, _ = groups_of(objective, recorded)
+    loss, logged = trl_loss(objective, groups, log_probs)
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    return {
+        "loss": loss.item(),
+        "gradient": gradient.tolist(),
+        **{name: logged[name][0] for name in KEYS if name in logged},
+    }
+
+
+KEYS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl")
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_loss_gradient_and_log_are_trls(captioner, number, recorded):
+    objective = Grpo(captioner, rewards(), num_generations=4, **OPTIONS[number])
+    groups, log_probs, entropy, _ = groups_of(objective, recorded)
     result = objective.loss(groups, log_probs, entropy)
-    (ours,) = torch.autograd.grad(result["loss"], log_probs)
-    theirs_loss, logged = trl_loss(objective, groups, log_probs)
-    (theirs,) = torch.autograd.grad(theirs_loss, log_probs)
-    assert result["loss"].item() == pytest.approx(theirs_loss.item(), abs=1e-6)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
-    for name in (
-        "clip_ratio/low_mean",
-        "clip_ratio/high_mean",
-        "clip_ratio/region_mean",
-        *(["kl"] * bool(objective.beta)),
-    ):
-        assert result[name].item() == pytest.approx(logged[name][0], abs=1e-6)
-    assert result["clip_ratio/low_mean"] > 0
-    assert result["clip_ratio/high_mean"] > 0
+    (gradient,) = torch.autograd.grad(result["loss"], log_probs)
+    theirs = [recorded["by_trl"][number], *([by_trl(objective, recorded)] if importlib.util.find_spec("trl") else [])]
+    for expected in theirs:
+        assert gradient.tolist() == pytest.approx(expected["gradient"], abs=1e-6)
+        for name in ("loss", *KEYS):
+            assert result.get(name, torch.tensor(0.0)).item() == pytest.approx(expected.get(name, 0.0), abs=1e-6), name
+        assert min(expected["clip_ratio/low_mean"], expected["clip_ratio/high_mean"]) > 0
 
 
 def family_step(name, **options):
@@ -461,3 +473,28 @@ def test_a_wrong_flag_is_one_line(started, tmp_path, changed, said):
     result = run(started, tmp_path / "out", fails=True, **changed)
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def record() -> None:
+    import trl
+
+    generator, groups = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        lengths = torch.randint(1, LENGTH + 1, (4,), generator=generator).tolist()
+        numbers = -3 * torch.rand(2, sum(lengths), generator=generator, dtype=torch.float64)
+        ended = (torch.rand(4, generator=generator) < 0.6).tolist()
+        advantages = torch.randn(4, generator=generator).tolist()
+        groups.append({"lengths": lengths, "ended": ended, "advantages": advantages})
+        groups[-1] |= dict(zip(("old", "reference"), numbers.tolist(), strict=True))
+    old = torch.tensor([value for group in groups for value in group["old"]], dtype=torch.float64)
+    moved = old + torch.randn(len(old), generator=generator, dtype=torch.float64) / 3
+    recorded = {"trl": trl.__version__, "groups": groups, "log_probs": moved.tolist()}
+    with tempfile.TemporaryDirectory() as folder:
+        small = enumerated.build(Path(folder))
+        options = [Grpo(small, rewards(), num_generations=4, **option) for option in OPTIONS]
+        recorded["by_trl"] = [by_trl(objective, recorded) for objective in options]
+    RECORDED.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    record()
