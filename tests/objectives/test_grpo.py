@@ -39,6 +39,12 @@ def captioner(tmp_path):
     return enumerated.build(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """For tests that do not train it."""
+    return enumerated.build(tmp_path_factory.mktemp("unchanged"))
+
+
 def rewards():
     return Rewards({"cider": 1.0, "bleu": 0.5}, REFERENCES)
 
@@ -85,10 +91,10 @@ PARTS = {"a": REWARDS - 1, "b": torch.tensor([[100.0, 0.0, 0.0], [0.0, 0.0, 50.0
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_are_those_computed_by_hand(captioner, scale, aggregation):
+def test_advantages_are_those_computed_by_hand(unchanged, scale, aggregation):
     weighted = Rewards({"length": 1.0, "repetition": 0.5}, {})
     options = {"scale_rewards": scale, "multi_objective_aggregation": aggregation}
-    objective = Grpo(captioner, weighted, num_generations=3, **options)
+    objective = Grpo(unchanged, weighted, num_generations=3, **options)
     objective.begin_step([])
     found = objective.advantages(REWARDS, PARTS)
     sums, expected = REWARDS.tolist(), []
@@ -149,8 +155,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_loss_of_a_step_is_the_sum_of_its_batches_losses(captioner, options, recorded):
-    objective = Grpo(captioner, rewards(), num_generations=4, **options)
+def test_the_loss_of_a_step_is_the_sum_of_its_batches_losses(unchanged, options, recorded):
+    objective = Grpo(unchanged, rewards(), num_generations=4, **options)
     groups, log_probs, entropy, sizes = groups_of(objective, recorded)
     whole = objective.loss(groups, log_probs, entropy)["loss"]
     parts, cut = log_probs.split([sizes[0] + sizes[1], sizes[2]]), entropy.split([sizes[0] + sizes[1], sizes[2]])
@@ -212,8 +218,8 @@ KEYS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
 
 
 @pytest.mark.parametrize("number", range(len(OPTIONS)))
-def test_loss_gradient_and_log_are_trls(captioner, number, recorded):
-    objective = Grpo(captioner, rewards(), num_generations=4, **OPTIONS[number])
+def test_loss_gradient_and_log_are_trls(unchanged, number, recorded):
+    objective = Grpo(unchanged, rewards(), num_generations=4, **OPTIONS[number])
     groups, log_probs, entropy, _ = groups_of(objective, recorded)
     result = objective.loss(groups, log_probs, entropy)
     (gradient,) = torch.autograd.grad(result["loss"], log_probs)

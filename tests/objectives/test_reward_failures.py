@@ -62,24 +62,23 @@ def judge_file(folder, url):
     return file
 
 
-@pytest.mark.parametrize("objective", ["scst", "grpo"])
-def test_a_judge_that_fails_stops_the_run_at_a_checkpoint_of_its_step(objective, started, tmp_path):
+def test_a_judge_that_fails_stops_the_run_at_a_checkpoint_of_its_step(started, tmp_path):
     answers = Answers()
     with LLMServer(answers) as server:
         reward = f"cider {judge_file(tmp_path, server.url)}:clair:2"
-        run(started, tmp_path / "whole", reward, objective=objective)
+        run(started, tmp_path / "whole", reward, objective="grpo")
         asked = answers.count
         assert asked > 20
         assert set(server.paid.values()) == {1}, "equal requests are asked once"
         answers.count, answers.broken_from = 0, asked * 2 // 3
-        result = run(started, tmp_path / "broken", reward, objective=objective, fails=True)
+        result = run(started, tmp_path / "broken", reward, objective="grpo", fails=True)
         assert "clair: the server of m answers 401: expired" in result.stderr
         assert "Traceback" not in result.stderr
         (saved,) = checkpoints(tmp_path / "broken")
         assert saved.name in ("checkpoint-2", "checkpoint-3", "checkpoint-4")
         assert f"saved {saved}: the same command resumes from there" in result.stderr
         answers.broken_from = None
-        assert f"resuming from {saved}" in run(started, tmp_path / "broken", reward, objective=objective).stderr
+        assert f"resuming from {saved}" in run(started, tmp_path / "broken", reward, objective="grpo").stderr
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert equal_weights(tmp_path / "broken", tmp_path / "whole")
 
