@@ -68,6 +68,14 @@ class ModelArguments(Flags):
     device: Literal["cpu", "cuda", "mps"] | None = free(
         None, "What to run on: cpu, cuda or mps. Default: the GPU that torch finds, else the CPU."
     )
+    attn_implementation: str | None = flag(
+        None, "Attention of the library, such as sdpa, eager or flash_attention_2. Default: the library's choice."
+    )
+    max_pixels: int | None = flag(
+        None,
+        "Largest size of an image in pixels, for processors that have such a limit (Qwen-VL). Default: the checkpoint's.",
+    )
+    min_pixels: int | None = flag(None, "Smallest size of an image in pixels, for the same. Default: the checkpoint's.")
     fast_attention: bool = flag(
         True, "Scaled-dot-product attention and keys shared by the captions of an image: the same results, faster."
     )
@@ -91,6 +99,9 @@ class ModelArguments(Flags):
             "revision": self.model_revision,
             "dtype": self.dtype,
             "quantization": self.quantization,
+            "attn_implementation": self.attn_implementation,
+            "max_pixels": self.max_pixels,
+            "min_pixels": self.min_pixels,
         }
 
 
@@ -291,6 +302,7 @@ class SamplingArguments(GenerationArguments):
         "Draw captions at random instead of the likeliest ones. A caption depends on --seed, the image and its number alone: it "
         "is the same in any batch, shard and number of processes.",
     )
+    start_with: str | None = flag(None, "Words that a chat model's answers begin with; they are part of the captions.")
     temperature: float | None = flag(None, "With do_sample: below 1 likelier captions, above 1 rarer ones. Default: 1.")
     top_k: int | None = flag(None, "With do_sample: draw from the k likeliest tokens. Default: all.")
     top_p: float | None = flag(
@@ -816,6 +828,9 @@ class InferArguments(ShardArguments):
     )
     bf16: bool | None = flag(None, CAPTION_BF16)
     seed: int = flag(42, "Seed of the captions that --do_sample draws.")
+    strip: list[str] = flag([], "Words to remove from the front of captions, such as 'This image shows', in any case.")
+    prefix: str = flag("", "Text before every caption that is written, as it is, such as the trigger 'ohwx style, '.")
+    suffix: str = flag("", "Text after every caption that is written.")
     skip_bad_images: bool = flag(False, "Record unreadable images with their error instead of stopping at one.")
     dry_run: bool = flag(
         False, "openai: send nothing: count images and estimate tokens and cost (price_in, price_out)."

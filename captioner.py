@@ -52,7 +52,7 @@ class Captioner:
     generation_config.json), else from DEFAULTS. Nothing else of that file counts: models.decoding.drop_leftovers takes it
     out of the model. `prompt` None is the prompt that the checkpoint was trained with; one that holds columns (data.prompts)
     is for records that have theirs filled in, and `own_questions` says that records' own are the questions of conversations.
-    `system_prompt` is for chat models. The prompt's words are left out of
+    `system_prompt` and `start_with`, words that answers begin with, are for chat models. The prompt's words are left out of
     the captions, unless `keep_prompt`; `remove_illegal_characters` removes those of metrics.coco_caption.text_checks from
     every caption; both also if the checkpoint was trained with it. With `seed`, do_sample draws captions that depend on it, the
     image and the caption's number alone (models.sampling). `fast_jpeg` and `corruption` are ImageCollator's.
@@ -66,6 +66,7 @@ class Captioner:
         prompt=None,
         system_prompt=None,
         own_questions=False,
+        start_with=None,
         keep_prompt=False,
         autocast=None,
         fast_jpeg=False,
@@ -82,7 +83,8 @@ class Captioner:
         default = getattr(model.config, "caption_prompt", family_of(model.config).default_words)
         self.prompt, self.own_questions = default if prompt is None else prompt, own_questions
         self.system_prompt = own.get("system_prompt") if system_prompt is None else system_prompt
-        asked = {"prompt": self.prompt, "system_prompt": self.system_prompt}
+        self.start_with = start_with and start_with.strip()
+        asked = {"prompt": self.prompt, "system_prompt": self.system_prompt, "start_with": self.start_with}
         self.seed = seed if settings.get("do_sample") else None
         how = {"fast_jpeg": fast_jpeg, "corruption": corruption, "contents": self.seed is not None}
         self.collator = ImageCollator(processor, model.config, **asked, **how)
@@ -123,6 +125,7 @@ class Captioner:
             prompt=self.prompt if prompt is None else prompt,
             system_prompt=self.system_prompt,
             own_questions=self.own_questions,
+            start_with=self.start_with,
             keep_prompt=self.keep_prompt,
             autocast=self.autocast,
             fast_jpeg=self.fast_jpeg,
@@ -174,6 +177,8 @@ class Captioner:
             how["remove_illegal_characters"] = True
         if self.seed is not None:
             how["seed"] = self.seed
+        if self.start_with:
+            how["start_with"] = self.start_with
         return {"prompt": self.prompt, **self._asked(), "keep_prompt": self.keep_prompt, **self.settings, **how}
 
     def __call__(self, images: list) -> list[str]:
@@ -271,6 +276,11 @@ class Captioner:
 
     def texts(self, tokens: torch.LongTensor, prompts: list[str] | None = None) -> list[str]:
         """The captions of rows of generated tokens; `prompts` are those of the rows (default: the captioner's)."""
+        if self.start_with:  # decoded with it: what follows may go on with its last word
+            before = self.processor.tokenizer(self.start_with, add_special_tokens=False, return_tensors="pt")[
+                "input_ids"
+            ]
+            tokens = torch.cat([before.to(tokens.device).expand(len(tokens), -1), tokens], dim=1)
         texts = [" ".join(t.split()) for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
         if self.filtered:
             texts = [remove_illegal_characters(text) for text in texts]

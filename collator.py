@@ -146,7 +146,7 @@ class ImageCollator:
 
     `prompt` is that of every sample without one of its own (data.prompts.PROMPTS); one that holds columns is of none. Shorter
     prompts of a batch are padded on the left, those that an encoder reads on the right. `system_prompt` is for chat models. With `contents` a batch has
-    `contents` (I,), a hash of each readable image's pixels.
+    `contents` (I,), a hash of each readable image's pixels. `start_with` are words that a chat model's answers begin with.
     """
 
     def __init__(
@@ -160,6 +160,7 @@ class ImageCollator:
         fast_jpeg=False,
         corruption=None,
         contents=False,
+        start_with: str | None = None,
     ):
         self.contents = contents
         self.corruption, self.config = corruption, config
@@ -171,6 +172,10 @@ class ImageCollator:
         family = self.family
         self.joint, self.words = family.prompt is None, prompt.rstrip()
         self.system = {"system": system_prompt} if system_prompt else {}
+        if start_with and not family.chats:
+            raise UserError(
+                f"--start_with is for chat models: a caption of family '{self.kind}' continues --prompt, and --keep_prompt keeps it."
+            )
         if system_prompt and not family.chats:
             raise UserError(f"A model of family '{self.kind}' takes no system prompt: leave out --system_prompt.")
         self.placeholders = placeholders(config, processor)
@@ -182,7 +187,8 @@ class ImageCollator:
         self.decoder_prompt = decoder_prompt(config)
         self.reads_padding = family.reads_padding or not (self.joint or self.decoder_prompt)
         if self.joint:
-            self.text = family.joint_prompt(processor, prompt, **self.system)
+            self.started = self.lead + start_with.strip() if start_with else ""
+            self.text = self._text(prompt)
             # As apply_chat_template does.
             start = processor.tokenizer.bos_token
             self.adds_special_tokens = not family.writes_special_tokens and not (start and self.text.startswith(start))
@@ -206,6 +212,9 @@ class ImageCollator:
             return 0
         image_token = getattr(self.config, "image_token_id", None)
         return sum(token != image_token for token in self._before(prompt)["input_ids"])
+
+    def _text(self, prompt: str) -> str:
+        return self.family.joint_prompt(self.processor, prompt, **self.system) + self.started
 
     def _before(self, prompt: str) -> dict[str, list[int]]:
         words = prompt.rstrip()
@@ -252,10 +261,7 @@ class ImageCollator:
         inputs = self.processor(
             add_special_tokens=self.adds_special_tokens,
             images=[[image] for image in images],
-            text=[
-                self.text if prompt == self.prompt else self.family.joint_prompt(self.processor, prompt, **self.system)
-                for prompt in prompts
-            ],
+            text=[self.text if prompt == self.prompt else self._text(prompt) for prompt in prompts],
             padding=True,
             # A caption follows directly after its prompt, but for that of an encoder.
             padding_side="right" if self.decoder_prompt else "left",

@@ -82,7 +82,7 @@ def load_captioner(model_args, generation_args, args, server_args) -> tuple[Capt
     """The captioner, and the settings that must stay the same during a run."""
     if server.is_served(model_args.model_name_or_path):
         captioner = server.connect(model_args, generation_args, server_args)
-        return captioner, {"model": model_args.model_name_or_path} | captioner.description()
+        return captioner, {"model": model_args.model_name_or_path} | captioner.description() | written_with(args)
     model_args.complete()  # applies --device, also in a worker process
     captioner = Captioner.from_pretrained(
         model_args.model_name_or_path,
@@ -94,7 +94,13 @@ def load_captioner(model_args, generation_args, args, server_args) -> tuple[Capt
         **generation_args.settings(),
     )
     named = {"model": model_args.model_name_or_path, "revision": model_args.model_revision}
-    return captioner, named | captioner.description()
+    named |= {name: value for name in ("max_pixels", "min_pixels") if (value := getattr(model_args, name))}
+    return captioner, named | captioner.description() | written_with(args)
+
+
+def written_with(args) -> dict:
+    """What is added to captions, and removed."""
+    return {name: value for name in ("strip", "prefix", "suffix") if (value := getattr(args, name))}
 
 
 def asked(model_args, generation_args) -> dict:

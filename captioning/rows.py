@@ -1,5 +1,7 @@
 """Runs infer.py's images through a captioner: rows that say which caption belongs to which image."""
 
+import re
+
 import torch
 
 from common.errors import DataError, message_of
@@ -23,6 +25,13 @@ class ImageRows(torch.utils.data.IterableDataset):
                 yield {"image": row["image"], "image_id": row | {"image": None, "number": number}} | own
 
 
+def worded(text: str, args) -> str:
+    """A caption as it is written: without the words --strip at its front, between --prefix and --suffix."""
+    for words in args.strip:
+        text = re.sub(rf"\A{re.escape(words.strip())}(?!\w)[\s,:]*", "", text, flags=re.IGNORECASE)
+    return f"{args.prefix}{text}{args.suffix}"
+
+
 def caption(captioner, rows: ImageRows, args):
     """(row without its image, {"caption"}, of several {"captions"}, or {"error"}) for each image, with a model here in order;
     those of images that cannot be read only if they are to be skipped. The row has its `number`."""
@@ -38,6 +47,7 @@ def caption(captioner, rows: ImageRows, args):
             if failed:
                 yield row, {"error": str(captions)}
             else:
+                captions = [worded(text, args) for text in captions]
                 yield row, {"captions": captions} if len(captions) > 1 else {"caption": captions[0]}
     except ImageError as error:
         raise ImageError(

@@ -68,7 +68,7 @@ def check_flags(model_args, generation_args, server_args, args) -> None:
         return
     of_here = {f.name for f in dataclasses.fields(generation_args)} - {*OF_A_SERVER, "prompt_column"}
     of_here |= {"model_revision", "dtype", "quantization", "device", "fast_attention", "bf16", "sweep"}
-    of_here |= {"per_device_eval_batch_size"}
+    of_here |= {"per_device_eval_batch_size", "attn_implementation", "max_pixels", "min_pixels"}
     changed = [*_changed(model_args), *_changed(generation_args), *_changed(args)]
     if flag := next(filter(of_here.__contains__, changed), None):
         raise UserError(f"--{flag} is for models that run here. Fields of a server's own requests: --extra_body.")

@@ -45,6 +45,9 @@ def load_model(
     *,
     dtype: str = "float32",
     quantization: str | None = None,
+    attn_implementation: str | None = None,
+    max_pixels: int | None = None,
+    min_pixels: int | None = None,
     merge: bool = True,
     weights: bool = True,
 ):
@@ -52,7 +55,7 @@ def load_model(
     the meta device, and no weights are read.
 
     Weights are read by common.weights, and no code of the repository is run. `dtype` is float32 or bfloat16;
-    `quantization` 4bit or 8bit. For an adapter, the base model that it names is loaded first, and the adapter merged
+    `quantization` 4bit or 8bit; `max_pixels` and `min_pixels` are for processors that have them. For an adapter, the base model that it names is loaded first, and the adapter merged
     into it, or with `merge` False added to it, trainable. ValueError if there is no model, if its family is unknown, or
     if its weights are not exactly those of the captioner.
     """
@@ -66,6 +69,7 @@ def load_model(
         logger.info("%s is an adapter (LoRA): loading its base model %s", model_name_or_path, base)
         try:
             options = {"dtype": dtype, "quantization": quantization, "weights": weights}
+            options |= {"attn_implementation": attn_implementation, "max_pixels": max_pixels, "min_pixels": min_pixels}
             model, processor = load_model(base, fast_attention, adapter.get("revision") or "main", **options)
         except ValueError as error:
             raise UserError(f"{model_name_or_path} is an adapter, and its base model does not load: {error}") from None
@@ -89,11 +93,15 @@ def load_model(
         if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
             raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
         processor = _load_processor(config, model_name_or_path, options)
+        limit_pixels(processor, {"max_pixels": max_pixels, "min_pixels": min_pixels})
         if not weights:
             return ready(without_weights(family.model_class, config, dtype), processor, fast_attention), processor
         if quantization:
             options["quantization_config"] = quantization_config(quantization)
         options |= {"dtype": getattr(torch, dtype), "unread": family.unread}
+        if attn_implementation:
+            check_attention(config, family, attn_implementation)
+            options["attn_implementation"] = attn_implementation
         model = read_weights(family.model_class, model_name_or_path, **options)
     except OSError as error:
         raise UserError(
@@ -101,6 +109,27 @@ def load_model(
             f"Hub with safetensors or pytorch_model.bin. The library says: {str(error).splitlines()[0]}"
         ) from error
     return ready(model, processor, fast_attention), processor
+
+
+def limit_pixels(processor, limits: dict) -> None:
+    """Set these limits of the image processor that are not None, in place. UserError if it has none."""
+    limits = {name: value for name, value in limits.items() if value is not None}
+    images = processor.image_processor
+    if absent := limits.keys() - getattr(getattr(images, "valid_kwargs", None), "__annotations__", {}).keys():
+        raise UserError(f"--{min(absent)}: {type(images).__name__} has no such limit. Leave it out.")
+    if limits:
+        processor.image_processor = images = type(images).from_dict(images.to_dict() | limits)
+        if images.size["shortest_edge"] > images.size["longest_edge"]:
+            least, most = images.size["shortest_edge"], images.size["longest_edge"]
+            raise UserError(f"--min_pixels, {least}, is more than --max_pixels, {most}.")
+
+
+def check_attention(config, family, name: str) -> None:
+    """UserError if the model cannot have this attention of the library here."""
+    try:
+        without_weights(family.model_class, config, "float32", attn_implementation=name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--attn_implementation {name}: {str(error).splitlines()[0]}") from None
 
 
 def asks(model_name_or_path: str, revision: str, prompt: str | None) -> dict:
@@ -142,11 +171,11 @@ def _load_processor(config, model_name_or_path: str, options: dict):
         ) from error
 
 
-def without_weights(model_class, config, dtype: str):
+def without_weights(model_class, config, dtype: str, **options):
     """A model of the config's shape on the meta device."""
     make = getattr(model_class, "from_config", None) or model_class._from_config  # an Auto class, or a model's own
     with torch.device("meta"):
-        model = make(config, dtype=getattr(torch, dtype))
+        model = make(config, dtype=getattr(torch, dtype), **options)
     model.config.name_or_path = model.config.name_or_path or config.name_or_path
     return model
 

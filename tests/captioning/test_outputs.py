@@ -85,7 +85,7 @@ def caption(paths, output, form=None, **flags) -> Colours:
     args = types.SimpleNamespace(
         output=output and str(output), output_format=form, shard_size=None, per_device_eval_batch_size=2,
         dataloader_num_workers=0, skip_bad_images=False, engine="local", image_dir=None, image_column=None,
-        dataset_config_name=None, data_format="auto", workers=None,
+        dataset_config_name=None, data_format="auto", workers=None, strip=[], prefix="", suffix="",
     )  # fmt: skip
     vars(args).update(flags)
     paths = [str(path) for path in paths]

@@ -141,3 +141,27 @@ def test_the_loss_of_a_conversation_is_the_librarys(disturbed):
         found = -per_row(model, batch)[2 * row + 1] / (ours != IGNORE).sum()
         torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
     assert caption_loss(model, batch).isfinite()
+
+
+def test_an_answer_begins_with_the_words_that_are_given(disturbed):
+    model, processor = disturbed
+    if not family_of(model.config).chats:
+        with pytest.raises(UserError, match="--start_with is for chat models"):
+            Captioner(model, processor, start_with="a small")
+        return
+    captioner = Captioner(model, processor, num_beams=1, max_new_tokens=6, start_with="a small ")
+    together = captioner.caption_batch(captioner.collator(samples()))
+    assert all(text.startswith("a small") for (text,) in together)
+    # What follows is what the model writes behind these words: as a caption that begins with them is continued.
+    free = Captioner(model, processor, num_beams=1, max_new_tokens=1)
+    for (text,), sample in zip(together, samples(), strict=True):
+        batch = free.collator([sample])
+        begun = [processor.tokenizer(captioner.collator.lead + "a small", add_special_tokens=False)["input_ids"]]
+        inputs = {n: v for n, v in batch.items() if isinstance(v, torch.Tensor)}
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor(begun)], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": captioner.collator.end}
+            new = model.generate(**inputs, **settings, pad_token_id=captioner.collator.pad)
+            new = new[0, batch["input_ids"].shape[1] :]
+        assert text == " ".join(processor.decode(new, skip_special_tokens=True).split())
