@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import datasets
 import fsspec
@@ -25,6 +26,7 @@ from captioning.sources import image_rows
 from common.errors import DataError, Unreachable, UserError
 from data.rows import Options
 from jobs import progress, queue
+from jobs.ray_engine import Actor, resources
 from jobs.run import Run
 from jobs.shards import ShardFolder
 
@@ -228,7 +230,7 @@ def test_a_fault_of_the_program_in_shard_after_shard_ends_the_run():
         run({str(n): [ZeroDivisionError()] for n in range(2, 9)}, 20)
 
 
-def test_a_server_that_is_gone_is_waited_for(monkeypatch):
+def test_a_server_that_is_gone_is_waited_for(monkeypatch, caplog):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
     answers = iter([False, False, True])
@@ -236,6 +238,7 @@ def test_a_server_that_is_gone_is_waited_for(monkeypatch):
     assert not failed
     assert work.done == ["0", "1", "2", "3"]  # it was not counted as a try
     assert slept == [2, 4]
+    assert [record.getMessage() for record in caplog.records] == ["1: could not be reached. Waiting for it"] * 2
     work, failed = run({"1": [DataError("could not be reached")] * 2}, 2, reachable=lambda shard: False)
     assert [outcome.error for outcome in failed] == ["could not be reached"]
     assert 600 <= sum(slept[2:]) / 2 <= 700
@@ -405,14 +408,23 @@ def test_the_line_of_a_resumed_run_counts_what_was_done_before_but_not_in_its_ra
     with caplog.at_level("INFO"):
         shown.say()
         shown.rows_of_current = 1
+        written(
+            folder, shards[2:3], lambda shard: [{"key": row["key"], "image": row["name"]} for row in source.rows(shard)]
+        )
+        shown.say()  # what others have finished is looked for every ten seconds
+        monkeypatch.setattr(progress.time, "monotonic", lambda: clock + 20.5)
+        shown.say()
+        shown.rows_before = 100  # of files that somebody has removed since
         shown.say()
         with folder.assembling(shards) as contents:
             assert contents is None
-    first, second, left = (record.getMessage() for record in caplog.records)
+    first, second, third, fourth, left = (record.getMessage() for record in caplog.records)
     assert first.startswith("4 of 7 images, 2 of 4 shards")
     assert "0.1 images/s" not in first
     assert second.startswith("5 of 7 images, 2 of 4 shards, 0.1 images/s")
-    assert left.startswith("2 of 4 shards are left")
+    assert third.startswith("7 of 7 images, 3 of 4 shards")
+    assert "-" not in fourth
+    assert left.startswith("1 of 4 shards are left")
 
 
 def test_a_run_is_taken_to_have_stopped_after_three_times_what_a_shard_took(root, tmp_path, monkeypatch):
@@ -443,11 +455,27 @@ def test_a_damaged_file_is_named_with_the_first_line_of_what_is_wrong(tmp_path, 
 
 
 def test_a_worker_of_ray_starts_in_the_folder_of_the_run_where_there_is_one(tmp_path, monkeypatch):
-    from jobs.ray_engine import Actor
-
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", list(sys.path))
     Actor(None, None, str(tmp_path / "on another machine"), [])
     assert os.getcwd() == str(ROOT)
-    Actor(None, None, str(tmp_path), [])
+    actor = Actor(lambda shard, tick: tick(5) or {"rows": 5}, lambda shard: True, str(tmp_path), [])
     assert os.getcwd() == str(tmp_path)
+    assert actor.work_on("a shard").counts == {"rows": 5}
+    assert actor.progress() == 0, "of the next shard, none are done"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "shards", "workers", "given"),
+    [
+        ({"CPU": 8.0}, [4.0, 4.0], 10, 2, {"num_gpus": 0.0, "num_cpus": 4}),
+        ({"CPU": 8.0}, [4.0, 4.0], 1, 1, {"num_gpus": 0.0, "num_cpus": 4}),
+        ({"CPU": 2.0, "GPU": 4.0}, [2.0], 10, 4, {"num_gpus": 1.0, "num_cpus": 0.5}),
+        ({"CPU": 9.0, "GPU": 2.0}, [9.0], 10, 2, {"num_gpus": 1.0, "num_cpus": 4}),
+    ],
+)
+def test_workers_share_what_a_cluster_says_it_has(cluster, nodes, shards, workers, given):
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in nodes]
+    ray = SimpleNamespace(cluster_resources=lambda: cluster, nodes=lambda: [*nodes, {"Alive": False, "Resources": {}}])
+    args = SimpleNamespace(gpus_per_worker=None, workers=None)
+    assert resources(ray, args, shards) == (workers, given)
