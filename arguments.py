@@ -806,7 +806,7 @@ class InferArguments(ShardArguments):
         "device",
         "status",
     )
-    UNIT, FILES = "images", ("image_dir",)
+    UNIT, FILES = "images", ("image_dir", "only")
     output: str | None = flag(
         None,
         "What to write, by its name: x.jsonl, x.csv, x.parquet, x.json (COCO's results), metadata.jsonl or metadata.csv "
@@ -832,6 +832,11 @@ class InferArguments(ShardArguments):
     prefix: str = flag("", "Text before every caption that is written, as it is, such as the trigger 'ohwx style, '.")
     suffix: str = flag("", "Text after every caption that is written.")
     skip_bad_images: bool = flag(False, "Record unreadable images with their error instead of stopping at one.")
+    only: str | None = flag(
+        None,
+        "List of images of a finished run, a name or image_id per line: caption these again, with whatever prompt and settings "
+        "are given now, and keep the others.",
+    )
     dry_run: bool = flag(
         False, "openai: send nothing: count images and estimate tokens and cost (price_in, price_out)."
     )

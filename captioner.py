@@ -12,6 +12,7 @@ from collator import ImageCollator, pad_rows
 from common.errors import UserError
 from common.loaders import ahead, data_loader
 from common.processes import captions_in_bfloat16, keep_memory, processes, show_progress
+from common.text import Caption
 from metrics.coco_caption.text_checks import remove_illegal_characters
 from models.decoding import DEFAULTS, WITHOUT_BEAMS, drop_leftovers, generate
 from models.decoding_step import CACHE, release_graphs
@@ -200,9 +201,11 @@ class Captioner:
             return [[captions[0] for captions in of_image] for of_image in zip(*by_setting, strict=True)]
         tokens = self.generate_tokens(batch)
         self.written += len(tokens)
-        self.cut += int((tokens != self.collator.end).all(dim=1).sum())
+        cut = (tokens != self.collator.end).all(dim=1).tolist()
+        self.cut += sum(cut)
         per_image = len(tokens) // len(batch["input_ids"])
         texts = self.texts(tokens, [prompt for prompt in batch.get("prompts", ()) for _ in range(per_image)])
+        texts = list(map(Caption, texts, cut))
         return [texts[i : i + per_image] for i in range(0, len(texts), per_image)]
 
     @torch.inference_mode()

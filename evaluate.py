@@ -69,7 +69,7 @@ def main():
     served = server.is_served(model_args.model_name_or_path)
     if served:
         where = {"corruption": data.corruption(args.corrupt), "journal_file": folder / "answers.jsonl"}
-        captioner = server.connect(model_args, generation_args, judge_args, **where)
+        captioner = server.connect(model_args, generation_args, judge_args, args.seed, **where)
     else:
         captioner = load_captioner(model_args, generation_args, args, asked["own_questions"])
 

@@ -31,8 +31,9 @@ from pathlib import Path
 from captioner import Captioner
 from captioning import output as caption_output
 from captioning import server, writers
+from captioning.again import Again
 from captioning.rows import ImageRows, caption, in_order
-from captioning.shards import ImageSource
+from captioning.shards import ImageSource, identity
 from captioning.sources import image_rows, left_out
 from common.errors import UserError
 from common.processes import own_share, show_progress
@@ -54,6 +55,8 @@ def main():
     share = own_share()
     if form is None and share[1] > 1:
         raise UserError("Several processes need --output, a file that collects their captions.")
+    if args.only and (form in (None, "txt") or share[1] > 1):
+        raise UserError("--only asks for the --output of a finished run, other than .txt files, and for one process.")
     if form in (None, "txt") and args.engine == "ray":
         raise UserError("--engine ray needs an --output other than .txt files: a local path or an address.")
     load = functools.partial(load_captioner, model_args, generation_args, args, server_args)
@@ -81,7 +84,7 @@ def main():
 def load_captioner(model_args, generation_args, args, server_args) -> tuple[Captioner | server.ServerCaptioner, dict]:
     """The captioner, and the settings that must stay the same during a run."""
     if server.is_served(model_args.model_name_or_path):
-        captioner = server.connect(model_args, generation_args, server_args)
+        captioner = server.connect(model_args, generation_args, server_args, args.seed)
         return captioner, {"model": model_args.model_name_or_path} | captioner.description() | written_with(args)
     model_args.complete()  # applies --device, also in a worker process
     captioner = Captioner.from_pretrained(
@@ -179,9 +182,10 @@ def write_output(
     size = args.shard_size or folder.size(1000, queue.sharing(args, share), source.stream())
     shards = source.shards(size)
     earlier = caption_output.Earlier(folder, shards)
-    run_of_all = Run(folder, shards, size, "images", share, lambda left: earlier.count(source, left))
+    again = Again(args.only, folder, shards) if args.only else None
+    run_of_all = again or Run(folder, shards, size, "images", share, lambda left: earlier.count(source, left))
     return run_of_all.complete(
-        CaptionShards(load, args, source, folder, earlier),
+        CaptionShards(load, args, source, folder, earlier, again),
         lambda: caption_output.finish(folder, shards, form, source, paths, prices),
         args,
     )
@@ -190,8 +194,9 @@ def write_output(
 class CaptionShards:
     """Captions a shard and writes its file. Each worker has one of these."""
 
-    def __init__(self, load, args, source: ImageSource, folder, earlier: caption_output.Earlier):
+    def __init__(self, load, args, source: ImageSource, folder, earlier: caption_output.Earlier, again: Again | None):
         self.load, self.args, self.source, self.folder, self.earlier = load, args, source, folder, earlier
+        self.again = again
 
     def start(self) -> dict:
         """Load the model; returns the settings that must stay the same during a run."""
@@ -202,11 +207,12 @@ class CaptionShards:
         return self.settings
 
     def __call__(self, shard, tick) -> dict:
+        write = self.write_again if self.again else self.write
         if not self.served:
-            return self.write(shard, tick)
+            return write(shard, tick)
         file = answers_of(self.folder, shard)
         with self.captioner.journal(file, file.parent.glob("*.jsonl")):
-            counts = self.write(shard, tick)
+            counts = write(shard, tick)
         file.unlink()  # its answers are in the shard's file now
         return counts
 
@@ -228,8 +234,20 @@ class CaptionShards:
         output = [caption_output.row_of(self.folder, row, outcome, several) for row, outcome in captioned.values()]
         sources = {row["source"] for row, _ in captioned.values()}
         seconds = time.time() - started
-        counted = self.captioner.counts()
+        cut = [number for number, (_, outcome) in enumerate(captioned.values()) if "cut" in outcome]
+        counted = self.captioner.counts() | {"cut_rows": cut}
         return caption_output.write_shard(self.folder, shard, output, seconds, self.settings, sources, counted)
+
+    def write_again(self, shard, tick) -> dict:
+        started, outcomes, listed = time.time(), {}, self.again.rows[shard]
+        self.captioner.count_anew()
+        rows = functools.partial(self.source.rows, shard)
+        left = ImageRows(rows, self.args.per_device_eval_batch_size, lambda row: identity(row) in listed)
+        for number, (row, outcome) in enumerate(caption(self.captioner, left, self.args), 1):
+            outcomes[identity(row)] = outcome
+            tick(number)
+        seconds = time.time() - started
+        return self.again.write(shard, outcomes, seconds, self.settings, self.captioner.counts())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioning import writers
+from captioning.again import list_flagged
 from captioning.names import EachOnce, short
 from captioning.server import say_cost
 from captioning.shards import ImageSource, identity
@@ -58,7 +59,8 @@ def row_of(folder: ShardFolder, row: dict, outcome: dict, several: bool = False)
     columns = {f"source_{name}" if name in own else name: value for name, value in row["columns"].items()}
     if folder.single:
         columns = {"columns": json.dumps(columns, ensure_ascii=False, default=str)}
-    return {"key": row["key"], "image": row["name"], "version": row["version"]} | columns | outcome
+    own = {"key": row["key"], "image": row["name"], "version": row["version"]} | columns
+    return own | {name: value for name, value in outcome.items() if name != "cut"}
 
 
 def several_in(settings: dict) -> bool:
@@ -137,7 +139,9 @@ def finish(
         counts = [counts for _, counts in contents.values()]
         total = total_of(counts, ("rows", "errors", "cut", "seconds", "tokens_in", "tokens_out"))
         settings = next(iter(counts), {}).get("settings", {})
-        folder.write_json(REPORT, {**total, "settings": settings})
+        again = [earlier for of_shard in counts for earlier in of_shard.get("again", ())]
+        folder.write_json(REPORT, {**total, "settings": settings} | ({"again": again} if again else {}))
+        list_flagged(folder, contents)
         if not folder.remote:
             shutil.rmtree(Path(folder.path) / ANSWERS, ignore_errors=True)  # of shards that the source no longer has
     captions = total["rows"] - total["errors"]
@@ -160,7 +164,7 @@ def _keep_other_sources(folder: ShardFolder, stale: list[str], names: list[str],
         if not rows or not any(exists(path, hub=True) for path in others):
             folder.remove(name)
             continue
-        counts |= {"rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
+        counts |= {"cut_rows": [], "rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
         folder.write(name, iter([pa.Table.from_pylist(rows, schema)]), functools.partial(dict, counts))
         kept.append(name)
     return folder.footers(kept)

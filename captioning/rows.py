@@ -34,7 +34,8 @@ def worded(text: str, args) -> str:
 
 def caption(captioner, rows: ImageRows, args):
     """(row without its image, {"caption"}, of several {"captions"}, or {"error"}) for each image, with a model here in order;
-    those of images that cannot be read only if they are to be skipped. The row has its `number`."""
+    those of images that cannot be read only if they are to be skipped. The row has its `number`. With "cut" a caption has no
+    end of its own."""
     stream = captioner.stream(
         rows,
         batch_size=args.per_device_eval_batch_size,
@@ -47,8 +48,9 @@ def caption(captioner, rows: ImageRows, args):
             if failed:
                 yield row, {"error": str(captions)}
             else:
+                cut = {"cut": True} if any(caption.cut for caption in captions) else {}
                 captions = [worded(text, args) for text in captions]
-                yield row, {"captions": captions} if len(captions) > 1 else {"caption": captions[0]}
+                yield row, ({"captions": captions} if len(captions) > 1 else {"caption": captions[0]}) | cut
     except ImageError as error:
         raise ImageError(
             f"{message_of(error)}. With --skip_bad_images such images are written with their error"

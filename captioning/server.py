@@ -23,6 +23,7 @@ from common.limits import cpus
 from common.processes import processes, show_progress
 from common.prompts import plain
 from common.provenance import without_secrets
+from common.text import Caption
 from data.images import ImageError, open_image
 from data.prompts import PROMPTS
 from jobs.chat_server import ChatServer, Refused, body_of, cost_of, tokens_of
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 PROMPT, MAX_NEW_TOKENS = "Describe the image in one sentence.", 256
 PIXELS_PER_TOKEN = 750  # of an image, as Anthropic's documentation estimates; servers count in ways of their own
 SAMPLED = 200  # images that an estimate opens
-OF_A_SERVER = ("prompt", "system_prompt", "max_new_tokens", "remove_illegal_characters")  # flags of GenerationArguments
+# Flags of SamplingArguments.
+DRAWING = ("do_sample", "temperature", "top_p", "top_k", "num_return_sequences")
+OF_A_SERVER = ("prompt", "system_prompt", "max_new_tokens", "remove_illegal_characters", *DRAWING)
 
 
 class Unanswered(DataError):
@@ -84,8 +87,9 @@ def _changed(group) -> list[str]:
     ]
 
 
-def connect(model_args, generation_args, server_args, **how) -> "ServerCaptioner":
+def connect(model_args, generation_args, server_args, seed: int, **how) -> "ServerCaptioner":
     """The captioner of openai:MODEL."""
+    how["seed"] = seed
     settings = {name: value for name, value in generation_args.settings().items() if name in OF_A_SERVER}
     name = model_args.model_name_or_path.removeprefix(SERVER)
     return ServerCaptioner(name, server_args, fast_jpeg=model_args.fast_jpeg, **settings, **how)
@@ -94,8 +98,8 @@ def connect(model_args, generation_args, server_args, **how) -> "ServerCaptioner
 class ServerCaptioner:
     """A model on a server and how it is asked. `server_args`: ImageServerArguments; the rest as for Captioner.
 
-    Each image is one request: the picture, and after it the prompt, at temperature 0 unless --extra_body says another. Images are
-    read, made smaller and compressed ahead, in threads of their own. `journal_file`: where caption_split keeps answers.
+    Each image is one request: the picture, and after it the prompt, at temperature 0 unless do_sample or --extra_body say
+    another. Images are read, made smaller and compressed ahead, in threads of their own. `journal_file`: where caption_split keeps answers.
     """
 
     model = None  # there is none here
@@ -111,13 +115,30 @@ class ServerCaptioner:
         remove_illegal_characters: bool = False,
         fast_jpeg: bool = False,
         corruption=None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        num_return_sequences: int | None = None,
+        seed: int | None = None,
         journal_file: Path | None = None,
     ):
         self.name, self.args, self.system_prompt = name, server_args, system_prompt
         self.prompt = PROMPT if prompt is None else prompt
         self.settings = {"max_new_tokens": max_new_tokens or MAX_NEW_TOKENS}
+        self.drawing, fields = {"temperature": 0}, body_of(server_args)
+        if do_sample:
+            self.drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
+            fields = ({"top_k": top_k} if top_k else {}) | fields
+        if num_return_sequences:
+            if not do_sample:
+                raise UserError(
+                    "A server answers the same each time at temperature 0: several captions need --do_sample."
+                )
+            self.settings["num_return_sequences"] = self.drawing["n"] = num_return_sequences
+        self.request = self.drawing | fields
+        self.drawing["extra_body"] = fields
         self.filtered, self.fast_jpeg, self.corruption = remove_illegal_characters, fast_jpeg, corruption
-        self.request = {"temperature": 0} | body_of(server_args)
         self.server = ChatServer(name, server_args, self.settings["max_new_tokens"])
         self.journal_file, self.kept, self.keep, self.lock = journal_file, {}, None, threading.Lock()
         self.count_anew()
@@ -140,7 +161,8 @@ class ServerCaptioner:
 
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
-        how = {"temperature": self.request["temperature"], "max_side": self.args.max_side, "fast_jpeg": self.fast_jpeg}
+        how = {name: self.request[name] for name in ("temperature", "top_p", "top_k", "seed") if name in self.request}
+        how |= {"max_side": self.args.max_side, "fast_jpeg": self.fast_jpeg}
         if self.system_prompt:
             how["system_prompt"] = self.system_prompt
         if self.args.extra_body:
@@ -181,12 +203,12 @@ class ServerCaptioner:
 
     def _counted(self, row: dict) -> list[str] | Unanswered:
         self.tokens = [a + b for a, b in zip(self.tokens, row["tokens"], strict=True)]
-        self.cut += row["cut"]
+        self.cut += sum(row["cut"])
         if row["error"]:
             self.unanswered += 1
             return Unanswered(row["error"])
         self.written += len(row["texts"])
-        return row["texts"]
+        return list(map(Caption, row["texts"], row["cut"]))
 
     def _ahead(self, samples, threads: int) -> Iterator[Picture]:
         """The pictures of `samples`, in order, the next ones made in threads."""
@@ -239,14 +261,15 @@ class ServerCaptioner:
         return row
 
     def _ask(self, picture: Picture) -> dict:
-        """{"texts", "cut" (how many at max_new_tokens), "error" or None, "tokens" [of the prompt, written]}."""
+        """{"texts", "cut" (whether each ends at max_new_tokens), "error" or None, "tokens" [of the prompt, written]}."""
         try:
-            answer = self.server.ask(picture.messages, picture.tokens, temperature=self.request["temperature"])
+            answer = self.server.ask(picture.messages, picture.tokens, **self.drawing)
         except Refused as refusal:
-            return {"texts": [], "cut": 0, "error": str(refusal), "tokens": [0, 0]}
+            return {"texts": [], "cut": [], "error": str(refusal), "tokens": [0, 0]}
         error = next(filter(None, map(_fault, answer.choices)), None)
-        texts = [] if error else [self._text(choice.message.content) for choice in answer.choices]
-        cut = 0 if error else sum(choice.finish_reason == "length" for choice in answer.choices)
+        choices = [] if error else answer.choices
+        texts = [self._text(choice.message.content) for choice in choices]
+        cut = [choice.finish_reason == "length" for choice in choices]
         return {"texts": texts, "cut": cut, "error": error, "tokens": tokens_of(answer)}
 
     def _text(self, content: str) -> str:
@@ -307,7 +330,7 @@ def estimate(captioner: ServerCaptioner, samples: Iterable[dict]) -> str:
             opened.append(captioner.picture(sample))
     readable = [picture for picture in opened if not picture.error]
     tokens = number * sum(picture.tokens for picture in readable) / max(1, len(readable))
-    written = number * captioner.settings["max_new_tokens"]
+    written = number * captioner.settings["max_new_tokens"] * captioner.settings.get("num_return_sequences", 1)
     at_most = cost_of(tokens, written, *captioner.args.prices)
     cost = (
         "give --price_in and --price_out, the prices per million tokens"

@@ -146,3 +146,15 @@ def _utf16_without_mark(first: bytes) -> str | None:
 
 def _looks_western(chunk: bytes) -> bool:
     return not FOREIGN.search(chunk)
+
+
+class Caption(str):
+    """A caption, and whether it was `cut` at max_new_tokens."""
+
+    def __new__(cls, text: str, cut: bool):
+        caption = super().__new__(cls, text)
+        caption.cut = cut
+        return caption
+
+    def __getnewargs__(self):
+        return str(self), self.cut

@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from common.text import read_text
-from metrics.coco_caption.text_checks import illegal_characters, repetition, scripts, words
+from metrics.coco_caption.text_checks import REFUSAL, illegal_characters, pattern, repetition, scripts, words
 from rewriting.prompts import Prompt
 
 REASONS = {
@@ -25,20 +25,7 @@ REASONS = {
 }
 
 
-def pattern(*alternatives: str) -> re.Pattern:
-    return re.compile("|".join(alternatives), re.IGNORECASE)
-
-
 # Wording counts only where no input has it: shirts say "I Can't", songs are called "I Don't Know".
-REFUSAL = pattern(
-    r"\bas an? (?:ai|artificial|language model|assistant)\b",
-    r"\b(?:i['’]?m|i am) (?:sorry|afraid|unable|not able|just an|an ai|only able)\b",
-    r"\bi (?:apologi[sz]e|regret|cannot|can ?not|can['’]?t|do not|don['’]?t|need more|would need|won['’]t)\b",
-    r"\bi (?:think|assume|guess|suppose)\b|\b(?:please|kindly) provide\b|^(?:sorry|apologies|unfortunately|regrettably)\b[,.!:]",
-    r"\b(?:not |im)possible to (?:combine|merge|fuse|create|write|determine)\b",
-    r"\b(?:cannot|can ?not|can['’]t|could not) be (?:combined|merged|fused)\b",
-    r"\b(?:there is|has|have) (?:no|not) enough (?:information|context)\b|\bno (?:relevant|clear) (?:information|connection)\b",
-)
 TEXT = (
     r"(?:sentences?|captions?|paragraphs?|texts?|descriptions?|versions?|results?|outputs?|answers?|responses?|summary|"
     r"merger?|rewrite|combination|attempt)"

@@ -13,6 +13,22 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 JOINERS = {"\u200c", "\u200d"}  # they hold emoji and letters of some scripts together
 
 
+def pattern(*alternatives: str) -> re.Pattern:
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
+# A language model refuses, or talks about itself.
+REFUSAL = pattern(
+    r"\bas an? (?:ai|artificial|language model|assistant)\b",
+    r"\b(?:i['’]?m|i am) (?:sorry|afraid|unable|not able|just an|an ai|only able)\b",
+    r"\bi (?:apologi[sz]e|regret|cannot|can ?not|can['’]?t|do not|don['’]?t|need more|would need|won['’]t)\b",
+    r"\bi (?:think|assume|guess|suppose)\b|\b(?:please|kindly) provide\b|^(?:sorry|apologies|unfortunately|regrettably)\b[,.!:]",
+    r"\b(?:not |im)possible to (?:combine|merge|fuse|create|write|determine)\b",
+    r"\b(?:cannot|can ?not|can['’]t|could not) be (?:combined|merged|fused)\b",
+    r"\b(?:there is|has|have) (?:no|not) enough (?:information|context)\b|\bno (?:relevant|clear) (?:information|connection)\b",
+)
+
+
 def words(text: str) -> list[str]:
     """The words of a text in lower case; a hyphen divides, an apostrophe does not."""
     return WORD.findall(text.lower())

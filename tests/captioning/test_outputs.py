@@ -29,6 +29,7 @@ from PIL import Image
 
 from captioning import writers
 from common.errors import UserError
+from common.text import Caption
 from data.formats import webdataset
 from data.images import open_image
 from jobs import progress
@@ -59,7 +60,7 @@ class Colours:
         for record in torch_loader(rows, num_workers):
             self.said += 1
             Colours.all_said += 1
-            yield record["image_id"], [colour(record["image"])]
+            yield record["image_id"], [Caption(colour(record["image"]), cut=False)]
 
 
 def torch_loader(rows, num_workers):
@@ -85,7 +86,7 @@ def caption(paths, output, form=None, **flags) -> Colours:
     args = types.SimpleNamespace(
         output=output and str(output), output_format=form, shard_size=None, per_device_eval_batch_size=2,
         dataloader_num_workers=0, skip_bad_images=False, engine="local", image_dir=None, image_column=None,
-        dataset_config_name=None, data_format="auto", workers=None, strip=[], prefix="", suffix="",
+        dataset_config_name=None, data_format="auto", workers=None, strip=[], prefix="", suffix="", only=None,
     )  # fmt: skip
     vars(args).update(flags)
     paths = [str(path) for path in paths]

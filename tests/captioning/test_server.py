@@ -80,6 +80,38 @@ def test_images_are_sent_small_and_in_order_and_what_it_took_is_said(script, tmp
     assert "4 prompt tokens, 40 written, cost 0.00" in said
 
 
+def test_each_image_is_asked_its_own_prompt_and_for_as_many_samples_as_are_told(script, tmp_path):
+    pictures(tmp_path / "photos", 2)
+    (tmp_path / "list.csv").write_text("image,tags\nphotos/0000.png,a dog\nphotos/0001.png,a cat\n")
+    output = tmp_path / "out.jsonl"
+
+    def answer(uri, request):
+        choices = [
+            {
+                "index": n,
+                "finish_reason": ["stop", "length"][n],
+                "message": {"role": "assistant", "content": f"text {n}"},
+            }
+            for n in range(request["n"])
+        ]
+        return 200, {"id": "1", "object": "chat.completion", "choices": choices}, {}
+
+    words = ["--prompt", "Describe {tags}.", "--system_prompt", "Be short.", "--num_return_sequences", 2]
+    with LLMServer(answer) as server:
+        _, said = script("infer.py", tmp_path / "list.csv", "--output", output, *asked(server, *words), fails=True)
+        assert "several captions need --do_sample" in said
+        drawing = ["--do_sample", "--temperature", 0.5, "--top_k", 7, "--seed", 3]
+        _, said = script("infer.py", tmp_path / "list.csv", "--output", output, *asked(server, *words, *drawing))
+        requests = [request for _, request in server.requests]
+    assert [row["captions"] for row in rows(output)] == [["text 0", "text 1"]] * 2
+    assert "2 of 4 captions were cut" in said or "2 of 2 images are flagged" in said
+    assert {message["content"] for request in requests for message in request["messages"][:1]} == {"Be short."}
+    asked_for = {request["messages"][1]["content"][1]["text"] for request in requests}
+    assert asked_for == {"Describe a dog.", "Describe a cat."}
+    sampling = {name: requests[0][name] for name in ("temperature", "top_p", "top_k", "seed", "n")}
+    assert sampling == {"temperature": 0.5, "top_p": 1.0, "top_k": 7, "seed": 3, "n": 2}
+
+
 def test_a_dry_run_asks_nothing_and_says_what_it_may_cost(script, tmp_path):
     folder = pictures(tmp_path / "photos", 3, size=(1500, 1000))
     with LLMServer(coloured) as server:

@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = request["messages"][0]["content"]
+        prompt = request["messages"][-1]["content"]
         if isinstance(prompt, list):  # of a picture and a text
             prompt = prompt[0]["image_url"]["url"]
         self.server.requests.append((time.monotonic(), request))
