@@ -61,6 +61,7 @@ BROUGHT = [
     "path/to/vocab.txt",
     "path/to/clip_ViT-B-32.pth",
     "DIR/config.json",
+    "captions.jsonl.shards/_flagged.txt",
 ]
 OTHER_PROGRAMS = (
     "ray",
