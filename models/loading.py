@@ -26,6 +26,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from common.errors import UserError
 from common.existence import SERVER
+from common.existence import SERVER
 from common.text import read_text
 from common.weights import check_keys, read_weights
 from models.adapters import add_adapter, check_targets, find_adapter, load_adapter, load_adapter_weights
@@ -135,7 +136,9 @@ def check_attention(config, family, name: str) -> None:
 def asks(model_name_or_path: str, revision: str, prompt: str | None) -> dict:
     """What rows' own prompts are made of, as data.load takes it: {"prompt"}, one that holds columns, and {"own_questions"},
     whether conversations are asked their own questions. Both are the checkpoint's, unless --prompt says otherwise; those of
-    families that are asked a question, where train.py did not say."""
+    families that are asked a question, where train.py did not say. A model on a server is asked one."""
+    if model_name_or_path.startswith(SERVER):
+        return {"prompt": prompt, "own_questions": prompt is None}
     if model_name_or_path.startswith(SERVER):
         return {"prompt": prompt, "own_questions": prompt is None}
     adapter = None if Path(model_name_or_path, "config.json").is_file() else find_adapter(model_name_or_path, revision)

@@ -1,5 +1,6 @@
 """Prompts of each image's own through the scripts: train.py, evaluate.py and infer.py ask rows what they say."""
 
+import ast
 import json
 
 import families
@@ -10,6 +11,11 @@ from PIL import Image
 from places import script
 
 from captioner import Captioner
+from captioning.sources import image_rows
+from common.errors import UserError
+from data.rows import Options
+from models.loading import asks
+from reports.snippet import snippet
 
 ANSWERS = {
     "Which colour is it?": ["red", "green", "blue", "yellow"],
@@ -148,3 +154,32 @@ def test_an_image_without_a_row_is_one_line(table, tmp_path):
     done = tiny.run("infer.py", table.parent / "0.png", *flags, fails=True)
     assert "no column 'kind'" in done.stderr
     assert "Columns: none" in done.stderr
+
+
+def test_a_run_whose_prompts_changed_does_not_resume(base, table, tmp_path):
+    rows = [json.loads(line) | {"split": "train"} for line in table.read_text().splitlines()]
+    rows[-1]["split"] = "validation"
+    write(table, rows)
+    flags = {"num_train_epochs": 1, "save_strategy": "epoch", "load_best_model_at_end": "false"}
+    train(base, table, tmp_path / "run", prompt="Which {kind}?", **flags)
+    rows[0]["kind"] = "another"
+    write(table, rows)
+    with pytest.raises(UserError, match=r"the data changed since .* was begun: 1 images with other captions"):
+        train(base, table, tmp_path / "run", prompt="Which {kind}?", **flags)
+    with pytest.raises(UserError, match="prompt"):
+        train(base, table, tmp_path / "run", prompt="What {kind}?", **flags)
+
+
+def test_the_cards_code_shows_the_columns_as_text(tmp_path):
+    captioner = Captioner.from_pretrained(str(tiny.build_folder(tmp_path)), prompt="a {kind} {{of}}")
+    code = snippet("me/mine", captioner, "float32")
+    assert "# In place of {...}, the image's own: kind" in code
+    assert 'text="a {kind} {of}"' in code
+    ast.parse(code)
+
+
+def test_a_model_on_a_server_is_asked_the_question_of_a_conversation(talk):
+    asked = asks("openai:any", "main", None)
+    sent = [row["prompt"] for row in image_rows([str(talk)], Options(**asked))]
+    assert sent == list(ANSWERS) * 4
+    assert {row["prompt"] for row in image_rows([str(talk)], Options(**asks("openai:any", "main", "Say.")))} == {None}
