@@ -26,7 +26,6 @@ from transformers.utils import is_bitsandbytes_available
 
 from common.errors import UserError
 from common.existence import SERVER
-from common.existence import SERVER
 from common.text import read_text
 from common.weights import check_keys, read_weights
 from models.adapters import add_adapter, check_targets, find_adapter, load_adapter, load_adapter_weights
@@ -139,8 +138,6 @@ def asks(model_name_or_path: str, revision: str, prompt: str | None) -> dict:
     families that are asked a question, where train.py did not say. A model on a server is asked one."""
     if model_name_or_path.startswith(SERVER):
         return {"prompt": prompt, "own_questions": prompt is None}
-    if model_name_or_path.startswith(SERVER):
-        return {"prompt": prompt, "own_questions": prompt is None}
     adapter = None if Path(model_name_or_path, "config.json").is_file() else find_adapter(model_name_or_path, revision)
     if adapter:
         return asks(adapter["base_model_name_or_path"], adapter.get("revision") or "main", prompt)
@@ -150,7 +147,7 @@ def asks(model_name_or_path: str, revision: str, prompt: str | None) -> dict:
     except (OSError, ValueError):  # loading the model says what is wrong with it
         return {"prompt": prompt, "own_questions": False}
     trained = hasattr(config, "caption_prompt")
-    own = config.caption_text.get("own_questions", False) if trained else bool(family.default_words)
+    own = getattr(config, "caption_text", {}).get("own_questions", False) if trained else bool(family.default_words)
     return {
         "prompt": getattr(config, "caption_prompt", None) if prompt is None else prompt,
         "own_questions": own and prompt is None,
