@@ -20,6 +20,7 @@ import xxhash
 
 from common.errors import DataError
 from common.processes import in_threads
+from common.prompts import columns_in
 from data.checks import clean_captions, may_skip, refuse
 from data.columns import is_missing
 from data.images import ImageError
@@ -37,7 +38,7 @@ def merge(rows, options: Options) -> list[Record]:
     Rows of a table (an int for an image) stay separate here: `same_content` finds which of them are one image.
     """
     records: dict = {}
-    not_asked = 0
+    not_asked, own = 0, options.own_questions or bool(columns_in(options.prompt))
     of_lines = []  # rows whose captions span several lines
     for row in rows:
         captions = captions_of_row(row, options)
@@ -55,10 +56,11 @@ def merge(rows, options: Options) -> list[Record]:
                 f"{row.where}: image {row.name or path} is in split {row.split!r}, and in {record.split!r} at "
                 f"{record.where}. One image belongs to one split: correct the file"
             )
-        prompt = prompt_of(row, options)
-        not_asked += row.question is not None and prompt is None
         record.captions += captions
-        record.prompts += [prompt] * len(captions)
+        if own:
+            record.prompts += [prompt_of(row, options)] * len(captions)
+        else:
+            not_asked += row.question is not None
         if options.group_column is not None:
             record.groups.add(group_of(row, options.group_column))
     if not_asked:
@@ -184,7 +186,8 @@ def unite(records: list[Record], first: list[int], official: bool, dropped: Coun
         if one.name == record.name:
             more = pairs_of(record)
         else:
-            more = [pair for pair in pairs_of(record) if pair not in set(pairs_of(one))]
+            known = set(pairs_of(one))
+            more = [pair for pair in pairs_of(record) if pair not in known]
             dropped["renamed copies of an image"] += 1
         one.captions += [caption for caption, _ in more]
         one.prompts += [prompt for _, prompt in more]
