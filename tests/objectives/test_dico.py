@@ -293,7 +293,7 @@ def test_a_run_that_goes_on_has_the_reference_it_began_with(started, tmp_path):
     [
         ({"reward": "pac-s"}, "pass --pac_checkpoint"),
         ({"reward": "clip-s", "clip_model": "nowhere/nothing"}, "cannot be loaded"),
-        ({"reward": "clips"}, "'clips' is not a reward. Known: cider, bleu, rouge-l, clip-s, pac-s"),
+        ({"reward": "clips"}, "'clips' is not a reward. Known: cider, bleu, rouge-l, meteor, spice, clip-s, pac-s"),
     ],
 )
 def test_a_reward_that_cannot_be_had_is_one_clear_message(started, tmp_path, changed, said):
