@@ -36,6 +36,7 @@ FORMATS = tuple(
 # TGA files have no magic bytes: their name must say what they are.
 TOLD_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
 NOT_IMAGES = (".txt", ".text", ".caption", ".captions", ".cap", ".json", ".npz")  # what lies beside images
+MATROSKA = b"\x1a\x45\xdf\xa3"  # .mkv and .webm
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a GiB as RGB
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -145,6 +146,8 @@ def _open(content: bytes, name: str) -> Image.Image:
 def _not_an_image(first: bytes) -> str:
     if first[4:8] == b"ftyp" and first[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
         return "a HEIC image, which pillow-heif opens: pip install pillow-heif, or convert it to JPEG"
+    if (first[4:8] == b"ftyp" and first[8:12] != b"avif") or first[:4] == MATROSKA or first[8:12] == b"AVI ":
+        return "a video: take images out of it, one file each (ffmpeg -i VIDEO -r 1 %04d.png)"
     return (
         "not an image, or one of an unsupported format. "
         f"Convert it to JPEG or PNG, or remove it (supported: {', '.join(FORMATS)})"

@@ -1,11 +1,18 @@
 """infer.py and evaluate.py with a model on a server: real HTTP, each image answered once, whatever fails."""
 
+import contextlib
 import json
 import runpy
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 
+import families
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -14,6 +21,8 @@ from llm_server import LLMServer, coloured, picture_in
 from PIL import Image
 from small_run import CAPTIONS
 
+from arguments import ImageServerArguments
+from captioning.server import ServerCaptioner
 from jobs import chat_server
 
 
@@ -295,6 +304,23 @@ def test_flags_that_would_do_nothing_are_refused(model, flags, said, script, tmp
     assert said in printed
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.mp4", b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41", "x.mp4: a video: take images out of it"),
+        ("x.webm", b"\x1a\x45\xdf\xa3\x01\0\0\0", "x.webm: a video: take images out of it"),
+        ("x.jsonl", b'{"images": ["0000.png", "0001.png"]}', "A caption belongs to one image: give a row per image"),
+    ],
+)
+def test_videos_and_rows_of_several_images_are_refused_and_nothing_is_sent(name, content, said, script, tmp_path):
+    file = pictures(tmp_path / "photos", 2) / name
+    file.write_bytes(content)
+    with LLMServer(coloured) as server:
+        _, printed = script("infer.py", file, "--output", tmp_path / "out.jsonl", *asked(server), fails=True)
+        assert said in printed
+        assert server.requests == []
+
+
 @pytest.mark.parametrize("name", ["demo.py", "train.py"])
 def test_scripts_that_need_the_model_itself_say_so(name, script, tmp_path):
     words = ["--output_dir", tmp_path / "out"] if name == "train.py" else []
@@ -343,3 +369,55 @@ def test_a_model_on_a_server_is_scored_and_a_killed_run_asks_no_image_again(scri
     assert sorted(predictions.values())[0] == ""
     assert len(predictions) == scores["counts"]["images"]
     assert (tmp_path / "scores/report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_model_in_transformers_serve_captions_as_it_does_here(script, tmp_path):
+    """Greedy, in float32, and of the same pixels: those that were sent."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    model, processor = families.build("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for name in ("photos", "sent"):
+        (tmp_path / name).mkdir()
+    rng = np.random.default_rng(0)
+    settings = ["--max_new_tokens", 8, "--prompt", "a red dog"]
+    args = ImageServerArguments(base_url="http://127.0.0.1:9/v1")
+    sends = ServerCaptioner("m", args, prompt="a red dog")
+    for number in range(8):
+        image = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize((60, 40))
+        image.save(tmp_path / f"photos/{number}.png")
+        content = sends.picture({"image": image, "image_id": number}).messages[0]["content"]
+        picture_in(content[0]["image_url"]["url"]).save(tmp_path / f"sent/{number}.png")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    words = [sys.executable, "-c", code, "serve", str(tmp_path / "model"), "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen([*words, "--dtype", "float32"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.time() + 200
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            assert process.poll() is None
+            assert time.time() < deadline
+            time.sleep(0.5)
+        of_server = [
+            "--model_name_or_path",
+            f"openai:{tmp_path / 'model'}",
+            "--base_url",
+            f"{url}/v1",
+            "--timeout",
+            100,
+        ]
+        served, _ = script("infer.py", tmp_path / "photos", *of_server, *settings)
+    finally:
+        process.terminate()
+        process.wait()
+    here = ["--model_name_or_path", tmp_path / "model", "--num_beams", 1]
+    ours, _ = script("infer.py", tmp_path / "sent", *here, *settings)
+    assert served == ours.replace(str(tmp_path / "sent"), str(tmp_path / "photos"))
+    assert len({line.split("\t")[1] for line in ours.splitlines()}) > 2  # they differ with the image
