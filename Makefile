@@ -67,7 +67,7 @@ $(TORCHVISION)/installed: requirements.txt requirements-dev.txt constraints.txt
 	@touch $@
 
 # The tests of models and processors, by the start of their names.
-LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels, \
+LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels row_prompts, \
   $(wildcard tests/*/test_$(name)*.py))
 test-torchvision: $(TORCHVISION)/installed
 	$(QUIET) $(TORCHVISION)/bin/python $(PYTEST) $(LIBRARY_TESTS)

@@ -95,7 +95,8 @@ class CaptionCollator:
     def _image(self, sample: dict) -> Image.Image:
         image = self.images.pixels.open(sample["image"])
         if self.augmentation:
-            image = self.augmentation(image, sample["epoch"], self._draw_id(sample), sample["captions"])
+            texts = [*sample["captions"], self.images.prompt_of(sample)]  # a question may name a side, too
+            image = self.augmentation(image, sample["epoch"], self._draw_id(sample), texts)
         return image
 
     def token_tensors(self, captions: list[list[str]]) -> dict[str, torch.Tensor]:

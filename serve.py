@@ -18,15 +18,16 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import time
 import uuid
 from pathlib import Path
 
-from captioner import Captioner, UnfitLengths
+from captioner import Captioner
 from common.errors import UserError
+from common.prompts import columns_in
 from data.columns import from_base64
-from data.images import ImageError, open_image
+from data.images import open_image
+from data.prompts import PROMPTS
 
 try:
     import uvicorn
@@ -56,6 +57,10 @@ def main():
     loading = {"bf16": args.bf16, "fast_jpeg": model_args.fast_jpeg, "loading": model_args.loading()}
     captioner = Captioner.from_pretrained(model_args.model_name_or_path, **loading, **generation_args.settings())
     name = model_args.model_name_or_path
+    if columns_in(captioner.prompt):
+        raise UserError(
+            f"The model's prompt {captioner.prompt!r} holds columns, which a request has not: give a --prompt without."
+        )
     server = Server(captioner, Path(name).resolve().name if Path(name).exists() else name, args)
     logger.info("http://%s:%d/v1 answers for %s; Control-C stops it", args.host, args.port, server.name)
     uvicorn.run(server.app(), host=args.host, port=args.port, log_level="warning", log_config=None)
@@ -66,7 +71,7 @@ class Server:
 
     def __init__(self, captioner: Captioner, name: str, args):
         self.captioner, self.name, self.args = captioner, name, args
-        self.waiting: list[tuple] = []  # (settings, image, future)
+        self.waiting: list[tuple] = []  # (settings and prompt, image, future)
 
     def app(self) -> "Starlette":
         routes = [
@@ -89,14 +94,14 @@ class Server:
 
     async def answer(self, request):
         try:
-            settings, image = await asyncio.to_thread(self.job_of, await self.body_of(request))
+            asked, image = await asyncio.to_thread(self.job_of, await self.body_of(request))
             if len(self.waiting) >= self.args.max_waiting:
                 raise Refused(f"{self.args.max_waiting} requests are waiting: try again later.", 429)
             future = asyncio.get_running_loop().create_future()
-            self.waiting.append((settings, image, future))
+            self.waiting.append((asked, image, future))
             self.arrived.set()
             text, read, written, cut = await future
-        except (Refused, ImageError, UnfitLengths) as error:
+        except UserError as error:
             refusal = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
             return JSONResponse({"error": refusal}, getattr(error, "status", 400))
         choice = {
@@ -118,50 +123,50 @@ class Server:
                 raise Refused(f"The request is larger than {self.args.max_request_mb} megabytes.", 413)
         try:
             body = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             raise Refused("The body is not a JSON object.")
         return body
 
-    def job_of(self, body: dict) -> tuple[dict, object]:
-        """(settings of the captioner, RGB picture) of a request. Refused, ImageError: it has mistakes."""
+    def job_of(self, body: dict) -> tuple[tuple[dict, str | None], object]:
+        """((settings of the captioner, prompt or None), RGB picture) of a request. Refused, ImageError: it has mistakes."""
+        if body.get("model") != self.name:
+            raise Refused(f"The model {str(body.get('model'))[:80]!r} is not here: this server has {self.name!r}.", 404)
         if body.get("stream"):
             raise Refused("stream: captions are short, and come whole. Leave it out.")
-        if body.get("n", 1) != 1:
+        if body.get("n") not in (None, 1):
             raise Refused("n: one caption per request. Send the request again, with a temperature above 0.")
         settings = {"num_return_sequences": 1}
         tokens = body.get("max_completion_tokens", body.get("max_tokens"))
         if tokens is not None:
             own = self.captioner.settings["max_new_tokens"]
-            settings["max_new_tokens"] = min(own, int(number_in(tokens, "max_tokens", 1, math.inf)))
+            settings["max_new_tokens"] = min(own, int(number_in(tokens, "max_tokens", 1, 1e9)))
         if number_in(body.get("temperature") or 0, "temperature", 0, 2) > 0:
             settings |= {"do_sample": True, "num_beams": 1, "temperature": float(body["temperature"])}
             settings["top_p"] = float(number_in(body.get("top_p") or 1, "top_p", 1e-6, 1))
         texts, images = parts_of(body.get("messages"))
         if len(images) != 1:
             raise Refused(f"The messages have {len(images)} images: a caption is of one.")
-        if texts:
-            settings["prompt"] = " ".join(texts)
         content = from_base64(images[0])
         if content is None:
             raise Refused(
                 "The image must be a data: address with a JPEG, PNG, WebP, GIF, BMP or TIFF in base64: nothing is fetched."
             )
-        return settings, open_image(content, self.args.max_megapixels * 1_000_000)
+        return (settings, " ".join(texts) or None), open_image(content, self.args.max_megapixels * 1_000_000)
 
     async def caption_waiting(self) -> None:
         while True:
             await self.arrived.wait()
-            settings = self.waiting[0][0]
-            same = [job for job in self.waiting if job[0] == settings][: self.args.batch_size]
+            asked = self.waiting[0][0]
+            same = [job for job in self.waiting if job[0] == asked][: self.args.batch_size]
             taken = {future for *_, future in same}
             self.waiting = [job for job in self.waiting if job[2] not in taken]
             if not self.waiting:
                 self.arrived.clear()
             try:
-                answers = await asyncio.to_thread(self.captions, settings, [image for _, image, _ in same])
-            except UnfitLengths as error:
+                answers = await asyncio.to_thread(self.captions, *asked, [image for _, image, _ in same])
+            except UserError as error:
                 answers = [error] * len(same)
             except Exception:
                 logger.exception("captioning failed")
@@ -170,14 +175,17 @@ class Server:
                 if not future.done():  # its client has gone
                     future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
 
-    def captions(self, settings: dict, images: list) -> list[tuple[str, int, int, bool]]:
+    def captions(self, settings: dict, prompt: str | None, images: list) -> list[tuple[str, int, int, bool]]:
         """(caption, tokens of its prompt, its own, whether it was cut) of each picture."""
         captioner = self.captioner.with_settings(**settings)
-        batch = captioner.collator([{"image": image, "image_id": str(i)} for i, image in enumerate(images)])
+        own = {} if prompt is None else {PROMPTS: [prompt]}
+        samples = [{"image": image, "image_id": str(i)} | own for i, image in enumerate(images)]
+        batch = captioner.collator(samples)
         tokens, end = captioner.generate_tokens(batch), captioner.collator.end
+        texts = captioner.texts(tokens, batch.get("prompts"))
         read, rows = batch["attention_mask"].sum(dim=1).tolist(), captioner.rows(tokens)
         cut = [row[-1:] != [end] for row in rows]
-        return list(zip(captioner.texts(tokens), read, map(len, rows), cut, strict=True))
+        return list(zip(texts, read, map(len, rows), cut, strict=True))
 
 
 def number_in(value, name: str, least: float, most: float):
@@ -195,7 +203,9 @@ def parts_of(messages) -> tuple[list[str], list[str]]:
         if message.get("role") != "user":
             raise Refused("messages: this model takes one message of the user, with an image and perhaps text.")
         content = message.get("content")
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+        if not isinstance(content, str | list):
+            raise Refused("content must be text, or a list of parts of type text and image_url.")
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 texts += [part["text"]] if part["text"].strip() else []
             elif isinstance(part, dict) and part.get("type") == "image_url":

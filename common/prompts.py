@@ -7,13 +7,13 @@ import re
 
 from common.errors import UserError
 
-NAME = r"""[^\W\d][^{}"':\n]*"""
+NAME = r"""[^{}"'\n]*[^{}"'\s][^{}"'\n]*"""
 COLUMN = re.compile(rf"\{{\{{({NAME})\}}\}}|\{{({NAME})\}}")  # of group 1 the text, of group 2 the column
 
 
 def columns_in(prompt: str | None) -> list[str]:
     """The columns that a prompt holds, in its order."""
-    return [match[2] for match in COLUMN.finditer(prompt or "") if match[2]]
+    return [match[2].strip() for match in COLUMN.finditer(prompt or "") if match[2]]
 
 
 def plain(prompt: str) -> str:
@@ -28,5 +28,7 @@ def template_of(prompt: str | None, column: str | None) -> str | None:
     if prompt is not None:
         raise UserError("--prompt and --prompt_column: give one of them. A prompt holds columns in braces, {column}.")
     if columns_in(f"{{{column}}}") != [column]:
-        raise UserError(f"--prompt_column {column}: it must begin with a letter, and have no braces, quotes or colons.")
+        raise UserError(
+            f"--prompt_column {column}: a prompt cannot name it: rename it, without braces, quotes and spaces at its ends."
+        )
     return f"{{{column}}}"

@@ -99,9 +99,11 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
 
 
 def _question(examples: dict, usual: dict, captions: list[str]) -> str | None:
-    """The column of what conversations ask."""
-    candidates = [usual.get(QUESTION), *(captions or map(usual.get, CONVERSATIONS))]
-    return next((name for name in candidates if name and (name == usual.get(QUESTION) or _turns(examples[name]))), None)
+    """The column of what conversations ask: the captions' one if that holds conversations."""
+    if usual.get(QUESTION):
+        return usual[QUESTION]
+    columns = captions or list(filter(None, [first_of(CAPTION_COLUMNS, usual)]))
+    return next((name for name in columns if _turns(examples[name])), None)
 
 
 def first_of(names: tuple, values: dict):
@@ -272,16 +274,25 @@ def _text_of(turn: dict):
     value = turn.get("value", turn.get("content"))
     if isinstance(value, list | np.ndarray):
         texts = (part.get("text") if isinstance(part, dict) else part for part in value)
-        value = " ".join(filter(None, texts))
+        value = " ".join(map(str, filter(None, texts)))
     return value
 
 
-def question_of(value) -> str | None:
+def question_of(value, where: str) -> str | None:
     """What the user says before the answer in a conversation, without the image's placeholder; None if it is none, or nothing
-    is asked."""
+    is asked.
+
+    Raises:
+        DataError: it is about several images.
+    """
     turns = _turns(value)
     if turns is None:
-        return value or None if isinstance(value, str) else None
+        return None
+    placeholders = sum(str(_text_of(turn)).count("<image>") for turn in turns)
+    if (images := max(len(_images_of_turns(turns)), placeholders)) > 1:
+        raise DataError(
+            f"{where}: a conversation about {images} images. A caption belongs to one image: give a row per image"
+        )
     if any(_says(turn) == "system" for turn in turns):
         say_once(logger, "the system messages of conversations are left out; --system_prompt gives every image one")
     before = itertools.takewhile(lambda turn: _says(turn) not in MODEL, turns)
@@ -450,9 +461,14 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         split=split if own_split is None else split_name(own_split, place),
         columns=content,
         used=columns.used,
-        question=question_of(content.get(columns.question)) if columns.question else None,
+        question=_question_in(content.get(columns.question), columns.question, place),
         error=text_or_none(content.get("error")),
     )
+
+
+def _question_in(value, column: str | None, place: str) -> str | None:
+    """`column` may be QUESTION, which holds the questions themselves."""
+    return text_or_none(value) if column and usual_name(column) == QUESTION else question_of(value, place)
 
 
 def is_missing(caption) -> bool:

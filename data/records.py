@@ -248,6 +248,7 @@ def _dataset_of_files(records: list[Record]) -> datasets.Dataset:
     if own_prompts(records):
         ours[PROMPTS] = pa.array([record.prompts for record in records], CAPTIONS)
     names = dict.fromkeys(itertools.chain.from_iterable(record.extras for record in records))
+    names.pop(PROMPTS, None)  # a column of the source that is called like ours gives way
     extras = {name: _column([record.extras.get(name) for record in records]) for name in names}
     # Columns of the source that are called like ours, such as captions beside --caption_column caption, give way.
     return datasets.Dataset(pa.table(ours | extras | ours)).cast_column("image", image_type)
@@ -264,6 +265,7 @@ def own_prompts(records: list[Record]) -> bool:
 
 
 def _with_ids_and_captions(table: datasets.Dataset, records: list[Record]) -> datasets.Dataset:
+    table = table.remove_columns(list({PROMPTS} & {*table.column_names}))
     ids: list = [None] * len(table)
     captions: list = [None] * len(table)
     for record in records:

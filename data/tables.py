@@ -197,24 +197,31 @@ def spooled(rows: Iterator[Row], read, key: dict, cache_dir) -> dict:
         rows: the first one says which columns there are.
         read: read(**key) yields the rows again; `key` determines them.
     """
-    first = next(rows)
-    extras, asks = list(first.extras), [QUESTION] * (first.question is not None)
-    texts = dict.fromkeys(["image_id", "split", *asks, *extras], TEXT)
+    extras = tuple(next(rows).extras)  # `datasets` takes the items of a list for shards
+    texts = dict.fromkeys(["image_id", "split", QUESTION, *extras], TEXT)
     features = {"image": IMAGE, "captions": datasets.List(TEXT)} | texts
     with loading(key["path"], "annotations"):
         table = datasets.Dataset.from_generator(
             _generate, features=datasets.Features(features), cache_dir=cache_dir,
-            gen_kwargs={"read": read, "extras": extras, "asks": bool(asks), "key": key},
+            gen_kwargs={"read": read, "extras": extras, "key": key},
         )  # fmt: skip
-    return {"train": table.remove_columns([name for name in ("split", "image_id") if table.unique(name) == [None]])}
+    absent = [name for name in ("split", "image_id", QUESTION) if table.unique(name) == [None]]
+    return {"train": table.remove_columns(absent)}
 
 
-def _generate(read, extras: list[str], asks: bool, key: dict) -> Iterator[dict]:
+def _generate(read, extras: tuple, key: dict) -> Iterator[dict]:
     for row in read(**key):
-        texts = {name: text_or_none(row.extras.get(name)) for name in extras}
+        texts = {name: _as_text(row.extras.get(name)) for name in extras}
         captions = clean_captions(row.captions, row.where, row.name or "")
         ours = {"image": _undecoded(row.image), "captions": captions, "image_id": row.image_id, "split": row.split}
-        yield ours | ({QUESTION: row.question} if asks else {}) | texts
+        yield ours | {QUESTION: row.question} | texts
+
+
+def _as_text(value) -> str | None:
+    """That of a list has commas between its items."""
+    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+        return ", ".join(map(str, value))
+    return text_or_none(value)
 
 
 # ---------------------------------------------------------------- streams
@@ -246,7 +253,7 @@ def stream_records(
         ours = {"image_id": TEXT, "image": IMAGE, "captions": datasets.List(TEXT)}
         if columns_in(options.prompt) or (options.own_questions and columns.question):
             ours[PROMPTS] = datasets.List(TEXT)
-        apart = {columns.image, *columns.captions, *ours, "split"}
+        apart = {columns.image, *columns.captions, *ours, PROMPTS, "split"}
         extras = {name: feature for name, feature in table.features.items() if name not in apart}
         streams[split] = datasets.IterableDataset.from_generator(
             stream_split,

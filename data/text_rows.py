@@ -85,13 +85,16 @@ def json_list(file: Path, chunk: int = 1 << 20) -> Iterator:
 
 def jsonl_rows(file: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not blank."""
+    decoder = json.JSONDecoder(object_pairs_hook=partial(object_of, file))
     with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                if line.strip():
-                    yield number, json.loads(line, object_pairs_hook=partial(object_of, file))
+                if line := line.strip():
+                    yield number, decoder.decode(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{file} line {number}: not valid JSON: {error}") from None
+            except DataError as error:
+                raise DataError(f"{error} (line {number})") from None
 
 
 def csv_rows(file: Path, last_takes_rest: bool = False) -> Iterator[tuple[dict, str]]:

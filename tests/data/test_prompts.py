@@ -1,5 +1,6 @@
 """Rows with prompts of their own: columns in a prompt, a conversation's question, and the records made of them."""
 
+import base64
 import io
 import json
 
@@ -8,8 +9,12 @@ import tiny
 from PIL import Image
 
 import data
+from collator import CaptionCollator
 from common.errors import DataError
+from data import Augmentation
+from data.columns import find_columns
 from data.prompts import PROMPTS, filled
+from data.rows import Options
 
 ROW = {"category": "dog", "tags": ["red", "small"], "Image Name": "x", "blank": " ", "number": 3}
 
@@ -115,3 +120,90 @@ def test_streamed_rows_have_their_prompts(tmp_path):
     streamed = data.load(str(tmp_path / "rows.parquet"), streaming=True, **load)["test"]
     whole = data.load(str(tmp_path / "rows.parquet"), **load)["test"]
     assert [row[PROMPTS] for row in streamed] == whole[PROMPTS][:] == [["Which pet?"], ["Which hue?"]]
+
+
+def of_llava(question: str, answer: str = "red") -> list:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def written(tmp_path, *rows) -> str:
+    for number in range(3):
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "rows.jsonl")
+
+
+def test_a_caption_among_conversations_is_not_its_own_question(tmp_path):
+    source = written(
+        tmp_path,
+        {"image": "0.png", "conversations": of_llava("<image>\nWhich?")},
+        {"image": "1.png", "conversations": "a dog"},
+    )
+    found = data.load(source, all_as="test", own_questions=True)["test"]
+    assert dict(zip(found["image_id"], found[PROMPTS], strict=True)) == {"0.png": ["Which?"], "1.png": [None]}
+
+
+def test_a_conversation_beside_the_captions_asks_nothing_with_and_without_captions():
+    examples = {"image": "0.png", "caption": "a dog", "conversations": of_llava("Which?")}
+    for captions in (True, False):
+        assert find_columns(examples, Options(captions=captions), "rows").question is None
+    del examples["caption"]
+    for captions in (True, False):
+        assert find_columns(examples, Options(captions=captions), "rows").question == "conversations"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "0.png", "conversations": of_llava("<image>\n<image>\nWhich differs?")},
+        {"image": "0.png", "messages": [
+            {"role": "user", "content": [{"type": "image", "image": f"{n}.png"} for n in range(2)]},
+            {"role": "assistant", "content": [{"type": "text", "text": 5}]}]},
+    ],
+)  # fmt: skip
+def test_a_conversation_about_more_images_than_its_row_has_is_refused(row, tmp_path):
+    with pytest.raises(DataError, match="a conversation about 2 images"):
+        data.load(written(tmp_path, row), all_as="test")
+
+
+def test_images_in_base64_keep_their_captions_once_and_their_columns(tmp_path):
+    rows = []
+    for number in range(3):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(file, "PNG")
+        image = base64.b64encode(file.getvalue()).decode()
+        rows.append(
+            {"image": image, "caption": f"a {number}", "category": f"c{number}", "tags": ["x", number], "more": 1}
+        )
+    asked = data.load(written(tmp_path, *rows), all_as="test", prompt="{category}: {tags}")["test"]
+    assert asked["captions"][:] == [["a 0"], ["a 1"], ["a 2"]]
+    assert asked[PROMPTS][:] == [["c0: x, 0"], ["c1: x, 1"], ["c2: x, 2"]]
+
+
+@pytest.mark.parametrize("own", ["near", ["near", "left"]])
+def test_a_column_that_is_called_like_ours_gives_way(own, tmp_path):
+    found = data.load(written(tmp_path, {"image": "0.png", "caption": "a dog", PROMPTS: own}), all_as="test")["test"]
+    assert PROMPTS not in found.column_names
+
+
+def test_columns_of_any_name_are_filled_in_and_the_captions_own_is_refused(tmp_path):
+    row = {"image": "0.png", "caption": "a dog", "2nd_tag": "x", "dc:subject": "y", "category": "z", "object": {"a": 1}}
+    source = written(tmp_path, row)
+    found = data.load(source, all_as="test", prompt="{2nd_tag} {dc:subject} { category } { }")["test"]
+    assert found[PROMPTS][:] == [["x y z { }"]]
+    for prompt, said in {"{image} {caption}": "would be told the answer", "{object}": "is no text"}.items():
+        with pytest.raises(DataError, match=said):
+            data.load(source, all_as="test", prompt=prompt)
+
+
+def test_a_picture_is_not_mirrored_where_its_question_names_a_side(tmp_path):
+    model, processor = tiny.build(tmp_path)
+    collator = CaptionCollator(processor, model.config, augmentation=Augmentation(["flip"]))
+    image = Image.new("RGB", (8, 8))
+    image.putpixel((0, 0), (255, 255, 255))
+    for question, mirrored in (("what is on the left", False), ("what is it", True)):
+        samples = [
+            {"image": image, "image_id": str(n), "captions": ["a dog"], "epoch": 0, PROMPTS: [question]}
+            for n in range(30)
+        ]
+        assert any(collator._image(sample).getpixel((0, 0)) != (255, 255, 255) for sample in samples) == mirrored

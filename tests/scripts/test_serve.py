@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import socket
 import time
@@ -16,6 +17,7 @@ import tiny
 from PIL import Image
 
 from captioner import Captioner
+from data.prompts import PROMPTS
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-dev.txt)")
 COLOURS = ("red", "green", "blue", "white", "black")
@@ -71,13 +73,17 @@ def test_openais_client_gets_the_captions_of_infer(client, model):
         answer = client.chat.completions.create(model=listed.id, messages=message(picture(colour)))
         assert answer.choices[0].message.content == captioner([Image.open(io.BytesIO(picture(colour)))])[0]
     asked = {"max_tokens": 3, "messages": message(picture("red"), "a picture of")}
-    answer = client.chat.completions.create(model="any", **asked)
+    answer = client.chat.completions.create(model="model", **asked)
     own = captioner.with_settings(prompt="a picture of", max_new_tokens=3)
     assert answer.choices[0].message.content == own([Image.open(io.BytesIO(picture("red")))])[0]
     assert (answer.choices[0].finish_reason == "length") == (answer.usage.completion_tokens == 3)
     assert answer.usage.prompt_tokens > 1
+    for braces in ("a {thing} of", "{{red}} dog"):  # a client's text is no template
+        answer = client.chat.completions.create(model="model", messages=message(picture("red"), braces), n=None)
+        batch = captioner.collator([{"image": picture("red"), "image_id": "0", PROMPTS: [braces]}])
+        assert answer.choices[0].message.content == captioner.caption_batch(batch)[0][0]
     drawn = {
-        client.chat.completions.create(model="any", temperature=2.0, messages=message(picture("red")))
+        client.chat.completions.create(model="model", temperature=2.0, messages=message(picture("red")))
         .choices[0]
         .message.content
         for _ in range(5)
@@ -105,7 +111,7 @@ def test_two_hundred_requests_at_once_are_each_answered_with_their_own_caption(c
     texts = ["" if n % 3 else "a picture of" for n in range(200)]
 
     def ask(n: int) -> str:
-        answer = client.chat.completions.create(model="m", messages=message(pictures[n], texts[n]))
+        answer = client.chat.completions.create(model="model", messages=message(pictures[n], texts[n]))
         return answer.choices[0].message.content
 
     with ThreadPoolExecutor(200) as pool:
@@ -122,7 +128,11 @@ def test_two_hundred_requests_at_once_are_each_answered_with_their_own_caption(c
         (b"{", 400, "not a JSON object"),
         (b"[]", 400, "not a JSON object"),
         (b" " * 1_100_000, 413, "larger than 1 megabytes"),
+        (b"[" * 100_000, 400, "not a JSON object"),
         ({}, 400, "messages must be a list"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "content must be text"),
+        ({"model": "gpt-4o", "messages": message(picture("red"))}, 404, "'gpt-4o' is not here: this server has 'model'"),
+        ({"messages": message(picture("red")), "max_tokens": math.inf}, 400, "max_tokens must be a number from 1"),
         ({"messages": message(picture("red")) * 2}, 400, "2 images"),
         ({"messages": [{"role": "user", "content": "hello"}]}, 400, "0 images"),
         ({"messages": [{"role": "system", "content": "hello"}]}, 400, "one message of the user"),
@@ -137,7 +147,7 @@ def test_two_hundred_requests_at_once_are_each_answered_with_their_own_caption(c
     ],
 )  # fmt: skip
 def test_a_request_with_a_mistake_is_refused_in_one_sentence(body, status, said, address):
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    content = body if isinstance(body, bytes) else json.dumps({"model": "model"} | body).encode()
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(f"{address}/v1/chat/completions", content))
     assert refused.value.code == status
@@ -147,7 +157,7 @@ def test_a_request_with_a_mistake_is_refused_in_one_sentence(body, status, said,
 
 def test_an_address_is_not_fetched(address):
     fetched = {"type": "image_url", "image_url": {"url": f"{address}/health"}}
-    body = json.dumps({"messages": [{"role": "user", "content": [fetched]}]}).encode()
+    body = json.dumps({"model": "model", "messages": [{"role": "user", "content": [fetched]}]}).encode()
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(f"{address}/v1/chat/completions", body))
     assert "nothing is fetched" in refused.value.read().decode()
@@ -157,3 +167,8 @@ def test_a_port_in_use_is_one_line_before_the_model_is_loaded(address, model):
     failed = tiny.run("serve.py", "--model_name_or_path", model, "--port", address.rpartition(":")[2], fails=True)
     assert "Address already in use" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_model_whose_prompt_holds_columns_is_refused_at_the_start(model):
+    failed = tiny.run("serve.py", "--model_name_or_path", model, "--port", 0, "--prompt", "near {category}", fails=True)
+    assert "holds columns, which a request has not" in failed.stderr
