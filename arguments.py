@@ -16,6 +16,7 @@ from common.packages import check_packages
 from common.prompts import template_of
 from common.text import read_text
 from common.trainer_flags import trainer_flags
+from jobs.chat_server import body_of
 
 check_packages()  # nothing that is not Python's own is imported yet
 
@@ -1092,10 +1093,7 @@ class JudgeArguments(ImageServerArguments):
     def llm_arguments(self) -> LLMArguments:
         """As rewriting.backends takes them: temperature 0 at every call, no beams, three calls for an answer."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(ServerArguments)}
-        try:
-            body = json.loads(self.extra_body or "{}")
-        except json.JSONDecodeError as error:
-            raise UserError(f"--extra_body is not JSON: {error}") from None
+        body = body_of(self)
         shared["extra_body"] = json.dumps({"temperature": 0} | body)
         shared["base_url"] = self.judge_base_url or self.base_url
         return LLMArguments(**shared, max_new_tokens=256, max_prompt_tokens=4096, max_attempts=3, num_beams=1)

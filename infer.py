@@ -85,7 +85,8 @@ def load_captioner(model_args, generation_args, args, server_args) -> tuple[Capt
     """The captioner, and the settings that must stay the same during a run."""
     if server.is_served(model_args.model_name_or_path):
         captioner = server.connect(model_args, generation_args, server_args, args.seed)
-        return captioner, {"model": model_args.model_name_or_path} | captioner.description() | written_with(args)
+        named = {"model": model_args.model_name_or_path, "server": captioner.address}
+        return captioner, named | captioner.description() | written_with(args)
     model_args.complete()  # applies --device, also in a worker process
     captioner = Captioner.from_pretrained(
         model_args.model_name_or_path,

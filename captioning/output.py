@@ -147,9 +147,10 @@ def finish(
     captions = total["rows"] - total["errors"]
     logger.info("%d captions in %s, %d images without one", captions, folder.output, total["errors"])
     if total["cut"]:
-        limit = settings.get("max_new_tokens")
-        logger.info("%d of %d captions were cut at max_new_tokens, %s", total["cut"], captions, limit)
-    say_cost(total["tokens_in"], total["tokens_out"], prices)
+        where = f"at max_new_tokens, {settings.get('max_new_tokens')}"
+        where = "by the server (finish_reason length)" if "server" in settings else where
+        logger.info("%d of %d captions were cut %s", total["cut"], captions, where)
+    say_cost(total["tokens_in"], total["tokens_out"], prices, "all captions of the output, kept ones too: ")
     return True
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import threading
@@ -140,6 +141,7 @@ class ServerCaptioner:
         self.drawing["extra_body"] = fields
         self.filtered, self.fast_jpeg, self.corruption = remove_illegal_characters, fast_jpeg, corruption
         self.server = ChatServer(name, server_args, self.settings["max_new_tokens"])
+        self.address = without_secrets(str(self.server.client.base_url)).rstrip("/")
         self.journal_file, self.kept, self.keep, self.lock = journal_file, {}, None, threading.Lock()
         self.count_anew()
 
@@ -155,9 +157,9 @@ class ServerCaptioner:
     def say_cut(self) -> None:
         """What the answers since the count began cost, and how many captions were cut, if there are any."""
         if self.cut:
-            numbers = (self.cut, self.written, self.settings["max_new_tokens"])
-            logger.info("%d of %d captions were cut at max_new_tokens, %d: they have no end of their own", *numbers)
-        say_cost(*self.tokens, self.args.prices)
+            logger.info("%d of %d captions were cut by the server (finish_reason length)", self.cut, self.written)
+        kept = "all answers, those of earlier runs too: " if self.journal_file else ""
+        say_cost(*self.tokens, self.args.prices, kept)
 
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
@@ -184,10 +186,10 @@ class ServerCaptioner:
     @contextlib.contextmanager
     def journal(self, file: Path, others: Iterable[Path] = ()):
         """Within it, answers are kept in `file` as soon as they arrive, and none that it has is asked for again, nor one in
-        the journals `others`."""
+        the journals `others`. Images that had no caption there are asked again."""
         with Journal(file) as journal:
-            self.kept = {row["key"]: row for other in others for row in _rows_in(other)}
-            self.kept |= {row["key"]: row for row in journal.rows}
+            rows = [*itertools.chain.from_iterable(map(_rows_in, others)), *journal.rows]
+            self.kept = {row["key"]: row for row in rows if not row["error"]}
             self.keep = journal.add
             try:
                 yield
@@ -242,8 +244,8 @@ class ServerCaptioner:
         if prompt := plain(self.prompt) if prompt is None else prompt:
             content.append({"type": "text", "text": prompt})
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        asked = json.dumps([self.name, prompt, self.settings, self.request, *system], ensure_ascii=False)
-        key = hashlib.sha256(asked.encode("utf-8", "replace") + jpeg).hexdigest()[:24]
+        asked = [self.address, self.name, prompt, self.settings, self.request, *system]
+        key = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode("utf-8", "replace") + jpeg).hexdigest()[:24]
         tokens = image.width * image.height // PIXELS_PER_TOKEN + len(prompt) // 4
         return Picture(image_id, [*system, {"role": "user", "content": content}], key, tokens)
 
@@ -315,10 +317,12 @@ def _rows_in(journal: Path) -> list[dict]:
     return []
 
 
-def say_cost(prompts: int, written: int, prices: tuple) -> None:
+def say_cost(prompts: int, written: int, prices: tuple, of: str = "") -> None:
     if prompts or written:
         cost = cost_of(prompts, written, *prices)
-        logger.info("%d prompt tokens, %d written%s", prompts, written, "" if cost is None else f", cost {cost:.2f}")
+        logger.info(
+            "%s%d prompt tokens, %d written%s", of, prompts, written, "" if cost is None else f", cost {cost:.2f}"
+        )
 
 
 def estimate(captioner: ServerCaptioner, samples: Iterable[dict]) -> str:

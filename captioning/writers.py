@@ -351,7 +351,8 @@ def _copy(row: dict, folder: Path, different: Different) -> str:
     """Writes an image into the folder, under a name that no other image of the run has, nor a file that is there and is
     another. Returns the name."""
     content = _content(row["image"])
-    name = "images/" + "".join(stem_and_ending(inside(re.sub(r"[^\w.\-/\\]+", "_", row["name"]))))
+    stem, ending = stem_and_ending(inside(row["name"]))
+    name = "images/" + re.sub(r"[^\w.\-/]+", "_", stem) + ending
     while True:
         free = different(name)
         target = folder / free

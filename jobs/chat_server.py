@@ -21,6 +21,13 @@ TOLD_WAIT, LONGEST_WAIT = 120.0, 600.0  # seconds that a server may ask to wait:
 PATIENCE = 20.0  # seconds in which another request has to be answered for a refusal to be of one request alone
 REFUSALS = (400, 413, 422)  # of one prompt, if others are answered
 TRANSIENT = (408, 409, 429)  # and all from 500 on
+# Fields of a request that --extra_body would change behind what is recorded, or read.
+OWN_FIELDS = {
+    "model": "name the model as openai:MODEL",
+    "messages": "they are made of the image or captions, and the prompt",
+    "stream": "answers are read whole",
+    "n": "one answer is read; infer.py takes --num_return_sequences",
+}
 ADVICE = {
     401: "Is OPENAI_API_KEY right?",
     403: "Is the key allowed to use this model?",
@@ -169,9 +176,14 @@ class ChatServer:
 def body_of(args) -> dict:
     """The fields of --extra_body."""
     try:
-        return json.loads(args.extra_body or "{}")
+        body = json.loads(args.extra_body or "{}")
     except json.JSONDecodeError as error:
         raise UserError(f"--extra_body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError(f"--extra_body is a JSON object, such as '{{\"top_k\": 5}}', not {args.extra_body:.80}.")
+    if name := next(filter(body.__contains__, OWN_FIELDS), None):
+        raise UserError(f"--extra_body cannot set {name!r}: {OWN_FIELDS[name]}.")
+    return body
 
 
 def tokens_of(answer) -> list[int]:

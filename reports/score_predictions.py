@@ -1,7 +1,10 @@
 """Scores of captions that exist already, from any system."""
 
+import re
+
 import datasets
 
+from common.errors import DataError
 from common.processes import processes
 from data.caption_files import find_images, in_both, load_predictions, read_references
 from metrics.clip_scores import load_scorers
@@ -16,6 +19,13 @@ def score_predictions(folder, data_args, generation_args, metric_args, args, jud
     columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
     predictions = load_predictions(args.predictions, found, args.common, **columns)
     references = found.captions
+    numbered = [(image, re.sub(r"#\d+$", "", image)) for image in predictions if image not in references]
+    if other := next((image for image, its in numbered if its != image and its in references), None):
+        raise DataError(
+            f"{args.predictions}: {other!r} answers another question about an image that is asked several, and references "
+            "in a file are not told apart by question. Score each question's answers with the model: evaluate.py "
+            "--model_name_or_path."
+        )
     if args.common:
         predictions, references = in_both(predictions, references)
     if generation_args.remove_illegal_characters:

@@ -215,9 +215,10 @@ def test_answers_outlive_a_source_that_changes_in_between(script, tmp_path):
         assert "answers 401: bad key. Is OPENAI_API_KEY right?" in said
         before = set(server.paid)
         assert len(before) == 20
+        port = server.server_port
     Image.new("RGB", (40, 30), "red").save(folder / "0000-new.png")  # each image is now at another place
     (folder / "0007.png").unlink()
-    with LLMServer(coloured) as server:
+    with LLMServer(coloured, port) as server:
         script("infer.py", folder, "--output", output, *asked(server))
         assert not before & set(server.paid)
         assert server.paid.total() == 11
@@ -252,7 +253,7 @@ def test_what_the_server_does_not_answer_is_the_error_of_its_row(script, tmp_pat
     assert found[4]["caption"] == "it goes on and"
     assert "2 captions in" in said
     assert "4 images without one" in said
-    assert "1 of 2 captions were cut at max_new_tokens, 256" in said
+    assert "1 of 2 captions were cut by the server (finish_reason length)" in said
 
 
 @pytest.mark.parametrize(
@@ -268,6 +269,7 @@ def test_a_server_that_cannot_answer_ends_the_run_in_one_line(status, message, s
     folder = pictures(tmp_path / "photos", 3)
     with LLMServer(lambda uri, request: (status, {"error": {"message": message}}, {})) as server:
         _, printed = script("infer.py", folder, "--output", tmp_path / "out.jsonl", *asked(server), fails=True)
+        assert len(server.requests) <= 3  # none is tried again
     assert said in printed
     assert "Traceback" not in printed
 
@@ -293,6 +295,11 @@ def test_a_bad_image_stops_the_run_or_has_its_error_and_costs_nothing(script, tm
         ("DIR", ["--max_side", 3], "--max_side is for a model on a server"),
         ("DIR", ["--dry_run"], "--dry_run is for a model on a server"),
         ("openai:small", ["--extra_body", "{"], "--extra_body is not JSON"),
+        *[("openai:small", ["--extra_body", body], "is a JSON object") for body in ("[1]", "5", "null")],
+        *[
+            ("openai:small", ["--extra_body", f'{{"{name}": 1}}'], f"cannot set '{name}'")
+            for name in ("model", "messages", "stream", "n")
+        ],
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(model, flags, said, script, tmp_path):
@@ -345,6 +352,7 @@ def test_a_model_on_a_server_is_scored_and_a_killed_run_asks_no_image_again(scri
         assert "Is OPENAI_API_KEY right?" in said
         before = set(server.paid)
         assert len(before) == 5
+        port = server.server_port
 
     first = []
 
@@ -352,7 +360,7 @@ def test_a_model_on_a_server_is_scored_and_a_killed_run_asks_no_image_again(scri
         first.append(uri)
         return ["", "content_filter"] if uri == first[0] else "a red circle"
 
-    with LLMServer(filtered) as server:
+    with LLMServer(filtered, port) as server:
         _, said = script("evaluate.py", *words, *asked(server, "--price_in", 1, "--price_out", 1, "--concurrency", 1))
         assert not before & set(server.paid)
     assert "has no caption, and is scored with an empty one: the server's filter refused it" in said
@@ -369,6 +377,42 @@ def test_a_model_on_a_server_is_scored_and_a_killed_run_asks_no_image_again(scri
     assert sorted(predictions.values())[0] == ""
     assert len(predictions) == scores["counts"]["images"]
     assert (tmp_path / "scores/report.html").exists()
+
+    # What the server refused is asked again, and alone; another server is asked all.
+    with LLMServer(lambda uri, request: "a blue square", port) as server:
+        _, said = script("evaluate.py", *words, *asked(server))
+        assert set(server.paid) == {first[0]}
+        assert "all answers, those of earlier runs too: " in said
+    with LLMServer(lambda uri, request: "another server") as server:
+        script("evaluate.py", *words, *asked(server))
+    predictions = json.loads((tmp_path / "scores/predictions.json").read_text())
+    assert {row["caption"] for row in predictions} == {"another server"}
+
+
+def test_an_output_is_of_one_server(script, tmp_path):
+    folder, output = pictures(tmp_path / "photos", 2), tmp_path / "out.jsonl"
+    with LLMServer(coloured) as server, LLMServer(coloured) as other:
+        script("infer.py", folder, "--output", output, *asked(server))
+        slash = ["--base_url", server.url + "/"]
+        _, said = script("infer.py", folder, "--output", output, *asked(server), *slash)
+        assert "all captions of the output, kept ones too: 2 prompt tokens" in said
+        Image.new("RGB", (40, 30), "red").save(folder / "new.png")
+        _, said = script("infer.py", folder, "--output", output, *asked(other), fails=True)
+        assert "was started with other settings: server" in said
+        assert "Name another --output" in said
+        assert other.requests == []
+
+
+def test_what_was_refused_in_an_unfinished_shard_is_asked_again(script, tmp_path):
+    folder, output, turns = pictures(tmp_path / "photos", 3), tmp_path / "out.jsonl", iter(range(9))
+    answers = [["", "content_filter"], "first", (401, {"error": {"message": "bad key"}}, {})]
+    words = ["--output", output, "--concurrency", 1]
+    with LLMServer(lambda uri, request: answers[next(turns)]) as server:
+        script("infer.py", folder, *asked(server), *words, fails=True)
+        port = server.server_port
+    with LLMServer(lambda uri, request: "second", port) as server:
+        script("infer.py", folder, *asked(server), *words)
+    assert [row["caption"] for row in rows(output)] == ["second", "first", "second"]
 
 
 @pytest.mark.slow
