@@ -465,3 +465,17 @@ def test_a_model_in_transformers_serve_captions_as_it_does_here(script, tmp_path
     ours, _ = script("infer.py", tmp_path / "sent", *here, *settings)
     assert served == ours.replace(str(tmp_path / "sent"), str(tmp_path / "photos"))
     assert len({line.split("\t")[1] for line in ours.splitlines()}) > 2  # they differ with the image
+
+
+def test_copies_of_an_image_that_is_asked_several_prompts_keep_its_ending(script, tmp_path):
+    pictures(tmp_path / "photos", 1)
+    turns = [[{"from": "human", "value": f"<image>\n{word}?"}, {"from": "gpt", "value": word}] for word in ("a", "b")]
+    talk = [{"image": "photos/0000.png", "conversations": conversation} for conversation in turns]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
+    with LLMServer(lambda uri, request: request["messages"][0]["content"][1]["text"]) as server:
+        script("infer.py", tmp_path / "talk.jsonl", "--output", tmp_path / "metadata.jsonl", *asked(server))
+    found = rows(tmp_path / "metadata.jsonl")
+    assert sorted(row["caption"] for row in found) == ["a?", "b?"]
+    for row in found:
+        with Image.open(tmp_path / row["file_name"]) as image:
+            assert (image.format, row["file_name"][-4:]) == ("PNG", ".png")

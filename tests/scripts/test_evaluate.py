@@ -244,6 +244,20 @@ def test_damaged_weights_and_a_model_of_another_task_are_refused(model, dataset,
     assert "is a BlipForQuestionAnswering" in tiny.run("evaluate.py", *command, answers, fails=True).stderr
 
 
+@pytest.mark.parametrize("common", [[], ["--common"]])
+def test_answers_to_a_second_question_are_not_scored_against_all_answers(common, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"x.png": "red", "x.png#2": "a dog"}))
+    turns = [[{"from": "human", "value": f"{word}?"}, {"from": "gpt", "value": word}] for word in ("red", "a dog")]
+    talk = [{"image": "x.png", "conversations": conversation} for conversation in turns]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
+    command = ["--predictions", tmp_path / "p.json", "--references", tmp_path / "talk.jsonl", *common, *NO_JAVA]
+    result = tiny.run("evaluate.py", *command, "--output_dir", tmp_path / "out", fails=True)
+    assert "'x.png#2' answers another question" in result.stderr
+    assert "evaluate.py --model_name_or_path" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out/coco_metrics.json").exists()
+
+
 def test_predictions_without_references_are_refused(tmp_path):
     (tmp_path / "p.json").write_text("{}")
     result = tiny.run("evaluate.py", "--predictions", tmp_path / "p.json", "--output_dir", tmp_path, fails=True)
