@@ -53,6 +53,7 @@ def test_texts_are_those_of_one_row_at_a_time(llm, source):
             assert written == tidy(tokenizer.decode(new, skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_processes_is_finished_and_equals_that_of_one(llm, source):
     arguments = command(source, llm, "--per_device_batch_size", 1, "--rows_per_file", 4)
     process = tiny.start("rewrite.py", *arguments, processes=2)

@@ -194,6 +194,7 @@ def test_many_images_become_a_table_and_two_files(client, model, files):
         client.predict(files=images[:1] * 2, api_name="/caption_files")
 
 
+@pytest.mark.slow
 def test_a_login_is_asked_for_and_two_models_answer_side_by_side(model, files, tmp_path):
     (tmp_path / "users").write_text("ann:secret\n")
     other = tiny.build_folder(tmp_path, seed=1)

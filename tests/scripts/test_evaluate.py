@@ -140,6 +140,7 @@ def test_two_processes_give_the_captions_of_one(model, dataset, tmp_path):
     assert (tmp_path / "one/predictions.json").read_text() == (tmp_path / "two/predictions.json").read_text()
 
 
+@pytest.mark.slow
 def test_an_untrained_model_scores_nothing_on_real_captions(test_data, tmp_path):
     from models.loading import build_model
 

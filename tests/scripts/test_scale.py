@@ -152,6 +152,7 @@ def test_one_of_two_nodes_is_killed_and_nothing_is_lost(model, photos, expected,
     assert rows(output) == expected
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_before_anything_is_waited_for(model, photos, tmp_path):
     ray = ["--engine", "ray"]
     began = time.time()

@@ -114,6 +114,7 @@ def test_in_bfloat16_the_loss_is_the_same_to_the_bit(dataset, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_training_on_kept_features_ends_with_the_weights_of_training_on_pixels(dataset, tmp_path):
     folder = tmp_path / "kept"
     said = {}

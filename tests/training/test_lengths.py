@@ -89,6 +89,7 @@ def test_every_familys_captions_are_learnt_to_their_end_within_its_positions(nam
         assert tokens.shape[1] <= lengths["max_new_tokens"]
 
 
+@pytest.mark.slow
 def test_paragraphs_are_learnt_to_their_end_without_a_flag(tmp_path):
     """Captions of 10, 100 and 300 words, with the default flags: greedy captions end by themselves, in the same words."""
     words = [f"w{n}" for n in range(300)]
