@@ -81,7 +81,7 @@ def test_a_stopped_second_round_asks_no_image_twice(script, tmp_path):
         first = set(server.paid)
         assert len(first) == 7
         assert of_images(output) == before  # until the round is complete
-    with LLMServer(faulty) as server:
+    with LLMServer(faulty, server.server_port) as server:
         _, said = script("infer.py", folder, "--output", output, *again, *asked(server))
         assert "4 images are captioned again, in 1 shards" in said
         assert server.paid.total() == 2
