@@ -124,10 +124,10 @@ def mutated(mutant: dict, source: str) -> str | None:
 def difference(mutant: dict) -> list[str] | None:
     """Its lines; None if it does not compile, or the module has no such place."""
     before = (ROOT / mutant["module"]).read_text(encoding="utf-8")
-    after = mutated(mutant, before)
     try:
+        after = mutated(mutant, before)
         compile(after or "no place", mutant["module"], "exec")
-    except SyntaxError:
+    except (SyntaxError, AttributeError):  # cosmic-ray cannot replace an exception that is named with its module
         return None
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
     return [line for line in lines if line[:2] not in ("--", "++", "@@")]
