@@ -67,10 +67,10 @@ $(TORCHVISION)/installed: requirements.txt requirements-dev.txt constraints.txt
 	@touch $@
 
 # The tests of models and processors, by the start of their names.
-LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels row_prompts, \
+LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels, \
   $(wildcard tests/*/test_$(name)*.py))
 test-torchvision: $(TORCHVISION)/installed
-	$(QUIET) $(TORCHVISION)/bin/python $(PYTEST) $(LIBRARY_TESTS)
+	$(QUIET) $(TORCHVISION)/bin/python $(PYTEST) -m "not slow" $(LIBRARY_TESTS)
 
 # The lowest versions that requirements.txt allows, but for torch, whose old builds for Linux all bring CUDA.
 OLDEST = .venv-oldest

@@ -127,7 +127,9 @@ def test_the_loss_of_a_conversation_is_the_librarys(disturbed):
         before = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
         whole = processor.apply_chat_template(turns)
         texts = {"add_special_tokens": collator.images.adds_special_tokens, "return_tensors": "pt"}
-        whole = whole.rpartition(sample["captions"][1])[0] + sample["captions"][1]
+        # Where answers open otherwise than the generation prompt, captions are trained behind the latter.
+        opened = whole.rpartition(sample["captions"][1])[0] if whole.startswith(before) else before
+        whole = opened + sample["captions"][1]
         inputs = dict(processor(images=[[sample["image"]]], text=[whole], **texts))
         length = processor(images=[[sample["image"]]], text=[before], **texts)["input_ids"].shape[1]
         along = inputs["input_ids"].shape
@@ -160,6 +162,10 @@ def test_an_answer_begins_with_the_words_that_are_given(disturbed):
         inputs = {n: v for n, v in batch.items() if isinstance(v, torch.Tensor)}
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor(begun)], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for name in {"token_type_ids", "mm_token_type_ids"} & inputs.keys():  # as of other words of the answer
+            inputs[name] = torch.nn.functional.pad(
+                inputs[name], (0, len(begun[0])), value=family_of(model.config).caption_tokens[name]
+            )
         with torch.no_grad():
             settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": captioner.collator.end}
             new = model.generate(**inputs, **settings, pad_token_id=captioner.collator.pad)
