@@ -14,9 +14,9 @@ from common.existence import check_exists, exists
 from common.flags import Flags
 from common.packages import check_packages
 from common.prompts import template_of
+from common.request import body_of
 from common.text import read_text
 from common.trainer_flags import trainer_flags
-from jobs.chat_server import body_of
 
 check_packages()  # nothing that is not Python's own is imported yet
 

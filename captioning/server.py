@@ -24,10 +24,11 @@ from common.limits import cpus
 from common.processes import processes, show_progress
 from common.prompts import plain
 from common.provenance import without_secrets
+from common.request import body_of
 from common.text import Caption
 from data.images import ImageError, open_image
 from data.prompts import PROMPTS
-from jobs.chat_server import ChatServer, Refused, body_of, cost_of, tokens_of
+from jobs.chat_server import ChatServer, Refused, cost_of, tokens_of
 from jobs.journal import Journal
 from metrics.coco_caption.text_checks import remove_illegal_characters
 

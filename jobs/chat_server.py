@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import itertools
-import json
 import logging
 import os
 import random
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from email.utils import parsedate_to_datetime
 
 from common.errors import UserError
+from common.request import body_of
 
 logger = logging.getLogger(__name__)
 WITHOUT_TEXT = "answered without text"
@@ -21,13 +21,6 @@ TOLD_WAIT, LONGEST_WAIT = 120.0, 600.0  # seconds that a server may ask to wait:
 PATIENCE = 20.0  # seconds in which another request has to be answered for a refusal to be of one request alone
 REFUSALS = (400, 413, 422)  # of one prompt, if others are answered
 TRANSIENT = (408, 409, 429)  # and all from 500 on
-# Fields of a request that --extra_body would change behind what is recorded, or read.
-OWN_FIELDS = {
-    "model": "name the model as openai:MODEL",
-    "messages": "they are made of the image or captions, and the prompt",
-    "stream": "answers are read whole",
-    "n": "one answer is read; infer.py takes --num_return_sequences",
-}
 ADVICE = {
     401: "Is OPENAI_API_KEY right?",
     403: "Is the key allowed to use this model?",
@@ -171,19 +164,6 @@ class ChatServer:
             self.noted = time.monotonic()
             recent, self.fresh = self.fresh, Counter()
         logger.warning("server: %s", ", ".join(f"{trouble} (×{n})" for trouble, n in recent.items()))
-
-
-def body_of(args) -> dict:
-    """The fields of --extra_body."""
-    try:
-        body = json.loads(args.extra_body or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"--extra_body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise UserError(f"--extra_body is a JSON object, such as '{{\"top_k\": 5}}', not {args.extra_body:.80}.")
-    if name := next(filter(body.__contains__, OWN_FIELDS), None):
-        raise UserError(f"--extra_body cannot set {name!r}: {OWN_FIELDS[name]}.")
-    return body
 
 
 def tokens_of(answer) -> list[int]:
