@@ -178,8 +178,8 @@ def forked(run: dict, cwd: str) -> int:
 
 
 def kill_when(file: str, children: list[int]) -> None:
-    """SIGKILL for all children, as soon as there is such a file; if they end before, they were not killed."""
-    while not os.path.exists(file):
+    """SIGKILL for all children, as soon as such a file has been written; if they end before, they were not killed."""
+    while not (os.path.exists(file) and os.path.getsize(file)):
         if os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.01)
