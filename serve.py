@@ -143,7 +143,7 @@ class Server:
             own = self.captioner.settings["max_new_tokens"]
             settings["max_new_tokens"] = min(own, int(number_in(tokens, "max_tokens", 1, 1e9)))
         if number_in(body.get("temperature") or 0, "temperature", 0, 2) > 0:
-            settings |= {"do_sample": True, "num_beams": 1, "temperature": float(body["temperature"])}
+            settings |= {"do_sample": True, "num_beams": 1, "top_k": 0, "temperature": float(body["temperature"])}
             settings["top_p"] = float(number_in(body.get("top_p") or 1, "top_p", 1e-6, 1))
         texts, images = parts_of(body.get("messages"))
         if len(images) != 1:
