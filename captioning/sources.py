@@ -9,6 +9,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -19,11 +20,12 @@ from common.existence import ENDINGS, may_be_on_hub
 from common.remote import is_remote, list_remote, local_copy, reaching
 from common.text import read_text
 from data import formats
+from data.columns import without_spaces
 from data.finder import Finder
 from data.formats import detect, parquet, saved, webdataset
 from data.images import ImageError, is_image
 from data.prompts import prompt_of
-from data.reader import Source, find_format
+from data.reader import Source, find_format, is_there
 from data.rows import Options, Part, Row, split_of_file
 from data.text_rows import ENDINGS as TABLES
 from data.walk import walk
@@ -175,9 +177,10 @@ def _listed(place: str, options: Options) -> Iterator[Row]:
         yield Row("", place)
         return
     file = str(local_copy(place, options.cache_dir)) if is_remote(place) else place
-    names = list(filter(None, map(str.strip, read_text(file).splitlines())))
+    names = [line for line in read_text(file).splitlines() if line.strip()]
     find = Finder([os.path.dirname(file), "."], lambda: names)
     for name in names:
+        name = without_spaces(name, partial(is_there, find))
         try:
             image = _beside(place, name) if is_remote(place) or is_remote(name) else find(name)
         except ImageError as error:

@@ -35,6 +35,7 @@ PREDICTION_COLUMNS = (
     "prediction", "predicted_caption", "generated_caption", "generated_text", "generated", "hypothesis", "response",
     "output", "answer", "pred",
 )  # fmt: skip
+CAPTION_WORDS = {"caption", "captions", "sentence", "sentences", "text", "texts", "description", "descriptions"}
 NUMBERED_CAPTION = re.compile(r"(?:captions?|sentences?|texts?|comments?)_?\d+")  # caption_0 ... caption_4
 SPLIT_COLUMNS = ("split", "set_name")  # TextCaps says set_name
 MAYBE_SPLIT_COLUMNS = ("subset", "partition", "set", "fold", "phase")  # where they say train, val or test
@@ -83,10 +84,8 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
         if name is not None and name not in examples:
             raise DataError(f"{source}: no column {name!r} (--{flag}). Columns present: {', '.join(examples)}")
     usual = {usual_name(name): name for name in reversed(examples)}
-    image_id = first_of(ID_COLUMNS, usual)
-    image = options.image_column or first_of(IMAGE_COLUMNS, usual)
-    if images and image not in images and not options.image_column:
-        image = images[0]
+    image_id = taken("ids", present(ID_COLUMNS, usual), source)
+    image = options.image_column or _image_column(examples, usual, source, images)
     captions = _caption_columns(examples, usual, options, source, image) if options.captions else []
     if image is None and options.images:
         image = _image_by_content(examples, captions, options.is_file, source)
@@ -106,6 +105,33 @@ def _question(examples: dict, usual: dict, captions: list[str]) -> str | None:
     return next((name for name in columns if _turns(examples[name])), None)
 
 
+def say_taken(role: str, taken: list[str], others: list[str], source: str, flag: str = "") -> None:
+    """One line where several columns could be meant."""
+    if others:
+        advice = f"; --{flag} names another" if flag else ""
+        columns = " and ".join(taken), " or ".join(others), advice
+        say_once(logger, "%s: %s are read from %s, not from %s%s", source, role, *columns)
+
+
+def taken(role: str, columns: list[str], source: str, flag: str = "") -> str | None:
+    """The first of the columns that could be meant."""
+    say_taken(role, columns[:1], columns[1:], source, flag)
+    return next(iter(columns), None)
+
+
+def present(names: tuple, usual: dict) -> list[str]:
+    """The columns with these names, in the order of the names."""
+    return [usual[name] for name in names if name in usual]
+
+
+def _image_column(examples: dict, usual: dict, source: str, images: tuple) -> str | None:
+    columns = present(IMAGE_COLUMNS, usual)
+    if images:
+        columns = list(dict.fromkeys([*filter(images.__contains__, columns), *images]))
+    others = [name for name in columns[1:] if name in images or _may_be_image(examples[name])]
+    return taken("images", [*columns[:1], *others], source, "image_column")
+
+
 def first_of(names: tuple, values: dict):
     """The value of the first of these names that has one."""
     return next(filter(None, map(values.get, names)), None)
@@ -115,28 +141,32 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
     if options.caption_column:
         return [options.caption_column]
     names = (*PREDICTION_COLUMNS, *CAPTION_COLUMNS) if options.predictions else CAPTION_COLUMNS
-    present = [name for name in dict.fromkeys(names) if usual.get(name, image) != image]
-    plain, predicted = {"caption", "captions"}.intersection(present), set(PREDICTION_COLUMNS).intersection(present)
+    names = [name for name in dict.fromkeys(names) if usual.get(name, image) != image]
+    plain, predicted = {"caption", "captions"}.intersection(names), set(PREDICTION_COLUMNS).intersection(names)
     if options.predictions and plain and predicted:
         both = " or ".join(usual[name] for name in (*sorted(predicted), *sorted(plain)))
         raise DataError(
             f"{source}: the predictions could be {both}. Say which with --caption_column, or remove the others"
         )
     numbered = sorted(filter(NUMBERED_CAPTION.fullmatch, reversed(usual)), key=_number)
-    candidates = [*present[:1], *numbered]  # caption, caption2, caption3
+    candidates = [*names[:1], *numbered]  # caption, caption2, caption3
     columns = [usual[name] for name in candidates if _base(name) == _base(candidates[0])]
-    others = [usual[name] for name in (*present, *numbered) if usual[name] not in columns]
-    if others:
-        say_once(
-            logger,
-            "%s: captions are read from %s, not from %s; --caption_column names another",
-            *(source, " and ".join(columns), " or ".join(others)),
-        )
+    alike = [name for name in reversed(usual) if name != QUESTION and _is_alike(name, examples[usual[name]])]
+    others = [usual[name] for name in dict.fromkeys((*names, *numbered, *alike))]
+    if columns:
+        others = [name for name in others if name not in (*columns, image)]
+        say_taken("captions", columns, others, source, "caption_column")
     if columns or "error" in examples:
         return columns
     if "json" in examples:  # WebDataset: the caption is inside
         return ["json"]
     raise _missing("caption", examples, source, [n for n, v in examples.items() if n != image and _is_text(v)])
+
+
+def _is_alike(name: str, value) -> bool:
+    """Whether a column may hold captions, by a word of its usual name and several words in it: caption_en, alt_text."""
+    text = str(_first(value))
+    return not CAPTION_WORDS.isdisjoint(name.split("_")) and _is_text(value) and (" " in text or not text.isascii())
 
 
 def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[str], bool], source: str) -> str:
@@ -178,12 +208,13 @@ def _missing(role: str, examples: dict, source: str, candidates: list[str]) -> D
 
 
 def _split_column(examples: dict, usual: dict, source: str) -> str | None:
-    column = first_of(SPLIT_COLUMNS, usual)
-    for name in () if column else filter(None, map(usual.get, MAYBE_SPLIT_COLUMNS)):
+    columns = present(SPLIT_COLUMNS, usual)
+    for name in present(MAYBE_SPLIT_COLUMNS, usual):
         if split_in(str(examples[name])) is not None:
-            return name
-        say_once(logger, "%s: column %s (%.40r) names no splits", source, name, str(examples[name]))
-    return column
+            columns.append(name)
+        elif not columns:
+            say_once(logger, "%s: column %s (%.40r) names no splits", source, name, str(examples[name]))
+    return taken("splits", columns, source)
 
 
 def usual_name(column: str) -> str:
@@ -375,7 +406,7 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
     content = from_base64(value)
     if content is None and len(value) > LONGEST_NAME:
         content = value.encode()  # a damaged image, and treated as one
-    return value.strip() if content is None else {"path": None, "bytes": content}
+    return value if content is None else {"path": None, "bytes": content}
 
 
 def _images_of_turns(turns) -> list:
@@ -440,6 +471,7 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
     image = content.get(columns.image)
     if image is not None:
         image = image_in(image, place, columns.image, columns.captions, address=not options.images)
+        image = without_spaces(image, options.is_file) if isinstance(image, str) else image
     elif options.images:
         image = ImageError(f"there is no image in column {columns.image}")
     name = None
@@ -464,6 +496,11 @@ def row_of(content: dict, columns: Columns, where: str, source: str, options: Op
         question=_question_in(content.get(columns.question), columns.question, place),
         error=text_or_none(content.get("error")),
     )
+
+
+def without_spaces(name: str, is_file: Callable[[str], bool]) -> str:
+    """An image's name without the white space around it, unless that is part of a file's name."""
+    return name.strip() if name != name.strip() and not is_file(name) else name
 
 
 def _question_in(value, column: str | None, place: str) -> str | None:

@@ -154,8 +154,8 @@ def _header(lines: Iterator[str], file: Path) -> tuple[list[str], str, int]:
 
 def _reader(line: str, behind: Iterable[str], separator: str):
     """The rows of `line` and what is behind it; white space before a quote is none of the cell."""
-    lines = itertools.chain([line], behind)
-    return csv.reader(lines, delimiter=separator, strict=True, skipinitialspace='"' in line)
+    spaced = re.search(rf'(?:^|{re.escape(separator)})[^\S\t]+"', line) is not None
+    return csv.reader(itertools.chain([line], behind), delimiter=separator, strict=True, skipinitialspace=spaced)
 
 
 def _cells(line: str, lines: Iterator[str], separator: str) -> tuple[list[str], int]:

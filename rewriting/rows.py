@@ -18,7 +18,7 @@ from common.errors import DataError
 from common.text import json_line
 from data import reader
 from data.caption_files import load_predictions
-from data.columns import LOOKED_AT, captions_of, find_columns, first_of, first_values, is_missing, usual_name
+from data.columns import LOOKED_AT, captions_of, find_columns, first_values, is_missing, present, taken, usual_name
 from data.formats.parquet import file_rows
 from data.rows import Options
 from data.sources import open_rows, require_splits
@@ -261,7 +261,8 @@ def clean(caption) -> str:
 
 def find_column(columns, name: str | None, usual: tuple[str, ...], option: str, source: str) -> str:
     """The column called `name`, or else as is usual, in any case."""
-    column = name or first_of(usual, {usual_name(column): column for column in reversed(columns)})
+    there = present(usual, {usual_name(column): column for column in reversed(columns)})
+    column = name or taken(f"{option.partition('_')[0]} captions", there, source, option)
     if column not in columns:
         raise DataError(
             f"{source}: there is no column {name or ' or '.join(usual)}. Columns present: {', '.join(columns)}. Name it "

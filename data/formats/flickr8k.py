@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.text import open_text, read_text
+from data.columns import without_spaces
 from data.finder import folders_beside
 from data.rows import Options, Part, Row
 from data.text_rows import csv_rows
@@ -38,6 +39,7 @@ def read(part: Part, options: Options) -> Iterator[Row]:
     split_of = official_splits(Path(part.place).parent)
     unlisted = set()
     for name, caption, where in rows_of(Path(part.place)):
+        name = without_spaces(name, options.is_file)
         if split_of and name not in split_of:
             unlisted.add(name)
             options.dropped["images in none of the official split lists"] = len(unlisted)
@@ -71,7 +73,7 @@ def rows_of(file: Path) -> Iterator[tuple[str, str, str]]:
         for row, where in csv_rows(file, last_takes_rest=True):
             if list(row) != ["image", "caption"]:
                 raise DataError(f"{file}: the first line is {list(row)}, expected the header image,caption")
-            yield row["image"].strip(), row["caption"], where
+            yield row["image"], row["caption"], where
         return
     with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
@@ -79,4 +81,4 @@ def rows_of(file: Path) -> Iterator[tuple[str, str, str]]:
             if line.strip():
                 if not tab:
                     raise DataError(f"{file} line {number}: no tab between image and caption: {line.strip()[:80]!r}")
-                yield name.rsplit("#", 1)[0].strip(), caption, f"{file.name} line {number}"
+                yield name.rsplit("#", 1)[0], caption, f"{file.name} line {number}"

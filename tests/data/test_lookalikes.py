@@ -6,12 +6,14 @@ import io
 import json
 import tarfile
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import data
+from captioning.sources import image_rows
 from common.errors import DataError
 from data.checks import described
 from data.columns import captions_of
@@ -237,3 +239,99 @@ def test_a_parquet_file_in_a_folder_of_the_source_names_images_from_its_own_fold
     pq.write_table(table, tmp_path / "set/data/train-00000-of-00001.parquet")
     (row,) = data.load(str(tmp_path / "set"), data_format="parquet", all_as="test")["test"]
     assert row["image"]["path"].endswith("data/0.jpg")
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"caption_en": "a dog runs"}, "captions are read from caption, not from caption_en; --caption_column"),
+        ({"long_caption": "a dog runs"}, "captions are read from caption, not from long_caption; --caption_column"),
+        (
+            {"caption_de": "ein Hund", "caption2": "x"},
+            "captions are read from caption and caption2, not from caption_de",
+        ),
+        ({"split": "train", "subset": "test"}, "splits are read from split, not from subset"),
+        ({"fold": "train", "set": "test"}, "splits are read from set, not from fold"),
+        ({"image_id": "1", "cocoid": "2"}, "ids are read from image_id, not from cocoid"),
+        ({"image_path": "b.jpg"}, "images are read from image, not from image_path; --image_column names another"),
+    ],
+)
+def test_where_two_columns_could_be_meant_a_line_says_which_was_taken(columns, line, tmp_path, caplog):
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / name)
+    row = {"image": "a.jpg", "caption": "a red picture"} | columns
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    (read,) = Source(str(tmp_path / "t.jsonl"), Options()).rows()
+    assert (read.key, read.captions[0]) == ("a.jpg", "a red picture")
+    assert f"t.jsonl: {line}" in caplog.text
+
+
+@pytest.mark.parametrize("columns", [{"caption_id": "1_2"}, {"caption_lang": "en"}, {"caption_length": "12"}, {"url": "x"},
+                                     {"set": "coco"}, {"image_path": "1"}])  # fmt: skip
+def test_columns_that_cannot_be_meant_bring_no_line(columns, tmp_path, caplog):
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "a red picture"} | columns) + "\n")
+    list(Source(str(tmp_path / "t.jsonl"), Options()).rows())
+    assert "not from" not in caplog.text
+
+
+def test_of_two_columns_of_images_a_line_says_which_was_taken(tmp_path, caplog):
+    one, two = ({"bytes": encoded("PNG", colour), "path": None} for colour in ("red", "blue"))
+    rows = {"left": [one], "right": [two], "caption": ["a picture"]}
+    features = datasets.Features(
+        {"left": datasets.Image(), "right": datasets.Image(), "caption": datasets.Value("string")}
+    )
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    (row,) = data.load(str(tmp_path / "t.parquet"), all_as="test")["test"]
+    assert data.open_image(row["image"]).getpixel((0, 0))[0] > 200
+    assert "images are read from left, not from right; --image_column names another" in caplog.text
+
+
+SPACED = {"a.jpg": "red", " a.jpg": "blue", "b.jpg ": "green", " c d.jpg": "black", "e.jpg": "white"}
+
+
+def write_spaced(place, form):
+    rows = [{"image": name, "caption": colour} for name, colour in SPACED.items()]
+    rows[-1]["image"] = " e.jpg "  # no file is called so
+    table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
+    cells = {
+        "t.csv": "{image},{caption}\n",
+        "quoted.csv": '"{image}","{caption}, of course"\n',
+        "t.tsv": "{image}\t{caption}\n",
+    }
+    match form:
+        case "t.jsonl":
+            place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case "t.json":
+            place.write_text(json.dumps({row["image"]: row["caption"] for row in rows}))
+        case "t.parquet":
+            pq.write_table(table, place)
+        case "captions.txt":
+            place.write_text("image,caption\n" + "".join(cells["t.csv"].format(**row) for row in rows))
+        case "t.token":
+            place.write_text("".join(f"{row['image']}#0\t{row['caption']}\n" for row in rows))
+        case _:
+            head = cells["t.tsv" if form == "t.tsv" else "t.csv"].format(image="image", caption="caption")
+            place.write_text(head + "".join(cells[form].format(**row) for row in rows))
+
+
+@pytest.mark.parametrize(
+    "form", ["t.csv", "quoted.csv", "t.tsv", "t.jsonl", "t.json", "t.parquet", "captions.txt", "t.token"]
+)
+def test_a_space_around_a_name_is_part_of_it_where_a_file_is_called_so(form, tmp_path):
+    for name, colour in SPACED.items():
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name, "PNG")
+    write_spaced(tmp_path / form, form)
+    records = data.load(str(tmp_path / form), all_as="test")["test"]
+    found = {row["image"]["path"].rpartition("/")[2]: row["captions"][0].removesuffix(", of course") for row in records}
+    assert found == SPACED
+    rows = image_rows([str(tmp_path / form)], Options())
+    assert sorted(row["image"].rpartition("/")[2] for row in rows) == sorted(SPACED)
+
+
+def test_a_space_around_a_name_in_a_list_is_part_of_it_where_a_file_is_called_so(tmp_path):
+    for name, colour in SPACED.items():
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name, "PNG")
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in [*list(SPACED)[:-1], " e.jpg "]))
+    rows = image_rows([str(tmp_path / "list.txt")], Options())
+    assert [row["image"].rpartition("/")[2] for row in rows] == list(SPACED)
