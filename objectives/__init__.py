@@ -52,7 +52,9 @@ def build_objective(args, objective_args, captioner, train, scorers, metric_args
     weights, objects = parse_rewards(objective_args.reward), None
     if "chair" in weights and metric_args.instances:
         objects = read_instances(metric_args.instances)
-    rewards = Rewards(weights, references, RecordRows(train), scorers, metric_args.caption_language, objects)
+    rewards = Rewards(
+        weights, references, RecordRows(train), scorers, metric_args.caption_language, objects, args.output_dir
+    )
     if args.objective == "dico":
         return Dico(
             captioner,

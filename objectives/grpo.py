@@ -45,15 +45,16 @@ def moments(values: torch.Tensor, dim=None, total=lambda tensor: tensor) -> tupl
 
 @dataclass
 class Group:
-    """The captions drawn of one image, and what is known of each of them: tensors of (captions,). Of all their tokens, one
-    after the other: `old`, the log-probabilities when they were drawn, and `reference`, those of the starting model."""
+    """The captions drawn of one image, and what is known of each of them: tensors of (captions,), None until they are rewarded.
+    Of all their tokens, one after the other: `old`, the log-probabilities when they were drawn, and `reference`, those of the
+    starting model."""
 
     tokens: list[list[int]]
     texts: list[str]
     ended: list[bool]
-    rewards: torch.Tensor
-    parts: dict[str, torch.Tensor]
-    advantages: torch.Tensor
+    rewards: torch.Tensor | None = None
+    parts: dict[str, torch.Tensor] | None = None
+    advantages: torch.Tensor | None = None
     old: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
@@ -64,7 +65,8 @@ class Grpo:
 
     `num_generations` captions of each image of a step are drawn before its first pass, with the weights that the whole step
     is computed with: only then it is known how many tokens the loss is a mean over. The images of the first batch are encoded
-    once, those of later ones once more with gradients if the encoder is trained. Dropout is off.
+    once, those of later ones once more with gradients if the encoder is trained. Dropout is off. A server's rewards are waited for
+    when all is drawn and the first batch has passed.
 
     - scale_rewards: advantages are divided by the standard deviation of the rewards of the image (group) or of the step
       (batch), plus 1e-4; or not at all (none).
@@ -109,6 +111,7 @@ class Grpo:
         self.sampling = self.distribution.settings | {"num_return_sequences": num_generations}
         self.start = StartingModel(captioner) if beta else None
         self.groups: dict[str, Group] = {}
+        self.pending: list = []  # of each batch that was drawn, what waits for its rewards
         switch_off_dropout(captioner.model)
 
     def begin_step(self, batches: list[dict], again: bool = False, total=lambda tensor: tensor) -> None:
@@ -127,6 +130,8 @@ class Grpo:
         log_probs, entropy = self.distribution.log_probs(logits.float(), targets)
         if groups[0].old is None:
             self._remember(groups, log_probs.detach(), batch, encoded, rows, targets)
+        if self.pending:
+            self._reward()
         return self.loss(groups, log_probs, entropy) | self._facts(groups)
 
     def loss(self, groups: list[Group], log_probs: torch.Tensor, entropy: torch.Tensor) -> dict:
@@ -150,36 +155,40 @@ class Grpo:
         return {"loss": loss} | {name: total / counted[row].sum().clamp(min=1) for name, total in of_tokens.items()}
 
     def _draw(self, encoded: dict) -> None:
-        """Draws the captions of the step; `encoded` are the images of its first batch."""
-        drawn = Candidates([], [], [])
+        """Draws the captions of the step, and begins to reward them; `encoded` are the images of its first batch."""
+        k, self.groups, self.drawn, self.pending = self.sampling["num_return_sequences"], {}, [], []
         for number, batch in enumerate(self.due):
             with torch.no_grad():
-                of_batch = draw(self.captioner, self.captioner.encode(batch) if number else encoded, **self.sampling)
-            drawn = Candidates(
-                *(one + other for one, other in zip(vars(drawn).values(), vars(of_batch).values(), strict=True))
-            )
-        image_ids = [image_id for batch in self.due for image_id in batch["image_ids"]]
-        counts = [images_that_count(batch) > 0 for batch in self.due for _ in batch["image_ids"]]
-        rewards, parts = self.rewards(image_ids, drawn.texts, drawn.ended)
-        device, k = self.captioner.model.device, self.sampling["num_return_sequences"]
+                drawn = draw(self.captioner, self.captioner.encode(batch) if number else encoded, **self.sampling)
+            image_ids, counts = batch["image_ids"], images_that_count(batch) > 0
+            self.pending.append(self.rewards.begin(image_ids, drawn.texts, drawn.ended))
+            for i, (image_id, texts, ended) in enumerate(zip(image_ids, drawn.texts, drawn.ended, strict=True)):
+                self.groups[image_id] = Group(drawn.tokens[i * k : (i + 1) * k], texts, ended)
+                self.drawn.append((self.groups[image_id], counts))
+        self.due = []
+
+    def _reward(self) -> None:
+        """Waits for the rewards of the captions that were drawn."""
+        of_batches = [wait() for wait in self.pending]
+        rewards = torch.cat([rewards for rewards, _ in of_batches])
+        parts = {name: torch.cat([parts[name] for _, parts in of_batches]) for name in of_batches[0][1]}
+        device, self.pending = self.captioner.model.device, []
         no_opinion = torch.stack([part.isnan() for part in parts.values()]).all(dim=0)
         rewards = rewards.masked_fill(no_opinion, torch.nan).to(device)
-        left_out = ~torch.tensor(counts, device=device)[:, None]
+        left_out = ~torch.tensor([counts for _, counts in self.drawn], device=device)[:, None]
         advantages = self.advantages(rewards.masked_fill(left_out, torch.nan), parts)
-        self.groups = {}
-        for i, image_id in enumerate(image_ids):
+        for i, (group, _) in enumerate(self.drawn):
             of_image = {name: part[i] for name, part in parts.items()}
-            tokens, texts, ended = drawn.tokens[i * k : (i + 1) * k], drawn.texts[i], drawn.ended[i]
-            self.groups[image_id] = Group(tokens, texts, ended, rewards[i].cpu(), of_image, advantages[i])
-        counted = [self.groups[image_id] for image_id, counts_too in zip(image_ids, counts, strict=True) if counts_too]
+            group.rewards, group.parts, group.advantages = rewards[i].cpu(), of_image, advantages[i]
+        counted = [group for group, counts in self.drawn if counts]
         tokens = sum(
             len(row)
             for group in counted
             for row, end in zip(group.tokens, group.ended, strict=True)
             if end or not self.mask_truncated
         )
-        self.captions, self.tokens = self.total(torch.tensor([len(counted) * k, tokens], device=device)).tolist()
-        self.due = []
+        captions = sum(len(group.tokens) for group in counted)
+        self.captions, self.tokens = self.total(torch.tensor([captions, tokens], device=device)).tolist()
 
     def advantages(self, rewards: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """(images, captions), from rewards of this shape, in which NaN does not count, and their parts."""

@@ -2,16 +2,22 @@
 
 The function is called once per batch, with what its parameters are named after: `candidates` (list of str, the captions),
 and for each of them `references` (a list of str), its image's id in `image_ids`, the picture in `images` (RGB), and the
-row's value of any other column of the data set; `**columns` takes all of these. It returns a number for each candidate, or None where it has nothing to say: that counts as 0,
-and not in the mean that is logged.
+row's value of any other column of the data set; `**columns` takes all of these. `output_dir` is the run's folder, for what it
+keeps. It returns a number for each candidate, or None where it has nothing to say: that counts as 0, and not in the mean that
+is logged.
+
+An `async def` function runs in a thread of its own, batch after batch. There it waits for a server while the captions of the
+step's other batches are drawn (grpo; the other objectives wait for it).
 """
 
+import asyncio
 import functools
 import importlib.util
 import inspect
 import math
 import numbers
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,7 +27,7 @@ from data import open_image
 
 
 class RewardFailed(UserError):
-    """A reward could not be computed in the middle of a run."""
+    """A reward could not be computed in the middle of a run. Without a message: in another process, which says it."""
 
 
 @functools.cache
@@ -48,29 +54,34 @@ def own_files(reward: str) -> list[str]:
 
 
 class OwnReward:
-    """`rows` are {image id: the record}. UserError if a parameter of the function is none of a record's columns."""
+    """`rows` are {image id: the record}. UserError if a parameter of the function is none of a record's columns. `pool`: the
+    thread of an `async def` function."""
 
-    def __init__(self, name: str, rows):
-        self.name, self.function, self.rows = name, own_function(name), rows
+    def __init__(self, name: str, rows, output_dir: str | None = None):
+        self.name, self.function, self.rows, self.output_dir = name, own_function(name), rows, output_dir
+        self.waits = inspect.iscoroutinefunction(self.function)
+        self.pool = ThreadPoolExecutor(1) if self.waits else None
         parameters = inspect.signature(self.function).parameters.values()
         self.parameters = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
         columns = [name for name in rows.columns if name not in ("image", "captions", "image_id")]
         known = ["candidates", "references", "image_ids", "images", *columns]
         if any(p.kind == p.VAR_KEYWORD for p in parameters):
             self.parameters = known
+        known = [*known, "output_dir"]
         for parameter in self.parameters:
             if parameter not in known:
                 raise UserError(f"reward: {name}: its parameter {parameter} is none of {', '.join(known)}.")
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
         times = len(candidates[0])
-        values = {"candidates": [text for group in candidates for text in group]}
+        values = {"candidates": [text for group in candidates for text in group], "output_dir": self.output_dir}
         for name in self.parameters:
-            if name != "candidates":
+            if name not in values:
                 each = references if name == "references" else self._column(name, image_ids)
                 values[name] = [value for value in each for _ in range(times)]
         try:
-            rewards = list(self.function(**{name: values[name] for name in self.parameters}))
+            rewards = self.function(**{name: values[name] for name in self.parameters})
+            rewards = list(asyncio.run(rewards) if self.waits else rewards)
         except UserError as error:
             raise RewardFailed(f"reward: {self.name}: {error}") from error
         except Exception as error:

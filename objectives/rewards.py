@@ -11,12 +11,16 @@ self-critical training learns to stop too early. NaN, of a reward of your own, i
 """
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import Future
 from fractions import Fraction
 
 import torch
+from accelerate.utils import gather_object
 
 from common.caches import cache_folder
 from common.errors import UserError
+from common.processes import processes
 from metrics import CiderD, ends_badly, preflight, repeated_bigrams
 from metrics.chair import objects_of, objects_there
 from metrics.clip_scores import NAMES
@@ -151,7 +155,7 @@ class Rewards:
     `references` are {image id: captions} of all images to be scored. They are tokenized once, here, by the tokenizer
     that evaluation uses, so a reward is the score that an evaluation would give (end-of-sequence aside). CLIP-based
     rewards use `scorers` and `rows`, {image id: the record}, as rewards of your own do. `language`: of the captions, a code that
-    --caption_language takes. `instances`: {image id: categories}, for chair.
+    --caption_language takes. `instances`: {image id: categories}, for chair. `output_dir`: the run's folder.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class Rewards:
         scorers=(),
         language: str = "en",
         instances: dict | None = None,
+        output_dir: str | None = None,
     ):
         language = check_language(language)
         self.weights, self.references, self.rewards = weights, references, {}
@@ -179,13 +184,25 @@ class Rewards:
             elif name in CLIP_REWARDS:
                 self.rewards[name] = ClipReward(scorers[CLIP_REWARDS[name]], rows, name.startswith("ref-"))
             else:
-                self.rewards[name] = OwnReward(name, rows)
+                self.rewards[name] = OwnReward(name, rows, output_dir)
 
     def __call__(self, image_ids, candidates, ended) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The reward of each candidate, (images, candidates), and its unweighted parts by name, of your own by the function's."""
+        """The reward of each candidate, (images, candidates), and its unweighted parts by name, of your own by the function's.
+        RewardFailed in all processes, if one cannot be computed in any."""
+        return self.begin(image_ids, candidates, ended)()
+
+    def begin(self, image_ids, candidates, ended) -> Callable:
+        """A function that waits for what `__call__` returns. Rewards that have a thread of their own are computed meanwhile, the
+        others before it is returned."""
         references = [self.references[image_id] for image_id in image_ids]
-        parts = {name: reward(image_ids, candidates, references, ended) for name, reward in self.rewards.items()}
-        parts = {name.rpartition(":")[2]: part for name, part in parts.items()}
+        of_batch = image_ids, candidates, references, ended
+        return functools.partial(
+            self._finish, {name.rpartition(":")[2]: _begin(reward, *of_batch) for name, reward in self.rewards.items()}
+        )
+
+    def _finish(self, begun: dict[str, Future]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        _fail_together([error for part in begun.values() if (error := part.exception())])
+        parts = {name: part.result() for name, part in begun.items()}
         return self.weighted(parts), parts
 
     def weighted(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -193,6 +210,25 @@ class Rewards:
         return sum(
             weight * part.nan_to_num() for weight, part in zip(self.weights.values(), parts.values(), strict=True)
         )
+
+
+def _begin(reward, *of_batch) -> Future:
+    if pool := getattr(reward, "pool", None):
+        return pool.submit(reward, *of_batch)
+    part = Future()
+    try:
+        part.set_result(reward(*of_batch))
+    except RewardFailed as error:
+        part.set_exception(error)
+    return part
+
+
+def _fail_together(errors: list[BaseException]) -> None:
+    """Raises in every process if one of them has errors: a process that went on alone would wait for the others forever. The
+    first that has one says which."""
+    failed = gather_object([bool(errors)]) if processes().num_processes > 1 else [bool(errors)]
+    if any(failed):
+        raise errors[0] if failed.index(True) == processes().process_index else RewardFailed()
 
 
 class RecordRows:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.processes import show_progress
+from common.processes import processes, show_progress
 from data.caption_files import load_predictions
 from jobs.chat_server import cost_of
 from jobs.journal import Journal
@@ -125,13 +125,17 @@ class Judge:
 class JudgeReward(Judge):
     """A judge as a reward of one's own (objectives/own_reward.py), as in recipes/judges/rewards.py. `args`: JudgeArguments.
 
-    All captions of a step are asked about together, `concurrency` at a time, and equal requests once while the run lasts. A
-    server that fails, or answers of which none can be read, raise a UserError, which stops the run.
+    All captions of a batch are asked about together, `concurrency` at a time, and equal requests once: answers are kept in
+    reward_NAME.jsonl in `folder`, the run's (reward_NAME_1.jsonl of its second process, ...). A server that fails, or answers of
+    which none can be read, raise a UserError, which stops the run.
     """
 
-    def __init__(self, args):
-        super().__init__(args, args.llm_arguments(), Path())
-        self.kept: dict[str, dict] = {}
+    def __init__(self, args, folder: Path):
+        super().__init__(args, args.llm_arguments(), folder)
+        rank = processes().process_index
+        self.journal = Journal(folder / f"reward_{args.judge}{f'_{rank}' if rank else ''}.jsonl")
+        self.kept = {row["key"]: row["text"] for row in self.journal.rows}
+        self.journal.rows.clear()
 
     def __call__(self, candidates: list[str], references: list[list[str]], image_ids: list[str]) -> list[float | None]:
         """The score of each candidate, 0 to 1; None without a question about its image, or an answer that can be read."""
@@ -141,10 +145,11 @@ class JudgeReward(Judge):
         prompts = [fill(self.prompt, question.fields) for question in questions]
         keys = [self.key(prompt) for prompt in prompts]
         for row in self.ask(keys, prompts, questions, self.kept):
-            self.kept[row["key"]] = row
-        values = [question.read(self.kept[key]["text"]) for question, key in zip(questions, keys, strict=True)]
+            self.journal.add(row)
+            self.kept[row["key"]] = row["text"]
+        values = [question.read(self.kept[key]) for question, key in zip(questions, keys, strict=True)]
         if values and all(value is None for value in values):
-            raise UserError(f"none of the judge's answers can be read, such as {self.kept[keys[0]]['text'][:80]!r}.")
+            raise UserError(f"none of the judge's answers can be read, such as {self.kept[keys[0]][:80]!r}.")
         each, scores = iter(values), []
         for of_one in of_each:
             read = [min(value, 1.0) for value in (next(each) for _ in of_one) if value is not None]

@@ -2,13 +2,14 @@
 
 import functools
 import logging
+import sys
 import time
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer, set_seed
 
@@ -173,8 +174,10 @@ class CaptionTrainer(Seq2SeqTrainer):
             self._random = torch.get_rng_state()
         try:
             result = self.objective(model, inputs, num_items_in_batch)
-        except RewardFailed:
+        except RewardFailed as failure:
             self._save_begun_step()
+            if not str(failure):
+                sys.exit(failure.exit_code)
             raise
         images = images_that_count(inputs)
         loss = result["loss"] * (images > 0)
@@ -195,13 +198,15 @@ class CaptionTrainer(Seq2SeqTrainer):
         return (loss, result) if return_outputs else loss
 
     def _save_begun_step(self) -> None:
-        """Saves a checkpoint in the middle of a step, as it was at the step's beginning. Not of several processes: the others do
-        not know that this one has failed."""
+        """Saves a checkpoint in the middle of a step, as it was at the step's beginning, in all processes. Not of sharded models,
+        whose engines may be in the middle of a pass."""
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if self.args.world_size == 1 and self.state.global_step > 0 and not checkpoint.exists():
+        (due,) = broadcast_object_list([self.state.global_step > 0 and not checkpoint.exists()])
+        if due and not strategy():
             torch.set_rng_state(self._random)
             self._save_checkpoint(self.model, trial=None)
-            logger.warning("saved %s: the same command resumes from there", checkpoint)
+            if self.is_world_process_zero():
+                logger.warning("saved %s: the same command resumes from there", checkpoint)
 
     def get_batch_samples(self, *args, **kwargs):
         start, self._random = time.perf_counter(), None

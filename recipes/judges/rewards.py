@@ -8,6 +8,7 @@ JudgeArguments of arguments.py.
 """
 
 import functools
+from pathlib import Path
 
 from arguments import JudgeArguments
 from rewriting.judging import JudgeReward
@@ -18,14 +19,15 @@ QUESTIONS = "questions.jsonl"  # image_id, question, choices, answer
 JUDGE_PROMPT = None
 
 
-def clair(candidates, references, image_ids):
-    return judge("clair", None)(candidates, references, image_ids)
+async def clair(candidates, references, image_ids, output_dir):
+    return judge("clair", None, output_dir)(candidates, references, image_ids)
 
 
-def questions(candidates, references, image_ids):
-    return judge("multiple_choice", QUESTIONS)(candidates, references, image_ids)
+async def questions(candidates, references, image_ids, output_dir):
+    return judge("multiple_choice", QUESTIONS, output_dir)(candidates, references, image_ids)
 
 
 @functools.cache
-def judge(name, file):
-    return JudgeReward(JudgeArguments(judge=name, llm=LLM, questions=file, judge_prompt=JUDGE_PROMPT, **SERVER))
+def judge(name, file, output_dir):
+    arguments = JudgeArguments(judge=name, llm=LLM, questions=file, judge_prompt=JUDGE_PROMPT, **SERVER)
+    return JudgeReward(arguments, Path(output_dir))

@@ -21,7 +21,7 @@ def started(tmp_path_factory):
     return tiny.write_photos(folder / "photos", CAPTIONS, SPLITS), tiny.build_folder(folder)
 
 
-def run(started, output, reward, fails=False, **changed):
+def run(started, output, reward, fails=False, processes=1, **changed):
     values = {
         "dataset_name": started[0], "output_dir": output, "model_name_or_path": started[1], "objective": "scst",
         "reward": reward, "scst_samples": 2, "num_generations": 2, "num_iterations": 2, "max_steps": 6, "learning_rate": 1e-2,
@@ -31,7 +31,7 @@ def run(started, output, reward, fails=False, **changed):
         "report_to": "none",
     }  # fmt: skip
     words = [word for name, value in (values | changed).items() for word in (f"--{name}", value)]
-    return tiny.run("train.py", *words, fails=fails)
+    return tiny.run("train.py", *words, fails=fails, processes=processes)
 
 
 def losses(folder):
@@ -79,6 +79,9 @@ def test_a_judge_that_fails_stops_the_run_at_a_checkpoint_of_its_step(started, t
         assert f"saved {saved}: the same command resumes from there" in result.stderr
         answers.broken_from = None
         assert f"resuming from {saved}" in run(started, tmp_path / "broken", reward, objective="grpo").stderr
+        assert set(server.paid.values()) == {2}, (
+            "once in the first run; and once before or after the resume in the second"
+        )
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert equal_weights(tmp_path / "broken", tmp_path / "whole")
 
@@ -109,6 +112,56 @@ def short(candidates):
     assert equal_weights(tmp_path / "out", tmp_path / "whole")
 
 
+def test_where_one_process_fails_all_stop_at_a_checkpoint_and_one_says_why(started, tmp_path):
+    file = tmp_path / "mine.py"
+    right = "def short(candidates):\n    return [-len(text) for text in candidates]\n"
+    wrong = """
+import os
+calls = []
+def short(candidates):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) > 5:
+        raise KeyError("dog")
+    return [-len(text) for text in candidates]
+"""
+    both = {"objective": "grpo", "per_device_train_batch_size": 1, "processes": 2}
+    file.write_text(right)
+    run(started, tmp_path / "whole", f"{file}:short", **both)
+    file.write_text(wrong)
+    stderr = run(started, tmp_path / "out", f"{file}:short", fails=True, **both).stderr
+    assert stderr.count(f"train.py: reward: {file}:short failed: KeyError: 'dog' ({file} line 7)") == 1
+    assert stderr.count("train.py: ") == 1
+    assert "Traceback" not in stderr
+    saved = tmp_path / "out/checkpoint-4"
+    assert stderr.count(f"saved {saved}: the same command resumes from there") == 1
+    file.write_text(right)
+    run(started, tmp_path / "out", f"{file}:short", resume_from_checkpoint=saved, **both)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert equal_weights(tmp_path / "out", tmp_path / "whole")
+
+
+def test_an_async_reward_waits_while_the_captions_of_the_next_batch_are_drawn(started, tmp_path):
+    """The first batch's value is there only when the second batch has been drawn: `drawn` is called at once, for each."""
+    file = tmp_path / "mine.py"
+    file.write_text("""
+import time
+from pathlib import Path
+batches, second = [], Path(__file__).with_name("second")
+def drawn(candidates):
+    batches.append(1)
+    if len(batches) == 2:
+        second.touch()
+    return [0] * len(candidates)
+async def waiting(candidates):
+    end = time.monotonic() + 20
+    while not second.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return [float(second.exists())] * len(candidates)
+""")
+    run(started, tmp_path / "out", f"{file}:drawn {file}:waiting", objective="grpo", max_steps=1, num_iterations=1)
+    assert losses(tmp_path / "out")[1][1] == 1
+
+
 CAPTIONS_OF = {"1": ["a dog", "a dog", "a cat"], "2": ["a cow", "two cows", "a hen"]}
 
 
@@ -118,7 +171,9 @@ def judge(tmp_path, server, kind):
     ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     file = str(tmp_path / "q.json") if kind == "multiple_choice" else None
-    return JudgeReward(JudgeArguments(judge=kind, llm="openai:m", base_url=server.url, questions=file, max_retries=0))
+    return JudgeReward(
+        JudgeArguments(judge=kind, llm="openai:m", base_url=server.url, questions=file, max_retries=0), tmp_path
+    )
 
 
 def ask(reward):
