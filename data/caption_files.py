@@ -98,6 +98,7 @@ def read_references(path: str | os.PathLike, split: str | None = None) -> Refere
     """The references in a file or folder; of one that has splits, those of `split`."""
     references = References()
     others: set[str] = set()
+    keys: dict[str, str | None] = {}  # of each image
     for row, place in _rows(path, Options(images=False)):
         if split is not None and row.split not in (None, split):
             others.add(row.split)
@@ -105,6 +106,10 @@ def read_references(path: str | os.PathLike, split: str | None = None) -> Refere
         image = _called(row, place)
         if not row.captions:
             raise DataError(f"{place}: image {image!r} has no reference captions.")
+        if keys.setdefault(image, row.key) != row.key:
+            raise DataError(
+                f"{place}: {image!r} names another image than in an earlier row. Give each image its own id."
+            )
         references.captions.setdefault(image, []).extend(clean_captions(row.captions, place, repr(image)))
         names = {image, row.name, _file_name(row)}
         if row.name is None:  # an id next to a name is a running number as often as not

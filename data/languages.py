@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from common.errors import DataError
-from data.text_rows import ENDINGS, first_character, read_json, table_objects
+from data.columns import captions_of
+from data.text_rows import ENDINGS, TABLES, first_character, read_json, table_objects
 
 CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
 IMAGE = ("image/key", "image_id", "image", "key", "id")  # id is Indonesian, too, where another names the image
@@ -13,7 +14,7 @@ IMAGE = ("image/key", "image_id", "image", "key", "id")  # id is Indonesian, too
 def read_languages(file: str) -> dict[str, dict[str, list[str]]]:
     """{language: {image: captions}} of JSON lines, a JSON list, {image: {language: captions}} or a table with a column for each.
 
-    A language's captions are a text, a list of texts, or an object with them as "caption". DataError names what is not so.
+    A language's captions are what a cell of captions may be (data.columns). DataError names what is not so.
     """
     path, of_language = Path(file), {}
     if path.suffix.lower() not in ENDINGS:
@@ -23,16 +24,16 @@ def read_languages(file: str) -> dict[str, dict[str, list[str]]]:
     else:
         rows = table_objects(path)
     for row, where in rows:
-        name = next((column for column in IMAGE if column in row), None)
+        name = next(filter(row.__contains__, IMAGE), None)
         if name is None:
             raise DataError(f"{path}, {where}: no image: expected one of {', '.join(IMAGE)}.")
-        for language, value in row.items():
-            captions = value.get("caption") if isinstance(value, dict) else value
-            captions = [captions] if isinstance(captions, str) else captions
-            if language != name and CODE.fullmatch(language) and isinstance(captions, list) and captions:
-                if not all(isinstance(caption, str) for caption in captions):
+        for language in filter(CODE.fullmatch, row):
+            captions = captions_of(row, [language], f"{path}, {where}", literal=path.suffix.lower() not in TABLES)
+            kinds = set(map(type, captions))
+            if language != name and str in kinds:
+                if len(kinds) > 1:
                     raise DataError(f"{path}, {where}: the captions in {language} must be texts.")
-                of_language.setdefault(language, {})[str(row[name])] = captions
+                of_language.setdefault(language, {}).setdefault(str(row[name]), []).extend(captions)
     if not of_language:
         raise DataError(
             f"{path}: no captions by language: expected an object such as {{'image_id': ..., 'de': ..., 'en': ...}}."

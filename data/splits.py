@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 
 SHARES = (0.9, 0.05, 0.05)  # of the images: train, validation, test
 SIDE = 16  # of the picture's gradients that are compared
-NEAR = 24  # of the 256 gradients may differ: photographs re-saved at JPEG quality 80 differ in 25 at most, others in 71 at least
+# Of the gradients that are clear in both pictures one in 16 may have another sign, and half of those that are clear in one must
+# be clear in both: of photographs re-saved at JPEG quality 50 none has, of others every fifth at least.
+DIFFERING, BOTH = 1 / 16, 1 / 2
 NEIGHBOURS = (
     100  # of the pictures with an equal piece, in order of their gradients, each is compared with the next ones
 )
-STRUCTURE = 64  # gradients that a picture must have to be compared: plain colours are all alike
+STRUCTURE = 64  # clear gradients that a picture must have to be compared: plain colours are all alike
 
 
 def parse_shares(text: str | None) -> tuple[float, float, float]:
@@ -124,7 +126,7 @@ def groups_of(records: list[Record], near: list[tuple[int, int]]) -> list[list[R
 def near_pairs(images: Sequence, versions: list[str], cache_dir=None) -> list[tuple[int, int]]:
     """Pairs of pictures (their indices) that are the same picture: re-saved, or with another comment.
 
-    The brightness gradients of the pictures at 17 x 16 pixels are compared (the difference hash); pictures without
+    The clear brightness gradients of the pictures at 17 x 16 pixels are compared (the difference hash); pictures without
     structure, such as plain colours, are not. Of equal gradients each makes a pair with the first only.
 
     Args:
@@ -137,33 +139,45 @@ def near_pairs(images: Sequence, versions: list[str], cache_dir=None) -> list[tu
             in_threads(lambda index: _gradients(images[index]), range(len(images)), cpus(), "comparing images")
         )
 
-    gradients = cached_array("gradients", "\n".join(versions), compute, cache_dir)
+    gradients = cached_array("clear_gradients", "\n".join(versions), compute, cache_dir)
     compared = np.flatnonzero(gradients.any(axis=1))
     distinct, first, same = np.unique(gradients[compared], axis=0, return_index=True, return_inverse=True)
     pairs = [np.stack([first[same.ravel()], np.arange(len(compared))], axis=1)]
-    pieces = distinct.view(np.uint16)  # near pictures have one or more of the 16 pieces in common
+    pieces = distinct.view(np.uint16)  # near pictures have one or more of the 32 pieces in common
     for piece in range(pieces.shape[1]):
         order = np.argsort(pieces[:, piece], kind="stable")
+        order = order[pieces[order, piece] > 0]  # else nothing is clear there
         for distance in range(1, min(NEIGHBOURS, len(order))):
             one, other = order[:-distance], order[distance:]
             shared = pieces[one, piece] == pieces[other, piece]
             if not shared.any():
                 break
             one, other = one[shared], other[shared]
-            near = np.unpackbits(distinct[one] ^ distinct[other], axis=1).sum(axis=1) <= NEAR
+            near = _are_near(distinct[one], distinct[other])
             pairs.append(np.stack([first[one[near]], first[other[near]]], axis=1))
     ordered = np.sort(compared[np.concatenate(pairs)], axis=1)
     return [(one, other) for one, other in np.unique(ordered, axis=0).tolist() if one != other]
 
 
 def _gradients(image) -> np.ndarray:
-    """32 bytes: whether each of 256 steps to the right is brighter; zeros for what cannot be compared."""
+    """64 bytes: whether each of 256 steps to the right is clearly brighter, and whether clearly darker; zeros for what cannot be
+    compared."""
     try:
         small = open_image(image, size=(4 * SIDE, 4 * SIDE)).convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
     except (ImageError, OSError):
-        return np.zeros(SIDE * SIDE // 8, np.uint8)
-    steps = np.diff(np.asarray(small, np.int16))
-    return np.packbits((steps > 0).ravel() & (np.sum(np.abs(steps) > 1) >= STRUCTURE))
+        return np.zeros(2 * SIDE * SIDE // 8, np.uint8)
+    steps = np.diff(np.asarray(small, np.int16)).ravel()
+    clear = np.concatenate([steps > 1, steps < -1])
+    return np.packbits(clear & (clear.sum() >= STRUCTURE))
+
+
+def _are_near(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of each pair of rows of gradients, whether they are of the same picture."""
+    ones = [np.unpackbits(bits, axis=1).sum(axis=1, dtype=int) for bits in (one, other, one & other)]
+    turned = np.roll(other, SIDE * SIDE // 8, axis=1)  # brighter where the other is darker
+    against = np.unpackbits(one & turned, axis=1).sum(axis=1, dtype=int)
+    both = ones[2] + against
+    return (against <= DIFFERING * both) & (both >= BOTH * (ones[0] + ones[1] - both))
 
 
 def say_near_pairs_across_splits(records: list[Record], near: list[tuple[int, int]]) -> None:

@@ -35,6 +35,8 @@ def images_and_texts(path: Path, left_out: Counter) -> Iterator[tuple[str, list[
         if texts[stem] and not texts[file] and number[stem] > 1:
             name = f"{os.path.basename(file)}.txt"
             raise DataError(f"{texts[stem][0]}: {number[stem]} images have this name. Name the text {name}")
+        if texts[file] and texts[stem]:
+            left_out["texts x.txt of images that have x.jpg.txt"] += len(texts[stem])
         yield file, texts[file] or texts[stem]
 
 

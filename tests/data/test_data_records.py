@@ -220,6 +220,29 @@ def test_the_same_picture_in_two_files_is_in_one_split(tmp_path, test_data, capl
     assert "look the same and are in two splits of the source" in caplog.text
 
 
+@pytest.mark.parametrize("cells", [3, 4, 8])
+def test_different_drawings_of_few_plain_fields_are_not_taken_for_one(cells, tmp_path):
+    """Most gradients of such pictures are zero in all of them, which is nothing that they have in common."""
+    draw = np.random.default_rng(cells)
+    images = [
+        Image.fromarray(draw.integers(0, 256, (cells, cells, 3), np.uint8)).resize((48, 48), Image.Resampling.NEAREST)
+        for _ in range(60)
+    ]
+    near = near_pairs(images, [f"{os.getpid()} {cells}"], tmp_path)
+    assert len(near) <= 0.01 * 60 * 59 / 2, "three fields in a row have few directions"
+    again = io.BytesIO()
+    images[0].save(again, "JPEG", quality=60)
+    assert (0, 60) in near_pairs([*images, Image.open(again)], [f"{os.getpid()} {cells} again"], tmp_path)
+
+
+def test_a_photograph_at_half_its_size_is_the_same_picture(tmp_path, test_data):
+    photos = sorted((test_data / "flickr8k/Flicker8k_Dataset").glob("*.jpg"))[60:100]
+    images = [Image.open(photo) for photo in photos]
+    halves = [image.reduce(2) for image in images]
+    near = near_pairs([*images, *halves], [str(os.getpid()), "half"], tmp_path)
+    assert near == [(number, number + 40) for number in range(40)]
+
+
 def test_hundreds_of_frames_of_one_video_are_near_and_other_pictures_are_not(tmp_path):
     """More than a bucket holds, some of them equal in what is compared."""
     draw = np.random.default_rng(0)

@@ -335,3 +335,13 @@ def test_a_space_around_a_name_in_a_list_is_part_of_it_where_a_file_is_called_so
     (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in [*list(SPACED)[:-1], " e.jpg "]))
     rows = image_rows([str(tmp_path / "list.txt")], Options())
     assert [row["image"].rpartition("/")[2] for row in rows] == list(SPACED)
+
+
+def test_a_text_that_another_one_supersedes_is_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    picture(tmp_path / "a.jpg")
+    for name, text in (("a.jpg.txt", "a dog"), ("a.txt", "a cat")):
+        (tmp_path / name).write_text(text)
+    (row,) = data.load(str(tmp_path), all_as="test")["test"]
+    assert row["captions"] == ["a dog"]
+    assert "dropped: 1 texts x.txt of images that have x.jpg.txt" in caplog.text

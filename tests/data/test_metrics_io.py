@@ -1,9 +1,13 @@
 """Prediction and reference files: every format, every fault."""
 
+import io
 import json
 
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from common.errors import DataError
 from data.caption_files import load_predictions, load_references, read_references
@@ -221,3 +225,18 @@ def test_half_an_emoji_is_text(tmp_path):
     path = write(tmp_path / "p.json", '[{"image_id": 1, "caption": "a dog \\ud83d"}]')
     assert load_predictions(path) == {"1": "a dog ?"}
     assert load_references(path) == {"1": ["a dog ?"]}
+
+
+@pytest.mark.parametrize("column", ["image_id", "name"])
+def test_references_of_two_images_under_one_id_are_refused(column, tmp_path):
+    """Images that lie in the source are known by their content: without that, all captions were of one image."""
+    rows = []
+    for number in range(3):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(file, "PNG")
+        path = "image.png" if column == "name" else f"{number}.png"
+        own = {"image_id": "7"} if column == "image_id" else {}
+        rows.append({"image": {"bytes": file.getvalue(), "path": path}, "caption": f"picture {number}"} | own)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    with pytest.raises(DataError, match=r"row 1: '(7|image\.png)' names another image than in an earlier row"):
+        load_references(tmp_path / "r.parquet")

@@ -10,9 +10,11 @@ import tiny
 import tiny_clip
 from PIL import Image
 
+from common.errors import DataError
 from common.provenance import hide_secrets
 from common.text import json_line, spreadsheet_cell
 from data import images
+from data.languages import read_languages
 from metrics import score
 from metrics.clip_scores import ClipScorer, clip_scores
 from metrics.coco_caption.coco import preflight
@@ -143,3 +145,14 @@ def test_three_languages_in_one_file(tmp_path):
     assert json.loads((tmp_path / "o/zh/coco_metrics.json").read_text())["caption_language"] == "zh"
     failed = tiny.run("evaluate.py", *command, "--languages", "fr", fails=True)
     assert "do not both have fr; both have: en, de, zh" in failed.stderr
+
+
+def test_captions_by_language_are_read_as_cells_of_captions_are_and_none_is_lost(tmp_path):
+    (tmp_path / "a.csv").write_text("image,en,de,size\n1,\"['a dog', 'a cat']\",ein Hund,3\n1,a cow,,4\n")
+    (tmp_path / "b.json").write_text(json.dumps({"1": {"en": {"caption": ["a dog", "a cat"]}, "fr": None, "n": 3}}))
+    of_table = read_languages(tmp_path / "a.csv")
+    assert of_table["en"] == {"1": ["a dog", "a cat", "a cow"]}
+    assert read_languages(tmp_path / "b.json") == {"en": {"1": ["a dog", "a cat"]}}
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": 1, "en": ["a dog", 3]}))
+    with pytest.raises(DataError, match="line 1: the captions in en must be texts"):
+        read_languages(tmp_path / "c.jsonl")
