@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.logs import say_once
 from common.processes import processes, show_progress
 from data.caption_files import load_predictions
 from jobs.chat_server import cost_of
@@ -150,6 +151,8 @@ class JudgeReward(Judge):
         values = [question.read(self.kept[key]) for question, key in zip(questions, keys, strict=True)]
         if values and all(value is None for value in values):
             raise UserError(f"none of the judge's answers can be read, such as {self.kept[keys[0]][:80]!r}.")
+        if None in values:
+            say_once(logger, "answers of the judge that cannot be read are no opinion, and count as a reward of 0")
         each, scores = iter(values), []
         for of_one in of_each:
             read = [min(value, 1.0) for value in (next(each) for _ in of_one) if value is not None]

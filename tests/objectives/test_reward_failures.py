@@ -181,7 +181,7 @@ def ask(reward):
     return reward([text for texts in CAPTIONS_OF.values() for text in texts], [["a dog"]] * 6, images)
 
 
-def test_questions_are_asked_about_each_candidate_and_an_image_without_any_has_no_opinion(tmp_path):
+def test_questions_are_asked_about_each_candidate_and_an_image_without_any_has_no_opinion(tmp_path, caplog):
     def answer(prompt, request):
         caption, question = re.search(r"description:\n(.*)\n\nQuestion about the image: (.*)\n", prompt).groups()
         if question == "a dog?":
@@ -192,6 +192,7 @@ def test_questions_are_asked_about_each_candidate_and_an_image_without_any_has_n
         # Of the cat's two answers the second cannot be read: the other one counts.
         assert ask(judge(tmp_path, server, "multiple_choice")) == [0.5, 0.5, 0.0, None, None, None]
         assert len(server.paid) == 4
+        assert "answers of the judge that cannot be read are no opinion" in caplog.text
 
 
 @pytest.mark.parametrize(

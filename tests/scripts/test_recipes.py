@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import tiny
@@ -12,6 +13,8 @@ from conftest import ROOT
 import arguments
 from captioner import Captioner
 from common import cli
+from drawn_scenes import drawing
+from drawn_scenes.questions import Handler, Server, write_questions
 
 # Those in recipes/accelerate are for accelerate launch: tests/training/test_sharding.py runs them.
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name != "accelerate")
@@ -70,6 +73,27 @@ def test_the_quickstart_runs_and_measures_truth(control, tmp_path):
     facts = json.loads((tmp_path / "coco_metrics.json").read_text())["scene_facts"]
     assert 0 <= facts["scene_facts"] < 0.8
     assert {"count", "size", "colour", "shape", "relation"} <= set(facts)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_questions_runs_to_its_end(tmp_path):
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    write_questions(tmp_path / "questions.jsonl", drawing.load(train=20)["train"], each=3)
+    judge = (ROOT / "recipes/questions/rewards.py").read_text().replace(":8899", f":{server.server_port}")
+    (tmp_path / "judge.py").write_text(judge.replace("runs/questions.jsonl", str(tmp_path / "questions.jsonl")))
+    tiny.run(
+        "train.py", ROOT / "recipes/questions/scenes.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2,
+        "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1, "--max_train_samples", 20, "--max_eval_samples", 4,
+        "--max_test_samples", 4, "--meteor", "false", "--model_name_or_path", tiny.build_folder(tmp_path),
+        "--reward", f"cider {tmp_path / 'judge.py'}:questions:5",
+    )  # fmt: skip
+    server.shutdown()
+    server.server_close()
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert [0 <= row["reward_questions"] <= 1 for row in history if "loss" in row] == [True, True]
+    kept = (tmp_path / "out/reward_multiple_choice.jsonl").read_text().splitlines()
+    assert len(kept) == len({json.loads(line)["key"] for line in kept}) > 10
 
 
 RESULTS = ROOT / "benchmarks/results"
