@@ -36,7 +36,7 @@ def load_scored(model: str, data_args, args, asked: dict) -> tuple:
 
 def trained_on(model: str, data_args) -> bool:
     """Whether train.py trained this model on a data set of this name."""
-    runs = [folder / "run.json" for folder in (Path(model), Path(model).parent) if (folder / "run.json").is_file()]
+    runs = filter(Path.is_file, (Path(model, "run.json"), Path(model).parent / "run.json"))
     names = [json.loads(run.read_text(encoding="utf-8"))["flags"].get("dataset_name") for run in runs]
     named = without_secrets(data_args.dataset_name)  # as run.json has it
-    return any(name and os.path.abspath(name) == os.path.abspath(named) for name in names)
+    return os.path.abspath(named) in map(os.path.abspath, filter(None, names))

@@ -5,10 +5,10 @@ import itertools
 import json
 import math
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow.parquet as pq
 import xxhash
 
@@ -204,13 +204,11 @@ class Report:
 
     def lengths_of_texts(self) -> dict:
         """Mean and percentiles of the words of the rewritten texts."""
-        written = self.lengths.total()
-        if not written:
+        if not self.lengths:
             return {"mean": None}
-        lengths = sorted((int(length), number) for length, number in self.lengths.items())
-        up_to = list(itertools.accumulate(number for _, number in lengths))
-        percentiles = {f"p{p}": lengths[bisect_left(up_to, written * p / 100)][0] for p in (5, 50, 95)}
-        return {"mean": sum(length * number for length, number in lengths) / written} | percentiles
+        lengths = np.repeat(np.array([*self.lengths], int), [*self.lengths.values()])
+        percentiles = np.percentile(lengths, (5, 50, 95), method="inverted_cdf").tolist()
+        return {"mean": float(lengths.mean())} | dict(zip(("p5", "p50", "p95"), percentiles, strict=True))
 
 
 def vocabulary(rows: Iterator[dict], source: Source, column: str) -> dict:

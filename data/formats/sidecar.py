@@ -30,14 +30,14 @@ def images_and_texts(path: Path, left_out: Counter) -> Iterator[tuple[str, list[
     files = dict.fromkeys(walk(path, left_out))
     stem_of = {file: os.path.splitext(file)[0] for file in files if is_image_file(file, file)}
     number = Counter(stem_of.values())
-    texts = {name: [name + ending for ending in TEXTS if name + ending in files] for name in (*stem_of, *number)}
     for file, stem in stem_of.items():
-        if texts[stem] and not texts[file] and number[stem] > 1:
+        beside, shared = ([name + ending for ending in TEXTS if name + ending in files] for name in (file, stem))
+        if beside:
+            left_out.update({"texts x.txt of images that have x.jpg.txt": len(shared)} if shared else {})
+        elif shared and number[stem] > 1:
             name = f"{os.path.basename(file)}.txt"
-            raise DataError(f"{texts[stem][0]}: {number[stem]} images have this name. Name the text {name}")
-        if texts[file] and texts[stem]:
-            left_out["texts x.txt of images that have x.jpg.txt"] += len(texts[stem])
-        yield file, texts[file] or texts[stem]
+            raise DataError(f"{shared[0]}: {number[stem]} images have this name. Name the text {name}")
+        yield file, beside or shared
 
 
 def read(part: Part, options: Options) -> Iterator[Row]:
