@@ -99,6 +99,19 @@ def test_the_recipe_of_questions_runs_to_its_end(tmp_path):
 RESULTS = ROOT / "benchmarks/results"
 
 
+def test_the_page_has_the_figures_of_grpo_beside_trl():
+    page = " ".join((ROOT / "docs/rewards.md").read_text().split())
+    large, tiny_one = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("grpo_trl", "grpo_trl_tiny"))
+    patches = [(result["settings"]["side"] // 8) ** 2 for result in (large, tiny_one)]
+    assert (large["settings"]["images"], large["settings"]["samples"]) == (4, 8)
+    ratios = [
+        result[kind]["ratio"] for result, kind in ((large, "processor"), (large, "wall_clock"), (tiny_one, "processor"))
+    ]
+    assert f"{large['weights'] / 1e6:.0f} million random weights, 4 pictures of {patches[0]} patches" in page
+    assert f"{ratios[0]:.1f} times as many steps per processor second, {ratios[1]:.1f} by the clock" in page
+    assert f"have {patches[1]} patches and the time is mostly Python's, it is {ratios[2]:.1f} times" in page
+
+
 @pytest.mark.parametrize("name", sorted(str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.json")))
 def test_a_result_has_its_evidence(name):
     """Command, hardware, versions and commit stand in every results file."""
