@@ -503,9 +503,9 @@ REPLACED = {
     "do_predict": "use evaluate.py",
     "use_cache": "training keeps no key-value cache",
     "sortish_sampler": "batches are drawn at random",
-    "fsdp": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml train.py ...",
-    "fsdp_config": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml train.py ...",
-    "deepspeed": "use accelerate launch --config_file recipes/accelerate/zero3.yaml train.py ...",
+    "fsdp": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml train.py with these flags",
+    "fsdp_config": "use accelerate launch --config_file recipes/accelerate/fsdp2.yaml train.py with these flags",
+    "deepspeed": "use accelerate launch --config_file recipes/accelerate/zero3.yaml train.py with these flags",
 }
 
 

@@ -24,6 +24,7 @@ import base64
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from captioner import Captioner
@@ -76,9 +77,12 @@ def main():
                 css=CSS,
                 js=NAMES,
                 theme=theme(),
+                prevent_thread_lock=True,
             )
         except OSError as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
+        while True:  # Gradio's own waiting ends with 0 at Ctrl-C
+            time.sleep(1)
 
 
 def shown_names(models: list[str]) -> list[str]:
@@ -110,4 +114,4 @@ def draw_examples(folder: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, when_stopped="")

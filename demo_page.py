@@ -27,8 +27,9 @@ CSS = """
 .words figcaption {overflow-wrap: anywhere; text-align: center; font-size: 0.95rem; padding-top: 4px; color: var(--body-text-color)}
 .picture img {width: 100%; height: 100%; object-fit: contain}
 :root, .dark {--font-mono: var(--font) !important}
-/* On a phone: the image, its caption, and then the examples, which are below the image elsewhere. */
+/* On a phone: a setting per line; the image, its caption, and then the examples, which are below the image elsewhere. */
 @media (max-width: 760px) {
+  .settings .form > * {flex: 1 1 100% !important}
   .one > .ask {display: contents}
   .one > .ask > * {flex: 1 1 100% !important}
   .one .examples {order: 1}
@@ -106,7 +107,7 @@ def answer(label: str) -> list:
         headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is best",
         interactive=False, wrap=True, column_widths=["80%", "20%"],
     )  # fmt: skip
-    return [best, table, gr.HTML()]
+    return [best, table, gr.HTML(padding=False)]
 
 
 def many_images(captioners: dict[str, Captioner], settings: dict, max_images: int) -> None:
@@ -177,7 +178,7 @@ def settings_panel(captioner: Captioner) -> dict:
     def slider(label, low, high, step, value, info):
         return gr.Slider(min(low, value), max(high, value), value, step=step, label=label, info=info)
 
-    with gr.Row():
+    with gr.Row(elem_classes="settings"):
         search = {
             # No more than the model's own beams: with more, the search would be another one, and so may the best caption.
             "num_captions": slider(
@@ -188,7 +189,7 @@ def settings_panel(captioner: Captioner) -> dict:
             "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens: about one per word"),
             "length_penalty": slider("Length penalty", -2, 4, 0.1, own["length_penalty"], "Above 1: longer captions"),
         }
-    with gr.Row():
+    with gr.Row(elem_classes="settings"):
         penalty = own["repetition_penalty"]
         return search | {
             "repetition_penalty": slider("Repetition", 1, 3, 0.1, penalty, "Penalty; above 1: fewer repeated words"),

@@ -125,9 +125,10 @@ def compare_runs(folder, args, metric_args) -> None:
     write_json(folder / "comparison.json", found | environment())
     for name, text in comparison.tables(found, args.compare_scores).items():
         write_text(folder / name, text)
-    logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found), found["note"])
+    logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found, args.compare_scores), found["note"])
     if metric_args.report and not groups:
         write_comparison_report(folder, runs, found)
+        logger.info("%s", report_to_open(folder))
 
 
 def conclude(args, metric_args, scored, judges) -> None:

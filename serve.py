@@ -63,7 +63,7 @@ def main():
         )
     server = Server(captioner, Path(name).resolve().name if Path(name).exists() else name, args)
     logger.info("http://%s:%d/v1 answers for %s; Control-C stops it", args.host, args.port, server.name)
-    uvicorn.run(server.app(), host=args.host, port=args.port, log_level="warning", log_config=None)
+    uvicorn.Server(uvicorn.Config(server.app(), args.host, args.port, log_level="warning", log_config=None)).run()
 
 
 class Server:
@@ -217,4 +217,4 @@ def parts_of(messages) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, when_stopped="")

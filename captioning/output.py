@@ -23,6 +23,7 @@ from captioning.shards import ImageSource, identity
 from common.errors import DataError
 from common.existence import exists
 from common.remote import whole_at
+from common.text import counted
 from jobs.journal import ANSWERS
 from jobs.progress import total_of
 from jobs.shards import REPORT, Shard, ShardFolder
@@ -145,7 +146,8 @@ def finish(
         if not folder.remote:
             shutil.rmtree(Path(folder.path) / ANSWERS, ignore_errors=True)  # of shards that the source no longer has
     captions = total["rows"] - total["errors"]
-    logger.info("%d captions in %s, %d images without one", captions, folder.output, total["errors"])
+    without = f", {counted(total['errors'], 'images')} without one" if total["errors"] else ""
+    logger.info("%s in %s%s", counted(captions, "captions"), folder.output, without)
     if total["cut"]:
         where = f"at max_new_tokens, {settings.get('max_new_tokens')}"
         where = "by the server (finish_reason length)" if "server" in settings else where

@@ -28,7 +28,7 @@ from common.help import Help, arrange
 from common.text import TextError, each_value, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
-STOPPED = "stopped. What was finished is kept; run the same command again to resume."
+RESUMES = "What was finished is kept; run the same command again to resume."
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
 # The repo does not need torchvision, so do not warn about it. A filter of the logger survives the library's import.
@@ -241,8 +241,9 @@ def nearest_recipe(path: str) -> str:
     return nearest(path.replace("\\", "/"), [file.relative_to(ROOT).as_posix() for file in recipes])
 
 
-def run(main) -> None:
-    """Runs a script's `main`: logs to stderr, and ends with the exit codes of docs/operations.md."""
+def run(main, when_stopped: str = RESUMES) -> None:
+    """Runs a script's `main`: logs to stderr, and ends with the exit codes of docs/operations.md. `when_stopped`: what its
+    last line says after Ctrl-C."""
     import torch
 
     from common.limits import cpus
@@ -253,7 +254,7 @@ def run(main) -> None:
     first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
     logs.set_up(logging.INFO if first else logging.WARNING)
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
-    with mistakes_in_one_line(Path(sys.argv[0]).name):
+    with mistakes_in_one_line(Path(sys.argv[0]).name, when_stopped):
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # leave together: a group that is left open at exit can abort or hang
@@ -261,7 +262,7 @@ def run(main) -> None:
 
 
 @contextlib.contextmanager
-def mistakes_in_one_line(script: str):
+def mistakes_in_one_line(script: str, when_stopped: str = RESUMES):
     """Ends the process with one message of `script` at a user's mistake: a UserError, or an error of the file system or of
     the network. Anything else is a bug, and keeps its traceback."""
     try:
@@ -297,5 +298,5 @@ def mistakes_in_one_line(script: str):
         sys.exit(code)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)  # training.signals says which one it was
-        logs.say(f"{script}: {STOPPED}")
+        logs.say(f"{script}: stopped. {when_stopped}".rstrip())
         sys.exit(128 + number)

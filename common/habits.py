@@ -73,12 +73,14 @@ def unrecognized(word: str, known) -> str:
     """The message about `word`, a flag or a recipe's key, that is not one of the `known` names. What is named without a
     flag is known in capitals."""
     dashes, name = "--" if word.startswith("-") else "", word.lstrip("-").split("=")[0].replace("-", "_")
-    habit, message = HABITS.get(name.lower(), ()), f"unrecognized argument: {word}"
+    habit, message = HABITS.get(name.lower()), f"unrecognized argument: {word}"
     if isinstance(habit, str):
         return f"{message}: {habit}."
-    flag = next((flag for flag in habit if flag in known), None)
-    if flag is None:
+    if habit is None:
         return f"{message}.{nearest(name, known, dashes)}"
+    flag = next((flag for flag in habit if flag in known), None)
+    if flag is None:  # what is alike means something else
+        return f"{message}: there is no such setting here."
     return (
         f"{message}. It is named without a flag: {flag}."
         if flag.isupper()

@@ -49,8 +49,8 @@ def set_up(level: int) -> None:
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
-    for client in ("httpx", "httpx2"):  # they log every request
-        logging.getLogger(client).setLevel(logging.WARNING)
+    for chatty in ("httpx", "httpx2", "matplotlib"):  # they log every request, and that fonts were looked for
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
 
 

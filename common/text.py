@@ -39,6 +39,11 @@ class TextError(DataError):
     """A file that is not text, or text in an encoding that cannot be determined."""
 
 
+def counted(number: int, unit: str) -> str:
+    """ "1 image", "4,982 images": `unit` is the plural of a noun that ends in s."""
+    return f"{number:,} {unit.removesuffix('s') if number == 1 else unit}"
+
+
 def json_line(row: dict) -> str:
     """A row as a line of JSON, which has no NaN and no Infinity: they become null, as in what a browser or a database writes.
     What JSON has no form for is written as text."""

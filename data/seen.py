@@ -17,6 +17,7 @@ import xxhash
 from common.errors import UserError
 from common.files import whole
 from common.processes import in_threads
+from common.text import counted
 from data.checks import cached_array, version_of_images
 from data.records import texts_of
 from data.rows import SPLITS
@@ -58,7 +59,8 @@ class Seen:
             return splits, f"no splits in the source, so all images are {split}; the model has seen none of them"
         parts = {name: np.flatnonzero(before == name).tolist() for name in (*SPLITS, None)}
         new = parts.pop(None)
-        phrase = f"the split of {self.model}'s training; {len(new):,} images that it has not seen are left out"
+        phrase = f"the split of {self.model}'s training"
+        phrase += f"; left out: {counted(len(new), 'images')} that it has not seen" if new else ""
         if not parts[split]:
             parts[split], phrase = new, f"the images that {self.model} has not seen, as none was its {split} split"
         if not parts[split]:

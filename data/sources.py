@@ -134,7 +134,8 @@ def load(
     drawn = not complete and not whole
     records = _each_image_once(records, table, options, official, drawn, require_images)
     rec.name_records(records)
-    near = _near_pairs(records, table, options, drawn) if require_images else []
+    compared = require_images and not getattr(source.format, "SPLITS_DIFFER", False)
+    near = _near_pairs(records, table, options, drawn) if compared else []
     phrase = f"no splits in the source, so all images are {all_as}" if whole else "splits of the source"
     splitting.say_near_pairs_across_splits(records, near)
     if drawn:

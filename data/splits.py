@@ -13,6 +13,7 @@ from PIL import Image
 from common.errors import DataError, UserError
 from common.limits import cpus
 from common.processes import in_threads
+from common.text import counted
 from data.checks import cached_array
 from data.images import ImageError, open_image
 from data.rows import SPLITS, Record
@@ -180,11 +181,15 @@ def _are_near(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (against <= DIFFERING * both) & (both >= BOTH * (ones[0] + ones[1] - both))
 
 
+def _called(record: Record) -> str:
+    return os.path.basename(str(record.name or record.image_id))
+
+
 def say_near_pairs_across_splits(records: list[Record], near: list[tuple[int, int]]) -> None:
     across = [(records[one], records[other]) for one, other in near if records[one].split != records[other].split]
     if across:
         one, other = across[0]
         logger.warning(
-            "%d pairs of pictures look the same and are in two splits of the source, such as %s (%s) and %s (%s)",
-            *(len(across), os.path.basename(str(one.name)), one.split, os.path.basename(str(other.name)), other.split),
+            "%s of pictures look the same and are in two splits of the source, such as %s (%s) and %s (%s)",
+            *(counted(len(across), "pairs"), _called(one), one.split, _called(other), other.split),
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from common.errors import Unreachable, UserError
 from common.logs import duration
+from common.text import counted
 from jobs.queue import wait_for_servers
 from jobs.shards import REPORT, SETTINGS, Shard, ShardFolder, reachable, rows_of
 
@@ -30,13 +31,13 @@ def total_of(counts: Iterable[dict], names: tuple[str, ...] = ("rows", "errors")
 def line(done: Counter, rows: int | None, shards: int, failed: int, rate: float, unit: str) -> str:
     """The one line about the shards that are `done`, of `shards` with `rows` rows, if these are known. `rate` is in rows
     per second, 0 where it is not known."""
-    of_rows = "" if rows is None else f" of {rows:,}"
     seconds = seconds_left(done, rows, shards, rate)
     parts = [
-        f"{done['rows']:,}{of_rows} {unit}, {done['shards']:,} of {shards:,} shards",
+        f"{done['rows']:,} of {counted(rows, unit)}" if rows is not None else counted(done["rows"], unit),
+        f"{done['shards']:,} of {counted(shards, 'shards')}",
         rate and f"{rate:,.1f} {unit}/s",
         done["errors"] and f"{done['errors']:,} without a result",
-        failed and f"{failed:,} shards failed",
+        failed and f"{counted(failed, 'shards')} failed",
         seconds and done["shards"] < shards and f"about {duration(seconds)} left",
     ]
     return ", ".join(filter(None, parts))

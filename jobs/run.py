@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from common.text import counted
 from jobs import queue
 from jobs.progress import Progress
 from jobs.shards import Shard, ShardFolder, reachable, rows_of
@@ -54,11 +55,12 @@ class Run:
         left = [shard for shard in self.shards if shard not in done]
         rows, (number, count) = rows_of(self.shards), self.share
         if rows is None:
-            text = f"{len(self.shards):,} shards, {len(done):,} shards of them done before"
+            text, before = counted(len(self.shards), "shards"), len(done)
         else:
-            text = f"{rows:,} {self.unit}, {rows - rows_of(left) + self.carried(left):,} of them done before"
+            text, before = counted(rows, self.unit), rows - rows_of(left) + self.carried(left)
+        text += f", {before:,} of them done before"
         if count > 1:
-            text += f"; process {number + 1} of {count} takes {len(left_here)} of {len(left)} shards"
+            text += f"; process {number + 1} of {count} takes {len(left_here)} of {counted(len(left), 'shards')}"
         logger.info("%s", text)
 
     def failures(self) -> list[str]:
@@ -74,5 +76,7 @@ class Run:
             logger.error("failed: %s", errors[mark])
         if failed:
             total = len(self.shards)
-            logger.error("%d of %d shards failed; the same command tries them again", len(failed), total)
+            logger.error(
+                "%d of %s failed; the same command tries again what failed", len(failed), counted(total, "shards")
+            )
         return failed

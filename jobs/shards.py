@@ -289,8 +289,10 @@ class ShardFolder:
         another process here is making it, as far as the file system has locks."""
         contents = self.whole_files(list(self.done(shards).values()))
         if len(contents) < len(shards):
+            left = len(shards) - len(contents) - len(self.failed())
             text = "%d of %d shards are left, to other processes of this run or to the same command again"
-            logger.info(text, len(shards) - len(contents), len(shards))
+            if left > 0:  # those that failed are said for themselves
+                logger.info(text, left, len(shards))
             yield None
             return
         lock = Path(self.path) / "_lock"

@@ -67,7 +67,7 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
             if images:
                 raise UserError(
                     f"compare: {lacking['folder']} lacks {len(images)} images of {has['folder']}: "
-                    f"{', '.join(map(repr, images[:5]))}{', ...' if len(images) > 5 else ''}. Only captions of the "
+                    f"{', '.join(map(repr, images[:5]))}{' and more' if len(images) > 5 else ''}. Only captions of the "
                     "same images can be compared: score both on one split."
                 )
         differing = [image for image in expected if rows[image]["references"] != expected[image]]
@@ -245,17 +245,17 @@ def _correct(differences: dict[str, dict]) -> None:
             test["p_corrected"], test["real"] = corrected, corrected < SIGNIFICANT
 
 
-def summary(comparison: dict) -> str:
-    """The differences as readable lines."""
-    lines = []
+def summary(comparison: dict, columns: list[str] = ()) -> str:
+    """The differences as readable lines, of the scores `columns` as in `tables`."""
+    lines, chosen = [], [name_of(column) for column in columns]
     for name, found in comparison["differences"].items():
         lines.append(f"  {name} against {comparison['baseline']}, {comparison['images']} images:")
-        for metric in in_order(found):
+        for metric in chosen or in_order(found):
             test = found[metric]
             between = "[{:+.4f}, {:+.4f}]  ".format(*test["interval"]) if test["interval"] else ""
             between += p_in_words(test["p_corrected"] if test["interval"] else None)
             lines.append(
-                f"    {score_named(metric).label:<13} {test['difference']:+.4f}  {between}  "
+                f"    {score_named(metric).label:<13} {test['difference']:+9.4f}  {between}  "
                 + ("equal" if not test["difference"] else "better" if _is_better(metric, test) else "worse")
                 + ("" if test["real"] else ", but it may be chance")
             )

@@ -57,7 +57,9 @@ def header(args, state, model, splits: dict, per_image: int) -> list[str]:
     batch += [f"x {args.gradient_accumulation_steps} accumulated"] * (args.gradient_accumulation_steps > 1)
     batch += [f"x {args.world_size} processes"] * (args.world_size > 1)
     captions = "one caption of each" if per_image == 1 else f"up to {per_image} captions of each"
-    steps = f"{state.max_steps:,}" + (f" ({args.num_train_epochs:g} epochs)" if args.max_steps <= 0 else "")
+    steps = f"{state.max_steps:,}" + (
+        f" ({args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)})" if args.max_steps <= 0 else ""
+    )
     steps += f", from step {state.global_step:,}" if state.global_step else ""
     return [
         "training:",

@@ -16,6 +16,7 @@ from huggingface_hub import (
 )
 
 from common.files import write_text
+from common.logs import duration
 from common.publish import without_local_paths
 from data.seen import in_words
 from metrics.names import SCORES, is_shown
@@ -296,8 +297,9 @@ def _training(run: dict, flags: dict) -> str:
         peak = f"{gpu_memory} GiB on the GPU" if gpu_memory else f"{training['train_peak_host_memory_gib']} GiB"
         epochs = f"{training['epochs']:.2f} epochs, " if training["epochs"] else ""  # unknown of a stream's first one
         lines.append(
-            f"{training['steps']} steps, {epochs}{training['train_runtime'] / 3600:.2f} hours "
-            f"(of the last start, if it was resumed) in {training['processes']} process(es) on {device}, "
+            f"{training['steps']:,} steps, {epochs}{duration(training['train_runtime'])} "
+            f"(of the last start, if it was resumed) in {training['processes']} process"
+            f"{'es' * (training['processes'] != 1)} on {device}, "
             f"{training['precision']}, peak memory {peak}. "
         )
         if training.get("best_step"):

@@ -5,6 +5,7 @@ import functools
 import logging
 from pathlib import Path
 
+from common.text import counted
 from data import fingerprint
 from reports import outputs
 from reports.attention_maps import maps_of_worst
@@ -62,7 +63,7 @@ def score_split(
         source |= {"generation": captioner.description()}
     scores = outputs.write_scores(folder, scores, rows, **source)
     of = f"{source['split']} images" if source.get("split") else "images"
-    logger.info("scores of %d %s, in %s:\n%s", len(predictions), of, folder, outputs.summary(scores))
+    logger.info("scores of %s, in %s:\n%s", counted(len(predictions), of), folder, outputs.summary(scores))
     if metric_args.report:
         images = records["image"] if "image" in records.column_names else None
         looks = captioner and functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)

@@ -8,6 +8,7 @@
     tables(path, options)      only where the images lie inside the source: {split: table of `datasets`}; without `read`, its
                                parts are those tables, streamed
     YIELDS_TO                  optional: names of formats that take precedence where both match
+    SPLITS_DIFFER              optional, True: its splits hold no picture twice by their making, and are not compared
 
 To add one, write its module and name it in FORMATS.
 """

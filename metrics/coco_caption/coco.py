@@ -205,9 +205,9 @@ def _tokenized(predictions, references, language: str) -> tuple[list[list[str]],
     tokens = tokens_of((predictions[image] for image in references), language)
     if wordless := [image for image, texts in zip(references, reference_tokens, strict=True) if not all(texts)]:
         logger.warning(
-            "%d image(s) have a reference without words, such as %r: CIDEr is a mean over references, so each lowers it. "
+            "%s with a reference without words, such as %r: CIDEr is a mean over references, so each lowers it. "
             "Leave such references out.",
-            len(wordless),
+            _images(len(wordless)),
             wordless[0],
         )
     captions = sum(map(len, reference_tokens))
@@ -299,10 +299,14 @@ def _category_scores(found: list[dict]) -> dict[str, float | None]:
 @functools.cache  # logged once, not at every evaluation of a training run
 def _warn_of_few_images(images: int) -> None:
     logger.warning(
-        "Only %d image(s) to score. CIDEr weighs words by how many of the scored images mention them, so it means "
+        "Only %s to score. CIDEr weighs words by how many of the scored images mention them, so it means "
         "little on small sets, and on one image it is always 0.",
-        images,
+        _images(images),
     )
+
+
+def _images(number: int) -> str:
+    return f"{number:,} image{'s' * (number != 1)}"
 
 
 def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
@@ -313,14 +317,14 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
     if missing or extra:
         parts = []
         for images, what in (
-            (missing, "have references but no prediction"),
-            (extra, "are predicted without references"),
+            (missing, "with references but no prediction"),
+            (extra, "predicted without references"),
         ):
             if images:
-                shown = ", ".join(map(repr, images[:5])) + (", ..." if len(images) > 5 else "")
-                parts.append(f"{len(images)} image(s) {what}: {shown}")
+                shown = ", ".join(map(repr, images[:5])) + (" and more" if len(images) > 5 else "")
+                parts.append(f"{_images(len(images))} {what}: {shown}")
         raise MismatchedImages(
-            f"Predictions ({len(predictions)} images) and references ({len(references)} images) do not match. "
+            f"Predictions ({_images(len(predictions))}) and references ({_images(len(references))}) do not match. "
             + "; ".join(parts)
             + ". Every image of the references needs exactly one prediction, and no other image may have one. "
             "evaluate.py --common scores those that both have."

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import json
@@ -6,6 +7,7 @@ from itertools import combinations
 import pytest
 from PIL import Image
 
+import data
 from drawn_scenes import drawing as scenes
 from drawn_scenes.facts import parse, scene_facts, score_scene_facts
 
@@ -46,6 +48,16 @@ def test_a_scene_does_not_depend_on_the_size_of_its_split(dataset):
     few = scenes.load(train=3, validation=1, test=2)
     for split in few:
         assert few[split].to_list() == dataset[split].select(range(len(few[split]))).to_list()
+
+
+def test_no_scene_is_said_to_be_in_two_splits(monkeypatch, caplog):
+    monkeypatch.setattr(scenes, "load", functools.partial(scenes.load, train=200, validation=20, test=50))
+    assert {name: len(rows) for name, rows in data.load("scenes").items()} == {
+        "train": 200,
+        "validation": 20,
+        "test": 50,
+    }
+    assert "look the same" not in caplog.text
 
 
 def test_another_seed_draws_other_scenes_with_the_same_pairs_held_out(dataset):

@@ -326,7 +326,7 @@ def test_status_tells_from_the_files_alone(root, tmp_path):
     shown.finished(queue.Outcome(shards[2], {}, "the file is gone"))
     said = progress.status(output, "images")
     assert said.startswith("4 of 7 images, 2 of 4 shards, ")
-    assert "4 without a result, 1 shards failed" in said
+    assert "4 without a result, 1 shard failed" in said
     assert said.endswith("failed: images, rows 4 to 6: the file is gone")
     assert (progress.look(output).state, progress.look(output).exit_code) == ("failed", 1)
     left, shown = Run(folder, shards, 2, "images", (1, 2)).begin({"model": "m"})

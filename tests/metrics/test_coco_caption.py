@@ -28,6 +28,7 @@ begin, end = (len(data["predictions"]) * place // processes for place in (rank, 
 metric.add_batch(predictions=data["predictions"][begin:end], references=data["references"][begin:end])
 json.dump(metric.compute(), open(f"scores-{rank}.json", "w"))
 """
+EXAMPLE = (ROOT / "docs/reports.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,8 @@ def test_a_wheel_of_it_alone_gives_the_same_scores_without_torch(expected, tmp_p
 def load_elsewhere(path, folder, processes: int = 1) -> list:
     """What each process gets that loads the metric in `folder`, with nothing of the repository on its path."""
     (folder / "data.json").write_text(json.dumps({"predictions": PREDICTIONS, "references": REFERENCES}))
-    (folder / "load.py").write_text(LOAD)
+    example = EXAMPLE.replace("path/to/metrics/coco_caption", str(path)) + "assert round(scores['Bleu_1'], 6) == 1\n"
+    (folder / "load.py").write_text(LOAD + example * (processes == 1))
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     running = [

@@ -67,7 +67,7 @@ def test_a_reference_without_words_is_named(caplog):
         spice=False,
         bootstrap_samples=0,
     )
-    assert "1 image(s) have a reference without words, such as '1': CIDEr is a mean over references" in caplog.text
+    assert "1 image with a reference without words, such as '1': CIDEr is a mean over references" in caplog.text
 
 
 def test_an_empty_reference_is_refused(tmp_path):

@@ -335,8 +335,8 @@ def test_empty_captions_score_as_in_pycocoevalcap_without_a_crash():
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
     [
-        ({"1": "a"}, {"1": ["a"], "2": ["b"]}, "1 image\\(s\\) have references but no prediction: '2'"),
-        ({"1": "a", "9": "b"}, {"1": ["a"]}, "1 image\\(s\\) are predicted without references: '9'"),
+        ({"1": "a"}, {"1": ["a"], "2": ["b"]}, "1 image with references but no prediction: '2'"),
+        ({"1": "a", "9": "b"}, {"1": ["a"]}, "1 image predicted without references: '9'"),
         ({"1": "a"}, {"1": []}, "'1' has no reference captions"),
         ({"1": "a"}, {"1": "a dog"}, "list of captions is needed"),
         ({"1": None}, {"1": ["a"]}, "image '1' is not text: None"),

@@ -28,7 +28,12 @@ sys.path.insert(0, str(ROOT / "sagemaker"))
 import deploy
 import launch
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "sagemaker/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "sagemaker/README.md",
+]
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
 GROUPS = {
     "train.py": (arguments.TRAIN_GROUPS, None),
@@ -79,11 +84,30 @@ OTHER_PROGRAMS = (
 )
 
 
+# The blocks that are no commands and no JSON: what runs them, or why nothing does.
+OTHER_BLOCKS = {
+    "README.md text": "the tree of files",
+    "docs/add-your-own.md python": "tests/repo/test_add_your_own.py applies it",
+    "docs/add-your-own.md text": "tests/repo/test_add_your_own.py applies it",
+    "docs/operations.md python": "tests/scripts/test_serve.py asks with it",
+    "docs/operations.md text": "what --status prints: tests/data/test_shards.py",
+    "docs/reports.md nginx": "another program's; tests/helpers/proxy.py stands for it",
+    "docs/reports.md python": "tests/metrics/test_coco_caption.py runs it",
+    "docs/rewards.md python": "tests/objectives/test_rewards.py runs it",
+    "docs/scale.md python": "the first starts in a test below; the second needs AWS",
+    "docs/scale.md text": "the files of a run: tests/data/test_shards.py",
+    "docs/scores.md python": "tests/metrics/test_scores_doc.py runs it",
+    "sagemaker/README.md text": "a request: tests/sagemaker/test_sagemaker_inference.py sends such",
+}
+
+
+def all_blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of each; those of commands have none, or powershell."""
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def fenced(page: Path, language: str) -> list[str]:
-    """The blocks of a language; those of commands have none, or powershell."""
-    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert {name for name, _ in blocks} <= {"", "powershell", "python", "json", "text", "nginx"}, page
-    return [text for name, text in blocks if name == language]
+    return [text for name, text in all_blocks(page) if name == language]
 
 
 def commands(page: Path) -> list[str]:
@@ -275,6 +299,22 @@ def test_the_commands_of_the_readme_run_to_their_end_one_after_the_other(monkeyp
     assert ran == ["train.py", *3 * ["evaluate.py"], "infer.py", "rewrite.py", "export.py"]
     assert (clone / "runs/mine/report.html").exists()
     assert (clone / "runs/a-or-b/comparison.json").exists()
+
+
+def test_every_other_block_is_run_by_a_test_or_has_a_reason():
+    blocks = [
+        (f"{page.relative_to(ROOT).as_posix()} {name}", name, text) for page in PAGES for name, text in all_blocks(page)
+    ]
+    others = [(kind, text) for kind, name, text in blocks if name not in ("", "powershell", "json")]
+    assert {kind for kind, _ in others} == OTHER_BLOCKS.keys()
+    for kind, text in others:
+        assert not re.search(r"^ *(?:\S*/)?(?:python3?|pip|make|torchrun) \S", text, re.MULTILINE), (
+            f"a command in {kind}"
+        )
+        for test in re.findall(r"tests/[\w/]+\.py", OTHER_BLOCKS[kind]):
+            assert (ROOT / test).is_file(), test
+        if OTHER_BLOCKS[kind].endswith(("applies it", "runs it", "asks with it")):
+            assert kind.split()[0] in (ROOT / OTHER_BLOCKS[kind].split()[0]).read_text(encoding="utf-8"), kind
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -122,6 +122,8 @@ def test_tables_have_the_scores_that_are_named_in_their_order_and_the_best_in_bo
     labels = ["CIDEr", "BLEU-4", "ROUGE-L", "sacreBLEU", "BLEU-1", "BLEU-2", "BLEU-3"]
     assert [line.split()[0] for line in lines] == labels
     assert all("  p < 0.001  better" in line for line in lines)
+    chosen = comparison.summary(found, ["BLEU-4", "CIDEr"]).splitlines()[1:]
+    assert [line.split()[0] for line in chosen] == ["BLEU-4", "CIDEr"]
     tables = comparison.tables(found, ["BLEU-4", "CIDEr", "sacrebleu"])
     head, _, low, high, _, note = tables["comparison.md"].splitlines()
     assert head == "| | BLEU-4 | CIDEr | sacreBLEU |"

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,8 +57,9 @@ def model(tmp_path_factory):
 def address(model):
     process, address = serve("--model_name_or_path", model, "--max_images", 25, "--root_path", PATH)
     yield address
-    process.terminate()
-    process.wait(20)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said.splitlines()[-1]) == (130, "demo.py: stopped."), said
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +302,12 @@ def visit(driver, address, client, files, downloads):
     time.sleep(1)
     places = [driver.find_element("css selector", selector).rect["y"] for selector in (".best", ".gallery-item")]
     assert places == sorted(places), "on a phone the caption comes before the examples"
+    button("Settings").click()
+    parts = driver.find_elements("css selector", ".settings .form > *")
+    until(lambda: all(part.is_displayed() for part in parts))
+    assert len(parts) == 10
+    assert len({round(part.rect["x"]) for part in parts}) == 1, "on a phone each setting has a line"
+    button("Settings").click()
     browser.screen(driver)
 
     button("Settings").click()

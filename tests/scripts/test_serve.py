@@ -5,19 +5,28 @@ import io
 import json
 import math
 import re
+import signal
 import socket
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
 import tiny
+import torch
+from conftest import ROOT
 from PIL import Image
+from scipy import stats
 
+import serve
 from captioner import Captioner
 from data.prompts import PROMPTS
+from models.loading import build_model
+from objectives import token_log_probs
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-dev.txt)")
 COLOURS = ("red", "green", "blue", "white", "black")
@@ -56,13 +65,18 @@ def address(model):
         except OSError:
             time.sleep(0.2)
     yield address
-    process.terminate()
-    process.communicate(timeout=30)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said.splitlines()[-1]) == (130, "serve.py: stopped."), said
 
 
 @pytest.fixture(scope="module")
 def client(address):
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    block, named = page.partition("```python\n")[2].partition("```")[0], {"openai": openai}
+    assert "http://127.0.0.1:8000" in block
+    exec(block.replace("http://127.0.0.1:8000", address), named)
+    return named["client"].with_options(max_retries=0)
 
 
 def test_openais_client_gets_the_captions_of_infer(client, model):
@@ -89,6 +103,41 @@ def test_openais_client_gets_the_captions_of_infer(client, model):
         for _ in range(5)
     }
     assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 1.0}, {"temperature": 1.6}, {"temperature": 0.7, "top_p": 0.9}])
+def test_drawn_words_are_as_frequent_as_the_model_says(asked, tmp_path):
+    """2,000 first words of a vocabulary larger than the 50 that `generate` draws from by itself."""
+    with open(tiny.write_vocabulary(tmp_path), "a", encoding="utf-8") as vocabulary:
+        vocabulary.writelines(f"\nword{number}" for number in range(40))
+    torch.manual_seed(0)
+    model, processor = build_model(str(tiny.write_config(tmp_path)), str(tmp_path / "vocab.txt"), [], True)
+    with torch.no_grad():
+        model.text_decoder.get_output_embeddings().bias.copy_(torch.randn(model.config.text_config.vocab_size))
+    captioner = Captioner(model.eval(), processor, seed=None)
+    server = serve.Server(captioner, "model", SimpleNamespace(max_megapixels=1))
+    body = {"model": "model", "messages": message(picture("red")), "max_tokens": 1} | asked
+    (settings, prompt), image = server.job_of(body)
+    words = Counter(text for text, *_ in server.captions(settings, prompt, [image] * 2000))
+    tokens = [[token] for token in range(model.config.text_config.vocab_size)]
+    batch = captioner.collator([{"image": image, "image_id": "0"}])
+    with torch.no_grad():
+        log_probs = token_log_probs(model, captioner.training_batch(batch, tokens)).sum(dim=1)
+    warped = (log_probs.double() / asked["temperature"]).softmax(dim=0)
+    order = warped.argsort(descending=True)
+    warped[order[warped[order].cumsum(dim=0) - warped[order] >= asked.get("top_p", 1)]] = 0
+    probabilities = Counter()
+    for text, share in zip(captioner.texts(torch.tensor(tokens)), (warped / warped.sum()).tolist(), strict=True):
+        probabilities[text] += share
+    assert len(words) > (50 if "top_p" not in asked else 20)
+    assert all(probabilities[word] > 0 for word in words)
+    usual = [word for word, share in probabilities.items() if 2000 * share >= 5]
+    counts = [words[word] for word in usual]
+    expected = [2000 * probabilities[word] for word in usual]
+    rest = 2000 - sum(expected)
+    if rest > 1e-6:
+        counts, expected = [*counts, 2000 - sum(counts)], [*expected, rest]
+    assert stats.chisquare(counts, expected).pvalue > 0.01
 
 
 def test_infer_captions_with_it_as_it_does_without(address, model, tmp_path):
