@@ -35,6 +35,7 @@ class Lines(logging.StreamHandler):
 
 def set_up(level: int) -> None:
     """Sends this process's logs, and those of its libraries, to stderr."""
+    import datasets
     import transformers
 
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -49,6 +50,8 @@ def set_up(level: int) -> None:
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     for chatty in ("httpx", "httpx2", "matplotlib"):  # they log every request, and that fonts were looked for
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints by itself

@@ -19,7 +19,7 @@ from common.files import write_text
 from common.logs import duration
 from common.publish import without_local_paths
 from data.seen import in_words
-from metrics.names import SCORES, is_shown
+from metrics.names import SCORES, is_shown, score_named
 from models.adapters import describe
 from models.families import base_model, family_of
 from reports.snippet import snippet
@@ -303,8 +303,9 @@ def _training(run: dict, flags: dict) -> str:
             f"{training['precision']}, peak memory {peak}. "
         )
         if training.get("best_step"):
+            best = score_named(flags["metric_for_best_model"].removeprefix("eval_")).label
             lines.append(
-                f"The checkpoint kept is that of step {training['best_step']}: the best {flags['metric_for_best_model']} "
+                f"The checkpoint kept is that of step {training['best_step']:,}: the best {best} "
                 f"on the validation split ({training['best_validation_score']:.4f})."
             )
     if adapter := run.get("model", {}).get("adapter"):

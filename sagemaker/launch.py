@@ -99,7 +99,7 @@ def flags_of_words(words: list[str]) -> dict[str, list[str]]:
             name, equals, value = word[2:].partition("=")
             flags[name] = values = [value] if equals else []
         elif not flags:
-            raise ValueError(f"'{word}' is not a flag. A recipe is passed as --recipe {word}.")
+            raise ValueError(f"'{word}' is not a flag. A recipe is passed as --recipe, a data set as --dataset_name.")
         else:
             values.append(word)
     return flags

@@ -63,7 +63,7 @@ def fit_lengths(captioner, records, data_args, generation_args, checkpoint: str 
     }
     limit = f" (the model has {positions:,} positions)" if not asked and learnt < needed else ""
     lengths["in_words"] = (
-        f"captions are learnt up to {lengths['max_txt_len']} tokens (max_txt_len){limit} and written up to "
+        f"up to {lengths['max_txt_len']} tokens of a training caption (max_txt_len){limit}, and of a generated one up to "
         f"{lengths['max_new_tokens']} (max_new_tokens); of {'the first ' * isinstance(records, IterableDataset)}"
         f"{len(counts):,} training captions, the longest of {lengths['longest']} tokens, {lengths['cut']:,} are cut"
         f"{', and the model does not learn where these end' * (lengths['cut'] > 0)}"

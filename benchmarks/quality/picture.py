@@ -16,9 +16,10 @@ from captioner import Captioner
 from data import open_image
 from drawn_scenes import drawing as scenes
 from drawn_scenes.facts import scene_facts
+from metrics.names import score_named
 from reports.attention_maps import attention_maps, overlay
 
-NAMES = ("Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "sacrebleu")
+NAMES = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "sacrebleu")
 COLUMNS, PIXELS = 8, 288  # maps per row, and the size of the image
 
 
@@ -43,9 +44,9 @@ def main():
     left, right = top.subplots(1, 2, width_ratios=(1, 2.4))
     left.imshow(picture)
     right.text(0, 0.97, caption[0].upper() + caption[1:], fontsize=17, va="top", wrap=True)
-    table = [[name, f"{metrics[name]:.3f}", "{:.3f} to {:.3f}".format(*metrics["intervals"][name])] for name in NAMES
+    table = [[score_named(name).label, f"{metrics[name]:.3f}", "{:.3f} to {:.3f}".format(*metrics["intervals"][name])] for name in NAMES
              if metrics.get(name) is not None]  # fmt: skip
-    table += [["scene_facts", f"{metrics['scene_facts']['scene_facts']:.3f}", ""]]
+    table += [[score_named("scene_facts").label, f"{metrics['scene_facts']['scene_facts']:.3f}", ""]]
     cells = right.table(table, colLabels=["score", f"{metrics['counts']['images']} images", "95 % interval"],
                         loc="lower left", cellLoc="left", colLoc="left", edges="horizontal", bbox=(0, 0, 0.85, 0.6))  # fmt: skip
     cells.auto_set_font_size(False)

@@ -129,7 +129,8 @@ class _Log:
 
 def _progress(total: int | None, doing: str, **options):
     """A progress bar, or without a terminal a line in the log every half minute."""
-    where = {"mininterval": 0.5} if sys.stderr.isatty() else {"file": _Log(), "mininterval": 30, "ncols": 80}
+    line = {"file": _Log(), "mininterval": 30, "bar_format": "{desc}: {n_fmt} of {total_fmt}{unit} after {elapsed}"}
+    where = {"mininterval": 0.5} if sys.stderr.isatty() else line
     return tqdm(total=total, desc=doing, **where, **options)
 
 

@@ -58,6 +58,8 @@ def test_it_tells_what_the_run_knows(trained):
     assert "| learning_rate | 0.001 |" in text
     assert run["examples"][0]["caption"] in text
     assert run["commit"] in text
+    assert "in 1 process on" in text
+    assert ": the best sacreBLEU on the validation split (" in text
     assert "(training_curves.png)" in text
     assert (trained / "training_curves.png").is_file()
     assert "GiB" in text

@@ -90,6 +90,13 @@ def test_logs_have_date_and_level_or_are_json(tmp_path):
     assert any(line["level"] == "WARNING" and "Only 1 image" in line["message"] for line in lines)
 
 
+def test_a_file_gets_no_bars_of_the_libraries():
+    code = "import logging; from common import logs; logs.set_up(logging.INFO)\n" \
+           "import datasets; datasets.Dataset.from_dict({'a': [1, 2]}).map(lambda row: {'b': 1})"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_metrics_of_training_are_fields_of_json_lines():
     record = logging.LogRecord("training.trainer", logging.INFO, "", 0, "step %d", (5,), None)
     record.fields = {"metrics": {"loss": 2.5}}

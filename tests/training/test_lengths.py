@@ -108,7 +108,7 @@ def test_paragraphs_are_learnt_to_their_end_without_a_flag(tmp_path):
         "no", "--meteor", "false", "--spice", "false", "--bootstrap_samples", 0, "--report", "false",
     )  # fmt: skip
     sentence = (
-        "captions are learnt up to 302 tokens (max_txt_len) and written up to 301 (max_new_tokens); of 3 training "
+        "up to 302 tokens of a training caption (max_txt_len), and of a generated one up to 301 (max_new_tokens); of 3 training "
         "captions, the longest of 302 tokens, 0 are cut"
     )
     assert f"lengths: {sentence}\n" in run.stderr
