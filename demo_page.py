@@ -107,7 +107,7 @@ def answer(label: str) -> list:
         headers=["caption", "score"], label="All captions; score: mean log-probability of a token, 0 is best",
         interactive=False, wrap=True, column_widths=["80%", "20%"],
     )  # fmt: skip
-    return [best, table, gr.HTML(padding=False)]
+    return [best, table, gr.HTML()]
 
 
 def many_images(captioners: dict[str, Captioner], settings: dict, max_images: int) -> None:
