@@ -101,13 +101,12 @@ class RewriteShards:
             merged = res.merged(every, source, answers, self.task, self.args, provenance, report)
 
             def counts():
-                rejected = report.reasons.total()
                 seconds = round(time.time() - started, 3)
-                return {"source": str(shard), "rows": report.rows, "errors": rejected, "seconds": seconds,
+                return {"source": str(shard), "rows": report.rows, "errors": without_text(report), "seconds": seconds,
                         "finished": time.time(), "settings": self.settings, "report": vars(report)}  # fmt: skip
 
             self.folder.write(shard.file, tables(merged, self.features, self.args.output_column), counts)
-        return {"rows": report.rows, "errors": report.reasons.total()}
+        return {"rows": report.rows, "errors": without_text(report)}
 
     def ask(self, shard, answers: res.Answers, tick) -> None:
         """Rewrite the rows that have no answer yet; each is saved as soon as it passes the checks or is given up."""
@@ -119,6 +118,11 @@ class RewriteShards:
             self.reasons[outcome.reason] += 1
             warn_early(self.reasons, answers.path)
             tick(len(answers.rows))
+
+
+def without_text(report: res.Report) -> int:
+    """The rows that have neither a new text nor a caption in its place."""
+    return report.statuses["null"] + report.statuses["dropped"]
 
 
 def check_columns(args, source: Source) -> None:

@@ -95,11 +95,16 @@ def _takes_an(word: str) -> bool:
     return bool(re.match(r"hour|honest|(?!uni|use|eu|one)[aeiou]", word))
 
 
+def _quotes(text: str) -> bool:
+    """Whether a quotation is begun and not ended."""
+    return text.count('"') % 2 == 1 or text.count("“") > text.count("”")
+
+
 def shuffle_sentences(caption: str, probability: float, rng: random.Random) -> str:
     """With `probability`, the caption's sentences in an order drawn evenly from all; one sentence stays as it is."""
     sentences: list[str] = []
     for part in SENTENCE_END.split(caption.strip()):
-        if sentences and ABBREVIATION.search(sentences[-1]):
+        if sentences and (ABBREVIATION.search(sentences[-1]) or _quotes(sentences[-1])):
             sentences[-1] += f" {part}"
         else:
             sentences.append(part)

@@ -230,6 +230,8 @@ def test_sentences_change_their_places_and_nothing_else():
         ("It waits... and waits.", None),
         ("A dog. It runs", "It runs. A dog."),
         ('It says "stop." A man waits.', 'A man waits. It says "stop."'),
+        ('It says "Stop. Go now." A man waits.', 'A man waits. It says "Stop. Go now."'),
+        ("It says “Stop. Go now.” A man waits.", "A man waits. It says “Stop. Go now.”"),
         ("", ""),
     ],
 )

@@ -15,6 +15,7 @@ from llm_server import LLMServer, fused, write_rows
 from random_trees import picture, write
 
 import data
+from jobs import progress
 
 
 def rows(path):
@@ -302,6 +303,7 @@ def test_parquet_comes_in_and_goes_out_in_shards_with_every_column(rewrite, tmp_
     last = found.to_pylist()[-1]
     assert last["caption"] == "a picture of 24 dogs."
     assert (last["rewrite"]["status"], last["rewrite"]["reason"]) == ("kept_synthetic", "no_input")
+    assert progress.status(str(output), "rows") == "25 of 25 rows, 3 of 3 shards, finished"
 
 
 def test_jsonl_becomes_parquet_with_the_types_of_its_rows_and_nothing_is_overwritten(rewrite, tmp_path):
