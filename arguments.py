@@ -1107,6 +1107,15 @@ class ExportArguments(LogArguments):
         False, "With push_to_hub: upload nothing, but list the files and sizes that would be uploaded."
     )
     merge: bool = flag(True, "Merge an adapter into its base model.")
+    format: Literal["safetensors", "onnx"] = flag(
+        "safetensors",
+        "onnx: graphs for ONNX Runtime, with which infer.py, evaluate.py and demo.py caption as with the model. Of BLIP, GIT, "
+        "ViT-GPT2 and BLIP-2 with OPT.",
+    )
+    int8: bool = flag(
+        False,
+        "With --format onnx: weights of linear layers as whole numbers of 8 bits. Smaller and faster, not the same captions.",
+    )
     output_dir: str | None = flag(None, "Folder to export to. Default: the folder itself.")
     space: str | None = flag(None, "Write a Gradio Space of the Hub to this folder: the demo and the model.")
 
@@ -1119,6 +1128,10 @@ class ExportArguments(LogArguments):
             )
         if len(folders) != 1:
             raise UserError("Name one model folder: python export.py DIR [--push_to_hub user/name]")
+        if self.int8 and self.format != "onnx":
+            raise UserError("--int8 is for --format onnx: add it.")
+        if self.format == "onnx" and (self.space or not self.output_dir):
+            raise UserError("--format onnx writes a folder of its own: add --output_dir OUT, and leave --space out.")
         if self.dry_run and not self.push_to_hub:
             raise UserError("--dry_run lists what --push_to_hub would upload: name its repository, user/name.")
         check_exists(folders[0])

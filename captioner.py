@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -18,6 +19,7 @@ from models.decoding import DEFAULTS, WITHOUT_BEAMS, drop_leftovers, generate
 from models.decoding_step import CACHE, release_graphs
 from models.families import ENCODED, base_model, family_of, model_inputs
 from models.loading import load_model
+from models.onnx_model import DECODER
 from models.prefix import read_prompts
 from models.sampling import seeded
 from models.vision import check_repeatable, encode_once, encodes_once
@@ -141,6 +143,8 @@ class Captioner:
         """A captioner on `device` (default: this process's own GPU, else the CPU), with bfloat16 weights if `bf16`
         (default: captions_in_bfloat16). `loading` is passed to models.loading.load_model, the rest to the captioner."""
         loading, device = dict(loading or {}), torch.device(device) if device else processes().device
+        if Path(model_name_or_path, DECODER).is_file():
+            device = torch.device("cpu")  # where the graphs' inputs are
         if device.type == "cpu":
             keep_memory()
         bf16 = captions_in_bfloat16(device) if bf16 is None else bf16
@@ -170,7 +174,7 @@ class Captioner:
 
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
-        precision = str(self.autocast or self.model.dtype).removeprefix("torch.")
+        precision = str(self.autocast or getattr(self.model, "precision", self.model.dtype)).removeprefix("torch.")
         how = {"precision": precision, "fast_jpeg": self.fast_jpeg}
         if self.corruption:
             how["corrupt"] = self.corruption.spec

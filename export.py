@@ -1,6 +1,7 @@
 """Make a self-contained model folder with its card from a training run or checkpoint, and optionally upload it.
 
 python export.py DIR [--output_dir OUT] [--push_to_hub user/name [--dry_run]]
+python export.py DIR --output_dir OUT --format onnx [--int8]      graphs for ONNX Runtime
 python export.py DIR --space OUT        a Space of the Hub with the demo and the model, to look at and to upload
 """
 
@@ -24,6 +25,8 @@ from common.files import output_folder, share_weights
 from common.publish import copy_to_upload, upload
 from data import seen
 from models.loading import load_model
+from models.onnx_export import write_graphs
+from models.onnx_model import OnnxModel
 from reports.model_card import read_run, write_card
 from reports.space import write_space
 
@@ -39,7 +42,14 @@ def main():
     with target(source, args) as folder:
         merge = args.merge and not in_place  # an adapter that stays where it is stays one
         model, processor = load_model(str(source), merge=merge)
-        if not in_place or not any(source.glob("*.safetensors")):  # .bin weights become safetensors
+        if isinstance(model, OnnxModel):
+            raise UserError(f"{source} holds ONNX graphs: export the model that they were made from.")
+        if args.format == "onnx":
+            write_graphs(model, folder, args.int8)
+            model.config.onnx_precision = "int8" if args.int8 else "float32"
+            save_beside(model, processor, source, folder)
+            model = OnnxModel(model.config, folder)
+        elif not in_place or not any(source.glob("*.safetensors")):  # .bin weights become safetensors
             save(model, processor, source, folder, merge)
         model.generation_config.save_pretrained(folder)
         run, scores = read_run(folder)
@@ -73,8 +83,17 @@ def target(source: Path, args):
 def save(model, processor, source: Path, folder: Path, merge: bool) -> None:
     """Write model and processor to `folder`, with what is recorded about them, and compare the weights with those in memory."""
     model.save_pretrained(folder)
-    model.config.save_pretrained(folder)  # not among an adapter's own files
     share_weights(folder)
+    save_beside(model, processor, source, folder)
+    exported, _ = load_model(str(folder), merge=merge)
+    for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
+        if not torch.equal(one, other):
+            raise UserError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
+
+
+def save_beside(model, processor, source: Path, folder: Path) -> None:
+    """Write to `folder` what belongs to weights: config, processor and what the run recorded about them."""
+    model.config.save_pretrained(folder)  # not among an adapter's own files
     processor.save_pretrained(folder)
     # A checkpoint's scores and history are those of its run, one folder up.
     run_folder = source if (source / "run.json").is_file() else source.parent
@@ -84,10 +103,6 @@ def save(model, processor, source: Path, folder: Path, merge: bool) -> None:
             shutil.copyfile(run_folder / name, folder / name)
     if (run_folder / seen.NAME).is_file():  # for evaluate.py; it is not uploaded
         shutil.copyfile(run_folder / seen.NAME, folder / seen.NAME)
-    exported, _ = load_model(str(folder), merge=merge)
-    for (name, one), (_, other) in zip(model.named_parameters(), exported.named_parameters(), strict=True):
-        if not torch.equal(one, other):
-            raise UserError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
 
 
 def as_scored(captioner: Captioner, scores: list[dict]) -> Captioner:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # Weights, what from_pretrained reads, the card, and scores. Nothing else of a run: no checkpoints, no TensorBoard files
 # or reports (they contain images of the dataset), no captions per image, no pickles.
 UPLOADED = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx.data", "config.json", "generation_config.json", "adapter_config.json",
     "*processor*.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.*", "README.md", "LICENSE*", "training_curves.svg", "training_curves.png", "run.json",
@@ -50,8 +50,8 @@ def _uploaded(folder: Path) -> list[Path]:
 def files_to_upload(folder: Path) -> dict[str, Path | bytes]:
     """{name in the repository: file, or the content that is uploaded in its place}."""
     files = _uploaded(folder)
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise UserError(f"{folder} holds no weights (*.safetensors) to upload.")
+    if not any(path.suffix in (".safetensors", ".onnx") for path in files):
+        raise UserError(f"{folder} holds no weights (*.safetensors, or *.onnx) to upload.")
     return {path.relative_to(folder).as_posix(): _content(path) for path in files}
 
 

@@ -30,7 +30,7 @@ MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False, "_raise_except
 
 # Those that captions depend on.
 MODEL_FILES = re.compile(
-    r"(?!training_args).*\.(safetensors|bin|model|jinja)|merges\.txt|vocab\.\w+|"
+    r"(?!training_args).*\.(safetensors|onnx|data|bin|model|jinja)|merges\.txt|vocab\.\w+|"
     r"((adapter_|generation_|preprocessor_|processor_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens|"
     r"chat_template)\.json"
 )

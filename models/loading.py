@@ -32,6 +32,7 @@ from models.adapters import add_adapter, check_targets, find_adapter, load_adapt
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.families import base_model, family_of, vision_encoder
+from models.onnx_model import DECODER, OnnxModel
 from models.vision import take_encoded_images
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,13 @@ def load_model(
             raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
         processor = _load_processor(config, model_name_or_path, options)
         limit_pixels(processor, {"max_pixels": max_pixels, "min_pixels": min_pixels})
+        if (folder / DECODER).is_file():
+            if quantization or attn_implementation or dtype != "float32":
+                raise UserError(
+                    f"{model_name_or_path} holds ONNX graphs, whose precision and attention are their own: leave out --bf16, "
+                    "--quantization and --attn_implementation."
+                )
+            return _with_special_tokens(OnnxModel(config, folder), processor), processor
         if not weights:
             return ready(without_weights(family.model_class, config, dtype), processor, fast_attention), processor
         if quantization:
@@ -253,6 +261,8 @@ def make_trainable(model, adapter_args, freeze_vision: bool):
     """The model with the weights to train trainable and in float32: all of them, or with `use_peft` those of its own
     adapter or of a new one. `adapter_args` are AdapterArguments, settled (models.adapters.settle)."""
     a = adapter_args
+    if isinstance(model, OnnxModel):
+        raise UserError("ONNX graphs caption, and are not trained: name the model that they were made from.")
     if a.use_peft and isinstance(model, PeftModel):
         check_targets(model, a.lora_targets)
     elif a.use_peft:
@@ -273,8 +283,7 @@ def make_trainable(model, adapter_args, freeze_vision: bool):
 
 def ready(model, processor, fast_attention: bool = True):
     """Enable the model's fast paths, and fill in what old checkpoints and their processors lack, in place."""
-    if model.config.model_type in ("blip-2", "instructblip"):
-        _fill_in_image_tokens(model, processor)
+    _with_special_tokens(model, processor)
     if family_of(model.config).chats and not getattr(processor, "chat_template", None):
         raise UserError(
             f"The processor of this {model.config.model_type} model has no chat template: none to ask with."
@@ -284,11 +293,17 @@ def ready(model, processor, fast_attention: bool = True):
             "This Pix2Struct answers questions: it takes header text, a question drawn onto the picture. The ones that "
             "caption, such as pix2struct-textcaps-base, take none."
         )
-    if processor.tokenizer.pad_token_id is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     use_onednn_linear(take_encoded_images(model), fast_attention)
     if model.config.model_type == "blip":
         use_fast_attention(model, fast_attention)
+    return model
+
+
+def _with_special_tokens(model, processor):
+    if model.config.model_type in ("blip-2", "instructblip"):
+        _fill_in_image_tokens(model, processor)
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return model
 
 

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.sharding import gathered
 from models.blip_attention import VisionModel, check_nothing_asked
 from models.families import ENCODED, base_model, family_of, takes, vision_encoder
+from models.onnx_model import OnnxModel
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ def encode_images(model, pixel_values: torch.Tensor) -> torch.Tensor:
 def encodes_once(model) -> bool:
     """Whether a model takes encoded images in place of pixels."""
     model = base_model(model)
+    if isinstance(model, OnnxModel):
+        return False
     if takes_encoded(vision_encoder(model)):
         return True
     return hasattr(model.base_model, "get_image_features") and takes(model, ENCODED)

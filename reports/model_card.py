@@ -22,6 +22,7 @@ from data.seen import in_words
 from metrics.names import SCORES, is_shown, score_named
 from models.adapters import describe
 from models.families import base_model, family_of
+from models.onnx_model import OnnxModel
 from reports.snippet import snippet
 
 CURVES = (
@@ -84,7 +85,7 @@ def write_card(folder: Path, run: dict, reported: list[dict], captioner, repo_id
         base_model=base,
         datasets=[dataset] if on_hub else None,
         pipeline_tag="image-to-text",
-        library_name="transformers",
+        library_name="onnx" if isinstance(captioner.model, OnnxModel) else "transformers",
         tags=["image-captioning"],
         model_name=name if reported else None,
         eval_results=_eval_results(reported) if reported else None,

@@ -6,10 +6,14 @@ from peft import PeftModel
 
 from common.prompts import COLUMN, columns_in
 from models.families import base_model, model_inputs
+from models.onnx_model import OnnxModel
 
 
 def snippet(name: str, captioner, precision: str) -> str:
     """Python code that prints what `captioner` says of photo.jpg, byte for byte, for the model saved as `name`."""
+    if isinstance(captioner.model, OnnxModel):  # which needs this repo's code, and onnxruntime
+        loaded = f"Captioner.from_pretrained({_literal(name)})"
+        return f'from captioner import Captioner\n\ncaptioner = {loaded}\nprint(captioner(["photo.jpg"])[0])'
     template = captioner.collator.template
     if template:  # as text, to be replaced
         captioner = captioner.with_settings(COLUMN.sub(r"{{\1\2}}", template))

@@ -6,14 +6,16 @@
 
 BLIP-base at 384 px with random weights, which never end a caption, so each has --max_new_tokens tokens. All take turns in
 one process; the result has every time, medians, spread and the machine, and docs/captioning.png plots it. `--also`
-adds alternatives: transformers' model compiled or in bfloat16, ours in bfloat16, and ours with int8 linear layers (torch's
-dynamic quantisation); `all` leaves bfloat16 out if the processor emulates it. The share of their tokens that equal
+adds alternatives: transformers' model compiled or in bfloat16, ours in bfloat16, ours with int8 linear layers (torch's
+dynamic quantisation), and ours as ONNX graphs in float32 and int8; `all` leaves bfloat16 out if the processor emulates it. The share of their tokens that equal
 float32's is a result, not a condition.
 """
 
 import argparse
 import copy
+import functools
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from benchmarks.harness import RESULTS, ROOT, blip_base, has_bfloat16, summary, 
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.decoding import generate
+from models.onnx_export import write_graphs
+from models.onnx_model import OnnxModel
 
 
 def compiled(peer, ours):
@@ -41,11 +45,21 @@ def int8(peer, ours):
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
+def onnx(peer, ours, int8=False):
+    """Ours as ONNX graphs, run by ONNX Runtime."""
+    model = use_onednn_linear(copy.deepcopy(ours), False)
+    with tempfile.TemporaryDirectory() as folder:
+        write_graphs(model, Path(folder), int8)
+        return OnnxModel(model.config, Path(folder))
+
+
 ALSO = {
     "transformers, torch.compile": compiled,
     "transformers, bfloat16 weights": lambda peer, ours: copy.deepcopy(peer).to(torch.bfloat16),
     "ours, bfloat16 weights": lambda peer, ours: copy.deepcopy(ours).to(torch.bfloat16),
     "ours, int8 linear layers": int8,
+    "ONNX, float32": onnx,
+    "ONNX, int8": functools.partial(onnx, int8=True),
 }
 
 
