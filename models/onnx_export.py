@@ -13,7 +13,6 @@ scale per output channel, and activations are rounded as they come (ONNX Runtime
 
 import contextlib
 import io
-import logging
 import warnings
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from models.decoding_step import CACHE
 from models.families import takes
 from models.onnx_model import DECODER, FAMILIES, IMAGES, MISSING, OnnxModel
 
-logger = logging.getLogger(__name__)
 TOKEN = 0  # any: what it gives is left out, or compared
 HIDDEN = -1e4  # as in FastTextAttention
 
