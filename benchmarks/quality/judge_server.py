@@ -32,7 +32,9 @@ SHARES = (0.2, 0.45, 0.7)
 def flickr(captions: int) -> tuple[dict, dict]:
     """{image: a caption} and {image: the other captions} of Flickr8k's test images."""
     source = Path(os.environ["CAPTION_TEST_DATA"]) / "flickr8k_expert/references.json"
-    texts = json.loads(source.read_text(encoding="utf-8"))
+    texts: dict[str, list[str]] = {}
+    for row in json.loads(source.read_text(encoding="utf-8")):
+        texts.setdefault(row["image_id"], []).append(row["caption"])
     chosen = random.Random(0).sample(sorted(texts), captions)
     return {name: texts[name][0] for name in chosen}, {name: texts[name][1:] for name in chosen}
 
