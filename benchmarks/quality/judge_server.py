@@ -99,11 +99,11 @@ def measure(arguments, folder: Path) -> dict:
     if client.returncode:
         raise SystemExit((folder / "client.log").read_text(encoding="utf-8")[-3000:])
     scores = json.loads((folder / "scores/coco_metrics.json").read_text(encoding="utf-8"))
-    per_image = (folder / "scores/per_image.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "scores/per_image.jsonl").read_text(encoding="utf-8").splitlines()
     asked = Counter(proxy.answered)
     return {
         "captions": arguments.captions,
-        "captions_with_a_score": len(per_image),
+        "captions_with_a_score": sum(json.loads(line)["scores"].get("CLAIR") is not None for line in lines),
         "answers_of_the_server": len(proxy.answered),
         "captions_answered_more_than_once": sum(times > 1 for times in asked.values()),
         "injected": dict(proxy.injected),
