@@ -39,7 +39,8 @@ class Pace:
         with self.lock:
             start = max(self.next, time.monotonic())
             self.next = start + units * self.interval
-        time.sleep(max(0, start - time.monotonic()))
+        if (left := start - time.monotonic()) > 0:
+            time.sleep(left)
 
 
 class Stopped(Exception):
@@ -107,10 +108,14 @@ class ChatServer:
 
     def ask(self, messages: list[dict], tokens: int, **options):
         """The server's answer to messages of about so many `tokens`. Raises Refused."""
+        request = {"messages": messages} | self.request | options
+        body = {name: value for name, value in request.items() if name != "extra_body"} | request["extra_body"]
+        # As chat.completions.create, but for its search of messages for what it would have to rename: half of its CPU time.
+        post = {"cast_to": self.openai.types.chat.ChatCompletion, "body": body}
         for trial in range(self.args.max_retries + 1):
             self._wait_for_turn(tokens)
             try:
-                answer = self.client.chat.completions.create(messages=messages, **self.request | options)
+                answer = self.client.post("/chat/completions", **post)
                 if has_message(answer):
                     self.answered.set()
                     return answer
