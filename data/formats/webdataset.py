@@ -15,7 +15,7 @@ from common.errors import DataError
 from common.files import version_of
 from common.remote import open_binary
 from common.text import decode
-from data.columns import caption_key, captions_of
+from data.columns import QUESTION, caption_key, captions_of, question_of
 from data.images import ImageError, is_image_file
 from data.rows import Options, Part, Row, scalars, split_of_file, text_or_none
 from data.tables import IMAGE, TEXT, loading, local_files
@@ -36,8 +36,8 @@ def parts(path: Path, options: Options) -> list[Part]:
 
 
 def tables(path: Path, options: Options) -> dict:
-    """{split: table} with image, captions, __key__, __url__ and json, and the group column of the json."""
-    texts = dict.fromkeys(["__key__", "__url__", "json", *filter(None, [options.group_column])], TEXT)
+    """{split: table} with image, captions, __key__, __url__ and json, the group column of the json, and what conversations ask."""
+    texts = dict.fromkeys(["__key__", "__url__", "json", QUESTION, *filter(None, [options.group_column])], TEXT)
     features = datasets.Features({"image": IMAGE, "captions": datasets.List(TEXT)} | texts)
     tars = defaultdict(list)
     for part in parts(path, options):
@@ -53,9 +53,10 @@ def tables(path: Path, options: Options) -> dict:
         if skip:
             count_faults(shards, options)
         with loading(str(path), NAME):
-            tables[split] = datasets.Dataset.from_generator(
+            table = datasets.Dataset.from_generator(
                 table_rows, features=features, cache_dir=options.cache_dir, gen_kwargs=arguments
             )
+        tables[split] = table.remove_columns([QUESTION]) if table.unique(QUESTION) == [None] else table
     return tables
 
 
@@ -70,7 +71,7 @@ def table_rows(shards: list, skip_bad_samples: bool, columns: tuple) -> Iterator
         for sample in samples(tar):
             if not sample["fault"]:
                 row = {name: text_or_none(value) for name, value in sample["inner"].items()}
-                row |= {"__key__": sample["key"], "__url__": tar}
+                row |= {"__key__": sample["key"], "__url__": tar, QUESTION: sample["question"]}
                 row |= {name: sample[name] for name in ("image", "captions", "json")}
                 yield {name: row.get(name) for name in columns}
             elif not skip_bad_samples:
@@ -82,7 +83,8 @@ def read(part: Part, options: Options) -> Iterator[Row]:
         image = ImageError(sample["fault"]) if sample["fault"] else sample["image"]
         name = image["path"] if isinstance(image, dict) else sample["key"]
         columns = scalars(sample["inner"])
-        yield Row(sample["where"], image, sample["captions"], name=name, split=part.split, columns=columns)
+        where, captions, question = sample["where"], sample["captions"], sample["question"]
+        yield Row(where, image, captions, name=name, split=part.split, columns=columns, question=question)
 
 
 def samples(tar: str, captions: bool = True) -> Iterator[dict]:
@@ -92,8 +94,8 @@ def samples(tar: str, captions: bool = True) -> Iterator[dict]:
         captions: whether a sample without one is faulty.
 
     Returns:
-        {"key", "where", "image" ({"path", "bytes"} or None), "captions", "json" (text or None), "inner" (its object), "fault"
-        (None or what is missing), "members" ([(name, bytes)])} for each.
+        {"key", "where", "image" ({"path", "bytes"} or None), "captions", "question" (of a conversation), "json" (text or None),
+        "inner" (its object), "fault" (None or what is missing), "members" ([(name, bytes)])} for each.
     """
     for key, members in itertools.groupby(members_of(tar), lambda member: stem_of(member[0])):
         yield _sample(key, list(members), os.path.basename(tar), captions)
@@ -141,7 +143,8 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     except ValueError as error:
         raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
     inner = inner if isinstance(inner, dict) else {}
-    captions = captions_of(inner, [caption_key(inner)], where) if text is None else [decode(text[1], where)]
+    own = caption_key(inner) if text is None else None
+    captions = captions_of(inner, [own], where) if text is None else [decode(text[1], where)]
     fault, names = None, ", ".join(name for name, _ in members)
     if image is None:
         fault = f"{where}: has no image, only {names}"
@@ -156,6 +159,7 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
         "where": where,
         "image": image,
         "captions": captions,
+        "question": question_of(inner.get(own), where),
         "json": raw,
         "inner": inner,
         "fault": fault,

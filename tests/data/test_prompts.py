@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tarfile
 
 import pytest
 import tiny
@@ -13,8 +14,9 @@ from collator import CaptionCollator
 from common.errors import DataError
 from data import Augmentation
 from data.columns import find_columns
+from data.formats import webdataset
 from data.prompts import PROMPTS, filled
-from data.rows import Options
+from data.rows import Options, Part
 
 ROW = {"category": "dog", "tags": ["red", "small"], "Image Name": "x", "blank": " ", "number": 3}
 
@@ -77,6 +79,24 @@ def test_conversations_have_their_own_questions(tmp_path, form):
     assert train[PROMPTS][:] == [list(QUESTIONS)] * 2
     assert train["captions"][0] == ["a dog 0", "it is red 0"]
     assert PROMPTS not in data.load(write(tmp_path, form), cache_dir=tmp_path / "cache")["train"].column_names
+
+
+@pytest.mark.parametrize("form", ["llava", "messages"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_in_a_tar_have_their_own_questions(tmp_path, form, streaming):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for number, (question, answer) in enumerate(QUESTIONS.items()):
+            Image.effect_noise((16, 16), 20 + 30 * number).convert("RGB").save(tmp_path / "picture.png")
+            (tmp_path / "talk.json").write_text(json.dumps(turns(question, answer, form, "")))
+            tar.add(tmp_path / "picture.png", f"{number}.png")
+            tar.add(tmp_path / "talk.json", f"{number}.json")
+    how = {"cache_dir": tmp_path / "cache", "streaming": streaming, "all_as": "train"}
+    train = list(data.load(str(tmp_path / "train.tar"), own_questions=True, **how)["train"])
+    asked = [(prompt, caption) for row in train for prompt, caption in zip(row[PROMPTS], row["captions"], strict=True)]
+    assert asked == list(QUESTIONS.items())
+    assert PROMPTS not in next(iter(data.load(str(tmp_path / "train.tar"), **how)["train"]))
+    (row, _) = webdataset.read(Part("webdataset", str(tmp_path / "train.tar")), Options(captions=False))
+    assert row.question == "What is it?"  # infer.py asks it
 
 
 def test_a_sample_has_captions_of_one_prompt(tmp_path):
