@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from common.errors import UserError
 from common.weights import check_keys, errors_in_one_line
@@ -127,20 +127,26 @@ def find_adapter(model_name_or_path: str, revision: str = "main") -> dict | None
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
 
+def own_file(model_name_or_path: str, name: str, revision: str = "main") -> Path | None:
+    """A file of a model's folder or Hub repository; None if it has none of this name."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(model_name_or_path, name, revision=revision, **quiet)
+    return path and Path(path)
+
+
 def load_adapter(base, model_name_or_path: str, revision: str = "main") -> PeftModel:
-    """`base` with the adapter, trainable, and with the prompt and generation settings of the adapter's folder."""
+    """`base` with the adapter, trainable, and with the prompt and generation settings of the adapter's folder or repository."""
     with errors_in_one_line(model_name_or_path):
         model = PeftModel.from_pretrained(base, model_name_or_path, is_trainable=True, revision=revision)
     load_adapter_weights(_without_card(model), model_name_or_path, revision)
-    folder = Path(model_name_or_path)
-    if (folder / "config.json").is_file():  # our own checkpoints have it; others caption as their base does
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config := own_file(model_name_or_path, "config.json", revision):  # of our own; others caption as their base does
+        saved = json.loads(config.read_text(encoding="utf-8"))
         base.config.caption_prompt, base.config.caption_text = (
             saved.get("caption_prompt", ""),
             saved.get("caption_text", {}),
         )
-    if (folder / "generation_config.json").is_file():
-        base.generation_config = GenerationConfig.from_pretrained(folder)
+    if settings := own_file(model_name_or_path, "generation_config.json", revision):
+        base.generation_config = GenerationConfig.from_pretrained(settings.parent)
     return model
 
 

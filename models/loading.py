@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.existence import SERVER
 from common.text import read_text
 from common.weights import check_keys, read_weights
-from models.adapters import add_adapter, check_targets, find_adapter, load_adapter, load_adapter_weights
+from models.adapters import add_adapter, check_targets, find_adapter, load_adapter, load_adapter_weights, own_file
 from models.blip_attention import use_fast_attention
 from models.cpu_linear import use_onednn_linear
 from models.families import base_model, family_of, vision_encoder
@@ -146,8 +146,8 @@ def asks(model_name_or_path: str, revision: str, prompt: str | None) -> dict:
     families that are asked a question, where train.py did not say. A model on a server is asked one."""
     if model_name_or_path.startswith(SERVER):
         return {"prompt": prompt, "own_questions": prompt is None}
-    adapter = None if Path(model_name_or_path, "config.json").is_file() else find_adapter(model_name_or_path, revision)
-    if adapter:
+    adapter = find_adapter(model_name_or_path, revision)
+    if adapter and not own_file(model_name_or_path, "config.json", revision):
         return asks(adapter["base_model_name_or_path"], adapter.get("revision") or "main", prompt)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=False)

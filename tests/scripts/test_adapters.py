@@ -1,6 +1,7 @@
 """What is said of adapters, precision and families that cannot be, and what old checkpoints lack."""
 
 import json
+import shutil
 
 import families
 import pytest
@@ -150,3 +151,27 @@ def test_image_tokens_that_an_old_blip2_checkpoint_lacks_are_filled_in():
     assert processor.num_query_tokens == 4
     assert model.config.image_token_index == processor.tokenizer.convert_tokens_to_ids("<image>")
     assert Captioner(model, processor, max_new_tokens=5)(images) == expected
+
+
+def test_an_adapter_of_the_hub_is_asked_as_it_was_trained(base, adapter, tmp_path):
+    """From the Hub's cache on this machine: its own prompt and settings, not those of its base model."""
+    images = tmp_path / "photos"
+    images.mkdir()
+    Image.new("RGB", (32, 32), "red").save(images / "red.png")
+    (images / "list.csv").write_text("image,kind\nred.png,a red\n")
+    snapshot = tmp_path / "hub/models--me--lora/snapshots/0123"
+    shutil.copytree(adapter, snapshot)
+    (tmp_path / "hub/models--me--lora/refs").mkdir()
+    (tmp_path / "hub/models--me--lora/refs/main").write_text("0123")
+    config = json.loads((base / "config.json").read_text()) | {"caption_prompt": "{kind} circle", "caption_text": {}}
+    (snapshot / "config.json").write_text(json.dumps(config | {"caption_text": {"keep_prompt": True}}))
+    (snapshot / "generation_config.json").write_text(json.dumps({"num_beams": 1, "max_new_tokens": 3}))
+    asked = [
+        tiny.run(
+            "infer.py", images / "list.csv", "--model_name_or_path", name, HF_HUB_CACHE=str(tmp_path / "hub")
+        ).stdout
+        for name in ("me/lora", snapshot)
+    ]
+    assert asked[0] == asked[1]
+    assert len(asked[0].split("\t")[1].split()) in range(3, 7)
+    assert "\ta red circle" in asked[0]
