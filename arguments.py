@@ -898,8 +898,10 @@ class ServeArguments(ListenArguments):
 class DemoArguments(ListenArguments):
     HEADING = "the page"
     MOST_USED = ("model_name_or_path", "compare_to", "examples", "host", "port", "login")
-    FILES, HUB = ("examples", "login"), ("compare_to",)
-    compare_to: str | None = flag(None, "Second model, whose captions are shown next to the first's.")
+    FILES, HUB, SERVED = ("examples", "login"), ("compare_to",), True
+    compare_to: str | None = flag(
+        None, "Second model, whose captions are shown next to the first's; here, or openai:MODEL on the same server."
+    )
     examples: str | None = flag(
         None, "Folder of images to offer as examples. Default: those of the model's report.html, else drawn scenes."
     )
@@ -1152,7 +1154,7 @@ EVALUATE_GROUPS = (
 )  # fmt: skip
 INFER_GROUPS = (ServedModelArguments, SamplingArguments, InferArguments, ImageServerArguments)
 SERVE_GROUPS = (ModelArguments, GenerationArguments, ServeArguments)
-DEMO_GROUPS = (ModelArguments, GenerationArguments, DemoArguments)
+DEMO_GROUPS = (ServedModelArguments, GenerationArguments, DemoArguments, ImageServerArguments)
 REWRITE_GROUPS = (RewriteArguments, LLMArguments)
 EXPORT_GROUPS = (ExportArguments,)
 

@@ -2,6 +2,7 @@
 
     python demo.py --model_name_or_path runs/quickstart                         then open http://127.0.0.1:7860
     python demo.py --model_name_or_path runs/a --compare_to runs/b              two models, side by side
+    python demo.py --model_name_or_path openai:gpt-4o-mini                      a model on a server, as for infer.py
     python demo.py --model_name_or_path runs/a --host 0.0.0.0 --login users.txt on your network, with a login
     python demo.py --model_name_or_path runs/a --root_path /captions            behind a proxy that serves it there
 
@@ -11,7 +12,8 @@ The same from Python, by `gradio_client`; every setting is an argument with the 
     caption, others, html = client.predict(image=handle_file("photo.jpg"), num_beams=3, api_name="/caption")
     status, table, files = client.predict(files=[handle_file("photos.zip")], api_name="/caption_files")
 
-Nothing is sent anywhere: no telemetry, no fonts or scripts from elsewhere, and no URL is fetched for a visitor.
+Nothing is sent anywhere but to a model's own server: no telemetry, no fonts or scripts from elsewhere, and no URL is fetched for
+a visitor.
 """
 
 from arguments import DEMO_GROUPS
@@ -21,6 +23,7 @@ if __name__ == "__main__":
     check(DEMO_GROUPS)  # answers --help and mistakes before torch is imported
 
 import base64
+import dataclasses
 import logging
 import os
 import tempfile
@@ -28,6 +31,7 @@ import time
 from pathlib import Path
 
 from captioner import Captioner
+from captioning import server
 from common.errors import UserError
 from drawn_scenes import drawing as scenes
 from reports.report import read_thumbnails
@@ -45,15 +49,16 @@ logger = logging.getLogger("demo")
 
 
 def main():
-    model_args, generation_args, args = parse(DEMO_GROUPS)
+    model_args, generation_args, args, server_args = parse(DEMO_GROUPS)
     if gr is None:
         raise UserError("The demo is built with Gradio, which is not installed: pip install gradio")
     login = args.users()
     if args.host not in ("127.0.0.1", "localhost", "::1") and not login:
         logger.warning("everybody who can reach %s can use this demo; --login FILE asks for a password", args.host)
     names = [model_args.model_name_or_path, *filter(None, [args.compare_to])]
-    how = {"bf16": args.bf16, "fast_jpeg": model_args.fast_jpeg, "loading": model_args.loading()}
-    loaded = [Captioner.from_pretrained(name, **how, **generation_args.settings()) for name in names]
+    if len(set(map(server.is_served, names))) == 1:  # of a model here and one on a server, each has its flags
+        server.check_flags(model_args, generation_args, server_args, args)
+    loaded = [load_captioner(name, model_args, generation_args, args, server_args) for name in names]
     captioners = dict(zip(shown_names(names), loaded, strict=True))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +88,14 @@ def main():
             raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
         while True:  # Gradio's own waiting ends with 0 at Ctrl-C
             time.sleep(1)
+
+
+def load_captioner(name: str, model_args, generation_args, args, server_args) -> Captioner | server.ServerCaptioner:
+    if server.is_served(name):
+        model_args = dataclasses.replace(model_args, model_name_or_path=name)
+        return server.connect(model_args, generation_args, server_args, seed=None)
+    how = {"bf16": args.bf16, "fast_jpeg": model_args.fast_jpeg, "loading": model_args.loading()}
+    return Captioner.from_pretrained(name, **how, **generation_args.settings())
 
 
 def shown_names(models: list[str]) -> list[str]:

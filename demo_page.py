@@ -13,6 +13,7 @@ import gradio as gr
 import torch
 
 from captioner import Captioner
+from captioning.server import ServerCaptioner
 from common.errors import UserError
 from common.text import spreadsheet_cell
 from data.uploads import list_uploads, read_upload, read_uploads
@@ -54,7 +55,8 @@ def build(captioners: dict[str, Captioner], examples: list[str], max_images: int
     with gr.Blocks(title="Image captions", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
         gr.Markdown(f"# Image captions\nby {' and '.join(f'`{name}`' for name in captioners)}")
         with gr.Accordion("Settings: how many captions, beams, length, sampling, prompt", open=False):
-            settings = settings_panel(next(iter(captioners.values())))
+            here = [captioner for captioner in captioners.values() if captioner.model]
+            settings = settings_panel(here[0]) if here else server_panel(next(iter(captioners.values())))
         with gr.Tab("One image"):
             one_image(captioners, settings, examples)
         with gr.Tab("Many images"):
@@ -146,7 +148,7 @@ def caption_image(captioners: dict[str, Captioner], image, **settings):
         for captioner in captioners.values():
             captioner = with_settings(captioner, **settings)
             found = candidates(captioner, picture)
-            rows = [[text, f"{score:.2f}"] for text, score in found]
+            rows = [[text, "" if score is None else f"{score:.2f}"] for text, score in found]
             outputs += [found[0][0], rows, heat_maps(captioner, picture, found[0][0])]
         return outputs
 
@@ -161,8 +163,10 @@ def caption_files(captioner: Captioner, max_images: int, files, progress=gr.Prog
         rows = []
         for chunk in read_uploads(uploads, CHUNK):
             images = [image for _, image in chunk if not isinstance(image, Exception)]
-            captions = iter(captioner(images) if images else [])
-            rows += [[n, "", str(i)] if isinstance(i, Exception) else [n, next(captions), ""] for n, i in chunk]
+            captions = iter(first_captions(captioner, images) if images else [])
+            outcomes = [image if isinstance(image, Exception) else next(captions) for _, image in chunk]
+            texts = [["", str(outcome)] if isinstance(outcome, Exception) else [outcome, ""] for outcome in outcomes]
+            rows += [[name, *text] for (name, _), text in zip(chunk, texts, strict=True)]
             progress((len(rows), len(uploads)), unit="images")
             yield f"{len(rows)} of {len(uploads)} done", rows, None
         bad = sum(bool(error) for _, _, error in rows)
@@ -171,12 +175,34 @@ def caption_files(captioner: Captioner, max_images: int, files, progress=gr.Prog
             yield status, rows, write_tables(Path(folder), rows)
 
 
+def slider(label, low, high, step, value, info):
+    return gr.Slider(min(low, value), max(high, value), value, step=step, label=label, info=info)
+
+
+def sampling_panel() -> dict:
+    return {
+        "do_sample": gr.Checkbox(False, label="Sample", info="Draw captions at random, not the likeliest"),
+        "temperature": slider("Temperature", 0.1, 2, 0.1, 1.0, "For sampling: lower is safer"),
+        "top_p": slider("Top p", 0.05, 1, 0.05, 0.9, "For sampling: share of likely words"),
+    }
+
+
+def server_panel(captioner: ServerCaptioner) -> dict:
+    """As settings_panel, for models on a server alone."""
+    longest = captioner.settings["max_new_tokens"]
+    with gr.Row(elem_classes="settings"):
+        search = {
+            "num_captions": slider("Captions", 1, 10, 1, 1, "More than one only with Sample"),
+            "max_new_tokens": slider("Longest", 1, 1000, 1, longest, "In tokens: about one per word"),
+        }
+    with gr.Row(elem_classes="settings"):
+        prompt = gr.Textbox(captioner.prompt, label="Prompt", max_length=200, info="What the model is asked")
+        return search | sampling_panel() | {"prompt": prompt}
+
+
 def settings_panel(captioner: Captioner) -> dict:
     """The components whose values with_settings takes, by the names of its arguments."""
     own = {"length_penalty": 1.0, "min_new_tokens": 0} | {k: v for k, v in captioner.settings.items() if v is not None}
-
-    def slider(label, low, high, step, value, info):
-        return gr.Slider(min(low, value), max(high, value), value, step=step, label=label, info=info)
 
     with gr.Row(elem_classes="settings"):
         search = {
@@ -191,35 +217,48 @@ def settings_panel(captioner: Captioner) -> dict:
         }
     with gr.Row(elem_classes="settings"):
         penalty = own["repetition_penalty"]
-        return search | {
-            "repetition_penalty": slider("Repetition", 1, 3, 0.1, penalty, "Penalty; above 1: fewer repeated words"),
-            "do_sample": gr.Checkbox(False, label="Sample", info="Draw captions at random, not the likeliest"),
-            "temperature": slider("Temperature", 0.1, 2, 0.1, 1.0, "For sampling: lower is safer"),
-            "top_p": slider("Top p", 0.05, 1, 0.05, 0.9, "For sampling: share of likely words"),
-            "prompt": gr.Textbox(captioner.prompt, label="Prompt", max_length=200, info="Every caption continues it"),
-        }
+        repetition = slider("Repetition", 1, 3, 0.1, penalty, "Penalty; above 1: fewer repeated words")
+        sampling = sampling_panel()
+        prompt = gr.Textbox(captioner.prompt, label="Prompt", max_length=200, info="Every caption continues it")
+        return search | {"repetition_penalty": repetition} | sampling | {"prompt": prompt}
 
 
 def with_settings(
-    captioner: Captioner, num_captions, num_beams, max_new_tokens, min_new_tokens, length_penalty,
-    repetition_penalty, do_sample, temperature, top_p, prompt,
-) -> Captioner:  # fmt: skip
-    """The same model with the settings from the page."""
+    captioner: Captioner | ServerCaptioner, num_captions, max_new_tokens, do_sample, temperature, top_p, prompt,
+    num_beams=1, **search,
+) -> Captioner | ServerCaptioner:  # fmt: skip
+    """The same model with the settings from the page; of `search` a model on a server has none."""
     if len(prompt or "") > 200:
         raise UserError("A prompt may have at most 200 characters.")
+    how = {"do_sample": bool(do_sample), "max_new_tokens": max_new_tokens}
+    if captioner.model is None:
+        how["num_return_sequences"] = num_captions if do_sample and num_captions > 1 else None
+        return captioner.with_settings(prompt or "", **how, temperature=temperature, top_p=top_p)
+    how |= search | {"num_return_sequences": num_captions}
     if do_sample:
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_beams": 1}
+        how.pop("length_penalty")
+        how |= {"temperature": temperature, "top_p": top_p, "num_beams": 1}
     else:
-        how = {"do_sample": False, "num_beams": max(num_beams, num_captions), "length_penalty": length_penalty}
-    how |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-    how |= {"repetition_penalty": repetition_penalty, "num_return_sequences": num_captions}
+        how["num_beams"] = max(num_beams, num_captions)
     return captioner.with_settings(prompt or "", **how)
 
 
+def first_captions(captioner: Captioner | ServerCaptioner, images: list) -> list[str | Exception]:
+    """A caption per image, or why a server gives it none."""
+    if captioner.model is None:
+        return [found if isinstance(found, Exception) else found[0] for found in captioner.answers(images)]
+    return captioner(images)
+
+
 @torch.inference_mode()
-def candidates(captioner: Captioner, picture) -> list[tuple[str, float]]:
-    """The captions of one image, each once, with the mean log-probability of their tokens: beams in the order of their
-    search, whose first one is the caption that every script writes; samples by that, best first."""
+def candidates(captioner: Captioner | ServerCaptioner, picture) -> list[tuple[str, float | None]]:
+    """The captions of one image, each once, with the mean log-probability of their tokens (None from a server): beams in the
+    order of their search, whose first one is the caption that every script writes; samples by that, best first."""
+    if captioner.model is None:
+        (found,) = captioner.answers([picture])
+        if isinstance(found, Exception):
+            raise found
+        return [(text, None) for text in dict.fromkeys(found)]
     with torch.autocast(captioner.model.device.type, captioner.autocast, enabled=captioner.autocast is not None):
         batch = captioner.encode(captioner.collator([{"image": picture, "image_id": ""}]))
         tokens = captioner.generate_tokens(batch)
@@ -235,7 +274,7 @@ def candidates(captioner: Captioner, picture) -> list[tuple[str, float]]:
 
 def heat_maps(captioner: Captioner, picture, caption: str) -> str:
     """A small picture per word, as HTML; nothing for models without cross-attention."""
-    if captioner.model.config.model_type != "blip" or not caption:
+    if captioner.model is None or captioner.model.config.model_type != "blip" or not caption:
         return ""
     words, maps = attention_maps(captioner, picture, caption)
     small = picture.copy()

@@ -125,6 +125,7 @@ class ServerCaptioner:
         seed: int | None = None,
         journal_file: Path | None = None,
     ):
+        self.how = {name: value for name, value in locals().items() if name not in ("self", "name", "server_args")}
         self.name, self.args, self.system_prompt = name, server_args, system_prompt
         self.prompt = PROMPT if prompt is None else prompt
         self.settings = {"max_new_tokens": max_new_tokens or MAX_NEW_TOKENS}
@@ -147,8 +148,8 @@ class ServerCaptioner:
         self.count_anew()
 
     def count_anew(self) -> None:
-        """Begin to count answers: `written` captions, those `cut` at max_new_tokens, images `unanswered`, and [prompt,
-        written] `tokens`."""
+        """Begin to count answers: `written` captions, those `cut` by the server, images `unanswered`, and [prompt, written]
+        `tokens`."""
         self.written = self.cut = self.unanswered = 0
         self.tokens = [0, 0]
 
@@ -161,6 +162,13 @@ class ServerCaptioner:
             logger.info("%d of %d captions were cut by the server (finish_reason length)", self.cut, self.written)
         kept = "all answers, those of earlier runs too: " if self.journal_file else ""
         say_cost(*self.tokens, self.args.prices, kept)
+
+    def with_settings(self, prompt: str | None = None, **settings) -> "ServerCaptioner":
+        """A captioner with another prompt or other settings, whose requests count in the same limits per minute."""
+        settings |= {} if prompt is None else {"prompt": prompt}
+        other = ServerCaptioner(self.name, self.args, **self.how | settings)
+        other.server.requests, other.server.volume = self.server.requests, self.server.volume
+        return other
 
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
@@ -203,6 +211,11 @@ class ServerCaptioner:
         pictures = self._ahead(samples, max(num_workers, cpus()))
         for picture, row in self.server.run(pictures, functools.partial(self._answer, skip_bad_images)):
             yield picture.image_id, picture.error or self._counted(row)
+
+    def answers(self, images: list) -> list[list[str] | Unanswered]:
+        """The captions of each of a few images, in their order."""
+        found = dict(self.stream([{"image": image, "image_id": number} for number, image in enumerate(images)]))
+        return [found[number] for number in range(len(images))]
 
     def _counted(self, row: dict) -> list[str] | Unanswered:
         self.tokens = [a + b for a, b in zip(self.tokens, row["tokens"], strict=True)]
@@ -264,7 +277,7 @@ class ServerCaptioner:
         return row
 
     def _ask(self, picture: Picture) -> dict:
-        """{"texts", "cut" (whether each ends at max_new_tokens), "error" or None, "tokens" [of the prompt, written]}."""
+        """{"texts", "cut" (whether the server cut each), "error" or None, "tokens" [of the prompt, written]}."""
         try:
             answer = self.server.ask(picture.messages, picture.tokens, **self.drawing)
         except Refused as refusal:
@@ -307,7 +320,9 @@ def _fault(choice) -> str | None:
     if refusal := getattr(choice.message, "refusal", None):
         return f"the model refused it: {refusal}"
     if not (isinstance(choice.message.content, str) and choice.message.content.strip()):
-        return "the answer is empty" + (", cut at max_new_tokens" if choice.finish_reason == "length" else "")
+        return "the answer is empty" + (
+            ", cut by the server (finish_reason length)" if choice.finish_reason == "length" else ""
+        )
     return None
 
 

@@ -26,7 +26,9 @@ def check_files(group: Flags) -> None:
         if path := getattr(group, name):
             if path.startswith(SERVER) and name in group.HUB:
                 if not group.SERVED:
-                    raise UserError(f"--{name} {path}: models on a server caption in infer.py and evaluate.py alone.")
+                    raise UserError(
+                        f"--{name} {path}: models on a server caption in infer.py, evaluate.py and demo.py alone."
+                    )
                 if path == SERVER:
                     raise UserError(f"--{name} {path}: name the model, openai:MODEL.")
                 continue

@@ -154,7 +154,7 @@ def _looks_western(chunk: bytes) -> bool:
 
 
 class Caption(str):
-    """A caption, and whether it was `cut` at max_new_tokens."""
+    """A caption, and whether it was `cut` at max_new_tokens, or by the server."""
 
     def __new__(cls, text: str, cut: bool):
         caption = super().__new__(cls, text)

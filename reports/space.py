@@ -10,7 +10,7 @@ from common.publish import files_to_upload
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
     "demo.py", "demo_page.py", "arguments.py", "captioner.py", "collator.py", "LICENSE",
-    *(f"{folder}/**/*.py" for folder in ("common", "data", "drawn_scenes", "jobs", "metrics", "models", "objectives", "reports")),
+    *(f"{folder}/**/*.py" for folder in ("captioning", "common", "data", "drawn_scenes", "jobs", "metrics", "models", "objectives", "reports")),
 )  # fmt: skip
 APP = '''"""Starts the demo as a Space does: `python app.py`, then http://127.0.0.1:7860."""
 

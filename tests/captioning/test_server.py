@@ -328,11 +328,11 @@ def test_videos_and_rows_of_several_images_are_refused_and_nothing_is_sent(name,
         assert server.requests == []
 
 
-@pytest.mark.parametrize("name", ["demo.py", "train.py"])
+@pytest.mark.parametrize("name", ["serve.py", "train.py"])
 def test_scripts_that_need_the_model_itself_say_so(name, script, tmp_path):
     words = ["--output_dir", tmp_path / "out"] if name == "train.py" else []
     _, printed = script(name, "--model_name_or_path", "openai:small", *words, fails=True)
-    assert "models on a server caption in infer.py and evaluate.py alone" in printed
+    assert "models on a server caption in infer.py, evaluate.py and demo.py alone" in printed
 
 
 def test_a_model_on_a_server_is_scored_and_a_killed_run_asks_no_image_again(script, tmp_path):

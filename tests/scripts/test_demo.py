@@ -20,6 +20,7 @@ import proxy
 import pytest
 import tiny
 import yaml
+from llm_server import LLMServer
 from PIL import Image
 
 from captioner import Captioner
@@ -136,6 +137,42 @@ def test_the_captions_are_the_captioners_own_with_scores_and_a_map_a_word(client
     assert table["data"][0][0] == best
     assert html.count("<figure>") == len(best.split()) > 0
     assert [word in html for word in best.split()]
+
+
+def test_a_model_on_a_server_captions_on_the_page(files, model):
+    refused = []
+
+    def answer(uri, request):
+        if request["messages"][0]["content"][1]["text"] == "Refuse.":
+            refused.append(uri)
+            return ["", "content_filter"] if uri == refused[0] else "a dog"
+        texts = [f"text {number}" for number in range(request.get("n", 1))]
+        choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": t}} for t in texts]
+        return 200, {"id": "1", "object": "chat.completion", "choices": choices}, {}
+
+    with LLMServer(answer) as server:
+        served = ("--model_name_or_path", "openai:small", "--base_url", server.url)
+        process, address = serve(*served, "--prompt", "Which?", "--compare_to", model)
+        try:
+            client = gradio_client.Client(address, verbose=False)
+            photo = gradio_client.handle_file(files / "photo.png")
+            best, table, html, here, *_ = client.predict(image=photo, api_name="/caption")
+            assert (best, table["data"], html) == ("text 0", [["text 0", ""]], "")
+            assert [here] == Captioner.from_pretrained(model, prompt="Which?")([picture(0)])
+            sampled = {"do_sample": True, "num_captions": 2, "temperature": 0.5, "max_new_tokens": 9, "prompt": "Again"}
+            _, table, *_ = client.predict(image=photo, **sampled, api_name="/caption")
+            assert [row[0] for row in table["data"]] == ["text 0", "text 1"]
+            request = server.requests[-1][1]
+            assert (request["n"], request["temperature"], request["max_tokens"]) == (2, 0.5, 9)
+            assert request["messages"][0]["content"][1]["text"] == "Again"
+            zipped = [gradio_client.handle_file(files / "photos.zip")]
+            status, table, _ = client.predict(files=zipped, prompt="Refuse.", api_name="/caption_files")
+            assert "19 of 20" in status
+            errors = [row for row in table["data"] if row[2]]
+            assert [row[1:] for row in errors] == [["", "the server's filter refused it"]]
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 def test_settings_are_bounded_and_mistakes_are_said(client, files):
