@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 import time
 from collections import Counter
 
@@ -53,7 +54,7 @@ def fault_of(row: dict, cut: bool) -> str | None:
     if row.get("error") is not None:
         return "without a caption"
     if cut:
-        return "cut at max_new_tokens"
+        return "cut short"
     if not all(text and text.strip() for text in texts):
         return "empty"
     if any(map(repetition, texts)):
@@ -61,11 +62,17 @@ def fault_of(row: dict, cut: bool) -> str | None:
     return "refusing" if any(map(REFUSAL.search, texts)) else None
 
 
+def ends_of(name: str) -> set[str]:
+    """Of a path, what is left without its first folders: evaluate.py's ids, where a source has none, are such."""
+    parts = re.split(r"[/\\]", name)
+    return {"/".join(parts[first:]) for first in range(1, len(parts))}
+
+
 class Again:
-    """The images that a list names, among those of a finished run: by their name, key or image_id, a line each.
+    """The images that a list names, among those of a finished run: by their name, the end of it, key or image_id, a line each.
 
     Raises:
-        UserError: a line names no image, or the run is not finished.
+        UserError: a line names no image, or is the end of two names, or the run is not finished.
     """
 
     def __init__(self, file: str, folder: ShardFolder, shards: list[Shard]):
@@ -78,6 +85,7 @@ class Again:
                 f"{folder.output} are not there as the source, and columns in prompts, are now: run the command without --only."
             )
         self.id, self.rows, named = digest_of(sorted(left)), {}, set(left)
+        by_end: dict[str, list] = {}
         for shard in done:
             for number, row in enumerate(folder.rows(shard.file)):
                 columns = json.loads(row["columns"]) if folder.single else row
@@ -85,6 +93,14 @@ class Again:
                 if names & named:
                     left -= names
                     self.rows.setdefault(shard, {})[identity(row)] = number
+                for end in ends_of(row["image"]) & named:
+                    by_end.setdefault(end, []).append((shard, identity(row), number, row["image"]))
+        for end in left & by_end.keys():  # those that are no whole name
+            (shard, image, number, name), *others = by_end[end]
+            if others:
+                raise UserError(f"--only {file}: {end!r} may be {name} or {others[0][3]}: write the whole name.")
+            self.rows.setdefault(shard, {})[image] = number
+        left -= by_end.keys()
         if left:
             others = f" and {len(left) - 1} other lines" if len(left) > 1 else ""
             raise UserError(f"--only {file}: {min(left)!r}{others} name no image of {folder.output}.")

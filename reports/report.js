@@ -269,6 +269,13 @@ $("search").addEventListener("input", () => {
   clearTimeout(typing);
   typing = setTimeout(update, 120);
 });
+// The images that are shown, in this order, for infer.py --only.
+$("save").addEventListener("click", () => {
+  const list = new Blob(shown.map((number) => `${rows[number].id}\n`), { type: "text/plain" });
+  const link = element("a", { href: URL.createObjectURL(list), download: "images.txt" });
+  link.click();
+  URL.revokeObjectURL(link.href);
+});
 $("controls").addEventListener("change", update);
 $("controls").addEventListener("submit", (event) => event.preventDefault());
 let drawing = 0;

@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import tarfile
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -40,7 +42,7 @@ def test_what_may_be_wrong_is_listed_and_asked_again_with_another_prompt(script,
     with LLMServer(faulty) as server:
         _, said = script("infer.py", folder, "--output", output, "--shard_size", 5, *asked(server))
         listed = tmp_path / "out.jsonl.shards/_flagged.txt"
-        assert "4 of 12 images are flagged (1 refusing, 1 repeating themselves, 1 cut at max_new_tokens, " in said
+        assert "4 of 12 images are flagged (1 refusing, 1 repeating themselves, 1 cut short, " in said
         assert f"--only {listed}" in said
         assert [name[-8:] for name in listed.read_text().split()] == ["0001.png", "0002.png", "0003.png", "0004.png"]
         before, requests = of_images(output), len(server.requests)
@@ -89,6 +91,38 @@ def test_a_stopped_second_round_asks_no_image_twice(script, tmp_path):
     assert [row["caption"] == "another caption" for row in rows(output)] == [True] * 9 + [False] * 3
 
 
+def test_a_second_round_that_is_killed_loses_no_answer(script, tmp_path):
+    folder, output = pictures(tmp_path / "photos", 40), tmp_path / "out.jsonl"
+    (tmp_path / "mine.txt").write_text("\n".join(str(folder / f"{n:04}.png") for n in range(30)))
+    with LLMServer(faulty) as server:
+        script("infer.py", folder, "--output", output, "--shard_size", 10, *asked(server))
+    before = of_images(output)
+
+    def slow(uri, request):
+        time.sleep(0.05)
+        return faulty(uri, request)
+
+    with LLMServer(slow) as server:
+        again = [folder, "--output", output, "--only", tmp_path / "mine.txt", "--prompt", "Again", *asked(server)]
+        process, deadline = tiny.start("infer.py", *again), time.time() + 100
+        while server.paid.total() < 14:  # in the second of three shards
+            assert process.poll() is None, process.communicate()
+            assert time.time() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(0.3)  # the server answers what was asked before the kill
+        assert of_images(output) == before
+        first = server.paid.total()
+        assert first < 30
+        tiny.run("infer.py", *again)
+        assert server.paid.total() - 30 <= 8  # at most those in flight are asked twice
+        assert len(server.paid) == 30
+    after = list(of_images(output).values())
+    assert [row["caption"] for row in after[:30]] == ["another caption"] * 30
+    assert after[30:] == list(before.values())[30:]
+
+
 @pytest.mark.parametrize("form", ["jsonl", "folder of Parquet", "tar"])
 def test_images_of_every_storage_get_what_a_run_with_these_settings_gives(form, script, model, tmp_path):
     folder = pictures(tmp_path / "photos", 6)
@@ -116,6 +150,34 @@ def test_images_of_every_storage_get_what_a_run_with_these_settings_gives(form, 
     (tmp_path / "mine.txt").write_text(f"{prefix}0004.png\n\n{prefix}0001.png\n")
     both = run(one, *long, "--only", tmp_path / "mine.txt")
     assert both == of_short | {name: of_long[name] for name in ("0001.png", "0004.png")}
+
+
+def test_a_list_of_ids_that_evaluate_made_of_file_names_is_taken(script, tmp_path):
+    pictures(tmp_path / "photos/a", 3)
+    pictures(tmp_path / "photos/b", 2)
+    (tmp_path / "photos/b/0001.png").rename(tmp_path / "photos/b/only.png")
+    mine, output = tmp_path / "mine.txt", tmp_path / "out.jsonl"
+    with LLMServer(faulty) as server:
+        script("infer.py", tmp_path / "photos", "--output", output, *asked(server))
+        again = [
+            "infer.py",
+            tmp_path / "photos",
+            "--output",
+            output,
+            "--only",
+            mine,
+            "--prompt",
+            "Again",
+            *asked(server),
+        ]
+        mine.write_text("only.png\na/0002.png\n")
+        script(*again)
+        changed = [row["image"][-12:] for row in rows(output) if row["caption"] == "another caption"]
+        assert changed == ["s/a/0002.png", "s/b/only.png"]
+        mine.write_text("0000.png\n")
+        _, said = script(*again, fails=True)
+        assert "a/0000.png or " in said
+        assert "write the whole name" in said
 
 
 def test_what_names_no_image_or_no_finished_run_is_refused(script, tmp_path):

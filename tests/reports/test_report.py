@@ -144,6 +144,22 @@ def test_a_reader_sorts_searches_and_filters_and_hostile_captions_stay_text(chro
     assert chromium.get_log("browser") == []
 
 
+def test_the_images_that_a_filter_shows_are_saved_as_a_list(chromium, runs, tmp_path):
+    opened(chromium, runs / "bad")
+    how = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    chromium.execute_cdp_cmd("Browser.setDownloadBehavior", how)
+    chromium.find_element("css selector", "input[value='repeated words']").click()
+    chromium.find_element("id", "save").click()
+    saved = tmp_path / "images.txt"
+    browser.wait(lambda: saved.exists() and saved.read_text() == "cat\n")
+    saved.unlink()
+    chromium.find_element("css selector", "input[value='repeated words']").click()
+    chromium.find_element("id", "save").click()
+    browser.wait(lambda: saved.exists() and len(saved.read_text().splitlines()) == 63)
+    assert saved.read_text().splitlines()[:3] == cards(chromium)[:3]
+    assert chromium.get_log("browser") == []
+
+
 def test_only_cards_in_sight_are_made_and_scrolling_comes_by_all_of_them(chromium, runs):
     opened(chromium, runs / "bad")
     choose(chromium, "sort", "image id")
