@@ -37,7 +37,7 @@ from collator import CaptionCollator
 from common.files import write_json
 from common.provenance import environment
 from drawn_scenes.drawing import load
-from drawn_scenes.facts import score_scene_facts
+from drawn_scenes.facts import KINDS, score_scene_facts
 from drawn_scenes.questions import Handler, Server, write_questions
 from metrics import score
 from models.loading import load_model
@@ -50,7 +50,7 @@ QUESTIONS = "SCST on CIDEr and questions"
 METHODS = (SCST, GRPO, TWICE, QUESTIONS)
 PORT = 8899  # of recipes/questions/rewards.py
 JUDGE = "recipes/questions/rewards.py:questions"
-SCORES = ("CIDEr", "scene_facts", "count", "size", "colour", "shape", "relation", "words", "distinct")
+SCORES = ("CIDEr", "scene_facts", *KINDS, "words", "distinct")
 
 
 def objective_of(method: str, captioner, rewards: Rewards, samples: int):
@@ -218,7 +218,7 @@ def page_table(result: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     before = result["before"]
-    facts = ("scene_facts", "count", "size", "colour", "shape", "relation")
+    facts = ("scene_facts", *KINDS)
     cells = [f"{before['CIDEr']:.2f}", *(f"{before[name]:.3f}" for name in facts), f"{before['words']:.1f}", "", ""]
     lines.append(f"| the quickstart | {' | '.join(cells)} |")
     for method, row in result["test"].items():
@@ -311,6 +311,8 @@ def main() -> None:
     if {*arguments.methods} == {*METHODS}:
         model, processor = load_model(str(arguments.model))
         before = evaluate(Captioner(model.eval(), processor), splits["test"])
+        for run in (run for of_seed in runs.values() for run in of_seed.values()):
+            run["curve"] = [{name: row[name] for name in row if name not in KINDS} for row in run["curve"]]
         found = {"before": before, "test": table(runs), "settings": settings, "runs": runs}
         write_json(arguments.output, found | environment())
         plot(runs, arguments.plot)
