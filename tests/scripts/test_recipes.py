@@ -11,6 +11,7 @@ import tiny
 from conftest import ROOT
 
 import arguments
+from benchmarks.quality.grpo_scenes import QUESTIONS, SCST, TWICE, page_table
 from captioner import Captioner
 from common import cli
 from drawn_scenes import drawing
@@ -97,6 +98,31 @@ def test_the_recipe_of_questions_runs_to_its_end(tmp_path):
 
 
 RESULTS = ROOT / "benchmarks/results"
+
+
+def test_the_page_has_the_table_and_the_figures_of_grpo_on_scenes():
+    page = (ROOT / "docs/rewards.md").read_text()
+    result, killed = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("grpo_scenes", "grpo_scenes_killed")
+    )
+    assert page_table(result) in page
+    page = " ".join(page.split())
+    runs, settings = result["runs"].values(), result["settings"]
+    assert len(runs) == 3
+    assert f"{settings['steps']} steps of {settings['batch_size']} images with four captions each" in page
+    mean = lambda method, name, row: sum(run[method]["curve"][row][name] for run in runs) / 3  # noqa: E731
+    assert f"(SCST from {mean(SCST, 'reward', 1):.2f} to {mean(SCST, 'reward', -1):.2f})" in page
+    right = [mean(QUESTIONS, "reward_questions", row) for row in (1, -1)]
+    assert f"right answers in the samples from {right[0]:.2f} to {right[1]:.2f}" in page
+    seconds = {method: row["processor_seconds"] for method, row in result["test"].items()}
+    assert f"take {100 * (1 - seconds[TWICE] / seconds[SCST]):.0f} % less time" in page
+    assert f"take {seconds[QUESTIONS] / seconds[SCST]:.1f} times the time" in page
+    assert f"{settings['batch_size'] * settings['samples'] * settings['each']} requests a step" in page
+    assert f"half of its {killed['answers']['whole']:,} answers" in page
+    assert killed["said"][0].split(": the same")[0].rpartition("/")[2] in page  # the checkpoint
+    assert sum(killed["answers"][name] for name in ("until the kill", "after it")) == killed["answers"]["whole"]
+    assert killed["exit_codes"] == [0, 2, 0]
+    assert (killed["kept_twice"], killed["losses_and_rewards_equal"], killed["weights_equal"]) == (0, True, True)
 
 
 def test_the_page_has_the_figures_of_grpo_beside_trl():
