@@ -91,7 +91,7 @@ def command(tmp_path, server, *more):
 
 
 def test_captions_are_judged_once_by_a_server_that_errs_and_a_client_killed_three_times(tmp_path):
-    write(tmp_path, 200)
+    write(tmp_path, 500)
     chance, lock = random.Random(0), threading.Lock()
     journal = tmp_path / "o/judge_clair.jsonl"
 
@@ -111,7 +111,7 @@ def test_captions_are_judged_once_by_a_server_that_errs_and_a_client_killed_thre
 
     with LLMServer(answer) as server:
         flags = command(tmp_path, server, "--judge", "clair", "--price_in", 1, "--price_out", 2, "--max_retries", 30)
-        for rows in (20, 70, 130):
+        for rows in (50, 175, 325):
             run = tiny.start("evaluate.py", *flags)
             while run.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= rows):
                 time.sleep(0.01)
@@ -123,12 +123,12 @@ def test_captions_are_judged_once_by_a_server_that_errs_and_a_client_killed_thre
         tiny.run("evaluate.py", *flags)
         assert len(server.requests) == asked, "answers are kept"
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert sorted(row["image_id"] for row in rows) == sorted(f"i{n}" for n in range(200))
+    assert sorted(row["image_id"] for row in rows) == sorted(f"i{n}" for n in range(500))
     scores = json.loads((tmp_path / "o/coco_metrics.json").read_text())
     record = scores["judges"]["CLAIR"]
-    assert scores["CLAIR"] == pytest.approx(sum(n % 101 for n in range(200)) / 200 / 100, abs=0.01)
-    assert (record["llm"], record["questions"], record["cost"] > 0) == ("openai:m", 200, True)
-    assert record["calls"] == sum(row["attempts"] for row in rows) >= 200
+    assert scores["CLAIR"] == pytest.approx(sum(n % 101 for n in range(500)) / 500 / 100, abs=0.01)
+    assert (record["llm"], record["questions"], record["cost"] > 0) == ("openai:m", 500, True)
+    assert record["calls"] == sum(row["attempts"] for row in rows) >= 500
     per_image = [json.loads(line) for line in (tmp_path / "o/per_image.jsonl").read_text().splitlines()]
     assert per_image[7]["scores"]["CLAIR"] == pytest.approx(0.07)
     assert scores["intervals"]["CLAIR"][0] < scores["CLAIR"] < scores["intervals"]["CLAIR"][1]
