@@ -135,6 +135,27 @@ def test_scores_of_an_evaluation(scored, cache):
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 
+def test_tuples_of_a_paragraph_are_those_of_its_sentences(corenlp, cache):
+    """Precision and recall of a paragraph's tuples, counted from SPICE's own parse of each sentence alone."""
+    paragraphs = {
+        "1": "A red car stands on a road. A man holds a dog.",
+        "2": "A cat sleeps. The cat is black. A ball lies there.",
+    }
+    references = {"1": ["A red car stands on grass. A dog runs."], "2": ["A black cat sleeps. A child throws a ball."]}
+
+    _, per_image = score(paragraphs, references, meteor=False, cache=cache, bootstrap_samples=0)
+
+    texts = [text for image in paragraphs for text in (paragraphs[image], references[image][0])]
+    sentences = [[f"{sentence}." for sentence in text.rstrip(".").split(".")] for text in texts]
+    tokens = tokenize(sentence for of_text in sentences for sentence in of_text)
+    alone = iter(spice(tokens, [[sentence] for sentence in tokens], cache=cache))  # each beside itself
+    tuples = [{tuple(one) for _ in of_text for one in next(alone)["matched"]} for of_text in sentences]
+    for image, ours, theirs in zip(paragraphs, tuples[::2], tuples[1::2], strict=True):
+        assert len(ours & theirs) >= 2
+        assert per_image[image]["tuple_precision"] == pytest.approx(len(ours & theirs) / len(ours))
+        assert per_image[image]["tuple_recall"] == pytest.approx(len(ours & theirs) / len(theirs))
+
+
 def test_all_images_are_scored_where_the_references_are_known(corenlp, cache, monkeypatch):
     monkeypatch.setattr("metrics.coco_caption.coco.SPICE_SAMPLES", 1)
     options = {"meteor": False, "bootstrap_samples": 0}
