@@ -74,6 +74,7 @@ class ChatServer:
         self.request = {"model": model, limit: max_new_tokens, "extra_body": body_of(args)}
         self.requests, self.volume = Pace(args.requests_per_minute), Pace(args.tokens_per_minute)
         self.stop, self.answered, self.lock = threading.Event(), threading.Event(), threading.Lock()
+        self.patience_ends = float("inf")  # of the first refusal
         self.not_before = self.noted = 0.0
         self.fresh: Counter = Counter()  # errors that are not logged yet
 
@@ -121,7 +122,7 @@ class ChatServer:
                     return answer
                 trouble, wait = WITHOUT_TEXT, 0.0
             except (self.openai.OpenAIError, ValueError) as error:
-                if getattr(error, "status_code", None) in REFUSALS and self.answered.wait(PATIENCE):
+                if getattr(error, "status_code", None) in REFUSALS and self._answers_others():
                     refusal = f"{error.status_code}: {server_message(error)}"
                     self.note(f"refused a prompt, which is left ({refusal})")
                     raise Refused(f"the server refused it ({refusal})") from None
@@ -134,6 +135,11 @@ class ChatServer:
             f"the server of {self.model} {trouble}, {self.args.max_retries + 1} times in a row. Finished rows are kept; "
             "the same command resumes from there."
         )
+
+    def _answers_others(self) -> bool:
+        """Whether another request is answered within PATIENCE of the first refusal."""
+        self.patience_ends = min(self.patience_ends, time.monotonic() + PATIENCE)
+        return self.answered.wait(max(0, self.patience_ends - time.monotonic()))
 
     def _wait_for_turn(self, tokens: int) -> None:
         self.stop.wait(max(0, self.not_before - time.monotonic()))
