@@ -1116,7 +1116,7 @@ class ExportArguments(LogArguments):
     )
     int8: bool = flag(
         False,
-        "With --format onnx: weights of linear layers as whole numbers of 8 bits. Smaller and faster, not the same captions.",
+        "With --format onnx: weights of linear layers as whole numbers of 8 bits. Smaller, and not the same captions.",
     )
     output_dir: str | None = flag(None, "Folder to export to. Default: the folder itself.")
     space: str | None = flag(None, "Write a Gradio Space of the Hub to this folder: the demo and the model.")
