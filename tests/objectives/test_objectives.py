@@ -67,7 +67,7 @@ CHINESE = {
 def test_a_reward_is_the_score_that_an_evaluation_in_the_captions_language_gives(objective, tmp_path):
     model, processor = tiny.build(tmp_path)
     records = datasets.Dataset.from_dict({"image_id": list(CHINESE), "captions": list(CHINESE.values())})
-    args = type("Args", (), {"objective": objective, "label_smoothing_factor": 0.0})
+    args = type("Args", (), {"objective": objective, "label_smoothing_factor": 0.0, "output_dir": None})
     written = {"1": "一只狗在海边", "2": "红色的自行车", "3": "一个男人", "4": "窗边的猫坐"}
     rewards = {}
     for language in ("zh", "en"):

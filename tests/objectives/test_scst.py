@@ -154,7 +154,7 @@ def test_a_caption_of_one_word_counts_as_a_long_one():
     model, processor = families.build("blip2-t5")
     captioner = Captioner(model, processor, max_new_tokens=6)
     collator = CaptionCollator(processor, model.config, prompt=captioner.prompt, prompts_only=SelfCritical.prompts_only)
-    objective = SelfCritical(captioner, lambda ids, texts, ended: (torch.eye(len(texts[0]))[:1], {}), samples=3)
+    objective = SelfCritical(captioner, lambda ids, texts, ended: (torch.eye(len(texts[0]))[:1], {}), samples=8)
     image, losses = Image.effect_noise((40, 32), 100).convert("RGB"), []
     for caption in ("a", "a dog runs on the grass"):
         batch = collator([{"image": image, "image_id": "0", "captions": [caption], "epoch": 0}])
