@@ -17,8 +17,9 @@ from captioning.server import ServerCaptioner
 from common.errors import UserError
 from common.text import spreadsheet_cell
 from data.uploads import list_uploads, read_upload, read_uploads
+from models.onnx_model import OnnxModel
 from objectives.cross_entropy import mean_log_probs
-from reports.attention_maps import attention_maps, overlay
+from reports.attention_maps import attention_maps, has_maps, overlay
 
 CHUNK = 8  # images captioned at once
 CSS = """
@@ -252,13 +253,16 @@ def first_captions(captioner: Captioner | ServerCaptioner, images: list) -> list
 
 @torch.inference_mode()
 def candidates(captioner: Captioner | ServerCaptioner, picture) -> list[tuple[str, float | None]]:
-    """The captions of one image, each once, with the mean log-probability of their tokens (None from a server): beams in the
+    """The captions of one image, each once, with the mean log-probability of their tokens (None from a server and from ONNX graphs): beams in the
     order of their search, whose first one is the caption that every script writes; samples by that, best first."""
     if captioner.model is None:
         (found,) = captioner.answers([picture])
         if isinstance(found, Exception):
             raise found
         return [(text, None) for text in dict.fromkeys(found)]
+    if isinstance(captioner.model, OnnxModel):
+        batch = captioner.collator([{"image": picture, "image_id": ""}])
+        return [(text, None) for text in dict.fromkeys(captioner.caption_batch(batch)[0])]
     with torch.autocast(captioner.model.device.type, captioner.autocast, enabled=captioner.autocast is not None):
         batch = captioner.encode(captioner.collator([{"image": picture, "image_id": ""}]))
         tokens = captioner.generate_tokens(batch)
@@ -273,8 +277,8 @@ def candidates(captioner: Captioner | ServerCaptioner, picture) -> list[tuple[st
 
 
 def heat_maps(captioner: Captioner, picture, caption: str) -> str:
-    """A small picture per word, as HTML; nothing for models without cross-attention."""
-    if captioner.model is None or captioner.model.config.model_type != "blip" or not caption:
+    """A small picture per word, as HTML; nothing for models without maps."""
+    if not has_maps(captioner) or not caption:
         return ""
     words, maps = attention_maps(captioner, picture, caption)
     small = picture.copy()

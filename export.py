@@ -47,7 +47,8 @@ def main():
         if args.format == "onnx":
             write_graphs(model, folder, args.int8)
             model.config.onnx_precision = "int8" if args.int8 else "float32"
-            save_beside(model, processor, source, folder)
+            # Captions of rounded weights are others than those that the run's scores are of.
+            save_beside(model, processor, source, folder, () if args.int8 else RECORDS)
             model = OnnxModel(model.config, folder)
         elif not in_place or not any(source.glob("*.safetensors")):  # .bin weights become safetensors
             save(model, processor, source, folder, merge)
@@ -91,13 +92,14 @@ def save(model, processor, source: Path, folder: Path, merge: bool) -> None:
             raise UserError(f"{folder} does not hold the weights of {source}: {name} differs. Export it again.")
 
 
-def save_beside(model, processor, source: Path, folder: Path) -> None:
-    """Write to `folder` what belongs to weights: config, processor and what the run recorded about them."""
+def save_beside(model, processor, source: Path, folder: Path, records: tuple[str, ...] = RECORDS) -> None:
+    """Write to `folder` what belongs to weights: configs, processor and the `records` that the run left about them."""
     model.config.save_pretrained(folder)  # not among an adapter's own files
+    model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     # A checkpoint's scores and history are those of its run, one folder up.
     run_folder = source if (source / "run.json").is_file() else source.parent
-    for name in RECORDS:
+    for name in records:
         if (run_folder / name).is_file() and run_folder == source:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(run_folder / name, folder / name)

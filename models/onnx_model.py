@@ -7,7 +7,7 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common.errors import UserError
@@ -33,6 +33,8 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         config.is_encoder_decoder = False  # to `generate`, which would encode images itself
         super().__init__(config)
         self.precision = getattr(config, "onnx_precision", "float32")
+        if (Path(folder) / "generation_config.json").is_file():  # the settings that the model captions with
+            self.generation_config = GenerationConfig.from_pretrained(folder)
         try:
             import onnxruntime
         except ImportError:

@@ -17,6 +17,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from common.errors import UserError
 from models.blip_attention import target_positions
 from models.families import base_model
+from models.onnx_model import OnnxModel
 
 
 def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarray]:
@@ -65,12 +66,18 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     return [words[number] for number in of_word], maps.reshape(-1, rows, columns)
 
 
+def has_maps(captioner) -> bool:
+    """Whether attention can be shown: of a BLIP that runs in torch, not on a server or as ONNX graphs."""
+    model = captioner.model
+    return not (model is None or isinstance(model, OnnxModel)) and base_model(model).config.model_type == "blip"
+
+
 def maps_of_worst(captioner, rows: list[dict], images, number: int) -> dict[str, tuple[list[str], np.ndarray]]:
     """{image id: what attention_maps gives} for the captions with the lowest CIDEr, as report.html shows them first.
 
-    rows, images: of reports.outputs.score_captions. Nothing for families other than BLIP, and models on a server.
+    rows, images: of reports.outputs.score_captions. Nothing for models without maps.
     """
-    if captioner.model is None or base_model(captioner.model).config.model_type != "blip":
+    if not has_maps(captioner):
         return {}
     worst = sorted(range(len(rows)), key=lambda index: rows[index]["scores"]["CIDEr"])[:number]
     found = {}

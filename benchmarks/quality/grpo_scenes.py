@@ -13,7 +13,7 @@ benchmarks/results/grpo_scenes.json, docs/grpo_scenes.png.
 trains by recipes/questions/scenes.yaml twice for a few steps; in the second run the server is killed, train.py stops, and the server
 and the same command are started again. What was asked and what was learnt are compared: benchmarks/results/grpo_scenes_killed.json.
 
-Finished runs are kept in --folder and reused, so that a killed call goes on, and calls with different --methods share the work.
+Finished runs are kept in --folder and reused: the same command resumes after a kill, and calls with other --methods add to them.
 """
 
 import argparse

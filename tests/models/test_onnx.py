@@ -1,12 +1,16 @@
 """A captioner as ONNX graphs gives the captions of the model that they were made from, whatever the settings."""
 
+import shutil
+
 import families
 import pytest
 import tiny
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from captioner import Captioner
+from demo_page import candidates, heat_maps
 from models.loading import load_model, ready
 from models.onnx_export import write_graphs
 from models.onnx_model import DECODER, IMAGES, OnnxModel
@@ -61,18 +65,35 @@ def test_what_cannot_be_written(tmp_path):
 
 
 def test_scripts(tmp_path):
-    """export.py writes graphs, in float32 and in 8 bits; infer.py captions with them as with the model; prompts of several
-    lengths; what cannot be is one line."""
+    """export.py writes graphs, in float32 and in 8 bits; every script captions with them as with the model, with its own settings;
+    what cannot be is one line."""
     model = tiny.build_folder(tmp_path, seed=1)
+    own = {"num_beams": 3, "max_new_tokens": 7, "repetition_penalty": 1.3}  # none is a default
+    settings = GenerationConfig.from_pretrained(model)
+    settings.update(**own)
+    settings.save_pretrained(model)
     photos = tiny.write_photos(tmp_path / "photos", {name: ["a red circle"] for name in "abcdef"}).parent
+    few = ["--meteor", "false", "--spice", "false", "--bootstrap_samples", "0", "--score_trained_images", "true"]
+    score = ["evaluate.py", photos / "data.jsonl", *few, "--model_name_or_path"]
+    tiny.run(*score, model, "--output_dir", tmp_path / "scores")
+    shutil.copy(tmp_path / "scores/coco_metrics.json", model)
+    (model / "run.json").write_text('{"flags": {}}')
     export = ["export.py", model, "--format", "onnx"]
     tiny.run(*export, "--output_dir", tmp_path / "onnx")
     check_equal_captions(*load_model(str(model)), tmp_path / "onnx")
     said = [
-        tiny.run("infer.py", photos, "--model_name_or_path", folder, "--num_beams", "3", "--max_new_tokens", "8").stdout
-        for folder in (model, tmp_path / "onnx")
+        tiny.run("infer.py", photos, "--model_name_or_path", folder).stdout for folder in (model, tmp_path / "onnx")
     ]
     assert said[0] == said[1] != ""
+    captioner = Captioner.from_pretrained(str(tmp_path / "onnx"))
+    assert own.items() <= captioner.settings.items()
+    picture = Image.open(photos / "a.png")
+    assert [text for text, _ in candidates(captioner, picture)] == [said[0].splitlines()[0].split("\t")[1]]
+    assert heat_maps(captioner, picture, "a red circle") == ""
+    tiny.run(*score, tmp_path / "onnx", "--output_dir", tmp_path / "scores of onnx")
+    predicted = [(tmp_path / folder / "predictions.json").read_bytes() for folder in ("scores", "scores of onnx")]
+    assert predicted[0] == predicted[1]
+    assert (tmp_path / "scores of onnx/report.html").exists()
     card = (tmp_path / "onnx/README.md").read_text()
     assert "from captioner import Captioner" in card
     assert "library_name: onnx" in card
@@ -90,6 +111,8 @@ def test_scripts(tmp_path):
     difference = (logits[0] - logits[1]).abs().max() / logits[0].std()
     assert 0 < difference < 0.3
     assert Captioner.from_pretrained(tmp_path / "int8").description()["precision"] == "int8"
+    assert (tmp_path / "onnx/coco_metrics.json").exists()
+    assert not (tmp_path / "int8/coco_metrics.json").exists(), "its captions are others"
 
     graphs = tmp_path / "onnx"
     refused = tiny.run("infer.py", photos, "--model_name_or_path", graphs, "--bf16", "true", fails=True).stderr
