@@ -107,7 +107,7 @@ def captions(photos: Path, output: Path, *flags) -> tuple[list[str], dict]:
     subprocess.run([sys.executable, "infer.py", *map(str, words)], cwd=ROOT, env=VARIABLES, check=True)
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     return [row.get("caption", "") for row in rows], json.loads(
-        Path(f"{output}.shards/_report.json").read_text("utf-8")
+        Path(f"{output}.shards/_report.json").read_text(encoding="utf-8")
     )
 
 
