@@ -98,7 +98,7 @@ class RewriteShards:
             provenance = {"model": self.settings["llm"], "prompt": self.settings["prompt"]}
             provenance["settings"] = json.dumps(self.settings)
             every = self.rows.read(shard, None)
-            merged = res.merged(every, source, answers, self.task, self.args, provenance, report)
+            merged = res.merged(every, source, answers, self.args, provenance, report)
 
             def counts():
                 seconds = round(time.time() - started, 3)

@@ -117,9 +117,7 @@ class Again:
         return left, Progress(self.folder, left, "images", quiet=True)
 
     def _is_done(self, counts: dict, settings: dict) -> bool:
-        return any(
-            earlier["list"] == self.id and earlier["settings"] == settings for earlier in counts.get("again", ())
-        )
+        return (self.id, settings) in [(earlier["list"], earlier["settings"]) for earlier in counts.get("again", ())]
 
     def write(self, shard: Shard, outcomes: dict[int, dict], seconds: float, settings: dict, counted: dict) -> dict:
         """Write a shard's file with the new captions of `outcomes`, {identity: outcome}; returns the counts of its footer."""

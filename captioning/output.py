@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioning import writers
-from captioning.again import list_flagged
+from captioning.again import OUTCOME, list_flagged
 from captioning.names import EachOnce, short
 from captioning.server import say_cost
 from captioning.shards import ImageSource, identity
@@ -193,8 +193,7 @@ def _write_output(folder: ShardFolder, form: str, shards: list[Shard], names: li
 
     def rows() -> Iterator[dict]:
         for row in once((row for name in names for row in folder.rows(name)), "image"):
-            outcome = {name: row[name] for name in ("caption", "captions") if row.get(name) is not None}
-            outcome = outcome or {"error": row["error"]}
+            outcome = {name: row[name] for name in OUTCOME if row.get(name) is not None}
             yield {"image": row["image"]} | json.loads(row["columns"]) | outcome
 
     def images() -> Iterator[dict]:

@@ -28,7 +28,7 @@ from common.request import body_of
 from common.text import Caption
 from data.images import ImageError, open_image
 from data.prompts import PROMPTS
-from jobs.chat_server import ChatServer, Refused, cost_of, tokens_of
+from jobs.chat_server import WITHOUT_PRICES, ChatServer, Refused, cost_in_words, cost_of, tokens_of
 from jobs.journal import Journal
 from metrics.coco_caption.text_checks import remove_illegal_characters
 
@@ -81,12 +81,8 @@ def check_flags(model_args, generation_args, server_args, args) -> None:
 
 def _changed(group) -> list[str]:
     """The flags of a group that do not have their default."""
-    fields = {f.name: f.default for f in dataclasses.fields(group)}
-    return [
-        name
-        for name, default in fields.items()
-        if getattr(group, name) != default and default is not dataclasses.MISSING
-    ]
+    fields = dataclasses.fields(group)
+    return [f.name for f in fields if f.default not in (getattr(group, f.name), dataclasses.MISSING)]
 
 
 def connect(model_args, generation_args, server_args, seed: int, **how) -> "ServerCaptioner":
@@ -336,9 +332,7 @@ def _rows_in(journal: Path) -> list[dict]:
 def say_cost(prompts: int, written: int, prices: tuple, of: str = "") -> None:
     if prompts or written:
         cost = cost_of(prompts, written, *prices)
-        logger.info(
-            "%s%d prompt tokens, %d written%s", of, prompts, written, "" if cost is None else f", cost {cost:.2f}"
-        )
+        logger.info("%s%d prompt tokens, %d written%s", of, prompts, written, cost_in_words(cost))
 
 
 def estimate(captioner: ServerCaptioner, samples: Iterable[dict]) -> str:
@@ -352,11 +346,7 @@ def estimate(captioner: ServerCaptioner, samples: Iterable[dict]) -> str:
     tokens = number * sum(picture.tokens for picture in readable) / max(1, len(readable))
     written = number * captioner.settings["max_new_tokens"] * captioner.settings.get("num_return_sequences", 1)
     at_most = cost_of(tokens, written, *captioner.args.prices)
-    cost = (
-        "give --price_in and --price_out, the prices per million tokens"
-        if at_most is None
-        else f"at most about {at_most:,.2f}"
-    )
+    cost = WITHOUT_PRICES if at_most is None else f"at most about {at_most:,.2f}"
     return "\n".join(
         [
             f"{number:,} images, {len(opened) - len(readable)} of the first {len(opened)} cannot be read",

@@ -16,7 +16,7 @@ import xxhash
 
 from captioning.names import EachOnce, printable, short
 from common.errors import DataError
-from common.existence import ENDINGS, may_be_on_hub
+from common.existence import ENDINGS
 from common.remote import is_remote, list_remote, local_copy, reaching
 from common.text import read_text
 from data import formats
@@ -70,27 +70,14 @@ def pieces(paths: list[str], options: Options) -> Iterator[tuple[str, str]]:
     Raises:
         DataError: a path that does not exist, or holds no image.
     """
-    if not paths:
-        raise DataError(
-            "Name what to caption: image files, folders, globs, a list of images (.txt, .jsonl, .csv), tar or Parquet "
-            "files, a Hub data set."
-        )
     for path in map(str, paths):
         if is_remote(path):
             yield from _remote_pieces(path)
         elif options.format != "auto":
             yield from _format_pieces(find_format(path, options.format)[0], path, options)
         else:
-            for file in [path] if os.path.exists(path) else _matching(path):
+            for file in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]:
                 yield from _folder_pieces(file, options) if os.path.isdir(file) else [_file_piece(file)]
-
-
-def _matching(path: str) -> list[str]:
-    """The files that a pattern matches, or the name of a Hub data set."""
-    files = sorted(glob.glob(path, recursive=True))
-    if not files and not may_be_on_hub(path):
-        raise DataError(f"{path}: there is no such file or folder, and no file that matches it as a pattern.")
-    return files or [path]
 
 
 def _file_piece(file: str) -> tuple[str, str]:
@@ -177,7 +164,7 @@ def _listed(place: str, options: Options) -> Iterator[Row]:
         yield Row("", place)
         return
     file = str(local_copy(place, options.cache_dir)) if is_remote(place) else place
-    names = [line for line in read_text(file).splitlines() if line.strip()]
+    names = list(filter(str.strip, read_text(file).splitlines()))
     find = Finder([os.path.dirname(file), "."], lambda: names)
     for name in names:
         name = without_spaces(name, partial(is_there, find))
@@ -232,6 +219,6 @@ def left_out(path: str) -> Counter:
     """How many files of each extension in a folder of images are not images, and folders that are not entered; empty for
     a folder that is a data set."""
     counts = Counter()
-    images = set() if saved.matches(Path(path)) else set(_images_in(path, counts))
+    images = set(_images_in(path, counts))
     counts.update(_ending(file) for file in walk(path) if file not in images)
     return counts if images else Counter()

@@ -175,9 +175,9 @@ def write_tars(captions: Captions, target: Path) -> None:
 
 def check_tars(tars: list[str]) -> None:
     """DataError if two tars have one name."""
-    names = Counter(map(os.path.basename, tars))
-    if twice := next((name for name in names if names[name] > 1), None):
-        raise DataError(f"{twice} is the name of more than one tar of the source: caption each folder separately")
+    name, number = Counter(map(os.path.basename, tars)).most_common(1)[0]
+    if number > 1:
+        raise DataError(f"{name} is the name of more than one tar of the source: caption each folder separately")
 
 
 # ---------------------------------------------------------------- a text beside each image

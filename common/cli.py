@@ -58,7 +58,7 @@ def check(dataclasses_: tuple, argv: list[str] | None = None, *, positional: str
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.excepthook = quiet_interrupt  # during the imports
     for stream in (sys.stdout, sys.stderr):  # Windows has code pages that cannot print every caption
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(AttributeError):  # what a notebook has put in their place
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # logs show at once
     parser, found, _ = _read(dataclasses_, argv, positional)
     with mistakes_in_one_line(parser.prog):

@@ -8,6 +8,7 @@ docs/augmentation.png shows what each operation does to a picture; `python bench
 draws the same for your photos.
 """
 
+import functools
 import hashlib
 import io
 import logging
@@ -76,18 +77,20 @@ class Augmentation:
             captions: those that are learned with the image, for `flip`.
         """
         rng = seeded(self.seed, epoch, image_id)
+        operations = OPERATIONS | {
+            "random_resized_crop": self.crop,
+            "flip": functools.partial(self.flip, captions=captions),
+        }
         for name, numbers in self.operations:
-            if name == "random_resized_crop":
-                image = random_resized_crop(image, self.size, *numbers, rng)
-            elif name == "flip":
-                image = self.flip(image, captions, rng)
-            else:
-                image = OPERATIONS[name](image, *numbers, rng)
+            image = operations[name](image, *numbers, rng)
         if self.size is not None:
             image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
         return image
 
-    def flip(self, image: Image.Image, captions: list[str], rng: random.Random) -> Image.Image:
+    def crop(self, image: Image.Image, low: float, high: float, rng: random.Random) -> Image.Image:
+        return random_resized_crop(image, self.size, low, high, rng)
+
+    def flip(self, image: Image.Image, rng: random.Random, captions: list[str]) -> Image.Image:
         mirrored = rng.random() < 0.5  # always drawn, so that the choices after it stay the same
         if mirrored and not any(names_a_side(caption, self.language) for caption in captions):
             return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

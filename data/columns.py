@@ -87,10 +87,11 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
     image_id = taken("ids", present(ID_COLUMNS, usual), source)
     image = options.image_column or _image_column(examples, usual, source, images)
     captions = _caption_columns(examples, usual, options, source, image) if options.captions else []
-    if image is None and options.images:
-        image = _image_by_content(examples, captions, options.is_file, source)
-    elif image is None:
-        image_id = image_id or usual.get("id")
+    if image is None:
+        if options.images:
+            image = _image_by_content(examples, captions, options.is_file, source)
+        else:
+            image_id = image_id or usual.get("id")
     split = _split_column(examples, usual, source)
     return Columns(
         image, captions, None if image_id == image else image_id, split, _question(examples, usual, captions)
@@ -102,7 +103,7 @@ def _question(examples: dict, usual: dict, captions: list[str]) -> str | None:
     if usual.get(QUESTION):
         return usual[QUESTION]
     columns = captions or list(filter(None, [first_of(CAPTION_COLUMNS, usual)]))
-    return next((name for name in columns if _turns(examples[name])), None)
+    return next((name for name in columns if turns_of(examples[name])), None)
 
 
 def say_taken(role: str, taken: list[str], others: list[str], source: str, flag: str = "") -> None:
@@ -140,24 +141,27 @@ def first_of(names: tuple, values: dict):
 def _caption_columns(examples: dict, usual: dict, options: Options, source: str, image: str | None) -> list[str]:
     if options.caption_column:
         return [options.caption_column]
-    names = (*PREDICTION_COLUMNS, *CAPTION_COLUMNS) if options.predictions else CAPTION_COLUMNS
-    names = [name for name in dict.fromkeys(names) if usual.get(name, image) != image]
-    plain, predicted = {"caption", "captions"}.intersection(names), set(PREDICTION_COLUMNS).intersection(names)
-    if options.predictions and plain and predicted:
-        both = " or ".join(usual[name] for name in (*sorted(predicted), *sorted(plain)))
-        raise DataError(
-            f"{source}: the predictions could be {both}. Say which with --caption_column, or remove the others"
-        )
-    numbered = sorted(filter(NUMBERED_CAPTION.fullmatch, reversed(usual)), key=_number)
-    candidates = [*names[:1], *numbered]  # caption, caption2, caption3
-    columns = [usual[name] for name in candidates if _base(name) == _base(candidates[0])]
-    alike = [name for name in reversed(usual) if name != QUESTION and _is_alike(name, examples[usual[name]])]
-    others = [usual[name] for name in dict.fromkeys((*names, *numbered, *alike))]
-    if columns:
-        others = [name for name in others if name not in (*columns, image)]
-        say_taken("captions", columns, others, source, "caption_column")
-    if columns or "error" in examples:
-        return columns
+    texts = {name: column for name, column in usual.items() if column != image}
+    plain, predicted, columns = (
+        present(n, texts) for n in (("caption", "captions"), PREDICTION_COLUMNS, CAPTION_COLUMNS)
+    )
+    if options.predictions:
+        if plain and predicted:
+            both = " or ".join((*predicted, *plain))
+            raise DataError(
+                f"{source}: the predictions could be {both}. Say which with --caption_column, or remove the others"
+            )
+        columns = [*predicted, *columns]
+    numbered = [texts[name] for name in sorted(filter(NUMBERED_CAPTION.fullmatch, reversed(texts)), key=_number)]
+    candidates = [*columns[:1], *numbered]  # caption, caption2, caption3
+    chosen = [column for column in candidates if _base(column) == _base(candidates[0])]
+    if chosen:
+        alike = [texts[name] for name in reversed(texts) if _is_alike(name, examples[texts[name]])]
+        others = [column for column in dict.fromkeys((*columns, *numbered, *alike)) if column not in chosen]
+        say_taken("captions", chosen, others, source, "caption_column")
+        return chosen
+    if "error" in examples:
+        return []
     if "json" in examples:  # WebDataset: the caption is inside
         return ["json"]
     raise _missing("caption", examples, source, [n for n, v in examples.items() if n != image and _is_text(v)])
@@ -166,7 +170,8 @@ def _caption_columns(examples: dict, usual: dict, options: Options, source: str,
 def _is_alike(name: str, value) -> bool:
     """Whether a column may hold captions, by a word of its usual name and several words in it: caption_en, alt_text."""
     text = str(_first(value))
-    return not CAPTION_WORDS.isdisjoint(name.split("_")) and _is_text(value) and (" " in text or not text.isascii())
+    worded = name != QUESTION and not CAPTION_WORDS.isdisjoint(name.split("_"))
+    return worded and _is_text(value) and (" " in text or not text.isascii())
 
 
 def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[str], bool], source: str) -> str:
@@ -178,7 +183,7 @@ def _image_by_content(examples: dict, captions: list[str], is_file: Callable[[st
         say_once(logger, "%s: images are named by column %s, whose names are those of files", source, columns[0])
         return columns[0]
     for name in captions:
-        if _images_of_turns(examples[name]):
+        if _images_in(examples[name]):
             return name
     for name, text in texts.items():
         if re.match(r"https?://", text):
@@ -223,7 +228,7 @@ def usual_name(column: str) -> str:
 
 
 def _base(name: str) -> str:
-    return re.sub(r"_?\d+$", "", name).removesuffix("s")
+    return re.sub(r"_?\d+$", "", usual_name(name)).removesuffix("s")
 
 
 def _number(name: str) -> int:
@@ -269,8 +274,8 @@ def _captions(value, where: str, inside: bool = False) -> list:
     if key := caption_key(value):
         return _captions(value[key], where, inside)
     if isinstance(value, list | tuple | np.ndarray):
-        if turns := _turns(value):
-            return _answers(turns, where)
+        if turns := turns_of(value):
+            return [_answer(turns, where)]
         return [caption for item in value for caption in _captions(item, where, inside=True)]
     return [value]  # `clean_captions` refuses what is no text
 
@@ -278,35 +283,44 @@ def _captions(value, where: str, inside: bool = False) -> list:
 MODEL = ("gpt", "assistant", "model")  # who answers in a conversation
 
 
-def _answers(turns: list[dict], where: str) -> list:
-    """What the model says in a conversation of LLaVA's form ({"from": "gpt", "value": ...}) or OpenAI's (role, content)."""
-    answers = [turn for turn in turns if _says(turn) in MODEL]
+USERS = ("human", "user")
+
+
+@dataclass
+class Turn:
+    """One of a conversation of LLaVA's form, {"from": "gpt", "value": ...}, or OpenAI's, {"role": "user", "content": ...}."""
+
+    who: str
+    text: str
+    images: list
+
+
+def turns_of(value) -> list[Turn]:
+    """The turns of a conversation, also of one written as text; none of what is something else."""
+    turns = _json(value) if isinstance(value, str) else value
+    if not isinstance(turns, list | tuple | np.ndarray):
+        return []
+    if not all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns):
+        return []
+    return [Turn(turn.get("from", turn.get("role")), _text_of(turn), _images_in(turn)) for turn in turns]
+
+
+def _text_of(turn: dict) -> str:
+    value = turn.get("value", turn.get("content"))
+    parts = value if isinstance(value, list | np.ndarray) else [value]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return " ".join(map(str, filter(None, texts)))
+
+
+def _answer(turns: list[Turn], where: str) -> str:
+    """What the model says in a conversation."""
+    answers = [turn.text for turn in turns if turn.who in MODEL]
     if len(answers) != 1:
         raise DataError(
             f"{where}: a conversation with {len(answers)} answers. Captions are conversations with one answer each: keep "
             "those of the descriptions"
         )
-    return [_text_of(answers[0])]
-
-
-def _turns(value) -> list[dict] | None:
-    """The turns of a conversation; None of what is none."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        value = _json(value)
-    turns = list(value) if isinstance(value, list | tuple | np.ndarray) else []
-    return turns if turns and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns) else None
-
-
-def _says(turn: dict) -> str:
-    return turn.get("from", turn.get("role"))
-
-
-def _text_of(turn: dict):
-    value = turn.get("value", turn.get("content"))
-    if isinstance(value, list | np.ndarray):
-        texts = (part.get("text") if isinstance(part, dict) else part for part in value)
-        value = " ".join(map(str, filter(None, texts)))
-    return value
+    return answers[0]
 
 
 def question_of(value, where: str) -> str | None:
@@ -316,19 +330,17 @@ def question_of(value, where: str) -> str | None:
     Raises:
         DataError: it is about several images.
     """
-    turns = _turns(value)
-    if turns is None:
-        return None
-    placeholders = sum(str(_text_of(turn)).count("<image>") for turn in turns)
-    if (images := max(len(_images_of_turns(turns)), placeholders)) > 1:
+    turns = turns_of(value)
+    images = max(sum(len(turn.images) for turn in turns), sum(turn.text.count("<image>") for turn in turns))
+    if images > 1:
         raise DataError(
             f"{where}: a conversation about {images} images. A caption belongs to one image: give a row per image"
         )
-    if any(_says(turn) == "system" for turn in turns):
+    if "system" in [turn.who for turn in turns]:
         say_once(logger, "the system messages of conversations are left out; --system_prompt gives every image one")
-    before = itertools.takewhile(lambda turn: _says(turn) not in MODEL, turns)
-    texts = (str(_text_of(turn) or "") for turn in before if _says(turn) in ("human", "user"))
-    return "\n".join(filter(None, (text.replace("<image>", "").strip() for text in texts))) or None
+    before = itertools.takewhile(lambda turn: turn.who not in MODEL, turns)
+    texts = [turn.text.replace("<image>", "").strip() for turn in before if turn.who in USERS]
+    return "\n".join(filter(None, texts)) or None
 
 
 # How a list or an object of strings begins, with any quotes, and a numpy array.
@@ -354,12 +366,13 @@ def parse_structure(text: str, where: str):
         return parse_structure(value, where)
     if value is None and (begins or text[:1] + text[-1:] in ("[]", "()", "{}")):
         value = _python_literal(text)
-    if value is None and begins:
-        raise DataError(f"{where}: the caption begins like a list but cannot be read as one: {text[:80]!r}")
-    is_list = isinstance(value, list | tuple) and set(map(type, value)) <= {str, bytes, list, tuple, dict}
-    if begins and not is_list and not isinstance(value, dict):
-        raise DataError(f"{where}: the caption begins like a list but holds other than text: {text[:80]!r}")
-    return value if is_list or isinstance(value, dict) else None
+    of_texts = isinstance(value, list | tuple) and set(map(type, value)) <= {str, bytes, list, tuple, dict}
+    if of_texts or isinstance(value, dict):
+        return value
+    if begins:
+        fault = "cannot be read as one" if value is None else "holds other than text"
+        raise DataError(f"{where}: the caption begins like a list but {fault}: {text[:80]!r}")
+    return None
 
 
 def _json(text: str):
@@ -386,7 +399,7 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
     """
     if isinstance(value, str):
         value = parse_structure(value, where) or value
-    value = _images_of_turns(value) or value
+    value = _images_in(value) or value
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
             raise DataError(
@@ -404,33 +417,32 @@ def image_in(value, where: str, column: str, captions=(), address: bool = False)
     if re.match(r"https?://", value) and not address:
         raise DataError(f"{where}: " + address_error(column, value, where, list(captions)))
     content = from_base64(value)
-    if content is None and len(value) > LONGEST_NAME:
-        content = value.encode()  # a damaged image, and treated as one
     return value if content is None else {"path": None, "bytes": content}
 
 
-def _images_of_turns(turns) -> list:
+def _images_in(turns) -> list:
     """The images inside a conversation: {"type": "image_url", "image_url": {"url": data}} or {"type": "image", "image": path}."""
     if isinstance(turns, list):
-        return [image for turn in turns for image in _images_of_turns(turn)]
+        return [image for turn in turns for image in _images_in(turn)]
     if isinstance(turns, dict):
         address = turns.get("image_url")
         address = address.get("url") if isinstance(address, dict) else address
         image = address or turns.get("image")
-        return [image] if image else _images_of_turns(turns.get("content"))
+        return [image] if image else _images_in(turns.get("content"))
     return []
 
 
 def from_base64(value: str) -> bytes | None:
-    """The bytes of an image in base64 (also URL-safe, or as a data: address); None if it is something else."""
-    if not BASE64_IMAGE.match(value):
-        return None
-    text = re.sub(r"\s+", "", value.rpartition(",")[2])
-    text = text.translate(str.maketrans("-_", "+/"))
-    with contextlib.suppress(binascii.Error, ValueError):
-        content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-        return content if is_image(content) else None
-    return None
+    """The bytes of an image in base64 (also URL-safe, or as a data: address), of a damaged one its text; None for a name."""
+    content = b""
+    if BASE64_IMAGE.match(value):
+        text = re.sub(r"\s+", "", value.rpartition(",")[2])
+        text = text.translate(str.maketrans("-_", "+/"))
+        with contextlib.suppress(binascii.Error, ValueError):
+            content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    if is_image(content):
+        return content
+    return value.encode() if len(value) > LONGEST_NAME else None
 
 
 def object_rows(objects: Iterable, source: str, options: Options, split=None) -> Iterator[Row]:
@@ -440,7 +452,7 @@ def object_rows(objects: Iterable, source: str, options: Options, split=None) ->
         source: what messages call the file.
         split: the split of every row, unless it has one of its own.
     """
-    objects = _checked(objects, source)
+    objects = checked_objects(objects, source)
     first = list(itertools.islice(objects, LOOKED_AT))
     if not first:
         return
@@ -449,7 +461,8 @@ def object_rows(objects: Iterable, source: str, options: Options, split=None) ->
         yield row_of(content, columns, where, source, options, split)
 
 
-def _checked(objects: Iterable, source: str) -> Iterator[tuple[dict, str]]:
+def checked_objects(objects: Iterable, source: str) -> Iterator[tuple[dict, str]]:
+    """The (object, where) pairs; DataError for what is no object with named columns."""
     for content, where in objects:
         if not isinstance(content, dict):
             raise DataError(

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import os
+import re
 import warnings
 
 import numpy as np
@@ -36,7 +37,9 @@ FORMATS = tuple(
 # TGA files have no magic bytes: their name must say what they are.
 TOLD_BY_CONTENT = tuple(name for name in FORMATS if name != "TGA")
 NOT_IMAGES = (".txt", ".text", ".caption", ".captions", ".cap", ".json", ".npz")  # what lies beside images
-MATROSKA = b"\x1a\x45\xdf\xa3"  # .mkv and .webm
+# How files begin: .mp4 and .mov, .mkv and .webm, .avi.
+HEIC = re.compile(rb".{4}ftyp(heic|heix|hevc|mif1|msf1|heim|heis)", re.DOTALL)
+VIDEO = re.compile(rb".{4}ftyp(?!avif)|\x1a\x45\xdf\xa3|.{8}AVI ", re.DOTALL)
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: a quarter of a GiB as RGB
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -83,8 +86,6 @@ def open_image(value, max_pixels: int | None = None, size: tuple[int, int] | Non
     if isinstance(value, dict):
         name = str(value.get("path") or name)
         source = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if source is None:
-            raise ImageError('an image value has neither "path" nor "bytes": give one of them')
     if isinstance(source, ImageError):  # a source says why there is none
         raise source
     if isinstance(source, Image.Image):
@@ -144,9 +145,9 @@ def _open(content: bytes, name: str) -> Image.Image:
 
 
 def _not_an_image(first: bytes) -> str:
-    if first[4:8] == b"ftyp" and first[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
+    if HEIC.match(first):
         return "a HEIC image, which pillow-heif opens: pip install pillow-heif, or convert it to JPEG"
-    if (first[4:8] == b"ftyp" and first[8:12] != b"avif") or first[:4] == MATROSKA or first[8:12] == b"AVI ":
+    if VIDEO.match(first):
         return "a video: take images out of it, one file each (ffmpeg -i VIDEO -r 1 %04d.png)"
     return (
         "not an image, or one of an unsupported format. "
@@ -201,7 +202,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """A new image."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith(("I", "F")):
         return _wide_gray(image).convert("RGB")
     if image.has_transparency_data:
         if image.mode in ("RGBa", "La"):  # premultiplied: La has no direct way to RGBA

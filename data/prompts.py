@@ -45,10 +45,8 @@ def filled(prompt: str, columns: dict, where: str) -> str:
 def prompt_of(row: Row, options: Options) -> str | None:
     """A row's own prompt: the options' one with its columns, else if they say so its conversation's question."""
     if names := columns_in(options.prompt):
-        captions = {name for name in row.used if name and usual_name(name) in CAPTION_COLUMNS} | {
-            options.caption_column
-        }
-        if shown := captions.intersection(names, row.used):
+        captions = {name for name in filter(None, row.used) if usual_name(name) in CAPTION_COLUMNS}
+        if shown := (captions | {options.caption_column}).intersection(names, row.used):
             raise DataError(
                 f"{row.where}: the prompt {options.prompt!r} holds column {min(shown)!r}, from which the captions are read: the "
                 "model would be told the answer"

@@ -79,19 +79,16 @@ def merge(rows, options: Options) -> list[Record]:
 def captions_of_row(row: Row, options: Options) -> list[str]:
     """Clean captions; none of a row that is left out."""
     image = row.name or str(row.image)
-    unclear = isinstance(row.image, ImageError)
-    report = refuse
-    if may_skip(row, options):
-        name = "unclear or absent images" if unclear else "bad captions"
-        report = functools.partial(options.drop, name, row.image_id or image, image)
-    if not unclear:
-        captions = clean_captions(row.captions or [None], row.where, image, report)
-        options.dropped.update({} if captions else {"images without captions": 1})
-        return captions
-    if report is refuse:
-        raise DataError(f"{row.where}: {row.image}")
-    report(str(row.image))
-    return []
+    image_id, skip = row.image_id or image, may_skip(row, options)
+    if isinstance(row.image, ImageError):
+        if not skip:
+            raise DataError(f"{row.where}: {row.image}")
+        options.drop("unclear or absent images", image_id, image, str(row.image))
+        return []
+    report = functools.partial(options.drop, "bad captions", image_id, image) if skip else refuse
+    captions = clean_captions(row.captions or [None], row.where, image, report)
+    options.dropped["images without captions"] += not captions
+    return captions
 
 
 def group_of(row: Row, column: str) -> str:
@@ -232,26 +229,35 @@ def to_dataset(records: list[Record], table: datasets.Dataset | None = None) -> 
     for record in records if own_prompts(records) else ():  # captions of one prompt next to each other
         both = sorted(pairs_of(record), key=lambda pair: record.prompts.index(pair[1]))
         record.captions, record.prompts = map(list, zip(*both, strict=True))
-    full = _dataset_of_files(records) if table is None else _with_ids_and_captions(table, records)
-    rows = np.arange(len(records)) if table is None else np.array([record.image for record in records])
+    if table is None:
+        full, rows = _dataset_of_files(records), np.arange(len(records))
+    else:
+        full, rows = _with_ids_and_captions(table, records), np.array([record.image for record in records])
     splits = np.array([record.split for record in records])
     return datasets.DatasetDict({split: full.select(rows[splits == split]) for split in SPLITS if split in splits})
 
 
 def _dataset_of_files(records: list[Record]) -> datasets.Dataset:
     image_type = datasets.Image(decode=False)
-    ours = {
-        "image_id": pa.array([record.image_id for record in records], pa.string()),
-        "image": pa.array([_image_value(str(record.image)) for record in records], image_type.pa_type),
-        "captions": pa.array([record.captions for record in records], CAPTIONS),
-    }
-    if own_prompts(records):
-        ours[PROMPTS] = pa.array([record.prompts for record in records], CAPTIONS)
+    images = pa.array([_image_value(str(record.image)) for record in records], image_type.pa_type)
+    own = _own_columns(records)
+    ours = {"image_id": own.pop("image_id"), "image": images, **own}
     names = dict.fromkeys(itertools.chain.from_iterable(record.extras for record in records))
     names.pop(PROMPTS, None)  # a column of the source that is called like ours gives way
     extras = {name: _column([record.extras.get(name) for record in records]) for name in names}
     # Columns of the source that are called like ours, such as captions beside --caption_column caption, give way.
     return datasets.Dataset(pa.table(ours | extras | ours)).cast_column("image", image_type)
+
+
+def _own_columns(records: list[Record]) -> dict[str, pa.Array]:
+    """What records have besides their image and the source's columns."""
+    ours = {
+        "image_id": pa.array([record.image_id for record in records], pa.string()),
+        "captions": pa.array([record.captions for record in records], CAPTIONS),
+    }
+    if own_prompts(records):
+        ours[PROMPTS] = pa.array([record.prompts for record in records], CAPTIONS)
+    return ours
 
 
 def pairs_of(record: Record) -> list[tuple]:
@@ -265,17 +271,12 @@ def own_prompts(records: list[Record]) -> bool:
 
 
 def _with_ids_and_captions(table: datasets.Dataset, records: list[Record]) -> datasets.Dataset:
-    table = table.remove_columns(list({PROMPTS} & {*table.column_names}))
-    ids: list = [None] * len(table)
-    captions: list = [None] * len(table)
-    for record in records:
-        ids[record.image], captions[record.image] = record.image_id, record.captions
-    full = table.add_column("image_id", pa.array(ids, pa.string())).add_column("captions", pa.array(captions, CAPTIONS))
-    if own_prompts(records):
-        prompts: list = [None] * len(table)
-        for record in records:
-            prompts[record.image] = record.prompts
-        full = full.add_column(PROMPTS, pa.array(prompts, CAPTIONS))
+    full = table.remove_columns(list({PROMPTS} & {*table.column_names}))
+    record_of = np.full(len(table), len(records))  # of each row; there is none of this number
+    record_of[[record.image for record in records]] = np.arange(len(records))
+    places = pa.array(record_of, mask=record_of == len(records))
+    for name, column in _own_columns(records).items():
+        full = full.add_column(name, column.take(places))
     return full.select_columns(list(dict.fromkeys(["image_id", "image", "captions", *full.column_names])))
 
 

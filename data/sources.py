@@ -307,4 +307,5 @@ def counts(dataset: datasets.DatasetDict) -> str:
 
 
 def in_words(dropped: Counter) -> str:
-    return "; dropped: " + ", ".join(f"{number:,} {name}" for name, number in dropped.items()) if dropped else ""
+    numbers = [f"{number:,} {name}" for name, number in (+dropped).items()]
+    return f"; dropped: {', '.join(numbers)}" if numbers else ""

@@ -22,6 +22,7 @@ from data.rows import SPLIT_NAMES, Options, Part, Row, key_of, text_or_none, usu
 from data.splits import drawn_splits, place_of, shares_to_draw, split_at
 from data.walk import files_below
 
+ADVICE = {"hub": "Check the id on huggingface.co, the network, and HF_HUB_OFFLINE; local data need a path that exists"}
 ALL = "all"  # of draw_splits_from: every split there is
 IMAGE = datasets.Image(decode=False)
 TEXT = datasets.Value("string")
@@ -30,16 +31,15 @@ TEXT = datasets.Value("string")
 def local_files(path: Path, endings: tuple = (".parquet",)) -> list[Path]:
     """The files of a folder and below, a file, or a pattern of files."""
     files = files_below(path, endings) if path.is_dir() else list(map(Path, glob.glob(str(path), recursive=True)))
-    files = [file for file in files if not file.name.startswith(("_", "."))] or files
     if not files:
         raise DataError(f"{path}: no {endings[0][1:]} file matches")
     return sorted(files)
 
 
-def load_dataset(name: str, options: Options, config=None, data_files=None):
-    where = {"cache_dir": options.cache_dir, "streaming": options.streaming}
-    with loading(name, "parquet" if data_files else "hub"):
-        return datasets.load_dataset("parquet" if data_files else name, config, data_files=data_files, **where)
+def load_dataset(source: str, format: str, options: Options, **named):
+    """What `datasets` loads by these arguments of its load_dataset; `source` and `format` are for messages."""
+    with loading(source, format):
+        return datasets.load_dataset(**named, cache_dir=options.cache_dir, streaming=options.streaming)
 
 
 @contextlib.contextmanager
@@ -53,11 +53,7 @@ def loading(name: str, format: str):
         if isinstance(error, DataError):
             raise error from None
         reason = str(error).strip().partition("\n")[0]
-        advice = "Check the path and the files"
-        if format == "hub":
-            advice = (
-                "Check the id on huggingface.co, the network, and HF_HUB_OFFLINE; local data need a path that exists"
-            )
+        advice = ADVICE.get(format, "Check the path and the files")
         message = f"{name}: could not be loaded as {format} ({type(error).__name__}: {reason}). {advice}"
         raise DataError(message) from None
 
@@ -67,7 +63,7 @@ def by_split(tables: dict, source: str, draw_splits_from: str | None) -> dict:
     train, of that split, which is what sources without splits have."""
     if draw_splits_from is not None:
         table = _joined([tables[name] for name in splits_called(draw_splits_from, list(tables), source)])
-        return {"train": table.remove_columns("split") if "split" in table.column_names else table}
+        return {"train": without_columns(table, "split")}
     joined: dict = {}
     for name, table in tables.items():
         if name.lower() not in SPLIT_NAMES:
@@ -85,6 +81,12 @@ def splits_called(name: str, present: list[str], source: str) -> list[str]:
     if not called:
         raise DataError(f"{source}: there is no split {name!r}. Splits present: {', '.join(present)}")
     return called
+
+
+def without_columns(table, *names: str):
+    """The table without those of these columns that it has."""
+    present = {*names} & {*table.column_names}
+    return table.remove_columns(list(present)) if present else table  # a stream would decode its images
 
 
 def _joined(parts: list):
@@ -168,7 +170,7 @@ def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], dataset
     splits = np.repeat(list(tables), list(map(len, tables.values()))).tolist()
     if holds_paths(table, columns.image):
         return table_rows(table, columns, splits, options, "the data set"), None
-    table = table.remove_columns(list({"image", "captions"} & {*table.column_names} - {*columns.used}))
+    table = without_columns(table, *({"image", "captions"} - {*columns.used}))
     table = with_images(table, columns.image)
     table = table.rename_columns({columns.image: "image"})
     columns = dataclasses.replace(columns, image="image")
@@ -178,9 +180,7 @@ def indexed_rows(tables: dict, options: Options) -> tuple[Iterator[Row], dataset
     used = {*columns.used, "split"} & {*table.column_names} - {"image"}
     texts = {*used, options.group_column, *columns_in(options.prompt)} & {*table.column_names} - {"image"}
     texts = table.select_columns(sorted(texts))
-    return _numbered(texts, columns, splits, options, names), table.remove_columns(
-        list({*used, "image_id"} & {*table.column_names})
-    )
+    return _numbered(texts, columns, splits, options, names), without_columns(table, *used, "image_id")
 
 
 def _numbered(texts, columns: Columns, splits: list[str], options: Options, names: list) -> Iterator[Row]:
@@ -240,11 +240,13 @@ def stream_records(
     Returns:
         IterableDatasetDict; its shards are those of the source, so that workers and processes share them.
     """
-    table_of = {all_as: "train"} if set(tables) == {"train"} and all_as else dict(zip(tables, tables, strict=True))
     shares = shares_to_draw(shares, "test" in tables)
-    whole = all_as is not None and set(tables) == {"train"}
-    drawn = drawn_splits(shares) if set(tables) <= {"train", "test"} and "train" in table_of and not whole else []
-    table_of |= dict.fromkeys(drawn, "train")
+    table_of, drawn = dict(zip(tables, tables, strict=True)), []
+    if all_as and set(tables) == {"train"}:
+        table_of = {all_as: "train"}
+    elif {"train"} <= set(tables) <= {"train", "test"}:
+        drawn = drawn_splits(shares)
+        table_of |= dict.fromkeys(drawn, "train")
     streams = {}
     for split, name in table_of.items():
         columns = columns_of(tables[name], options, source)
@@ -254,21 +256,19 @@ def stream_records(
         if columns_in(options.prompt) or (options.own_questions and columns.question):
             ours[PROMPTS] = datasets.List(TEXT)
         apart = {columns.image, *columns.captions, *ours, PROMPTS, "split"}
-        extras = {name: feature for name, feature in table.features.items() if name not in apart}
+        features = {name: feature for name, feature in table.features.items() if name not in apart}
         streams[split] = datasets.IterableDataset.from_generator(
             stream_split,
-            features=datasets.Features(ours | extras),
+            features=datasets.Features(ours | features),
             gen_kwargs={
                 "shards": [table.shard(table.num_shards, shard) for shard in range(table.num_shards)],
                 "columns": columns,
-                "extras": tuple(extras),
+                "names": (*ours, *features),
                 "drawn": (split, seed, shares) if split in drawn else None,
                 "root": root,
                 "table_split": name,
                 "skip_bad_samples": options.skip_bad_samples and split == "train",
-                "asked": {"prompt": options.prompt, "own_questions": options.own_questions}
-                if PROMPTS in ours
-                else None,
+                "asked": {"prompt": options.prompt, "own_questions": options.own_questions},
             },
         )
     return datasets.IterableDatasetDict(streams)
@@ -284,20 +284,21 @@ def check_own_splits(table, split: str, source: str) -> None:
 def stream_split(
     shards: list,
     columns: Columns,
-    extras: tuple,
+    names: tuple,
     drawn: tuple | None,
     root: str,
     table_split: str,
     skip_bad_samples: bool,
-    asked: dict | None = None,
+    asked: dict,
 ) -> Iterator[dict]:
     """One split of one or more shards: neighbouring rows of the same image as one record.
 
     Args:
+        names: the columns of a record.
         drawn: (split, seed, shares) of a split that is drawn.
         asked: what Options have to say about rows' own prompts.
     """
-    options = Options(**asked or {})
+    options = Options(**asked)
     report = (lambda message: None) if skip_bad_samples else refuse
     for shard in shards:
         rows = table_rows(shard, columns, itertools.repeat(table_split), options, table_split)
@@ -315,10 +316,9 @@ def stream_split(
                 captions += clean_captions(row.captions, row.where, row.name or key, report)
                 prompts += [prompt_of(row, options)] * (len(captions) - len(prompts))
             if captions:
-                ours = {"image_id": first.image_id or os.path.basename(first.name or key), "captions": captions}
-                ours["image"] = first.columns[columns.image]
-                ours |= {PROMPTS: prompts} if asked else {}
-                yield ours | {name: first.columns[name] for name in extras}
+                image_id, image = first.image_id or os.path.basename(first.name or key), first.columns[columns.image]
+                ours = {"image_id": image_id, "image": image, "captions": captions, PROMPTS: prompts}
+                yield {name: (first.columns | ours)[name] for name in names}
 
 
 def as_streams(dataset: datasets.DatasetDict) -> datasets.IterableDatasetDict:

@@ -96,7 +96,7 @@ class CaptionPairs(torch.utils.data.Dataset):
         captions_per_image = captions_per_image or int(max(counts, default=1))
         self.records, self.captions_per_image = records, captions_per_image
         if PROMPTS in table.column_names:
-            starts = [starts_of(len(prompts), prompts, captions_per_image) for prompts in table[PROMPTS][:]]
+            starts = [starts_of(prompts, captions_per_image) for prompts in table[PROMPTS][:]]
             self.record_of = np.repeat(np.arange(len(counts)), list(map(len, starts)))
             self.start_of = np.concatenate(starts, dtype=int)
         else:
@@ -124,10 +124,11 @@ class CaptionPairs(torch.utils.data.Dataset):
         return sample_of(record, int(self.start_of[index]), self.captions_per_image, int(self.epoch))
 
 
-def starts_of(captions: int, prompts: list | None, number: int) -> list[int]:
-    """Where the samples of a record begin: of `number` captions at most, all of one prompt. `prompts` None: there is one."""
+def starts_of(prompts: list, number: int) -> list[int]:
+    """Where the samples of a record begin, of whose captions these are the prompts: of `number` captions at most, all of one
+    prompt."""
     starts = []
-    for _, same in itertools.groupby(range(captions), key=prompts.__getitem__ if prompts else lambda _: None):
+    for _, same in itertools.groupby(range(len(prompts)), key=prompts.__getitem__):
         starts += list(same)[::number]
     return starts
 
@@ -160,7 +161,8 @@ class CaptionStream(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for record in self.records:
-            for start in starts_of(len(record["captions"]), record.get(PROMPTS), self.captions_per_image):
+            prompts = record.get(PROMPTS, [None] * len(record["captions"]))
+            for start in starts_of(prompts, self.captions_per_image):
                 yield sample_of(record, start, self.captions_per_image, self.epoch)
 
     def passes(self):

@@ -21,6 +21,7 @@ TOLD_WAIT, LONGEST_WAIT = 120.0, 600.0  # seconds that a server may ask to wait:
 PATIENCE = 20.0  # seconds in which another request has to be answered for a refusal to be of one request alone
 REFUSALS = (400, 413, 422)  # of one prompt, if others are answered
 TRANSIENT = (408, 409, 429)  # and all from 500 on
+WITHOUT_PRICES = "give --price_in and --price_out, the prices per million tokens"
 ADVICE = {
     401: "Is OPENAI_API_KEY right?",
     403: "Is the key allowed to use this model?",
@@ -185,6 +186,11 @@ def tokens_of(answer) -> list[int]:
 def cost_of(prompts: float, written: float, price_in: float | None, price_out: float | None) -> float | None:
     """Of so many tokens, at prices per million; None where one is not given."""
     return None if None in (price_in, price_out) else (prompts * price_in + written * price_out) / 1e6
+
+
+def cost_in_words(cost: float | None) -> str:
+    """The end of a line that gives numbers of tokens."""
+    return "" if cost is None else f", cost {cost:.2f}"
 
 
 def has_message(answer) -> bool:

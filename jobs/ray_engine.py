@@ -19,7 +19,7 @@ POLL = 2.0  # seconds between checks of the workers' progress
 DEATHS = 3  # of starting workers that end a run, if none has started
 
 
-def connect(args):
+def connect():
     """Ray, connected to RAY_ADDRESS, or started on this machine alone where that is not set.
 
     Raises:
@@ -169,7 +169,7 @@ class Pool:
 
 def run(work, begin: Callable, reachable: Callable, args, max_shards: int) -> list[Outcome]:
     """`jobs.queue.run` on a Ray cluster."""
-    ray = connect(args)
+    ray = connect()
     try:
         workers, per_worker = resources(ray, args, max_shards)
         logger.info(

@@ -1,6 +1,7 @@
 """Asks a language model about captions: each question once, whatever fails; answers are kept, and a stopped run resumes."""
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -54,7 +55,7 @@ class Judge:
             questions = self.kind.questions(predictions, references)
             if not questions:
                 raise UserError("questions: none of its images is among those that are scored.")
-            rows = self.answers([fill(self.prompt, question.fields) for question in questions], questions)
+            rows = self.answers(questions)
         except UserError as error:  # the other scores must not be lost to it
             self.failure = f"{self.kind.name} is missing: {error}"
             logger.warning("%s", self.failure)
@@ -71,9 +72,14 @@ class Judge:
             metrics["intervals"] = {name: np.percentile(resampled, [2.5, 97.5]).tolist()}
         return metrics, {name: values}
 
-    def answers(self, prompts: list[str], questions: list) -> list[dict]:
-        """The journal's row of each prompt; those that have none are asked."""
-        keys = [self.key(prompt) for prompt in prompts]
+    def asked(self, questions: list) -> tuple[list[str], list[str]]:
+        """(prompts, their keys in the journal) of questions."""
+        prompts = [fill(self.prompt, question.fields) for question in questions]
+        return prompts, list(map(self.key, prompts))
+
+    def answers(self, questions: list) -> list[dict]:
+        """The journal's row of each question; those that have none are asked."""
+        prompts, keys = self.asked(questions)
         with Journal(self.path) as journal:
             kept = {row["key"]: row for row in journal.rows}
             finished, left = self.ask(keys, prompts, questions, kept), len({*keys} - kept.keys())
@@ -142,19 +148,18 @@ class JudgeReward(Judge):
         """The score of each candidate, 0 to 1; None without a question about its image, or an answer that can be read."""
         rows = zip(candidates, references, image_ids, strict=True)
         of_each = [self.kind.questions({image: text}, {image: texts}) for text, texts, image in rows]
-        questions = [question for of_one in of_each for question in of_one]
-        prompts = [fill(self.prompt, question.fields) for question in questions]
-        keys = [self.key(prompt) for prompt in prompts]
+        questions = list(itertools.chain.from_iterable(of_each))
+        prompts, keys = self.asked(questions)
         for row in self.ask(keys, prompts, questions, self.kept):
             self.journal.add(row)
             self.kept[row["key"]] = row["text"]
         values = [question.read(self.kept[key]) for question, key in zip(questions, keys, strict=True)]
-        if values and all(value is None for value in values):
+        if set(values) == {None}:
             raise UserError(f"none of the judge's answers can be read, such as {self.kept[keys[0]][:80]!r}.")
         if None in values:
             say_once(logger, "answers of the judge that cannot be read are no opinion, and count as a reward of 0")
         each, scores = iter(values), []
         for of_one in of_each:
-            read = [min(value, 1.0) for value in (next(each) for _ in of_one) if value is not None]
+            read = [min(value, 1.0) for value in itertools.islice(each, len(of_one)) if value is not None]
             scores.append(self.kind.score(read) if read else None)
         return scores

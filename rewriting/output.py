@@ -7,6 +7,7 @@ import logging
 from common.errors import UserError
 from common.provenance import environment
 from common.remote import whole_at
+from jobs.chat_server import cost_in_words
 from jobs.shards import REPORT, ShardFolder
 from rewriting import results as res
 from rewriting.checks import REASONS
@@ -58,8 +59,7 @@ def say(folder: ShardFolder, summary: dict) -> None:
     logger.info("%s: %d rows verified, each once; %s", folder.output, summary["rows"], in_words(summary["status"]))
     for reason, number in summary["rejected"].items():
         logger.info("  rejected: %d %s (%s)", number, reason, REASONS[reason])
-    logger.info("  %d prompt tokens, %d written%s", *summary["tokens"].values(),
-                "" if summary["cost"] is None else f", cost {summary['cost']:.2f}")  # fmt: skip
+    logger.info("  %d prompt tokens, %d written%s", *summary["tokens"].values(), cost_in_words(summary["cost"]))
     if summary["most_frequent_text"] > 0.05 * summary["vocabulary_and_frequency_of_first_rows"] > 5:
         logger.warning(
             "one text is repeated in %d rows: look at the samples in the report", summary["most_frequent_text"]

@@ -15,7 +15,7 @@ import xxhash
 from common.errors import UserError
 from common.files import whole
 from common.remote import upload
-from jobs.chat_server import cost_of
+from jobs.chat_server import WITHOUT_PRICES, cost_of
 from jobs.journal import ANSWERS, Journal, answers_of
 from jobs.shards import Cursor, Shard, ShardFolder, digest_of, parquet_ranges, row_ranges, version_of
 from metrics.coco_caption.text_checks import unsupported_facts, words
@@ -144,7 +144,7 @@ def jobs(
             yield Job(number, digest(inputs), captions(inputs), text, ids)
 
 
-def fallback(task: str, inputs: dict, on_reject: str) -> tuple[str | None, str]:
+def fallback(inputs: dict, on_reject: str) -> tuple[str | None, str]:
     """(caption, status) for a row whose text was rejected; status null if there is nothing to keep."""
     if on_reject == "drop":
         return None, "dropped"
@@ -228,7 +228,7 @@ def vocabulary(rows: Iterator[dict], source: Source, column: str) -> dict:
     }
 
 
-def merged(rows, source: Source, answers: Answers, task: str, args, provenance: dict, report: Report) -> Iterator[dict]:
+def merged(rows, source: Source, answers: Answers, args, provenance: dict, report: Report) -> Iterator[dict]:
     """The output's rows, in order: each of `rows`, (number, row), with its caption and how it was made.
 
     Raises:
@@ -243,7 +243,7 @@ def merged(rows, source: Source, answers: Answers, task: str, args, provenance: 
                 raise UserError(f"{answers.shard.label}: row {number} has no answer. Run the same command again.")
             result = answers.rows[number]
         if result["reason"]:
-            caption, status = fallback(task, inputs, args.on_reject)
+            caption, status = fallback(inputs, args.on_reject)
             warnings, rejected = [], result["text"]
         else:
             caption, status = result["text"], "rewritten"
@@ -269,7 +269,7 @@ def estimate(source: Source, prompt: Prompt, tokens: Tokens, args, llm, sample: 
             written += min(llm.max_new_tokens, sum(map(len, map(tokens.pieces, texts))))
     scale = asked / max(1, min(asked, sample))
     method = "estimated without a tokenizer" if isinstance(tokens.tokenizer, Pieces) else "counted with its tokenizer"
-    cost = "give --price_in and --price_out, the prices per million tokens"
+    cost = WITHOUT_PRICES
     low = cost_of(prompts * scale, written * scale, llm.price_in, llm.price_out)
     if low is not None:
         high = cost_of(prompts * scale, asked * llm.max_new_tokens, llm.price_in, llm.price_out) * llm.max_attempts

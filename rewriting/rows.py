@@ -18,7 +18,17 @@ from common.errors import DataError
 from common.text import json_line
 from data import reader
 from data.caption_files import load_predictions
-from data.columns import LOOKED_AT, captions_of, find_columns, first_values, is_missing, present, taken, usual_name
+from data.columns import (
+    LOOKED_AT,
+    captions_of,
+    checked_objects,
+    find_columns,
+    first_values,
+    is_missing,
+    present,
+    taken,
+    usual_name,
+)
 from data.formats.parquet import file_rows
 from data.rows import Options
 from data.sources import open_rows, require_splits
@@ -196,10 +206,8 @@ def parquet_rows(place: str, columns: list[str] | None, start: int) -> Iterator[
 
 
 def text_rows(place: str, columns: list[str] | None, start: int) -> Iterator[dict]:
-    for row, where in itertools.islice(table_objects(Path(place)), start, None):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, got {row!r:.80}")
-        yield row
+    objects = checked_objects(table_objects(Path(place)), place)
+    return (row for row, _ in itertools.islice(objects, start, None))
 
 
 def undecoded(features: datasets.Features) -> datasets.Features:

@@ -41,13 +41,8 @@ def parts(path: Path, options: Options) -> list[Part]:
             raise DataError(
                 f"{path}: {other.name} and {file.name} are both for {split_in(file.stem)}. Remove or rename one"
             )
-    beside = {
-        file
-        for place in ("*", "annotations/*")
-        for file in path.glob(place)
-        if file.suffix.lower() in (*LINES, *TABLES)
-    }
-    if others := sorted(file.name for file in beside.difference(files)):
+    beside = {*path.glob("*"), *path.glob("annotations/*")}.difference(files)
+    if others := sorted(file.name for file in beside if file.suffix.lower() in (*LINES, *TABLES)):
         read = " and ".join(file.name for file in files)
         say_once(logger, "%s: read from %s, not from %s", path, read, " and ".join(others[:5]))
     return [Part(NAME, str(file), split=split_in(file.stem), folders=folders_beside(file)) for file in files]
@@ -76,7 +71,7 @@ def read(part: Part, options: Options) -> Iterator[Row]:
         yield from object_rows(table_objects(file), str(file), options, part.split)
         return
     content = json_content(file)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+    if isinstance(content.get("annotations"), list):
         yield from coco_rows(content, file, part.split, options)
         return
     for split, objects in lists_in(content, file).items():
@@ -84,8 +79,8 @@ def read(part: Part, options: Options) -> Iterator[Row]:
         yield from object_rows(entries, str(file), options, split or part.split)
 
 
-def json_content(file: Path) -> dict | list:
-    """What a JSON file holds, even if it is JSON lines."""
+def json_content(file: Path) -> dict:
+    """The object that a JSON file holds; of JSON lines {"rows": [...]}."""
     try:
         content = read_json(file)
     except DataError:
@@ -94,17 +89,15 @@ def json_content(file: Path) -> dict | list:
             raise DataError(f"{file} is empty") from None
         if "\n{" not in text:
             raise
-        content = [row for _, row in jsonl_rows(file)]
-    if not isinstance(content, dict | list):
+        content = {"rows": [row for _, row in jsonl_rows(file)]}
+    if not isinstance(content, dict):
         raise DataError(f"{file} holds a {type(content).__name__}, not a list or an object of captions")
     return content
 
 
-def lists_in(content, file: Path) -> dict[str | None, list]:
-    """{split or None: rows} of a JSON file: its list, the only list of objects in it, a list per split, a map of image
+def lists_in(content: dict, file: Path) -> dict[str | None, list]:
+    """{split or None: rows} of a JSON file's object: the only list of objects in it, a list per split, a map of image
     names to captions or to objects, or the object itself."""
-    if isinstance(content, list):
-        return {None: content}
     if {"image", "image_id"} & content.keys():  # JSON lines of one line
         return {None: [content]}
     lists = {name: value for name, value in content.items() if isinstance(value, list) and dict in map(type, value[:1])}
@@ -135,10 +128,9 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
     place and as text in another. An image without a file name is found by its id."""
     captions = coco_captions(content["annotations"], file, options)
     names: dict = {}
-    images = content.get("images")
-    if images is None or not (images or options.images):
-        images = [{"id": image_id} for image_id in captions]
-    for image in images:
+    by_id = [{"id": image_id} for image_id in captions]
+    images = content.get("images", by_id)
+    for image in images if options.images else images or by_id:
         image_id = as_id(image.get("id", image.get("image_id")))
         name = first_of(("file_name", "filename", "image"), image)
         if names.setdefault(image_id, name) != name:
@@ -168,13 +160,8 @@ def coco_captions(annotations: list, file: Path, options: Options) -> dict[str, 
         key = caption_key(annotation)
         if key is None or annotation.get("image_id") is None:
             raise DataError(f"{file} annotation {number}: no caption or image_id. Is this a file of captions?")
-        if is_rejected(annotation):
+        if annotation.get("is_rejected") or annotation.get("is_precanned"):
             options.dropped["rejected or precanned captions"] += 1
         else:
             captions.setdefault(as_id(annotation["image_id"]), []).append(annotation[key])
     return captions
-
-
-def is_rejected(annotation: dict) -> bool:
-    """Whether VizWiz' official evaluation leaves a caption out."""
-    return bool(annotation.get("is_rejected") or annotation.get("is_precanned"))

@@ -16,4 +16,5 @@ def matches(path: Path) -> bool:
 
 
 def tables(path: Path, options: Options) -> dict:
-    return load_dataset(path.as_posix(), options, config=options.config)
+    name = path.as_posix()
+    return load_dataset(name, NAME, options, path=name, name=options.config)

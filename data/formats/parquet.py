@@ -42,7 +42,7 @@ def tables(path: Path, options: Options) -> dict:
     by_split: dict[str, list[str]] = {}
     for part in parts(path, options):
         by_split.setdefault(part.split or "train", []).append(part.place)
-    return load_dataset(str(path), options, data_files=by_split)
+    return load_dataset(str(path), NAME, options, path="parquet", data_files=by_split)
 
 
 def read(part: Part, options: Options, start: int = 0, stop: int | None = None) -> Iterator[Row]:

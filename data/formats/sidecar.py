@@ -33,7 +33,7 @@ def images_and_texts(path: Path, left_out: Counter) -> Iterator[tuple[str, list[
     for file, stem in stem_of.items():
         beside, shared = ([name + ending for ending in TEXTS if name + ending in files] for name in (file, stem))
         if beside:
-            left_out.update({"texts x.txt of images that have x.jpg.txt": len(shared)} if shared else {})
+            left_out["texts x.txt of images that have x.jpg.txt"] += len(shared)
         elif shared and number[stem] > 1:
             name = f"{os.path.basename(file)}.txt"
             raise DataError(f"{shared[0]}: {number[stem]} images have this name. Name the text {name}")

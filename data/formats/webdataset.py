@@ -143,7 +143,7 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
     except ValueError as error:
         raise DataError(f"{where}: its .json is not valid JSON: {error}") from None
     inner = inner if isinstance(inner, dict) else {}
-    own = caption_key(inner) if text is None else None
+    own = caption_key(inner)
     captions = captions_of(inner, [own], where) if text is None else [decode(text[1], where)]
     fault, names = None, ", ".join(name for name, _ in members)
     if image is None:
@@ -159,7 +159,7 @@ def _sample(key: str, members: list, tar: str, needs_captions: bool) -> dict:
         "where": where,
         "image": image,
         "captions": captions,
-        "question": question_of(inner.get(own), where),
+        "question": question_of(inner.get(own), where) if text is None else None,
         "json": raw,
         "inner": inner,
         "fault": fault,
