@@ -30,7 +30,10 @@ TEXT = datasets.Value("string")
 
 def local_files(path: Path, endings: tuple = (".parquet",)) -> list[Path]:
     """The files of a folder and below, a file, or a pattern of files."""
-    files = files_below(path, endings) if path.is_dir() else list(map(Path, glob.glob(str(path), recursive=True)))
+    if path.is_dir():  # where Spark and others leave files of their own
+        files = [file for file in files_below(path, endings) if not file.name.startswith("_")]
+    else:
+        files = list(map(Path, glob.glob(str(path), recursive=True)))
     if not files:
         raise DataError(f"{path}: no {endings[0][1:]} file matches")
     return sorted(files)
