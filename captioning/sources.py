@@ -116,21 +116,21 @@ def _format_pieces(format, path: str, options: Options) -> list[tuple[str, str]]
 # ---------------------------------------------------------------- rows
 
 
-def rows_of(storage: str, place: str, options: Options, start: int = 0, stop: int | None = None) -> Iterator[dict]:
-    """The rows of a piece; for a Parquet file rows `start` to `stop`."""
+def rows_of(storage: str, place: str, options: Options, start: int = 0) -> Iterator[dict]:
+    """The rows of a piece; those of a Parquet file from `start` on."""
     options = dataclasses.replace(options, captions=False, streaming=True)
     with reaching(place, ImageError):
         number = start - 1
-        for number, (row, label) in enumerate(_rows_in(storage, place, options, start, stop), start):
+        for number, (row, label) in enumerate(_rows_in(storage, place, options, start), start):
             yield _named(row, storage, label, number) | {"prompt": prompt_of(row, options)}
         if number < start and storage == "rows":
             raise DataError(f"{place}: the list is empty.")
 
 
-def _rows_in(storage: str, place: str, options: Options, start: int, stop: int | None) -> Iterator[tuple[Row, str]]:
+def _rows_in(storage: str, place: str, options: Options, start: int) -> Iterator[tuple[Row, str]]:
     """(row, name of the file or split that it is in)."""
     base = os.path.basename(place)
-    limits = {"start": start, "stop": stop} if storage == "parquet" else {}
+    limits = {"start": start} if storage == "parquet" else {}
     if storage == "folder":
         rows = (Row("", file, name=file.removeprefix(place).lstrip("/\\")) for file in _images_in(place))
     elif storage == "rows" and options.format == "auto" and _is_list_or_image(place):

@@ -105,10 +105,7 @@ def _read(dataclasses_: tuple, argv: list[str] | None, positional: str | None):
                 raise UserError(f"--{name} is not used here: {replaced[name]}.")
         if unknown:
             raise UserError(unrecognized(unknown[0], {*actions, first} - replaced.keys()))
-        values = each_value(vars(namespace), local)
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name} {value}: name a finite number.")
+        values = each_value(vars(namespace), checked)
         found, words = parser.parse_dict(values, allow_extra_keys=True), values.get(positional, [])
         for group in found:
             group.check_words(words)
@@ -152,7 +149,14 @@ def in_the_repo(path: str) -> str:
     return str(in_repo) if not os.path.exists(os.path.expanduser(path)) and in_repo.exists() else path
 
 
-def local(value, name: str = ""):
+def checked(value, name: str):
+    """The value of a flag, `local`. UserError for a number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} {value}: name a finite number.")
+    return local(value)
+
+
+def local(value):
     """A file:// address as the path that it is; any other value as it is."""
     if isinstance(value, str) and value.startswith("file://"):
         return urllib.request.url2pathname(urllib.parse.urlsplit(value).path)
@@ -276,9 +280,7 @@ def mistakes_in_one_line(script: str, when_stopped: str = RESUMES):
         elif isinstance(error, UserError):
             message = message_of(error)
         elif isinstance(error, OSError) and error.filename:
-            in_cache = isinstance(error, PermissionError) and ".cache" in str(error.filename)
-            advice = " Set HF_HOME to a folder that can be written to." if in_cache else ""
-            message = f"{error.filename}: {error.strerror}.{advice}"
+            message = f"{error.filename}: {error.strerror}."
         elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):  # timed out, or worker killed
             code = 1
             for child in multiprocessing.active_children():  # a stopped one would block the exit

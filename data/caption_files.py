@@ -103,6 +103,8 @@ def read_references(path: str | os.PathLike, split: str | None = None) -> Refere
         if split is not None and row.split not in (None, split):
             others.add(row.split)
             continue
+        if isinstance(row.image, str):
+            row.image = row.key
         image = _called(row, place)
         if not row.captions:
             raise DataError(f"{place}: image {image!r} has no reference captions.")
@@ -134,8 +136,6 @@ def _rows(path: str | os.PathLike, options: Options) -> Iterator[tuple[Row, str]
     for part in source.parts:
         part = replace(part, split=None) if place.is_file() else part
         for row in source.read(part):
-            if isinstance(row.image, str) and not options.predictions:
-                row.image = row.key
             yield row, _place(row, part)
 
 

@@ -88,8 +88,6 @@ def check_images(
     dataset: datasets.DatasetDict,
     num_proc: int | None = None,
     skip_bad_samples: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    cache_dir=None,
 ) -> tuple[datasets.DatasetDict, list[dict]]:
     """Decode every image once before training, to find the unreadable ones.
 
@@ -113,7 +111,7 @@ def check_images(
     bad: list[dict] = []
     clean = {}
     for split, rows in dataset.items():
-        unreadable = _unreadable(rows, split, num_proc, max_pixels, cache_dir)
+        unreadable = _unreadable(rows, split, num_proc)
         bad += unreadable.values()
         if len(unreadable) == len(rows):
             raise ImageError(f"no image of split {split} can be read, the first: {unreadable[0]['reason']}")
@@ -151,16 +149,14 @@ def version_of_images(rows: datasets.Dataset) -> str:
     return "\n".join(lines)
 
 
-def _unreadable(
-    rows: datasets.Dataset, split: str, num_proc: int | None, max_pixels: int, cache_dir
-) -> dict[int, dict]:
+def _unreadable(rows: datasets.Dataset, split: str, num_proc: int | None) -> dict[int, dict]:
     """{row: {"image_id", "image", "split", "reason"}} of the images that cannot be read."""
     rows = rows.select_columns(["image_id", "image"])
 
     def fault(row: int) -> str | None:
         try:
             # 1/8 scale reads all of a JPEG's stream and takes a sixth of the time.
-            open_image(rows[row]["image"], max_pixels=max_pixels, size=(1, 1))
+            open_image(rows[row]["image"], size=(1, 1))
         except ImageError as error:
             return str(error)
         return None
@@ -171,7 +167,7 @@ def _unreadable(
         return np.array(list(itertools.compress(enumerate(faults), faults)), str).reshape(-1, 2)
 
     unreadable = {}
-    for row, reason in cached_array("checked", f"{max_pixels} {version_of_images(rows)}", compute, cache_dir).tolist():
+    for row, reason in cached_array("checked", f"{MAX_PIXELS} {version_of_images(rows)}", compute).tolist():
         image_id, path = rows[int(row)]["image_id"], rows[int(row)]["image"]["path"]
         reason = reason if path else f"image {image_id}: {reason}"
         unreadable[int(row)] = {"image_id": image_id, "image": path or f"row {row}", "split": split, "reason": reason}

@@ -81,7 +81,7 @@ def find_columns(examples: dict, options: Options, source: str, images: tuple = 
     """
     for flag in ("image_column", "caption_column", "group_column"):
         name = getattr(options, flag)
-        if name is not None and name not in examples:
+        if name not in (None, *examples):
             raise DataError(f"{source}: no column {name!r} (--{flag}). Columns present: {', '.join(examples)}")
     usual = {usual_name(name): name for name in reversed(examples)}
     image_id = taken("ids", present(ID_COLUMNS, usual), source)
@@ -106,7 +106,7 @@ def _question(examples: dict, usual: dict, captions: list[str]) -> str | None:
     return next((name for name in columns if turns_of(examples[name])), None)
 
 
-def say_taken(role: str, taken: list[str], others: list[str], source: str, flag: str = "") -> None:
+def say_taken(role: str, taken: list[str], others: list[str], source: str, flag: str) -> None:
     """One line where several columns could be meant."""
     if others:
         advice = f"; --{flag} names another" if flag else ""

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from data.rows import SPLITS, Record
 logger = logging.getLogger(__name__)
 
 SHARES = (0.9, 0.05, 0.05)  # of the images: train, validation, test
+WRITTEN_SHARES = re.compile(r"\s*(\d*\.?\d+)\s*[,/]\s*(\d*\.?\d+)\s*[,/]\s*(\d*\.?\d+)\s*")
 SIDE = 16  # of the picture's gradients that are compared
 # Of the gradients that are clear in both pictures one in 16 may have another sign, and half of those that are clear in one must
 # be clear in both: of photographs re-saved at JPEG quality 50 none has, of others every fifth at least.
@@ -35,12 +37,10 @@ def parse_shares(text: str | None) -> tuple[float, float, float]:
     """ "0.8,0.1,0.1" or "80,10,10": the shares of train, validation and test."""
     if text is None:
         return SHARES
-    try:
-        numbers = [float(number) for number in text.replace("/", ",").split(",")]
-    except ValueError:
-        numbers = []
+    written = WRITTEN_SHARES.fullmatch(text)
+    numbers = list(map(float, written.groups())) if written else [0.0]
     total = round(sum(numbers), 6)
-    if len(numbers) != 3 or min(numbers) < 0 or numbers[0] == 0 or total not in (1, 100):
+    if numbers[0] == 0 or total not in (1, 100):
         raise UserError(
             f"--split_shares {text}: write the shares of train, validation and test, such as 0.9,0.05,0.05."
         )

@@ -24,6 +24,7 @@ from rewriting.prompts import Pieces, Prompt, Tokens, fit
 from rewriting.rows import Source
 
 FALLBACKS = {"fuse": "keep_synthetic", "paragraph": "drop"}
+ESTIMATED = 2_000  # rows that an estimate reads the prompts of
 SAMPLED = 100_000  # rows that vocabulary and repeated texts are counted in
 
 
@@ -255,19 +256,19 @@ def merged(rows, source: Source, answers: Answers, args, provenance: dict, repor
             yield {**row, args.output_column: caption, "rewrite": facts}
 
 
-def estimate(source: Source, prompt: Prompt, tokens: Tokens, args, llm, sample: int = 2000) -> str:
+def estimate(source: Source, prompt: Prompt, tokens: Tokens, args, llm) -> str:
     """What a run would take, as text: rows, tokens, cost, and the first prompt."""
     rows, asked, prompts, written, first = 0, 0, 0, 0, None
     for row in itertools.islice(source.read(source.columns), args.max_samples):
         texts = captions(source.inputs(row))
         rows += 1
         asked += bool(texts)
-        if texts and asked <= sample:
+        if texts and asked <= ESTIMATED:
             text, ids = fit(prompt, source.inputs(row), tokens, llm.max_prompt_tokens)
             first = first or text
             prompts += len(ids)
             written += min(llm.max_new_tokens, sum(map(len, map(tokens.pieces, texts))))
-    scale = asked / max(1, min(asked, sample))
+    scale = asked / max(1, min(asked, ESTIMATED))
     method = "estimated without a tokenizer" if isinstance(tokens.tokenizer, Pieces) else "counted with its tokenizer"
     cost = WITHOUT_PRICES
     low = cost_of(prompts * scale, written * scale, llm.price_in, llm.price_out)

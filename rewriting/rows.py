@@ -202,7 +202,7 @@ def with_whole_path(row: dict) -> dict:
 
 def parquet_rows(place: str, columns: list[str] | None, start: int) -> Iterator[dict]:
     with pq.ParquetFile(place) as file:
-        yield from file_rows(file, start, columns=columns)
+        yield from file_rows(file, start, columns)
 
 
 def text_rows(place: str, columns: list[str] | None, start: int) -> Iterator[dict]:

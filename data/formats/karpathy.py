@@ -30,6 +30,7 @@ ABOUT = "dataset_coco.json and similar files"
 YIELDS_TO = ("saved",)  # whose dataset_dict.json is called alike
 
 COCO_HOST = "http://images.cocodataset.org"  # the data set's own, and the only one that images are fetched from
+CONNECTIONS = 16
 COCO_IMAGE = re.compile(r"(train|val|test)(2014|2015|2017)/(COCO_(train|val|test)(2014|2015)_)?\d{12}\.jpg")
 
 
@@ -98,7 +99,7 @@ def fetch_missing(records: list[Record], options: Options) -> None:
         record.image = str(folder / name)
 
 
-def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
+def fetch_images(names: list[str], folder: Path) -> None:
     """Fetch COCO images ("val2014/COCO_val2014_000000000042.jpg") into a folder, from the data set's own host only.
 
     Concurrent; a file appears under its name only when complete, so an interrupted run continues where it stopped.
@@ -107,7 +108,7 @@ def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
         DataError: names the first image that could not be fetched. What was fetched is kept.
     """
     session = requests.Session()
-    session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=connections))
+    session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
 
     def fetch(name: str) -> None:
         target = folder / name
@@ -138,7 +139,7 @@ def fetch_images(names: list[str], folder: Path, connections: int = 16) -> None:
 
     logger.info("fetching %d COCO images into %s", len(names), folder)
     fetch(names[0])  # alone: without a network, one message rather than sixteen
-    pool = ThreadPoolExecutor(connections)
+    pool = ThreadPoolExecutor(CONNECTIONS)
     try:
         for _ in show_progress(pool.map(fetch, names), len(names), "fetching COCO images"):
             pass

@@ -45,15 +45,15 @@ def tables(path: Path, options: Options) -> dict:
     return load_dataset(str(path), NAME, options, path="parquet", data_files=by_split)
 
 
-def read(part: Part, options: Options, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-    """The rows of a file from `start` to `stop`; row groups before and behind are not read."""
+def read(part: Part, options: Options, start: int = 0) -> Iterator[Row]:
+    """The rows of a file from `start` on; row groups before that are not read."""
     number = start
     try:
         with open_binary(part.place) as opened, pq.ParquetFile(opened) as file:
             first = next(file.iter_batches(batch_size=1), None)
             example = first.to_pylist()[0] if first else dict.fromkeys(file.schema_arrow.names)
             columns = find_columns(example, options, part.place)
-            for number, content in enumerate(file_rows(file, start, stop), start):
+            for number, content in enumerate(file_rows(file, start), start):
                 yield row_of(content, columns, f"row {number}", part.place, options, part.split)
     except FileNotFoundError:
         raise
@@ -64,18 +64,14 @@ def read(part: Part, options: Options, start: int = 0, stop: int | None = None) 
         ) from None
 
 
-def file_rows(
-    file: pq.ParquetFile, start: int = 0, stop: int | None = None, columns: list[str] | None = None
-) -> Iterator[dict]:
-    """Rows `start` to `stop` of a Parquet file, from the row groups that hold them alone."""
-    stop = file.metadata.num_rows if stop is None else stop
-    first = 0
+def file_rows(file: pq.ParquetFile, start: int = 0, columns: list[str] | None = None) -> Iterator[dict]:
+    """The rows of a Parquet file from `start` on, without reading the row groups before that."""
+    number = 0
     for group in range(file.metadata.num_row_groups):
-        behind = first + file.metadata.row_group(group).num_rows
-        if first < stop and start < behind:
-            number = first
-            for batch in file.iter_batches(batch_size=32, row_groups=[group], columns=columns):
-                begin, end = (min(max(0, row - number), len(batch)) for row in (start, stop))
-                yield from batch.slice(begin, end - begin).to_pylist()
-                number += len(batch)
-        first = behind
+        rows = file.metadata.row_group(group).num_rows
+        if number + rows <= start:
+            number += rows
+            continue
+        for batch in file.iter_batches(batch_size=32, row_groups=[group], columns=columns):
+            yield from batch.slice(min(max(0, start - number), len(batch))).to_pylist()
+            number += len(batch)
