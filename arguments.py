@@ -318,16 +318,16 @@ class SamplingArguments(GenerationArguments):
     def __post_init__(self):
         super().__post_init__()
         sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
-        given = [name for name, value in sampling.items() if value is not None]
-        if given and not self.do_sample:
-            raise UserError(f"--{given[0]} is for --do_sample: pass it too, or leave {' and '.join(given)} out.")
+        passed = [name for name, value in sampling.items() if value is not None]
+        if passed and not self.do_sample:
+            raise UserError(f"--{passed[0]} is for --do_sample: pass it too, or leave {' and '.join(passed)} out.")
         if self.do_sample and self.num_beams not in (None, 1):
             raise UserError(
                 f"--do_sample draws captions, and --num_beams {self.num_beams} searches: leave one of them out."
             )
-        for name, most in (("temperature", math.inf), ("top_p", 1)):
-            if sampling[name] is not None and not 0 < sampling[name] <= most:
-                raise UserError(f"--{name} must be above 0{' and at most 1' * (most == 1)}, not {sampling[name]}.")
+        for name, upper in (("temperature", math.inf), ("top_p", 1)):
+            if sampling[name] is not None and not 0 < sampling[name] <= upper:
+                raise UserError(f"--{name} must be above 0{' and at most 1' * (upper == 1)}, not {sampling[name]}.")
         for name in ("top_k", "num_return_sequences"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
@@ -977,9 +977,9 @@ class RewriteArguments(ShardArguments):
 
     def __post_init__(self):
         choices = {"on_reject": (None, "keep_synthetic", "keep_raw", "drop", "null"), "language": ("en", "any")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(filter(None, known))}.")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(filter(None, allowed))}.")
         if self.rows_per_file is not None and self.rows_per_file < 1:
             raise UserError("--rows_per_file must be at least 1.")
 

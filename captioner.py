@@ -80,17 +80,17 @@ class Captioner:
     ):
         self.model, self.processor, self.autocast = model, processor, autocast
         self.fast_jpeg, self.corruption = fast_jpeg, corruption
-        own = getattr(model.config, "caption_text", {})
-        self.keep_prompt = keep_prompt or own.get("keep_prompt", False)
-        self.filtered = remove_illegal_characters or own.get("remove_illegal_characters", False)
+        saved = getattr(model.config, "caption_text", {})
+        self.keep_prompt = keep_prompt or saved.get("keep_prompt", False)
+        self.filtered = remove_illegal_characters or saved.get("remove_illegal_characters", False)
         default = getattr(model.config, "caption_prompt", family_of(model.config).default_words)
         self.prompt, self.own_questions = default if prompt is None else prompt, own_questions
-        self.system_prompt = own.get("system_prompt") if system_prompt is None else system_prompt
+        self.system_prompt = saved.get("system_prompt") if system_prompt is None else system_prompt
         self.start_with = start_with and start_with.strip()
         asked = {"prompt": self.prompt, "system_prompt": self.system_prompt, "start_with": self.start_with}
         self.seed = seed if settings.get("do_sample") else None
-        how = {"fast_jpeg": fast_jpeg, "corruption": corruption, "contents": self.seed is not None}
-        self.collator = ImageCollator(processor, model.config, **asked, **how)
+        reading = {"fast_jpeg": fast_jpeg, "corruption": corruption, "contents": self.seed is not None}
+        self.collator = ImageCollator(processor, model.config, **asked, **reading)
         self.asked = {n: float(v) if n in FLOATS else v for n, v in settings.items() if v is not None}
         drop_leftovers(base_model(model))
         self.settings = {name: getattr(model.generation_config, name, None) for name in DEFAULTS}
@@ -175,16 +175,16 @@ class Captioner:
     def description(self) -> dict:
         """The settings as coco_metrics.json records them."""
         precision = str(self.autocast or getattr(self.model, "precision", self.model.dtype)).removeprefix("torch.")
-        how = {"precision": precision, "fast_jpeg": self.fast_jpeg}
+        settings = {"precision": precision, "fast_jpeg": self.fast_jpeg}
         if self.corruption:
-            how["corrupt"] = self.corruption.spec
+            settings["corrupt"] = self.corruption.spec
         if self.filtered:
-            how["remove_illegal_characters"] = True
+            settings["remove_illegal_characters"] = True
         if self.seed is not None:
-            how["seed"] = self.seed
+            settings["seed"] = self.seed
         if self.start_with:
-            how["start_with"] = self.start_with
-        return {"prompt": self.prompt, **self._asked(), "keep_prompt": self.keep_prompt, **self.settings, **how}
+            settings["start_with"] = self.start_with
+        return {"prompt": self.prompt, **self._asked(), "keep_prompt": self.keep_prompt, **self.settings, **settings}
 
     def __call__(self, images: list) -> list[str]:
         """One caption per image, for a list of anything that data.open_image takes."""
@@ -259,7 +259,7 @@ class Captioner:
             names = self.collator.family.text_inputs & group.keys()
             group |= {name: group[name][:, pad:] for name in names if group[name].shape == along}
             tokens.append(self.generate_tokens(group, **settings).unflatten(0, (len(rows[-1]), -1)))
-        longest = max(found.shape[2] for found in tokens)
+        longest = max(part.shape[2] for part in tokens)
         tokens = [torch.nn.functional.pad(f, (0, longest - f.shape[2]), value=self.collator.pad) for f in tokens]
         return torch.cat(tokens)[torch.cat(rows).argsort()].flatten(0, 1)
 
@@ -356,13 +356,13 @@ class Captioner:
             name = type(base_model(self.model)).__name__
             logger.info("%s takes no encoded images: each image is encoded again for every setting", name)
         captions = self._captions(records, batch_size, num_workers, list(different.values()))
-        found = {
+        captions_of = {
             settings: {image_id: texts[number] for image_id, texts in captions.items()}
             for number, settings in enumerate(different)
         }
         for captioner in captioners:
             captioner.cut = different[str(captioner.settings)].cut
-        return [found[str(captioner.settings)] for captioner in captioners]
+        return [captions_of[str(captioner.settings)] for captioner in captioners]
 
     def _captions(self, records, batch_size: int, num_workers: int, sweep=()) -> dict[str, list[str]]:
         state = processes()

@@ -199,13 +199,13 @@ class ImageCollator:
 
     def prompt_of(self, sample: dict) -> str:
         """What is asked about a sample's image. UserError if the prompt holds columns, and the sample has none filled in."""
-        own = next(iter(sample.get(PROMPTS) or ()), None)
-        if own is None and self.template:
+        prompt = next(iter(sample.get(PROMPTS) or ()), None)
+        if prompt is None and self.template:
             raise UserError(
                 f"The prompt {self.template!r} holds columns, and there is no row to take them from: give a --prompt without, "
                 "or caption a table that has them."
             )
-        return self.prompt if own is None else own
+        return self.prompt if prompt is None else prompt
 
     def words_in(self, prompt: str) -> int:
         """How many tokens of a caption's row are its start and this prompt's words; 0 if an encoder or a chat holds them."""
@@ -228,16 +228,18 @@ class ImageCollator:
         Without `skip_bad_images` such an error is raised. Samples with "features" instead of "image" have these as
         `pixel_values`."""
         ids, prompts = [sample["image_id"] for sample in samples], list(map(self.prompt_of, samples))
-        own = any(PROMPTS in sample for sample in samples)
+        has_prompts = any(PROMPTS in sample for sample in samples)
         if "features" in samples[0]:
             pixel_values = torch.stack([sample["features"] for sample in samples])
-            inputs = {"pixel_values": pixel_values, **self.prompts(prompts)} | ({"prompts": prompts} if own else {})
+            inputs = {"pixel_values": pixel_values, **self.prompts(prompts)} | (
+                {"prompts": prompts} if has_prompts else {}
+            )
             return {**inputs, "image_ids": ids, "errors": {}}
         opened = in_threads(self._image, samples)
-        errors = {i: found for i, found in enumerate(opened) if isinstance(found, ImageError)}
-        images = [found for found in opened if not isinstance(found, ImageError)]
+        errors = {i: image for i, image in enumerate(opened) if isinstance(image, ImageError)}
+        images = [image for image in opened if not isinstance(image, ImageError)]
         prompts = [prompt for i, prompt in enumerate(prompts) if i not in errors]
-        inputs = {"prompts": prompts} if own else {}
+        inputs = {"prompts": prompts} if has_prompts else {}
         if self.contents:
             inputs["contents"] = torch.tensor(in_threads(_content, images), dtype=torch.long)
         return {**inputs, **(self.inputs(images, prompts) if images else {}), "image_ids": ids, "errors": errors}
@@ -254,8 +256,8 @@ class ImageCollator:
     def inputs(self, images: list, prompts: list[str]) -> dict[str, torch.Tensor]:
         """The model inputs for RGB PIL images and their prompts."""
         if self.family.image_inputs:
-            found = self.processor.image_processor(images=images, return_tensors="pt")
-            pixels = {ours: found[theirs] for theirs, ours in self.family.image_inputs.items()}
+            processed = self.processor.image_processor(images=images, return_tensors="pt")
+            pixels = {ours: processed[theirs] for theirs, ours in self.family.image_inputs.items()}
             return {**pixels, **self.prompts(prompts)}
         if not self.joint:
             return {"pixel_values": self.pixels(images), **self.prompts(prompts)}
@@ -300,13 +302,13 @@ class ImageCollator:
         counted = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
         labels = targets.masked_fill(~counted, IGNORE)
         along = {"input_ids": targets, "attention_mask": counted, **self.family.caption_tokens}
-        own = {"pixel_values", *self.family.image_inputs.values()}
+        image_inputs = {"pixel_values", *self.family.image_inputs.values()}
         # BLIP itself handles fewer images than rows.
         batch = {"rows_per_image": times} if times > 1 and self.kind != "blip" else {}
         for name, value in inputs.items():
             if name in self.family.text_inputs:
                 value = value.repeat_interleave(times, dim=0)
-            elif name not in own and getattr(value, "shape", ())[:2] == (images, length):
+            elif name not in image_inputs and getattr(value, "shape", ())[:2] == (images, length):
                 raise UserError(
                     f"The input '{name}' runs along the prompt, but its values for a caption's tokens are unknown: "
                     "the family's row in models/families.py must give them in caption_tokens."

@@ -94,8 +94,8 @@ def load_captioner(name: str, model_args, generation_args, args, server_args) ->
     if server.is_served(name):
         model_args = dataclasses.replace(model_args, model_name_or_path=name)
         return server.connect(model_args, generation_args, server_args, seed=None)
-    how = {"bf16": args.bf16, "fast_jpeg": model_args.fast_jpeg, "loading": model_args.loading()}
-    return Captioner.from_pretrained(name, **how, **generation_args.settings())
+    loading = {"bf16": args.bf16, "fast_jpeg": model_args.fast_jpeg, "loading": model_args.loading()}
+    return Captioner.from_pretrained(name, **loading, **generation_args.settings())
 
 
 def shown_names(models: list[str]) -> list[str]:

@@ -75,7 +75,7 @@ def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[s
             )  # fmt: skip
             button = gr.Button("Caption it", variant="primary")
             with gr.Column(elem_classes="examples"):
-                shown = gr.Examples(examples, image, label="Examples")
+                gallery = gr.Examples(examples, image, label="Examples")
         outputs = []
         for name in captioners:
             with gr.Column(scale=3):
@@ -84,11 +84,11 @@ def one_image(captioners: dict[str, Captioner], settings: dict, examples: list[s
     # Leave the upload unchanged: data.open_image reads it, and reports what is wrong with it.
     image.preprocess = lambda upload: upload and upload.path
     # Progress and errors are shown on the first caption, not on every part of the answer.
-    how = {"inputs_kwargs": settings, "show_progress_on": outputs[0]}
+    options = {"inputs_kwargs": settings, "show_progress_on": outputs[0]}
     ask = functools.partial(caption_image, captioners)
     sent = [button.click, image.upload, settings["prompt"].submit]
-    asked = gr.on(sent, ask, image, outputs, api_name="caption", **how)
-    example = shown.load_input_event.then(ask, image, outputs, api_visibility="private", **how)
+    asked = gr.on(sent, ask, image, outputs, api_name="caption", **options)
+    example = gallery.load_input_event.then(ask, image, outputs, api_visibility="private", **options)
     empty = ["", [], ""] * len(captioners)
     image.clear(lambda: empty, None, outputs, api_visibility="private")
 
@@ -148,9 +148,9 @@ def caption_image(captioners: dict[str, Captioner], image, **settings):
         outputs = []
         for captioner in captioners.values():
             captioner = with_settings(captioner, **settings)
-            found = candidates(captioner, picture)
-            rows = [[text, "" if score is None else f"{score:.2f}"] for text, score in found]
-            outputs += [found[0][0], rows, heat_maps(captioner, picture, found[0][0])]
+            scored = candidates(captioner, picture)
+            rows = [[text, "" if score is None else f"{score:.2f}"] for text, score in scored]
+            outputs += [scored[0][0], rows, heat_maps(captioner, picture, scored[0][0])]
         return outputs
 
 
@@ -203,21 +203,27 @@ def server_panel(captioner: ServerCaptioner) -> dict:
 
 def settings_panel(captioner: Captioner) -> dict:
     """The components whose values with_settings takes, by the names of its arguments."""
-    own = {"length_penalty": 1.0, "min_new_tokens": 0} | {k: v for k, v in captioner.settings.items() if v is not None}
+    defaults = {"length_penalty": 1.0, "min_new_tokens": 0} | {
+        k: v for k, v in captioner.settings.items() if v is not None
+    }
 
     with gr.Row(elem_classes="settings"):
         search = {
             # No more than the model's own beams: with more, the search would be another one, and so may the best caption.
             "num_captions": slider(
-                "Captions", 1, 10, 1, min(3, own["num_beams"]), "How many to show, the likeliest first"
+                "Captions", 1, 10, 1, min(3, defaults["num_beams"]), "How many to show, the likeliest first"
             ),
-            "num_beams": slider("Beams", 1, 10, 1, own["num_beams"], "More take longer; at least one per caption"),
-            "max_new_tokens": slider("Longest", 1, 100, 1, own["max_new_tokens"], "In tokens: about one per word"),
-            "min_new_tokens": slider("Shortest", 0, 100, 1, own["min_new_tokens"], "In tokens: about one per word"),
-            "length_penalty": slider("Length penalty", -2, 4, 0.1, own["length_penalty"], "Above 1: longer captions"),
+            "num_beams": slider("Beams", 1, 10, 1, defaults["num_beams"], "More take longer; at least one per caption"),
+            "max_new_tokens": slider("Longest", 1, 100, 1, defaults["max_new_tokens"], "In tokens: about one per word"),
+            "min_new_tokens": slider(
+                "Shortest", 0, 100, 1, defaults["min_new_tokens"], "In tokens: about one per word"
+            ),
+            "length_penalty": slider(
+                "Length penalty", -2, 4, 0.1, defaults["length_penalty"], "Above 1: longer captions"
+            ),
         }
     with gr.Row(elem_classes="settings"):
-        penalty = own["repetition_penalty"]
+        penalty = defaults["repetition_penalty"]
         repetition = slider("Repetition", 1, 3, 0.1, penalty, "Penalty; above 1: fewer repeated words")
         sampling = sampling_panel()
         prompt = gr.Textbox(captioner.prompt, label="Prompt", max_length=200, info="Every caption continues it")
@@ -231,23 +237,23 @@ def with_settings(
     """The same model with the settings from the page; of `search` a model on a server has none."""
     if len(prompt or "") > 200:
         raise UserError("A prompt may have at most 200 characters.")
-    how = {"do_sample": bool(do_sample), "max_new_tokens": max_new_tokens}
+    decoding = {"do_sample": bool(do_sample), "max_new_tokens": max_new_tokens}
     if captioner.model is None:
-        how["num_return_sequences"] = num_captions if do_sample and num_captions > 1 else None
-        return captioner.with_settings(prompt or "", **how, temperature=temperature, top_p=top_p)
-    how |= search | {"num_return_sequences": num_captions}
+        decoding["num_return_sequences"] = num_captions if do_sample and num_captions > 1 else None
+        return captioner.with_settings(prompt or "", **decoding, temperature=temperature, top_p=top_p)
+    decoding |= search | {"num_return_sequences": num_captions}
     if do_sample:
-        how.pop("length_penalty")
-        how |= {"temperature": temperature, "top_p": top_p, "num_beams": 1}
+        decoding.pop("length_penalty")
+        decoding |= {"temperature": temperature, "top_p": top_p, "num_beams": 1}
     else:
-        how["num_beams"] = max(num_beams, num_captions)
-    return captioner.with_settings(prompt or "", **how)
+        decoding["num_beams"] = max(num_beams, num_captions)
+    return captioner.with_settings(prompt or "", **decoding)
 
 
 def first_captions(captioner: Captioner | ServerCaptioner, images: list) -> list[str | Exception]:
     """A caption per image, or why a server gives it none."""
     if captioner.model is None:
-        return [found if isinstance(found, Exception) else found[0] for found in captioner.answers(images)]
+        return [answer if isinstance(answer, Exception) else answer[0] for answer in captioner.answers(images)]
     return captioner(images)
 
 
@@ -256,10 +262,10 @@ def candidates(captioner: Captioner | ServerCaptioner, picture) -> list[tuple[st
     """The captions of one image, each once, with the mean log-probability of their tokens (None from a server and from ONNX graphs): beams in the
     order of their search, whose first one is the caption that every script writes; samples by that, best first."""
     if captioner.model is None:
-        (found,) = captioner.answers([picture])
-        if isinstance(found, Exception):
-            raise found
-        return [(text, None) for text in dict.fromkeys(found)]
+        (texts,) = captioner.answers([picture])
+        if isinstance(texts, Exception):
+            raise texts
+        return [(text, None) for text in dict.fromkeys(texts)]
     if isinstance(captioner.model, OnnxModel):
         batch = captioner.collator([{"image": picture, "image_id": ""}])
         return [(text, None) for text in dict.fromkeys(captioner.caption_batch(batch)[0])]
@@ -267,11 +273,11 @@ def candidates(captioner: Captioner | ServerCaptioner, picture) -> list[tuple[st
         batch = captioner.encode(captioner.collator([{"image": picture, "image_id": ""}]))
         tokens = captioner.generate_tokens(batch)
         scores = mean_log_probs(captioner.model, captioner.training_batch(batch, captioner.rows(tokens)))
-    found = list(zip(captioner.texts(tokens), scores.tolist(), strict=True))
+    texts = list(zip(captioner.texts(tokens), scores.tolist(), strict=True))
     if captioner.settings.get("do_sample"):
-        found.sort(key=lambda pair: -pair[1])
+        texts.sort(key=lambda pair: -pair[1])
     first = {}
-    for text, score in found:  # different tokens may be the same text
+    for text, score in texts:  # different tokens may be the same text
         first.setdefault(text, (text, score))
     return list(first.values())
 

@@ -74,19 +74,19 @@ def main():
         captioner = load_captioner(model_args, generation_args, args, asked["own_questions"])
 
     # Caption
-    how = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
+    options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
     looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers}
     sweep = None
     if args.sweep:
         captioners = [captioner.with_settings(**setting) for setting in sweep_settings(args.sweep)]
-        captions = captioner.sweep_split(records, captioners, **how)
+        captions = captioner.sweep_split(records, captioners, **options)
         if state.is_main_process:
             sweep = choose_settings(folder, captions, records, metric_args, args, looking)
             captioner, predictions = captioners[sweep["best"]], captions[sweep["best"]]
             if args.save_best_sweep:
                 save_settings(captioner, model_args.model_name_or_path)
     else:
-        predictions = captioner.caption_split(records, **how)
+        predictions = captioner.caption_split(records, **options)
 
     # Score
     if state.is_main_process:
@@ -118,16 +118,18 @@ def check_flags(args, generation_args, metric_args, model_args) -> None:
 
 def compare_runs(folder, args, metric_args) -> None:
     if groups := comparison.read_groups(args.compare):
-        found = comparison.compare_groups(groups, metric_args.bootstrap_samples, args.seed)
+        differences = comparison.compare_groups(groups, metric_args.bootstrap_samples, args.seed)
     else:
         runs = comparison.read_runs(args.compare)
-        found = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
-    write_json(folder / "comparison.json", found | environment())
-    for name, text in comparison.tables(found, args.compare_scores).items():
+        differences = comparison.compare(runs, metric_args.bootstrap_samples, args.seed)
+    write_json(folder / "comparison.json", differences | environment())
+    for name, text in comparison.tables(differences, args.compare_scores).items():
         write_text(folder / name, text)
-    logger.info("differences, in %s:\n%s\n%s", folder, comparison.summary(found, args.compare_scores), found["note"])
+    logger.info(
+        "differences, in %s:\n%s\n%s", folder, comparison.summary(differences, args.compare_scores), differences["note"]
+    )
     if metric_args.report and not groups:
-        write_comparison_report(folder, runs, found)
+        write_comparison_report(folder, runs, differences)
         logger.info("%s", report_to_open(folder))
 
 

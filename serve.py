@@ -116,10 +116,10 @@ class Server:
         )  # fmt: skip
 
     async def body_of(self, request) -> dict:
-        most, content = self.args.max_request_mb * 1_000_000, bytearray()
+        limit, content = self.args.max_request_mb * 1_000_000, bytearray()
         async for part in request.stream():
             content += part
-            if len(content) > most:
+            if len(content) > limit:
                 raise Refused(f"The request is larger than {self.args.max_request_mb} megabytes.", 413)
         try:
             body = json.loads(content)
@@ -140,8 +140,8 @@ class Server:
         settings = {"num_return_sequences": 1}
         tokens = body.get("max_completion_tokens", body.get("max_tokens"))
         if tokens is not None:
-            own = self.captioner.settings["max_new_tokens"]
-            settings["max_new_tokens"] = min(own, int(number_in(tokens, "max_tokens", 1, 1e9)))
+            allowed = self.captioner.settings["max_new_tokens"]
+            settings["max_new_tokens"] = min(allowed, int(number_in(tokens, "max_tokens", 1, 1e9)))
         if number_in(body.get("temperature") or 0, "temperature", 0, 2) > 0:
             settings |= {"do_sample": True, "num_beams": 1, "top_k": 0, "temperature": float(body["temperature"])}
             settings["top_p"] = float(number_in(body.get("top_p") or 1, "top_p", 1e-6, 1))
@@ -178,8 +178,8 @@ class Server:
     def captions(self, settings: dict, prompt: str | None, images: list) -> list[tuple[str, int, int, bool]]:
         """(caption, tokens of its prompt, its own, whether it was cut) of each picture."""
         captioner = self.captioner.with_settings(**settings)
-        own = {} if prompt is None else {PROMPTS: [prompt]}
-        samples = [{"image": image, "image_id": str(i)} | own for i, image in enumerate(images)]
+        asked = {} if prompt is None else {PROMPTS: [prompt]}
+        samples = [{"image": image, "image_id": str(i)} | asked for i, image in enumerate(images)]
         batch = captioner.collator(samples)
         tokens, end = captioner.generate_tokens(batch), captioner.collator.end
         texts = captioner.texts(tokens, batch.get("prompts"))

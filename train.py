@@ -157,7 +157,9 @@ def train(trainer, checkpoint, folder, flags, bad_samples, lengths) -> dict:
 def evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folder) -> list:
     """Caption and score the validation and test splits. Returns a ScoredSplit for each, on the main process."""
     args, scored = trainer.args, []
-    known = None if data_args.streaming else [text for group in splits["train"]["captions"] for text in group]
+    training_captions = (
+        None if data_args.streaming else [text for group in splits["train"]["captions"] for text in group]
+    )
     with gathered(trainer.model):  # entered by all processes; after captioning, only the first one continues
         captioner = as_loaded(trainer.captioner, model_args, args)
         for name in ("validation", "test"):
@@ -170,10 +172,10 @@ def evaluate(trainer, splits, scorers, metric_args, data_args, model_args, folde
             source = {"split": name, "dataset_name": data_args.dataset_name, "model": str(folder)}
             source["seen"] = seen.find(folder).overlap(records)
             where = folder if name == "test" or "test" not in splits else output_folder(folder / name)
-            looks = {"captioner": captioner, "curves": training_panels(trainer.state)}
-            options = {"training_captions": known, "scorers": scorers, "num_workers": workers}
+            parts = {"captioner": captioner, "curves": training_panels(trainer.state)}
+            options = {"training_captions": training_captions, "scorers": scorers, "num_workers": workers}
             scored.append(
-                score_split(where, predictions, records, metric_args, args.seed, source=source, **looks, **options)
+                score_split(where, predictions, records, metric_args, args.seed, source=source, **parts, **options)
             )
             if name == "validation":
                 trainer.save_metrics("eval", outputs.flat(scored[-1].scores, "eval"), combined=False)

@@ -87,28 +87,28 @@ def score_scene_facts(predictions: dict[str, str], facts: dict[str, dict | str])
         true += of_this[0]
         total += of_this[1]
     return {"scene_facts": true.total() / total.total()} | {
-        kind: true[kind] / total[kind] for kind in KINDS if total[kind]
+        fact: true[fact] / total[fact] for fact in KINDS if total[fact]
     }
 
 
 def scene_facts(caption: str, facts: dict) -> tuple[Counter, Counter]:
     """Facts that `caption` makes true and facts in all (those of the scene and those invented), by kind."""
-    said = parse(caption)
-    groups, mentions = facts["objects"], said["objects"]
+    parsed = parse(caption)
+    groups, mentions = facts["objects"], parsed["objects"]
     relations = {direct(*relation) for relation in facts["relations"]}
     best = None
     numbers = [*range(len(mentions)), *[None] * max(0, len(groups) - len(mentions))]
     for pairing in itertools.permutations(numbers, len(groups)):  # pairing[group] = mention
         true, total = Counter(), Counter(relation=len(relations))
         for group, mention in zip(groups, pairing, strict=True):
-            for kind in ATTRIBUTES:
-                total[kind] += 1
-                true[kind] += mention is not None and mentions[mention].get(kind) == group[kind]
+            for attribute in ATTRIBUTES:
+                total[attribute] += 1
+                true[attribute] += mention is not None and mentions[mention].get(attribute) == group[attribute]
         for mention in set(range(len(mentions))) - set(pairing):
             total.update(mentions[mention].keys())
         group_of = {mention: group for group, mention in enumerate(pairing) if mention is not None}
         claims = {
-            direct(group_of.get(a, f"extra {a}"), r, group_of.get(b, f"extra {b}")) for a, r, b in said["relations"]
+            direct(group_of.get(a, f"extra {a}"), r, group_of.get(b, f"extra {b}")) for a, r, b in parsed["relations"]
         }
         true["relation"] = len(claims & relations)
         total["relation"] = max(len(claims), len(relations))
@@ -132,25 +132,25 @@ def parse(caption: str) -> dict:
     mentions, relations = [], []  # relations: (relation, whether a place or to a pronoun or to a noun, mentions so far)
     for position, match in enumerate(words):
         if match["side"]:
-            how = "pronoun" if match["its"] or match["of_it"] else "noun" if match["of"] else "place"
-            relations.append((RELATIONS[match["side"]], how, len(mentions)))
+            placed_by = "pronoun" if match["its"] or match["of_it"] else "noun" if match["of"] else "place"
+            relations.append((RELATIONS[match["side"]], placed_by, len(mentions)))
         elif match["place"]:
             relations.append((RELATIONS[match["place"].split()[-1]], "place", len(mentions)))
         elif match["height"]:
             relations.append((RELATIONS[match["height"]], "pronoun" if match["it"] else "noun", len(mentions)))
         elif match["word"] in WORDS:
-            kind, value = WORDS[match["word"]]
+            attribute, value = WORDS[match["word"]]
             group = mentions[-1] if mentions else None
             if group is None:
                 new = True
-            elif kind == "count":  # "a pair of", "a group of four", "a picture of two": the later word counts
+            elif attribute == "count":  # "a pair of", "a group of four", "a picture of two": the later word counts
                 new = group.keys() != {"count"}
             else:
-                new = "shape" in group and (kind == "shape" or noun_follows(words[position + 1 :]))
+                new = "shape" in group and (attribute == "shape" or noun_follows(words[position + 1 :]))
             if new:
                 group = {}
                 mentions.append(group)
-            group[kind] = value if kind == "count" or group.get(kind, value) == value else None
+            group[attribute] = value if attribute == "count" or group.get(attribute, value) == value else None
     if mentions and mentions[-1].keys() == {"count"}:  # "... in a row": not a group
         mentions.pop()
     return {"objects": mentions, "relations": sorted(resolve(relations, len(mentions)))}
@@ -170,16 +170,16 @@ def resolve(relations: list[tuple[str, str, int]], mentions: int) -> set[tuple[i
     """Which two mentions each relation is between."""
     claims, places = set(), {}
     places_lead = None  # "on the left a star, on the right a ring", not "a star on the left and a ring on the right"
-    for relation, how, before in relations:
-        if how == "place":
+    for relation, placed_by, before in relations:
+        if placed_by == "place":
             if places_lead is None:
                 places_lead = before == 0
             place_of = before if places_lead and before < mentions else before - 1
             if place_of >= 0:
                 places[place_of] = relation
-        elif how == "pronoun" and before >= 2:  # "a ring with a star above it"
+        elif placed_by == "pronoun" and before >= 2:  # "a ring with a star above it"
             claims.add((before - 1, relation, before - 2))
-        elif before == 0 or how == "pronoun":  # "above a ring is a star", "a ring, and above it a star"
+        elif before == 0 or placed_by == "pronoun":  # "above a ring is a star", "a ring, and above it a star"
             if mentions >= 2:
                 claims.add((1, relation, 0))
         elif before < mentions:  # "a star above a ring"

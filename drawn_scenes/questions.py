@@ -41,17 +41,23 @@ def questions_of(facts: dict) -> list[dict]:
     by = "shape" if objects[0]["shape"] != objects[1]["shape"] else "colour"
     names = [GROUPS[by, group[by]] for group in objects]
     asked = [
-        (WORDS[kind].format(name), kind, str(group[kind]))
+        (WORDS[attribute].format(name), attribute, str(group[attribute]))
         for name, group in zip(names, objects, strict=True)
-        for kind in ATTRIBUTES
-        if kind != by
+        for attribute in ATTRIBUTES
+        if attribute != by
     ]
     asked.append((WHERE.format(names[one], names[other]), "relation", relation))
-    return [{"question": question, "choices": CHOICES[kind], "answer": answer} for question, kind, answer in asked]
+    return [
+        {"question": question, "choices": CHOICES[attribute], "answer": answer} for question, attribute, answer in asked
+    ]
 
 
 # What each question asks: the kind of fact, and the groups.
-MEANINGS = {WORDS[kind].format(name): (kind, group) for kind in ATTRIBUTES for group, name in GROUPS.items()} | {
+MEANINGS = {
+    WORDS[question_kind].format(name): (question_kind, group)
+    for question_kind in ATTRIBUTES
+    for group, name in GROUPS.items()
+} | {
     WHERE.format(name, other): ("relation", group, of)
     for group, name in GROUPS.items()
     for of, other in GROUPS.items()
@@ -61,19 +67,19 @@ MEANINGS = {WORDS[kind].format(name): (kind, group) for kind in ATTRIBUTES for g
 
 def answer(caption: str, question: str) -> str | None:
     """What `caption` states in answer to one of the questions; None if it does not, or of several groups that fit."""
-    said, (kind, *groups) = parse(caption), MEANINGS[question]
-    found = [
-        [number for number, mention in enumerate(said["objects"]) if mention.get(by) == value] for by, value in groups
+    parsed, (attribute, *groups) = parse(caption), MEANINGS[question]
+    matching = [
+        [number for number, mention in enumerate(parsed["objects"]) if mention.get(by) == value] for by, value in groups
     ]
-    if any(len(numbers) != 1 for numbers in found):
+    if any(len(numbers) != 1 for numbers in matching):
         return None
-    first = found[0][0]
-    if kind != "relation":
-        value = said["objects"][first].get(kind)
+    first = matching[0][0]
+    if attribute != "relation":
+        value = parsed["objects"][first].get(attribute)
         return None if value is None else str(value)
-    other = found[1][0]
-    claims = {r for a, r, b in said["relations"] if (a, b) == (first, other)}
-    claims |= {INVERSE[r] for a, r, b in said["relations"] if (a, b) == (other, first)}
+    other = matching[1][0]
+    claims = {r for a, r, b in parsed["relations"] if (a, b) == (first, other)}
+    claims |= {INVERSE[r] for a, r, b in parsed["relations"] if (a, b) == (other, first)}
     return claims.pop() if len(claims) == 1 else None
 
 

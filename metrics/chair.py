@@ -141,14 +141,14 @@ def objects_of(caption: str) -> list[str]:
     ['person', 'toilet']
     """
     words = [singular(word) for word in _words(caption.lower())]
-    found, place = [], 0
+    mentions, place = [], 0
     while place < len(words):
         pair = _PAIRS.get(tuple(words[place : place + 2]))
-        found.append(pair or words[place])
+        mentions.append(pair or words[place])
         place += 2 if pair else 1
-    if "toilet" in found and "seat" in found:
-        found = [word for word in found if word != "seat"]
-    return [_CATEGORY_OF[word] for word in found if word in _CATEGORY_OF]
+    if "toilet" in mentions and "seat" in mentions:
+        mentions = [word for word in mentions if word != "seat"]
+    return [_CATEGORY_OF[word] for word in mentions if word in _CATEGORY_OF]
 
 
 def objects_there(references: Iterable[str], instances: Iterable[str] = ()) -> set[str]:
@@ -174,22 +174,22 @@ def chair_scores(
         predictions: {image id: caption}; references: {image id: captions}.
         instances: {image id: categories}, from read_instances.
     """
-    found = {}
+    rows = {}
     for image, captions in references.items():
-        there = objects_there(captions, instances.get(image, ()))
+        present = objects_there(captions, instances.get(image, ()))
         named = objects_of(predictions[image])
-        wrong = [name for name in named if name not in there]
-        found[image] = {
+        wrong = [name for name in named if name not in present]
+        rows[image] = {
             "objects": sorted(set(named)),
             "hallucinated": sorted(set(wrong)),
-            "missed": sorted(there - set(named)),
+            "missed": sorted(present - set(named)),
             "statistics": {
                 "CHAIRi": [len(wrong), len(named)],
-                "object_recall": [len(there & set(named)), len(there)],
+                "object_recall": [len(present & set(named)), len(present)],
             },
         }
     counts = {
-        name: np.array([row["statistics"][name] for row in found.values()], float)
+        name: np.array([row["statistics"][name] for row in rows.values()], float)
         for name in ("CHAIRi", "object_recall")
     }
     counts["CHAIRs"] = (counts["CHAIRi"][:, 0] > 0).astype(float)
@@ -200,7 +200,7 @@ def chair_scores(
     if bootstrap_samples:
         resampled = resampled_scores(counts, bootstrap_samples, seed)
         scores["intervals"] = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in resampled.items()}
-    return scores, found
+    return scores, rows
 
 
 def read_instances(path: str | os.PathLike) -> dict[str, set[str]]:
@@ -209,9 +209,9 @@ def read_instances(path: str | os.PathLike) -> dict[str, set[str]]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         names = {category["id"]: category["name"] for category in content["categories"]}
-        found: dict[str, set[str]] = {str(image["id"]): set() for image in content["images"]}
+        names_of: dict[str, set[str]] = {str(image["id"]): set() for image in content["images"]}
         for annotation in content["annotations"]:
-            found.setdefault(str(annotation["image_id"]), set()).add(names[annotation["category_id"]])
+            names_of.setdefault(str(annotation["image_id"]), set()).add(names[annotation["category_id"]])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"instances: {path} is not COCO's instances file (such as instances_val2014.json), with images, annotations "
@@ -219,7 +219,7 @@ def read_instances(path: str | os.PathLike) -> dict[str, set[str]]:
         ) from None
     if unknown := sorted(set(names.values()) - set(_CATEGORY_OF)):
         raise UserError(f"instances: {path} has a category that is not COCO's: {unknown[0]!r}. CHAIR knows COCO's 80.")
-    return {image: {_CATEGORY_OF[name] for name in objects} for image, objects in found.items()}
+    return {image: {_CATEGORY_OF[name] for name in objects} for image, objects in names_of.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -325,9 +325,9 @@ _PREPOSITIONS = frozenset(
 @functools.lru_cache(100_000)
 def singular(word: str) -> str:
     """The singular of a lower-case word according to pattern.en: "bu" for "bus", "ty" for "ties"."""
-    first, *rest = word.split("-")
-    if rest and rest[0] in _PREPOSITIONS:
-        return f"{singular(first)}-{'-'.join(rest)}"
+    first, *tail = word.split("-")
+    if tail and tail[0] in _PREPOSITIONS:
+        return f"{singular(first)}-{'-'.join(tail)}"
     if word.endswith("'"):
         return singular(word[:-1]) + "'s"
     if word in _KEPT_ENDINGS or word.endswith(_IN_IE):

@@ -353,11 +353,11 @@ def read_pac_checkpoint(path: str, model: CLIPModel, metric: str) -> dict[str, t
 def _check_activation(path, state, model, has_lora: bool) -> None:
     """Names and shapes are alike, but open_clip's ViT-L/14 has GELU and OpenAI's CLIPs have its quick approximation."""
     patches = state.get("visual.conv1.weight", torch.empty(0, 0, 0, 0)).shape
-    wanted = "quick_gelu" if has_lora or patches[::3] == (768, 32) else "gelu" if patches[::3] == (1024, 14) else None
-    found = model.config.vision_config.hidden_act
-    if wanted and found != wanted:
-        right = {"gelu": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"}.get(wanted, "OpenAI's CLIP of this shape")
-        raise UserError(f"pac_checkpoint: {path} needs a clip_model with {wanted}, not {found}: {right}.")
+    expected = "quick_gelu" if has_lora or patches[::3] == (768, 32) else "gelu" if patches[::3] == (1024, 14) else None
+    activation = model.config.vision_config.hidden_act
+    if expected and activation != expected:
+        right = {"gelu": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"}.get(expected, "OpenAI's CLIP of this shape")
+        raise UserError(f"pac_checkpoint: {path} needs a clip_model with {expected}, not {activation}: {right}.")
 
 
 def _without_lora(state: dict) -> dict:
@@ -383,16 +383,16 @@ def _to_transformers(state: dict) -> dict:
             new = RENAMED[name]
             converted[new] = tensor.T if new in PROJECTIONS else tensor
             continue
-        tower, block, rest = name.partition("transformer.resblocks.")
+        tower, block, suffix = name.partition("transformer.resblocks.")
         if not block or tower not in ("visual.", ""):
             raise UserError(f"'{name}' is not a parameter of a CLIP with a vision transformer")
-        number, _, rest = rest.partition(".")
+        number, _, suffix = suffix.partition(".")
         layer = f"{'vision_model' if tower else 'text_model'}.encoder.layers.{number}"
-        if rest.startswith("attn.in_proj_"):
-            kind = rest.removeprefix("attn.in_proj_")
+        if suffix.startswith("attn.in_proj_"):
+            parameter = suffix.removeprefix("attn.in_proj_")
             for projection, part in zip("qkv", tensor.chunk(3), strict=True):
-                converted[f"{layer}.self_attn.{projection}_proj.{kind}"] = part
+                converted[f"{layer}.self_attn.{projection}_proj.{parameter}"] = part
         else:
-            module, _, kind = rest.rpartition(".")
-            converted[f"{layer}.{RENAMED_IN_LAYER.get(module, module)}.{kind}"] = tensor
+            module, _, parameter = suffix.rpartition(".")
+            converted[f"{layer}.{RENAMED_IN_LAYER.get(module, module)}.{parameter}"] = tensor
     return converted

@@ -34,10 +34,10 @@ class Question:
 def clair_score(answer: str) -> float | None:
     """The score of one answer, as in CLAIR's published code: of the JSON from the first { to the next { or }, else the first
     number, times 100 if it is below 1; divided by 100. None if there is no number."""
-    _, brace, rest = answer.partition("{")
+    _, brace, body = answer.partition("{")
     if brace:
         try:
-            return float(json.loads("{" + re.split("[{}]", rest)[0] + "}")["score"]) / 100
+            return float(json.loads("{" + re.split("[{}]", body)[0] + "}")["score"]) / 100
         except (ValueError, KeyError, TypeError):
             pass
     number = NUMBER.search(answer)
@@ -59,8 +59,8 @@ def choice(answer: str, choices: list[str]) -> int | None:
         rf".*\banswer(?: is)?:? *\(?\**([{letters}])\b",
         rf".*\(([{letters}])\)",
     ):
-        if found := re.match(pattern, text, re.DOTALL | (re.IGNORECASE if "answer" in pattern else 0)):
-            return letters.index(found[1].upper())
+        if match := re.match(pattern, text, re.DOTALL | (re.IGNORECASE if "answer" in pattern else 0)):
+            return letters.index(match[1].upper())
     return None
 
 
@@ -151,7 +151,7 @@ def _of_the_second(answer: str) -> float | None:
 def read_questions(file: str) -> dict[str, list[dict]]:
     """{image: its questions} of a table with image_id, question, choices (a list, or texts with | between) and answer, a
     choice or its letter. UserError names the line of a row that is not so."""
-    path, found = Path(file), {}
+    path, questions = Path(file), {}
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"questions: {file} is not a JSON, JSON lines, CSV or TSV file.")
     for row, where in table_objects(path):
@@ -164,5 +164,5 @@ def read_questions(file: str) -> dict[str, list[dict]]:
         if not 2 <= len(choices) < len(LETTERS) or choices.count(answer) != 1:
             raise UserError(f"questions: {path}, {where}: the answer {answer!r} is not one of the choices {choices}.")
         question = {"question": str(row["question"]), "choices": choices, "answer": answer}
-        found.setdefault(str(row["image_id"]), []).append(question)
-    return found
+        questions.setdefault(str(row["image_id"]), []).append(question)
+    return questions

@@ -119,8 +119,8 @@ def _read_flickr8k(path: Path, judgments: Judgments, references: str | None) -> 
     judgments.without_copies = True
     with open_text(path) as lines:
         for place, line in enumerate(lines, 1):
-            image, _, rest = line.rstrip("\r\n").partition("\t")
-            name, *values = rest.split("\t")
+            image, _, columns = line.rstrip("\r\n").partition("\t")
+            name, *values = columns.split("\t")
             where = f"{path} line {place}"
             if len(values) != 3 or name not in texts:
                 raise DataError(
@@ -172,8 +172,8 @@ def _read_pascal(path: Path, judgments: Judgments, references: str | None) -> No
         texts = [[str(cell[0]).strip() for cell in triplet[:3]] for triplet in triplets]
         winners = [text[1 if triplet[3] == 1 else 2] for text, triplet in zip(texts, triplets, strict=True)]
         difference = winners.count(first) - winners.count(second)
-        shown = tuple(text[0] for text in texts)
-        numbers = [judgments.number(image, caption, shown) for caption in (first, second)]
+        references_text = tuple(text[0] for text in texts)
+        numbers = [judgments.number(image, caption, references_text) for caption in (first, second)]
         judgments.pairs.append((*numbers, (difference > 0) - (difference < 0), PASCAL[int(category)]))
 
 
@@ -249,11 +249,11 @@ def _roles(row: dict, path: Path) -> dict:
     captions = sides or tuple(filter(None, [first(CAPTION)]))
     roles = {"image": first(IMAGE), "captions": captions, "judgment": first(PREFERENCE if sides else RATING)}
     if missing := [role for role, column in roles.items() if not column]:
-        wanted = {"image": IMAGE, "captions": (*CAPTION, *sum(SIDES, ())), "judgment": (*RATING, *PREFERENCE)}[
+        expected = {"image": IMAGE, "captions": (*CAPTION, *sum(SIDES, ())), "judgment": (*RATING, *PREFERENCE)}[
             missing[0]
         ]
         raise DataError(
-            f"{path}: no column of the {missing[0].removesuffix('s')}: expected one of {', '.join(wanted)}. "
+            f"{path}: no column of the {missing[0].removesuffix('s')}: expected one of {', '.join(expected)}. "
             f"Columns: {', '.join(map(str, row))}."
         )
     return roles | {"references": first(REFERENCES)}

@@ -163,5 +163,5 @@ def load_adapter_weights(model: PeftModel, model_name_or_path: str, revision: st
     with errors_in_one_line(model_name_or_path):
         state = load_peft_weights(model_name_or_path, device="cpu", revision=revision)
         result = set_peft_model_state_dict(model, state)
-    own = {name for name, _ in model.named_parameters() if re.search(r"\.default(\.|$)", name)}
-    check_keys(model_name_or_path, "its adapter", own & set(result.missing_keys), result.unexpected_keys)
+    names = {name for name, _ in model.named_parameters() if re.search(r"\.default(\.|$)", name)}
+    check_keys(model_name_or_path, "its adapter", names & set(result.missing_keys), result.unexpected_keys)

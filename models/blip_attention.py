@@ -81,14 +81,14 @@ def use_fast_attention(model: BlipForConditionalGeneration, enabled: bool = True
 def why_not_fast(model) -> str | None:
     """Why the classes in `model` are not the ones that fast attention was written for; None if they are."""
     for module in model.modules():
-        ours = next((kind for kind in FAST if isinstance(module, kind)), None)
+        ours = next((fast for fast in FAST if isinstance(module, fast)), None)
         if ours is None or type(module) in PLAIN:
             continue
         if type(module) is not ours:
             return f"{type(module).__name__} is used in place of {ours.__name__}"
-        found = tuple(inspect.signature(ours.forward).parameters)
-        if found not in SIGNATURES[ours]:
-            return f"{ours.__name__}.forward takes ({', '.join(found[1:])}), which is new"
+        parameters = tuple(inspect.signature(ours.forward).parameters)
+        if parameters not in SIGNATURES[ours]:
+            return f"{ours.__name__}.forward takes ({', '.join(parameters[1:])}), which is new"
     return None
 
 
@@ -133,12 +133,12 @@ def _compare(blip: BlipForConditionalGeneration, tolerance: float, length: int) 
         with torch.autocast(blip.device.type, enabled=False):
             encoded = blip.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
             lengths = {"max_new_tokens": length, "min_new_tokens": length}
-            found = blip.generate(
+            output = blip.generate(
                 pixel_values=encoded, num_beams=beams, num_return_sequences=beams, do_sample=False, use_cache=True,
                 output_logits=True, return_dict_in_generate=True, **lengths,
             )  # fmt: skip
-            steps = [logits[rows] for logits, rows in zip(found.logits, found.beam_indices.T, strict=True)]
-            captions = {"input_ids": found.sequences, "attention_mask": torch.ones_like(found.sequences)}
+            steps = [logits[rows] for logits, rows in zip(output.logits, output.beam_indices.T, strict=True)]
+            captions = {"input_ids": output.sequences, "attention_mask": torch.ones_like(output.sequences)}
             captions["attention_mask"][::2, -1] = 0  # padding after some of them
             chosen = captions["attention_mask"].bool()
             grouped = blip(pixel_values=encoded, logits_to_keep=chosen, **captions).logits
@@ -195,7 +195,7 @@ def _small(blip: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
             if weight.dim() > 1:  # large ones, so that an error shows; norms and biases as they are
                 weight.normal_(std=0.2, generator=generator)
     kinds = {type(module) for module in blip.modules()}
-    put_classes({PLAIN[kind]: kind for kind in kinds if kind in PLAIN}, small)
+    put_classes({PLAIN[plain]: plain for plain in kinds if plain in PLAIN}, small)
     return small
 
 
@@ -213,8 +213,8 @@ def _library(model):
         put_classes({}, model)
         yield
     finally:
-        for module, kind in classes.items():
-            module.__class__ = kind
+        for module, cls in classes.items():
+            module.__class__ = cls
 
 
 def target_positions(labels: torch.LongTensor) -> torch.BoolTensor:

@@ -40,8 +40,8 @@ def _product_is_right() -> bool:
     generator = torch.Generator().manual_seed(0)
     left, right, bias = (torch.randn(*shape, generator=generator) for shape in ((4, 3, 8), (5, 8), (5,)))
     try:
-        found = _product(left, right, bias)
-        right_numbers = torch.allclose(found, left @ right.T + bias, rtol=1e-4, atol=1e-5)
+        product = _product(left, right, bias)
+        right_numbers = torch.allclose(product, left @ right.T + bias, rtol=1e-4, atol=1e-5)
         reason = None if right_numbers else "gives other numbers"
     except (RuntimeError, TypeError) as error:
         reason = f"fails ({str(error).splitlines()[0]})"

@@ -43,10 +43,10 @@ def drop_leftovers(model: PreTrainedModel) -> None:
     model has learnt to write the rest. A forced end would close captions that were cut, which the model did not end.
     """
     for module in model.modules():
-        own = getattr(module, "generation_config", None)
-        if own is not None:
-            kept = {name: getattr(own, name) for name in (*TOKENS, *DEFAULTS)}
-            if own.num_beams == 1:
+        settings = getattr(module, "generation_config", None)
+        if settings is not None:
+            kept = {name: getattr(settings, name) for name in (*TOKENS, *DEFAULTS)}
+            if settings.num_beams == 1:
                 kept |= dict.fromkeys(WITHOUT_BEAMS)
             module.generation_config = GenerationConfig(**kept)
 
@@ -75,14 +75,16 @@ def generate(
         values once per image.
     """
     if ENCODED in generation_kwargs:  # the library repeats them for every beam in place
-        generation_kwargs[ENCODED] = {kind: copy.copy(found) for kind, found in generation_kwargs[ENCODED].items()}
+        generation_kwargs[ENCODED] = {
+            modality: copy.copy(encoded) for modality, encoded in generation_kwargs[ENCODED].items()
+        }
     if input_ids is not None:
         generation_kwargs["input_ids"] = input_ids.clone()  # the library writes its start token into them
-    given = {"pixel_values": pixel_values, "attention_mask": attention_mask}
+    inputs = {"pixel_values": pixel_values, "attention_mask": attention_mask}
     # A process with a sharded model has all weights here (common.sharding.gathered), and its own number of images:
     # the library would make it wait for the others at each token.
     generation_kwargs.setdefault("synced_gpus", False)
-    return model.generate(**{name: value for name, value in given.items() if value is not None}, **generation_kwargs)
+    return model.generate(**{name: value for name, value in inputs.items() if value is not None}, **generation_kwargs)
 
 
 class SharedBeams:

@@ -37,9 +37,9 @@ def next_logits(decoder, cache: EncoderDecoderCache, tokens, position_ids) -> to
     """Logits (rows, 1, vocabulary) after `tokens`, (rows, 1), for a cache that was taken over. `position_ids`: of the same
     shape, or None if all tokens before count."""
     with torch.inference_mode(False), torch.no_grad():
-        own = cache.self_attention_cache
-        if own.length == own.room:
-            _start(decoder, cache, own.mask[:, 0, 0] == 0, 2 * own.room)
+        fixed = cache.self_attention_cache
+        if fixed.length == fixed.room:
+            _start(decoder, cache, fixed.mask[:, 0, 0] == 0, 2 * fixed.room)
         return cache.step(decoder, tokens, position_ids)
 
 
@@ -86,12 +86,12 @@ class Step:
     """The next token's logits for each of `rows` captions, with keys and values like those of `cache`, of its own."""
 
     def __init__(self, cache: EncoderDecoderCache, room: int):
-        own, of_images = (_states(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
-        (rows, heads, _, width), kind = own[0].shape, {"dtype": own[0].dtype, "device": own[0].device}
+        of_text, of_images = (_states(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
+        (rows, heads, _, width), like = of_text[0].shape, {"dtype": of_text[0].dtype, "device": of_text[0].device}
         layers = list(_used(cache.self_attention_cache))
-        self.own = FixedCache(layers, rows, heads, room, width, **kind)
-        self.of_images = torch.empty(len(of_images), *of_images[0].shape, **kind)
-        self.tokens, self.position_ids = torch.zeros(2, rows, 1, dtype=torch.long, device=kind["device"])
+        self.own = FixedCache(layers, rows, heads, room, width, **like)
+        self.of_images = torch.empty(len(of_images), *of_images[0].shape, **like)
+        self.tokens, self.position_ids = torch.zeros(2, rows, 1, dtype=torch.long, device=like["device"])
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self.cache.self_attention_cache, self.cache.is_updated = self.own, dict.fromkeys(layers, True)
         places = dict(zip(layers, _layers(self.of_images), strict=True))
@@ -116,12 +116,12 @@ class Step:
         return self.logits.clone()
 
     def _run(self, decoder) -> torch.Tensor:
-        own, bert = self.own, decoder.bert
-        own.mask.index_fill_(3, own.position, 0)
+        fixed, bert = self.own, decoder.bert
+        fixed.mask.index_fill_(3, fixed.position, 0)
         hidden = bert.embeddings(input_ids=self.tokens, position_ids=self.position_ids)
         # Encoded images are not read again, as `is_updated` says, but without any a layer has no cross-attention.
-        given = {"attention_mask": own.mask, "encoder_hidden_states": hidden, "use_cache": True, CACHE: self.cache}
-        return decoder.cls(bert.encoder(hidden, **given)[0])
+        options = {"attention_mask": fixed.mask, "encoder_hidden_states": hidden, "use_cache": True, CACHE: self.cache}
+        return decoder.cls(bert.encoder(hidden, **options)[0])
 
     def _capture(self, decoder) -> None:
         global _can_capture

@@ -46,8 +46,8 @@ def _decoder_prompt(processor, config, words: str) -> dict:
 def _decoder_start(config) -> int:
     """The token that an encoder-decoder's decoder starts with."""
     text = config.get_text_config(decoder=True)
-    found = [getattr(of, "decoder_start_token_id", None) for of in (config, text)] + [text.bos_token_id]
-    return next(token for token in found if token is not None)
+    tokens = [getattr(of, "decoder_start_token_id", None) for of in (config, text)] + [text.bos_token_id]
+    return next(token for token in tokens if token is not None)
 
 
 def _words(processor, words: str) -> list[int]:
@@ -66,12 +66,12 @@ def _chat_texts(processor, words: str, system: str = "") -> tuple[str, str, str]
     turns.append(user)
     try:
         prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
-        before, found, closing = processor.apply_chat_template([*turns, answer]).rpartition("ANSWER")
+        before, marker, closing = processor.apply_chat_template([*turns, answer]).rpartition("ANSWER")
     except TemplateError as error:
         raise UserError(f"The model's chat template refuses this prompt: {error}") from None
     if system.strip() not in prompt:
         raise UserError("The model's chat template leaves out a system prompt: leave out --system_prompt.")
-    if not found:
+    if not marker:
         raise UserError("The chat template leaves out the text of an answer: a caption cannot be trained behind it.")
     if not before.startswith(prompt):
         say_once(
@@ -164,7 +164,7 @@ class Family:
     @property
     def text_inputs(self) -> set[str]:
         """Names of the inputs that have a row for each caption. All others have rows for images."""
-        own = {
+        names = {
             "input_ids",
             "attention_mask",
             "qformer_input_ids",
@@ -172,7 +172,7 @@ class Family:
             "decoder_input_ids",
             "labels",
         }
-        return own | set(self.caption_tokens)
+        return names | set(self.caption_tokens)
 
 
 _LANGUAGE = r"language_model\..*\.(q|k|v|o|wi_0|wi_1|wo|q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj)"
@@ -318,22 +318,22 @@ REFUSED = {
 def family_of(config, where: str = "the model") -> Family:
     """The row of a model's config; ValueError names the known families if there is none. A chat family of the library
     that was not tested gets the general row, and a warning."""
-    kind = config.model_type
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    if kind in REFUSED:
-        raise UserError(f"{where} is of family '{kind}', which cannot caption: {REFUSED[kind]}.")
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        say_once(logger, f"Not tested on family '{kind}': its prompt is what its chat template says.")
+    model_type = config.model_type
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in REFUSED:
+        raise UserError(f"{where} is of family '{model_type}', which cannot caption: {REFUSED[model_type]}.")
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        say_once(logger, f"Not tested on family '{model_type}': its prompt is what its chat template says.")
         return CHAT
-    raise UserError(f"{where} is of family '{kind}'. Known families: {', '.join(sorted(FAMILIES))}.")
+    raise UserError(f"{where} is of family '{model_type}'. Known families: {', '.join(sorted(FAMILIES))}.")
 
 
 def placeholders(config, processor) -> list[int]:
     """Ids of the placeholder tokens of images, videos and sounds: a caption never has any of them."""
-    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
-    found = {getattr(source, name, None) for source in (config, processor) for name in names}
-    return sorted(token for token in found if isinstance(token, int) and token >= 0)
+    names = [f"{modality}_token_{end}" for modality in ("image", "video", "audio") for end in ("id", "index")]
+    tokens = {getattr(source, name, None) for source in (config, processor) for name in names}
+    return sorted(token for token in tokens if isinstance(token, int) and token >= 0)
 
 
 def decoder_prompt(config) -> list[int] | None:

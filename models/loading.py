@@ -90,9 +90,11 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **options)
         family = family_of(config, model_name_or_path)
-        wanted = family.architecture
-        if config.architectures and wanted not in config.architectures and not wanted.startswith("Auto"):
-            raise UserError(f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {wanted}, is needed.")
+        architecture = family.architecture
+        if config.architectures and architecture not in config.architectures and not architecture.startswith("Auto"):
+            raise UserError(
+                f"{model_name_or_path} is a {config.architectures[0]}; a captioner, {architecture}, is needed."
+            )
         processor = _load_processor(config, model_name_or_path, options)
         limit_pixels(processor, {"max_pixels": max_pixels, "min_pixels": min_pixels})
         if (folder / DECODER).is_file():
@@ -128,8 +130,8 @@ def limit_pixels(processor, limits: dict) -> None:
     if limits:
         processor.image_processor = images = type(images).from_dict(images.to_dict() | limits)
         if images.size["shortest_edge"] > images.size["longest_edge"]:
-            least, most = images.size["shortest_edge"], images.size["longest_edge"]
-            raise UserError(f"--min_pixels, {least}, is more than --max_pixels, {most}.")
+            least, largest = images.size["shortest_edge"], images.size["longest_edge"]
+            raise UserError(f"--min_pixels, {least}, is more than --max_pixels, {largest}.")
 
 
 def check_attention(config, family, name: str) -> None:
@@ -155,10 +157,12 @@ def asks(model_name_or_path: str, revision: str, prompt: str | None) -> dict:
     except (OSError, ValueError):  # loading the model says what is wrong with it
         return {"prompt": prompt, "own_questions": False}
     trained = hasattr(config, "caption_prompt")
-    own = getattr(config, "caption_text", {}).get("own_questions", False) if trained else bool(family.default_words)
+    own_questions = (
+        getattr(config, "caption_text", {}).get("own_questions", False) if trained else bool(family.default_words)
+    )
     return {
         "prompt": getattr(config, "caption_prompt", None) if prompt is None else prompt,
-        "own_questions": own and prompt is None,
+        "own_questions": own_questions and prompt is None,
     }
 
 
@@ -167,15 +171,15 @@ def _load_processor(config, model_name_or_path: str, options: dict):
     try:
         if config.model_type != "vision-encoder-decoder":
             return AutoProcessor.from_pretrained(model_name_or_path, **options)
-        parts = [kind.from_pretrained(model_name_or_path, **options) for kind in (AutoImageProcessor, AutoTokenizer)]
+        parts = [part.from_pretrained(model_name_or_path, **options) for part in (AutoImageProcessor, AutoTokenizer)]
         return TrOCRProcessor(*parts)  # the library's pair for any model of this kind
     except ImportError as error:
-        said = " ".join(str(error).split())
-        named = re.search(r"pip install ([\w.-]+)|requires the (\w+) library", said)
+        message = " ".join(str(error).split())
+        named = re.search(r"pip install ([\w.-]+)|requires the (\w+) library", message)
         package = error.name or (next(filter(None, named.groups())).lower() if named else "a package")
         raise UserError(
             f"The processor of {model_name_or_path} needs {package}, which is not installed: pip install {package}. The "
-            f"library says: {said.partition('. ')[0]}"
+            f"library says: {message.partition('. ')[0]}"
         ) from error
 
 
@@ -201,10 +205,10 @@ def load_weights(model, checkpoint: str) -> None:
     # float32 holds every weight of a half-precision one exactly.
     family = family_of(model.config)
     saved = read_weights(family.model_class, checkpoint, dtype=torch.float32, unread=family.unread).state_dict()
-    own = model.state_dict()
-    check_keys(checkpoint, type(model).__name__, own.keys() - saved.keys(), saved.keys() - own.keys())
+    state = model.state_dict()
+    check_keys(checkpoint, type(model).__name__, state.keys() - saved.keys(), saved.keys() - state.keys())
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in state.items():
             tensor.copy_(saved[name])
 
 

@@ -35,10 +35,10 @@ def write_graphs(model, folder: Path, int8: bool = False) -> None:
     UserError if its family cannot be written, if a package is missing, or if the logits are others (float32: by more than
     1e-3 of their spread; int8 is not compared, since it rounds).
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES or getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+    model_type = model.config.model_type
+    if model_type not in FAMILIES or getattr(model.config.get_text_config(), "is_encoder_decoder", False):
         raise UserError(
-            f"--format onnx writes {', '.join(FAMILIES)} (with OPT), not {kind}. Servers such as vLLM take chat models as they are."
+            f"--format onnx writes {', '.join(FAMILIES)} (with OPT), not {model_type}. Servers such as vLLM take chat models as they are."
         )
     try:
         import onnxruntime.quantization as quantization
@@ -89,10 +89,10 @@ def _check(exported: OnnxModel, images: nn.Module, decoder: nn.Module, pixels: t
             states = images(pixels[:number])
             past = [state.new_empty(number, captions, state.shape[1], 0, state.shape[3]) for state in states]
             expected = decoder(tokens, [*states], past)[0]
-        found = exported.next_logits(tokens, exported.read(pixels[:number]), past)[0]
-        if (found - expected).abs().max() > 1e-3 * expected.std():
+        logits = exported.next_logits(tokens, exported.read(pixels[:number]), past)[0]
+        if (logits - expected).abs().max() > 1e-3 * expected.std():
             raise UserError(
-                f"The graphs' logits differ from the model's by {(found - expected).abs().max():.3g}: {MISSING}"
+                f"The graphs' logits differ from the model's by {(logits - expected).abs().max():.3g}: {MISSING}"
             )
 
 
@@ -141,17 +141,17 @@ class _Decoder(nn.Module):
         groups, (before, tokens) = input_ids.shape[:2], (past[0].shape[3], input_ids.shape[2])
         positions = before + torch.arange(tokens)
         mask = torch.where(torch.arange(before + tokens) <= positions[:, None], 0.0, HIDDEN)[None, None]
-        own = [state.flatten(0, 1) for state in past]
+        past_states = [state.flatten(0, 1) for state in past]
         if self.kind == "blip":
-            cache = _cache(own, images)
+            cache = _cache(past_states, images)
             logits = self._blip(input_ids.flatten(0, 1), positions, mask, cache)
         else:
             repeated = [state[:, None].expand(-1, groups[1], -1, -1, -1).flatten(0, 1) for state in images]
             crossed = self.kind == "vision-encoder-decoder"
             if not crossed:  # the image comes before the text
-                own = [torch.cat(both, dim=2) for both in zip(repeated, own, strict=True)]
+                past_states = [torch.cat(both, dim=2) for both in zip(repeated, past_states, strict=True)]
                 mask = nn.functional.pad(mask, (images[0].shape[2], 0))
-            cache = _cache(own, repeated if crossed else None)
+            cache = _cache(past_states, repeated if crossed else None)
             logits = self._library(input_ids.flatten(0, 1), positions, mask, cache, repeated[0])
         kept = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         states = [state[:, :, -(before + tokens) :] for state in _states(kept)]
@@ -161,20 +161,20 @@ class _Decoder(nn.Module):
         decoder = self.model.text_decoder
         hidden = decoder.bert.embeddings(input_ids=input_ids, position_ids=positions[None])
         # Encoded images are not read again, as the cache says, but without any a layer has no cross-attention.
-        given = {"attention_mask": mask, "encoder_hidden_states": hidden, "use_cache": True, CACHE: cache}
-        return decoder.cls(decoder.bert.encoder(hidden, **given)[0][:, -1])
+        options = {"attention_mask": mask, "encoder_hidden_states": hidden, "use_cache": True, CACHE: cache}
+        return decoder.cls(decoder.bert.encoder(hidden, **options)[0][:, -1])
 
     def _library(self, input_ids, positions, mask, cache, of_image) -> torch.Tensor:
         decoder = {"vision-encoder-decoder": "decoder", "blip-2": "language_model"}.get(self.kind)
         decoder = getattr(self.model, decoder) if decoder else self.model
-        given = {"attention_mask": mask, "use_cache": True, CACHE: cache}
+        options = {"attention_mask": mask, "use_cache": True, CACHE: cache}
         if self.kind == "vision-encoder-decoder":
             rows, places = input_ids.shape[0], of_image.shape[2]
-            given["encoder_hidden_states"] = of_image.new_zeros(rows, places, decoder.config.hidden_size)  # not read
+            options["encoder_hidden_states"] = of_image.new_zeros(rows, places, decoder.config.hidden_size)  # not read
         if takes(decoder, "position_ids"):
             before = of_image.shape[2] if self.kind == "blip-2" else 0  # where the text's positions start
-            given["position_ids"] = (positions + before)[None]
-        return decoder(input_ids=input_ids, **given).logits[:, -1]
+            options["position_ids"] = (positions + before)[None]
+        return decoder(input_ids=input_ids, **options).logits[:, -1]
 
 
 def _cache(own: list, of_images: list | None):

@@ -59,8 +59,8 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
     def _run(self, name: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         graph = self.graphs[name]
         named = zip(graph.get_inputs(), inputs, strict=True)
-        found = graph.run(None, {place.name: value.contiguous().numpy() for place, value in named})
-        return [torch.from_numpy(array) for array in found]
+        arrays = graph.run(None, {place.name: value.contiguous().numpy() for place, value in named})
+        return [torch.from_numpy(array) for array in arrays]
 
     def generate(self, pixel_values, input_ids=None, decoder_input_ids=None, attention_mask=None, **settings):
         """What the captioner's own `generate` returns: (images * captions, L) ids, the prompt included."""

@@ -149,10 +149,10 @@ def encode_once(model, inputs: dict, times: int = 1) -> dict:
 def _encode_for_chat(model, inputs: dict) -> dict:
     encoder = model.base_model.get_image_features
     taken = {name: inputs[name] for name in inspect.signature(encoder).parameters if name in inputs}
-    found = encoder(**taken, return_dict=True)
-    kept = {name: found[name] for name in ("pooler_output", "deepstack_features") if found.get(name) is not None}
+    features = encoder(**taken, return_dict=True)
+    kept = {name: features[name] for name in ("pooler_output", "deepstack_features") if features.get(name) is not None}
     others = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
-    return {**others, ENCODED: {"image": type(found)(**kept)}}
+    return {**others, ENCODED: {"image": type(features)(**kept)}}
 
 
 def _agrees(model, inputs: dict) -> bool:
@@ -186,11 +186,11 @@ def repeat_images(model, inputs: dict, times: int) -> dict:
     }
     if ENCODED in inputs:
         counts = (inputs["input_ids"][::times] == model.config.image_token_id).sum(dim=1).tolist()
-        found = inputs[ENCODED]["image"]
-        features = {"pooler_output": _repeat(found.pooler_output, counts, times)}
-        if found.get("deepstack_features") is not None:
-            features["deepstack_features"] = [_repeat(layer, counts, times) for layer in found.deepstack_features]
-        repeated[ENCODED] = {"image": type(found)(**features)}
+        encoded = inputs[ENCODED]["image"]
+        features = {"pooler_output": _repeat(encoded.pooler_output, counts, times)}
+        if encoded.get("deepstack_features") is not None:
+            features["deepstack_features"] = [_repeat(layer, counts, times) for layer in encoded.deepstack_features]
+        repeated[ENCODED] = {"image": type(encoded)(**features)}
     return repeated
 
 

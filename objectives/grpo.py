@@ -233,13 +233,13 @@ class Grpo:
     def _facts(self, groups: list[Group]) -> dict[str, torch.Tensor]:
         rewards = torch.stack([group.rewards for group in groups])
         _, deviation = moments(rewards, dim=1)
-        found = {"reward": rewards.nanmean(), "reward_std": moments(rewards)[1].squeeze()}
+        logged = {"reward": rewards.nanmean(), "reward_std": moments(rewards)[1].squeeze()}
         for name in groups[0].parts:
             part = torch.stack([group.parts[name] for group in groups])
-            found |= {f"rewards/{name}/mean": part.nanmean(), f"rewards/{name}/std": moments(part)[1].squeeze()}
+            logged |= {f"rewards/{name}/mean": part.nanmean(), f"rewards/{name}/std": moments(part)[1].squeeze()}
         drawn = [tokens for group in groups for tokens in group.tokens]
         of_texts = facts(Candidates(drawn, [group.texts for group in groups], [group.ended for group in groups]))
-        return found | {
+        return logged | {
             "frac_reward_zero_std": deviation.isclose(torch.zeros(())).float().mean(),
             "completions/mean_length": torch.tensor(list(map(len, drawn))).float().mean(),
             "completions/clipped_ratio": of_texts["unended"],

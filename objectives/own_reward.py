@@ -64,21 +64,21 @@ class OwnReward:
         parameters = inspect.signature(self.function).parameters.values()
         self.parameters = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
         columns = [name for name in rows.columns if name not in ("image", "captions", "image_id")]
-        known = ["candidates", "references", "image_ids", "images", *columns]
+        available = ["candidates", "references", "image_ids", "images", *columns]
         if any(p.kind == p.VAR_KEYWORD for p in parameters):
-            self.parameters = known
-        known = [*known, "output_dir"]
+            self.parameters = available
+        available = [*available, "output_dir"]
         for parameter in self.parameters:
-            if parameter not in known:
-                raise UserError(f"reward: {name}: its parameter {parameter} is none of {', '.join(known)}.")
+            if parameter not in available:
+                raise UserError(f"reward: {name}: its parameter {parameter} is none of {', '.join(available)}.")
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
         times = len(candidates[0])
         values = {"candidates": [text for group in candidates for text in group], "output_dir": self.output_dir}
         for name in self.parameters:
             if name not in values:
-                each = references if name == "references" else self._column(name, image_ids)
-                values[name] = [value for value in each for _ in range(times)]
+                column = references if name == "references" else self._column(name, image_ids)
+                values[name] = [value for value in column for _ in range(times)]
         try:
             rewards = self.function(**{name: values[name] for name in self.parameters})
             rewards = list(asyncio.run(rewards) if self.waits else rewards)

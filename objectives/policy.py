@@ -96,8 +96,8 @@ class Distribution:
             warped = warper(None, warped)
         if self.warpers:
             # A drawn token was in the nucleus, even if the two passes round to different sides of its edge.
-            own = logits.gather(1, targets[:, None]) / self.settings["temperature"]
-            warped = warped.scatter(1, targets[:, None], own)
+            target_logits = logits.gather(1, targets[:, None]) / self.settings["temperature"]
+            warped = warped.scatter(1, targets[:, None], target_logits)
         log_probs = warped.log_softmax(dim=-1)
         entropy = torch.special.entr(log_probs.detach().exp()).sum(dim=-1)
         return log_probs.gather(1, targets[:, None])[:, 0], entropy
@@ -129,9 +129,9 @@ class StartingModel:
     def _exchange_weights(self) -> None:
         for i, parameter in enumerate(self.trained):
             if isinstance(parameter, DTensor):  # FSDP keeps the address of a shard
-                own, other = parameter.to_local(), self.weights[i].to_local()
-                kept = own.clone()
-                own.copy_(other), other.copy_(kept)
+                local, other = parameter.to_local(), self.weights[i].to_local()
+                kept = local.clone()
+                local.copy_(other), other.copy_(kept)
             else:
                 parameter.data, self.weights[i] = self.weights[i].to(parameter.device), parameter.data
 

@@ -98,10 +98,10 @@ class ChairReward:
         self.objects = {i: objects_there(captions, instances.get(i, ())) for i, captions in references.items()}
 
     def __call__(self, image_ids, candidates, references, ended) -> torch.Tensor:
-        there = [self.objects[image_id] for image_id in image_ids]
+        present = [self.objects[image_id] for image_id in image_ids]
         wrong = [
             [sum(name not in objects for name in objects_of(text)) for text in group]
-            for objects, group in zip(there, candidates, strict=True)
+            for objects, group in zip(present, candidates, strict=True)
         ]
         return torch.tensor(wrong, dtype=torch.float32)
 
@@ -250,24 +250,24 @@ def _tokens(captions, language: str) -> list[list[str]]:
 def parse_rewards(text: str) -> dict[str, float]:
     """{name: weight} of "cider:1.0 clip-s:0.5 mine/rewards.py:short:0.1"; the default weight is 1. ValueError if it is not of that
     form, or if a function of your own is not there."""
-    known = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS, *TEXT_REWARDS, "chair", "FILE.py:FUNCTION"])
-    weights, said = {}, set()
+    names = ", ".join([*NGRAM_REWARDS, *CLIP_REWARDS, *TEXT_REWARDS, "chair", "FILE.py:FUNCTION"])
+    weights, seen = {}, set()
     for word in text.replace(",", " ").split():
-        file, own, rest = word.rpartition(".py:")
-        name, _, weight = rest.partition(":")
-        if own:
+        file, is_own, tail = word.rpartition(".py:")
+        name, _, weight = tail.partition(":")
+        if is_own:
             own_function(name := f"{file}.py:{name}")
         elif name not in NGRAM_REWARDS | TEXT_REWARDS | CLIP_REWARDS and name != "chair":
-            raise UserError(f"reward: '{name}' is not a reward. Known: {known}.")
-        if (short := name.rpartition(":")[2]) in said:
+            raise UserError(f"reward: '{name}' is not a reward. Known: {names}.")
+        if (short := name.rpartition(":")[2]) in seen:
             raise UserError(f"reward: {short} is named twice in '{text}'.")
-        said.add(short)
+        seen.add(short)
         try:
             weights[name] = float(Fraction(weight or 1))  # of "nan" and "inf" it makes no number
         except ValueError:
             raise UserError(f"reward: the weight of {name} is '{weight}', not a number.") from None
     if not any(weights.values()):
-        raise UserError(f"reward: '{text}' names no reward. Example: cider:1.0 clip-s:0.5. Known: {known}.")
+        raise UserError(f"reward: '{text}' names no reward. Example: cider:1.0 clip-s:0.5. Known: {names}.")
     return weights
 
 

@@ -58,7 +58,7 @@ def attention_maps(captioner, image, caption: str) -> tuple[list[str], np.ndarra
     of_word: dict[int, list[tuple[bool, int]]] = {}  # (whether more than punctuation, number) of a word's pieces
     for piece, (_, (begin, end)) in enumerate(pieces):
         of_word.setdefault(text.count(" ", 0, begin), []).append((any(map(str.isalnum, text[begin:end])), piece))
-    chosen = [[piece for spelt, piece in found if spelt == max(found)[0]] for found in of_word.values()]
+    chosen = [[piece for spelt, piece in spellings if spelt == max(spellings)[0]] for spellings in of_word.values()]
     maps = np.stack([attention[numbers].mean(0) for numbers in chosen])
     rows, columns = (
         side // captioner.model.config.vision_config.patch_size for side in batch["pixel_values"].shape[2:]
@@ -80,11 +80,11 @@ def maps_of_worst(captioner, rows: list[dict], images, number: int) -> dict[str,
     if not has_maps(captioner):
         return {}
     worst = sorted(range(len(rows)), key=lambda index: rows[index]["scores"]["CIDEr"])[:number]
-    found = {}
+    maps = {}
     for index in worst:
         with contextlib.suppress(ValueError):  # an empty caption
-            found[rows[index]["image_id"]] = attention_maps(captioner, images[index], rows[index]["caption"])
-    return found
+            maps[rows[index]["image_id"]] = attention_maps(captioner, images[index], rows[index]["caption"])
+    return maps
 
 
 @torch.inference_mode()
@@ -101,8 +101,8 @@ def cross_attention(model, batch: dict) -> torch.Tensor:
     def keep(attention, args, kwargs, _):
         if threading.get_ident() != thread:
             return  # another pass through the same model
-        given = inspect.signature(attention.forward).bind(*args, **kwargs).arguments
-        states, image = given["hidden_states"], given["encoder_hidden_states"]
+        arguments = inspect.signature(attention.forward).bind(*args, **kwargs).arguments
+        states, image = arguments["hidden_states"], arguments["encoder_hidden_states"]
         split = (attention.num_attention_heads, attention.attention_head_size)
         query = attention.query(states).unflatten(-1, split).transpose(1, 2)
         key = attention.key(image).unflatten(-1, split).transpose(1, 2)

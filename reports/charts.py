@@ -22,10 +22,10 @@ def charts(runs: dict[str, dict]) -> list[dict]:
             made.append(histogram(values, f"CIDEr: {name} minus {next(iter(runs))}", x_name="difference per image"))
         return made
     lengths = [len(tokens) for tokens in tokenize(row["caption"] for row in first["rows"])]
-    made = [histogram([of_one["CIDEr"] for of_one in scores], "CIDEr per image", x_name="CIDEr")]
+    made = [histogram([image_scores["CIDEr"] for image_scores in scores], "CIDEr per image", x_name="CIDEr")]
     made.append(histogram(lengths, "Words per caption", whole=True, x_name="words"))
     made += [
-        histogram([of_one[name] for of_one in scores], f"{name} per image", x_name=name)
+        histogram([image_scores[name] for image_scores in scores], f"{name} per image", x_name=name)
         for name in scores[0]
         if name.endswith(("CLIP-S", "PAC-S", "PAC-S++"))
     ]
@@ -46,10 +46,10 @@ def histogram(values: list[float], title: str, whole: bool = False, x_name: str 
     if low == high:  # one bar, in the middle of ten or at the axis
         start -= 5 * width if low < 0 else min(5 * width, start)
     counts = Counter(math.floor((value - start) / width + 1e-9) for value in values)
-    bins, most = max(counts) + 1 if low < high else max(10, max(counts) + 1), max(counts.values())
+    bins, highest = max(counts) + 1 if low < high else max(10, max(counts) + 1), max(counts.values())
     alone = whole and width == 1  # a bar is one number, which is written below its middle
     edges = labels([start + width * number for number in range(bins + 1)], width)
-    top, y_step = y_scale(most)
+    top, y_step = y_scale(highest)
     bars = [
         {
             "x": WIDTH * number / bins,
@@ -80,7 +80,7 @@ def histogram(values: list[float], title: str, whole: bool = False, x_name: str 
             {"y": HEIGHT * (1 - value / top), "text": f"{value:,}"} for value in range(0, top + 1, y_step)
         ],
         "zero": WIDTH * -start / (width * bins) if low < 0 < high else None,
-        "most": most,
+        "most": highest,
     }  # fmt: skip
 
 

@@ -29,18 +29,18 @@ def read_run(folder: str) -> dict:
 
     ValueError if it is not one.
     """
-    found = {}
+    content = {}
     for name in ("coco_metrics.json", "per_image.jsonl"):
         path = Path(folder) / name
         try:
             text = path.read_text(encoding="utf-8")
             lines = [text] if name.endswith(".json") else text.strip("\n").split("\n")
-            found[name] = [json.loads(line) for line in lines]
+            content[name] = [json.loads(line) for line in lines]
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"compare: {folder} holds no {name}. Score its captions with evaluate.py.") from None
         except ValueError as error:
             raise UserError(f"compare: {path} is damaged ({error}). Write it again with evaluate.py.") from None
-    return {"folder": str(folder), "scores": found["coco_metrics.json"][0], "rows": found["per_image.jsonl"]}
+    return {"folder": str(folder), "scores": content["coco_metrics.json"][0], "rows": content["per_image.jsonl"]}
 
 
 def read_runs(folders: list[str]) -> dict[str, dict]:
@@ -83,12 +83,12 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
 def statistics(rows: list[dict]) -> dict[str, np.ndarray]:
     """The rows of per_image.jsonl as metrics.coco_caption.coco.resampled_scores takes them; NaN where an image has no such value."""
     summed = list(rows[0]["statistics"])
-    found = {name: np.array([row["statistics"][name] for row in rows], dtype=float) for name in summed}
+    table = {name: np.array([row["statistics"][name] for row in rows], dtype=float) for name in summed}
     names = dict.fromkeys(name for row in rows for name in row["scores"])
     for name in names:
         if name not in summed and not name.startswith("Bleu_"):
-            found[name] = np.array([row["scores"].get(name, np.nan) for row in rows], dtype=float)
-    return found
+            table[name] = np.array([row["scores"].get(name, np.nan) for row in rows], dtype=float)
+    return table
 
 
 def paired_bootstrap(
@@ -128,7 +128,7 @@ def compare(runs: dict[str, dict], samples: int, seed: int) -> dict:
         "images": len(runs[baseline]["rows"]),
         "baseline": baseline,
         "runs": {name: {"folder": run["folder"], "scores": run["scores"]} for name, run in runs.items()},
-        "scores": list(dict.fromkeys(metric for found in differences.values() for metric in found)),
+        "scores": list(dict.fromkeys(metric for of_run in differences.values() for metric in of_run)),
         "differences": differences,
         "bootstrap_samples": samples,
         "seed": seed,
@@ -176,23 +176,13 @@ def compare_groups(groups: dict[str, list[dict]], samples: int, seed: int) -> di
     if samples < 100:
         raise UserError(f"compare: bootstrap_samples {samples} is too few to tell chance from a difference; use 1000.")
     tables = {name: [statistics(run["rows"]) for run in runs] for name, runs in groups.items()}
-    shared = set.intersection(*(set(table) for of_group in tables.values() for table in of_group))
-    # SPICE is scored on a sample: the runs are compared on the images that all have.
-    for name in shared:
-        columns = [table[name] for of_group in tables.values() for table in of_group]
-        unknown = np.logical_or.reduce([np.isnan(column.reshape(len(column), -1)[:, 0]) for column in columns])
-        if unknown.all():
-            shared = shared - {name}
-        elif unknown.any():
-            for of_group in tables.values():
-                for table in of_group:
-                    table[name] = np.where(unknown, np.nan, table[name])
+    shared = _on_shared_images([table for of_group in tables.values() for table in of_group])
     scores: dict[str, dict] = {}
     values: dict[str, dict] = {}
     for group, of_group in tables.items():
         kept = [{name: table[name] for name in table if name in shared} for table in of_group]
-        found, of_images = [corpus_scores(table) for table in kept], [pseudo_values(table) for table in kept]
-        scores[group] = {metric: np.array([of_run[metric] for of_run in found]) for metric in found[0]}
+        of_runs, of_images = [corpus_scores(table) for table in kept], [pseudo_values(table) for table in kept]
+        scores[group] = {metric: np.array([of_run[metric] for of_run in of_runs]) for metric in of_runs[0]}
         values[group] = {metric: np.stack([of_run[metric] for of_run in of_images]) for metric in of_images[0]}
     baseline, *others = groups
     differences = {
@@ -225,6 +215,20 @@ def compare_groups(groups: dict[str, list[dict]], samples: int, seed: int) -> di
     }
 
 
+def _on_shared_images(tables: list[dict[str, np.ndarray]]) -> set[str]:
+    """The scores that all tables have. An image that one of them lacks (SPICE is scored on a sample) becomes NaN in all."""
+    shared = set.intersection(*map(set, tables))
+    for name in sorted(shared):
+        columns = [table[name] for table in tables]
+        unknown = np.logical_or.reduce([np.isnan(column.reshape(len(column), -1)[:, 0]) for column in columns])
+        if unknown.all():
+            shared = shared - {name}
+        elif unknown.any():
+            for table in tables:
+                table[name] = np.where(unknown, np.nan, table[name])
+    return shared
+
+
 def _group_test(metric: str, scores: dict, values: dict, baseline: str, other: str) -> dict:
     of_images = [values[name][metric] for name in (baseline, other)]
     scored = ~np.isnan(of_images[0][0])
@@ -234,8 +238,8 @@ def _group_test(metric: str, scores: dict, values: dict, baseline: str, other: s
 
 def _correct(differences: dict[str, dict]) -> None:
     """Adds to each test its p by Holm's method, corrected for the number of comparisons, and whether it is real."""
-    for metric in {metric for found in differences.values() for metric in found}:
-        every = [found[metric] for found in differences.values() if metric in found]
+    for metric in {metric for of_run in differences.values() for metric in of_run}:
+        every = [of_run[metric] for of_run in differences.values() if metric in of_run]
         for test in every:
             test["p_corrected"], test["real"] = None, False
         tests = sorted((test for test in every if test["p"] is not None), key=lambda test: test["p"])
@@ -248,10 +252,10 @@ def _correct(differences: dict[str, dict]) -> None:
 def summary(comparison: dict, columns: list[str] = ()) -> str:
     """The differences as readable lines, of the scores `columns` as in `tables`."""
     lines, chosen = [], [name_of(column) for column in columns]
-    for name, found in comparison["differences"].items():
+    for name, tests in comparison["differences"].items():
         lines.append(f"  {name} against {comparison['baseline']}, {comparison['images']} images:")
-        for metric in chosen or in_order(found):
-            test = found[metric]
+        for metric in chosen or in_order(tests):
+            test = tests[metric]
             between = "[{:+.4f}, {:+.4f}]  ".format(*test["interval"]) if test["interval"] else ""
             between += p_in_words(test["p_corrected"] if test["interval"] else None)
             lines.append(
@@ -274,23 +278,23 @@ def tables(comparison: dict, columns: list[str] = ()) -> dict[str, str]:
         columns: the scores to show, by name or label, in this order; by default all that every run has.
     """
     rows = _rows(comparison)
-    shared = [name for name in in_order(comparison["scores"]) if all(name in found for found in rows.values())]
+    shared = [name for name in in_order(comparison["scores"]) if all(name in row for row in rows.values())]
     metrics = [name_of(column) for column in columns] or shared
     if missing := [column for column in columns if name_of(column) not in shared]:
         labels = ", ".join(score_named(name).label for name in shared)
         raise UserError(f"compare_scores: not every run has {', '.join(missing)}. All have: {labels}.")
     best = {
         metric: (min if is_better_low(metric) else max)(
-            round(found[metric][0], _decimals(metric)) for found in rows.values()
+            round(row[metric][0], _decimals(metric)) for row in rows.values()
         )
         for metric in metrics
     }
     cells = {
         name: [
-            _Cell(metric, *found[metric][:2], best[metric], comparison["differences"].get(name, {}).get(metric))
+            _Cell(metric, *row[metric][:2], best[metric], comparison["differences"].get(name, {}).get(metric))
             for metric in metrics
         ]
-        for name, found in rows.items()
+        for name, row in rows.items()
     }
     labels, note = [score_named(name).label for name in metrics], _note(comparison, rows)
     return {
@@ -302,7 +306,7 @@ def tables(comparison: dict, columns: list[str] = ()) -> dict[str, str]:
 
 def _note(comparison: dict, rows: dict[str, dict]) -> str:
     """What a table's reader has to know, the numbers of seeds among it."""
-    runs = {name: next(iter(found.values()))[2] for name, found in rows.items()}
+    runs = {name: next(iter(cells.values()))[2] for name, cells in rows.items()}
     parts = [f"{comparison['images']:,} images"]
     if "groups" in comparison:
         counts = set(runs.values())
@@ -316,17 +320,16 @@ def _rows(comparison: dict) -> dict[str, dict]:
     if "groups" in comparison:
         return {
             name: {
-                metric: (of_one["mean"], of_one["std"], len(of_one["values"]))
-                for metric, of_one in group["scores"].items()
+                metric: (score["mean"], score["std"], len(score["values"])) for metric, score in group["scores"].items()
             }
             for name, group in comparison["groups"].items()
         }
-    found = {}
+    rows = {}
     for name, run in comparison["runs"].items():
         values = {metric: run["scores"].get(metric) for metric in comparison["scores"]}
         values = {metric: value.get(metric) if isinstance(value, dict) else value for metric, value in values.items()}
-        found[name] = {metric: (value, None, 1) for metric, value in values.items() if value is not None}
-    return found
+        rows[name] = {metric: (value, None, 1) for metric, value in values.items() if value is not None}
+    return rows
 
 
 def _decimals(metric: str) -> int:
@@ -389,9 +392,9 @@ def _csv(metrics: list[str], rows: dict, differences: dict) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["run", "score", "mean", "std", "runs", "difference", "low", "high", "p", "p_corrected"])
-    for name, found in rows.items():
+    for name, cells in rows.items():
         for metric in metrics:
-            mean, std, runs = found[metric]
+            mean, std, runs = cells[metric]
             test = differences.get(name, {}).get(metric)
             tested = (
                 [test["difference"], *(test["interval"] or ["", ""]), test["p"], test["p_corrected"]]

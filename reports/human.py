@@ -98,7 +98,7 @@ def score_judged(
     metrics, rows = score_captions(
         captions, dict(zip(captions, references, strict=True)), plain, args.seed, judges=judges
     )
-    found: dict[str, list] = {name: [row["scores"].get(name) for row in rows] for name in rows[0]["scores"]}
+    scored: dict[str, list] = {name: [row["scores"].get(name) for row in rows] for name in rows[0]["scores"]}
     if scorers := load_scorers(metric_args, processes().device):
         images = [image for image, *_ in judgments.captions]
         files = dict(zip(dict.fromkeys(images), find_images(image_dir, dict.fromkeys(images), names), strict=True))
@@ -106,8 +106,8 @@ def score_judged(
         for scorer in scorers:
             options = {"num_workers": args.dataloader_num_workers}
             values = scorer.score(keys, pictures, list(captions.values()), references, **options)
-            found |= {scorer.name: values[0].tolist(), f"Ref{scorer.name}": values[1].tolist()}
-    return found, metrics["unavailable"]
+            scored |= {scorer.name: values[0].tolist(), f"Ref{scorer.name}": values[1].tolist()}
+    return scored, metrics["unavailable"]
 
 
 def agreements(judgments: Judgments, scored: dict[str, list], left_out: set[int], samples: int, seed: int) -> dict:
@@ -115,7 +115,7 @@ def agreements(judgments: Judgments, scored: dict[str, list], left_out: set[int]
     numbers = {image: number for number, image in enumerate(dict.fromkeys(image for image, *_ in judgments.captions))}
     image_of = np.array([numbers[image] for image, *_ in judgments.captions])
     values = {name: np.array(of_one, dtype=float) for name, of_one in scored.items()}
-    found: dict[str, dict] = {}
+    result: dict[str, dict] = {}
     if judgments.ratings:
         captions, ratings = (np.array(column) for column in zip(*judgments.ratings, strict=True))
         kept = ~np.isin(captions, list(left_out))
@@ -127,8 +127,8 @@ def agreements(judgments: Judgments, scored: dict[str, list], left_out: set[int]
             of_captions = np.full(len(image_of), np.nan)
             of_captions[captions] = of_judgments
             sides = of_captions[pairs[:, 0]], of_captions[pairs[:, 1]]
-            found[name] = agreement_with_ratings(of_judgments, ratings, images, samples, seed)
-            found[name]["pairwise_accuracy"] = accuracy_on_pairs(
+            result[name] = agreement_with_ratings(of_judgments, ratings, images, samples, seed)
+            result[name]["pairwise_accuracy"] = accuracy_on_pairs(
                 *sides, preferred, image_of[pairs[:, 0]], samples, seed
             )
     if judgments.pairs:
@@ -143,8 +143,8 @@ def agreements(judgments: Judgments, scored: dict[str, list], left_out: set[int]
                 category: accuracy_on_pairs(a[of], b[of], preferred[of], image_of[first][of], samples, seed)
                 for category, of in accuracy.items()
             }
-            found[name] = {"pairwise_accuracy": parts.pop(None)} | ({"by_category": parts} if parts else {})
-    return found
+            result[name] = {"pairwise_accuracy": parts.pop(None)} | ({"by_category": parts} if parts else {})
+    return result
 
 
 def table(result: dict) -> str:
@@ -152,8 +152,8 @@ def table(result: dict) -> str:
     first = next(iter(result["scores"].values()))
     columns = {name: label for name, label in AGREEMENTS.items() if name in first}
     lines = [f"| | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
-    for name, of_one in result["scores"].items():
-        lines.append(f"| {score_named(name).label} | {' | '.join(_cell(of_one[column]) for column in columns)} |")
+    for name, agreement in result["scores"].items():
+        lines.append(f"| {score_named(name).label} | {' | '.join(_cell(agreement[column]) for column in columns)} |")
     return "\n".join(lines) + "\n"
 
 

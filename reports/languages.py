@@ -71,16 +71,14 @@ def of_language(predictions: dict, references: dict, language: str, metric_args,
 
 def table(result: dict) -> str:
     """Markdown: a line for each language and one for the mean, intervals in brackets; METEOR and SPICE are of English only."""
-    names = [
-        name for name in in_order(SHOWN) if any(of_one[name] is not None for of_one in result["languages"].values())
-    ]
+    names = [name for name in in_order(SHOWN) if any(row[name] is not None for row in result["languages"].values())]
     lines = [
         f"| language | images | tokens | {' | '.join(score_named(name).label for name in names)} |",
         f"|---|---|---|{'---|' * len(names)}",
     ]
-    for language, of_one in result["languages"].items():
-        cells = [_cell(name, of_one[name], of_one["intervals"].get(name)) for name in names]
-        lines.append(f"| {language} | {of_one['images']} | {of_one['tokens']} | {' | '.join(cells)} |")
+    for language, row in result["languages"].items():
+        cells = [_cell(name, row[name], row["intervals"].get(name)) for name in names]
+        lines.append(f"| {language} | {row['images']} | {row['tokens']} | {' | '.join(cells)} |")
     means = [result["mean"].get(name, {"value": None, "interval": None}) for name in names]
     cells = [_cell(name, mean["value"], mean["interval"]) for name, mean in zip(names, means, strict=True)]
     lines.append(f"| mean of {len(result['languages'])} | | | {' | '.join(cells)} |")

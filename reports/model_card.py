@@ -66,7 +66,7 @@ def run_facts(trainer, splits: dict, train_metrics: dict, scored: list) -> dict:
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
     """(run.json, the scores of its test and validation split) of a folder, if they are there."""
     scores = (_read(folder / "coco_metrics.json"), _read(folder / "validation/coco_metrics.json"))
-    return _read(folder / "run.json"), [found for found in scores if found]
+    return _read(folder / "run.json"), [score for score in scores if score]
 
 
 def write_card(folder: Path, run: dict, reported: list[dict], captioner, repo_id: str | None = None) -> None:
@@ -138,14 +138,16 @@ def merge_sections(text: str, generated: dict[str, str]) -> str:
     """The card's body: `generated` ({heading: text}), each ending in a comment with its hash, but with what a person
     added or changed in `text`, the existing card. A section whose hash does not match its text is a person's."""
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-    parts, merged, own = re.split(r"(?m)^(?=#{1,2} )", text), [], "<!-- generated" not in text
-    if own and ("## Captions it gives" in text or "## Examples" in text):  # by a version without these comments
+    parts, merged, written_by_hand = re.split(r"(?m)^(?=#{1,2} )", text), [], "<!-- generated" not in text
+    if written_by_hand and (
+        "## Captions it gives" in text or "## Examples" in text
+    ):  # by a version without these comments
         parts = []
     left = dict(generated)
     for part in filter(str.strip, parts):
         heading, _, body = part.strip().partition("\n")
-        found = re.fullmatch(r"(.*?)\s*<!-- generated (\w+) -->", body.strip(), re.DOTALL)
-        unchanged = found and _hash(found[1].strip()) == found[2]
+        section = re.fullmatch(r"(.*?)\s*<!-- generated (\w+) -->", body.strip(), re.DOTALL)
+        unchanged = section and _hash(section[1].strip()) == section[2]
         if unchanged and (heading in left or heading.startswith("# ")):
             heading = heading if heading in left else next(iter(generated))  # the title names the folder or repository
             merged.append(_section(heading, left.pop(heading)))
@@ -212,10 +214,10 @@ def _summary(run: dict, base: str | None) -> str:
     if flags.get("model_config"):
         start = "trained from random weights"
     millions = f"{model['parameters'] / 1e6:.1f} million parameters, " if model else ""
-    shown = {
+    counted = {
         name: ["a stream" if n is None else f"{n:,}" for n in (s["images"], s["captions"])] for name, s in sizes.items()
     }
-    rows = "".join(f"| {name} | {images} | {captions} |\n" for name, (images, captions) in shown.items())
+    rows = "".join(f"| {name} | {images} | {captions} |\n" for name, (images, captions) in counted.items())
     splits = "No image is in two splits: images are identified by name and by the bytes of their files."
     if flags.get("streaming"):
         splits = "The data were read as a stream: whether an image is in two splits was not checked."
@@ -230,20 +232,20 @@ def _scores(reported: list[dict]) -> str:
     parts = []
     for scores in reported:
         rows = []
-        for key, shown in [(score.name, score.label) for score in SCORES.values() if score.name != "scene_facts"]:
+        for key, label in [(score.name, score.label) for score in SCORES.values() if score.name != "scene_facts"]:
             if scores.get(key) is None:
                 if key in scores.get("unavailable", {}) and is_shown(key, scores):
                     reason = scores["unavailable"][key]
-                    rows.append(f"| {shown} | not computed | {_cell(reason)} |")
+                    rows.append(f"| {label} | not computed | {_cell(reason)} |")
                 continue
             low, high = scores.get("intervals", {}).get(key) or (None, None)
-            rows.append(f"| {shown} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |")
+            rows.append(f"| {label} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |")
         for metric, weights in scores.get("clip_weights", {}).items():
             for key in (metric, f"Ref{metric}"):
                 low, high = scores["intervals"].get(key) or (None, None)
-                shown = f"{key} (weights {weights['sha256'][:12]})"
+                label = f"{key} (weights {weights['sha256'][:12]})"
                 rows.append(
-                    f"| {shown} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |"
+                    f"| {label} | {scores[key]:.4f} | {f'{low:.4f} to {high:.4f}' if low is not None else ''} |"
                 )
         facts = scores.get("scene_facts")
         if facts:
@@ -275,16 +277,16 @@ def _cell(text: str) -> str:
 
 def _limits(flags: dict, reported: list[dict]) -> str:
     facts = next((s["corpus"] for s in reported if "corpus" in s), None)
-    said = ""
+    sentence = ""
     if facts:
-        said = (
+        sentence = (
             f" On the {reported[0]['split']} split {math.floor(1000 * facts['distinct']) / 1000:.1%} of its captions are distinct and "
             f"{facts['bad_endings']:.1%} end in the middle of a phrase."
         )
     return (
         "For describing pictures like those it was trained on, as a draft that a person checks. A caption can name "
         "things that are not there, miscount, and guess at gender, age or occupation from looks, as its training "
-        f"captions do; it should not be used to identify or judge people, nor where a wrong caption does harm.{said} "
+        f"captions do; it should not be used to identify or judge people, nor where a wrong caption does harm.{sentence} "
         "N-gram scores reward captions that sound like the references, which is not the same as being right."
     )
 

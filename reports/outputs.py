@@ -172,24 +172,28 @@ def score_captions(
     if scorers:
         looking = {"split": split, "num_workers": num_workers}
         more.append(clip_scores(scorers, predictions, references, images, **options, **looking))
-    for found, of_images in more:
-        metrics["intervals"] |= found.pop("intervals")
-        metrics["unavailable"] |= found.pop("unavailable", {})
-        metrics |= found
+    for more_scores, of_images in more:
+        metrics["intervals"] |= more_scores.pop("intervals")
+        metrics["unavailable"] |= more_scores.pop("unavailable", {})
+        metrics |= more_scores
         for name, values in of_images.items():
             for image_id, value in zip(references, values.tolist(), strict=True):
                 if value == value:  # a judge may have no question about an image
                     per_image[image_id][name] = value
     if metric_args.instances:
-        found, hallucinated = chair_scores(predictions, references, read_instances(metric_args.instances), **options)
-        metrics["intervals"] |= found.pop("intervals")
-        metrics |= found
-        for image_id, of_one in hallucinated.items():
+        more_scores, hallucinated = chair_scores(
+            predictions, references, read_instances(metric_args.instances), **options
+        )
+        metrics["intervals"] |= more_scores.pop("intervals")
+        metrics |= more_scores
+        for image_id, objects in hallucinated.items():
             row = per_image[image_id]
-            row["CHAIRs"] = float(bool(of_one["hallucinated"]))
-            row["statistics"] |= of_one["statistics"]
-            row["objects"] = {"named": of_one["objects"]} | {name: of_one[name] for name in ("hallucinated", "missed")}
-            for name, (part, whole) in of_one["statistics"].items():
+            row["CHAIRs"] = float(bool(objects["hallucinated"]))
+            row["statistics"] |= objects["statistics"]
+            row["objects"] = {"named": objects["objects"]} | {
+                name: objects[name] for name in ("hallucinated", "missed")
+            }
+            for name, (part, whole) in objects["statistics"].items():
                 row[name] = part / whole if whole else 0.0
     rows = []
     for image_id, captions in references.items():
@@ -247,14 +251,14 @@ def summary(metrics: dict) -> str:
 
 def bars(fail_under: str | None) -> dict[str, float]:
     """{score: bar} of "CIDEr=1.0 Bleu_4=0.3". UserError if it is not of that form."""
-    found = {}
+    bars_of = {}
     for part in (fail_under or "").split():
         name, _, value = part.partition("=")
         try:
-            found[name] = float(value)
+            bars_of[name] = float(value)
         except ValueError:
             raise UserError(f"fail_under: '{part}' is not of the form CIDEr=1.0.") from None
-    return found
+    return bars_of
 
 
 def below_bars(fail_under: str | None, scores: dict) -> list[str]:
@@ -266,8 +270,8 @@ def below_bars(fail_under: str | None, scores: dict) -> list[str]:
         if isinstance(value, dict):
             value = value.get(key)
         if key not in scores or isinstance(value, dict | str | bool | list):
-            known = [key for key, value in scores.items() if isinstance(value, float)]
-            raise UserError(f"fail_under: there is no score '{name}' here. Scores: {', '.join(known)}.")
+            names = [key for key, value in scores.items() if isinstance(value, float)]
+            raise UserError(f"fail_under: there is no score '{name}' here. Scores: {', '.join(names)}.")
         if value is None:
             missed.append(f"{name} is null ({scores['unavailable'].get(key)}), its bar is {bar:g}")
         elif (value > bar) if is_better_low(key) else (value < bar):

@@ -21,13 +21,13 @@ def training_panels(state) -> list[dict]:
     """What can be drawn of the run with this TrainerState, if it was logged: loss, learning rate, reward and
     validation scores, `[{"title", "best_step", "lines": [{"label", "points": [(step, value), ...]}]}]`. `best_step` is
     that of the checkpoint that was kept; None where none was chosen by its score."""
-    wanted = {
+    panels_of = {
         "Loss": [("loss", "training"), ("eval_loss", "validation")],
         "Learning rate": [("learning_rate", None)],
         "Reward": [("reward", None)],
     } | {f"{score.label}, validation": [(f"eval_{score.name}", None)] for score in SCORES.values() if score.curve}
     panels = []
-    for title, keys in wanted.items():
+    for title, keys in panels_of.items():
         lines = [
             {"label": label, "points": [(row["step"], float(row[key])) for row in state.log_history if key in row]}
             for key, label in keys
@@ -88,8 +88,8 @@ def plot_sweep(sweep: dict, folder: Path) -> None:
             axis.set(xlabel=first, ylabel=score_named(metric).label, xticks=places, xticklabels=map(str, values[first]))
             axis.grid(lw=0.6)
         else:
-            second, *rest = others
-            panels = list(itertools.product(*(values[key] for key in rest)))
+            second, *facets = others
+            panels = list(itertools.product(*(values[key] for key in facets)))
             size = 1.6 + 1.1 * len(values[second]), 1.2 + 0.7 * len(values[first])
             figure, axes = pyplot.subplots(
                 len(panels), 1, figsize=(max(5, size[0]), size[1] * len(panels)), layout="constrained", squeeze=False
@@ -103,7 +103,7 @@ def plot_sweep(sweep: dict, folder: Path) -> None:
                     axis.text(x, y, f"{table[y][x]:.3f}", ha="center", va="center", color="white" if dark else "black")
                 axis.set_xticks(range(len(values[second])), map(str, values[second]))
                 axis.set_yticks(range(len(values[first])), map(str, values[first]))
-                title = ", ".join(f"{key} {value}" for key, value in zip(rest, panel, strict=True))
+                title = ", ".join(f"{key} {value}" for key, value in zip(facets, panel, strict=True))
                 axis.set(xlabel=second, ylabel=first, title=title)
             figure.colorbar(image, ax=axes, label=score_named(metric).label)
         _save(figure, folder, "sweep")

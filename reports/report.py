@@ -59,10 +59,10 @@ def write_report(
     """
     try:
         plot = folder / "sweep.svg"
-        what = scores.get("model") or scores.get("predictions")
+        source = scores.get("model") or scores.get("predictions")
         _write(
             folder,
-            {Path(str(what)).name: {"scores": scores, "rows": rows}},
+            {Path(str(source)).name: {"scores": scores, "rows": rows}},
             thumbnails([row["image_id"] for row in rows], images, [row["scores"]["CIDEr"] for row in rows]),
             curve_charts=line_charts(curves) if curves else [],
             sweep=sweep,
@@ -120,10 +120,10 @@ def _write(folder: Path, runs: dict[str, dict], pictures: dict[str, str], **part
                 "references": rows[0]["references"],
                 "captions": [row["caption"] for row in rows],
                 "scores": [[_rounded(row["scores"].get(name)) for name in columns] for row in rows],
-                "faults": list(found),
+                "faults": list(row_faults),
                 "tuples": [_tuples(row) if len(first["rows"]) <= MOST_TUPLES else None for row in rows],
             }
-            for rows, found in (
+            for rows, row_faults in (
                 ([run["rows"][number] for run in runs.values()], [of_run[number] for of_run in faults_of_run])
                 for number in order
             )
@@ -208,33 +208,33 @@ ALWAYS_SHOWN = ("bad ending", "repeated words", "colour contradicted", "count co
 def most_frequent(rows: list[dict], number: int = 5) -> dict:
     """{"different": number of different captions, "most": [(caption, images), ...] of those of several images}."""
     counts = Counter(row["caption"] for row in rows)
-    most = [(caption, images) for caption, images in counts.most_common(number) if images > 1]
-    return {"different": len(counts), "most": most}
+    repeated = [(caption, images) for caption, images in counts.most_common(number) if images > 1]
+    return {"different": len(counts), "most": repeated}
 
 
 def faults(rows: list[dict]) -> list[dict[str, str]]:
     """What is wrong with each caption by itself or compared with all its references: {fault: what exactly} for each row."""
-    found = []
+    faults_of_rows = []
     for row, tokens in zip(rows, tokenize(row["caption"] for row in rows), strict=True):
-        caption, of_one = row["caption"], {}
+        caption, row_faults = row["caption"], {}
         if not tokens:
-            of_one["empty"] = "no words"
+            row_faults["empty"] = "no words"
         if ends_badly(tokens):
-            of_one["bad ending"] = f"… {tokens[-1]}"
+            row_faults["bad ending"] = f"… {tokens[-1]}"
         if twice := next((one for one, two in itertools.pairwise(tokens) if one == two), None):
-            of_one["repeated words"] = f"{twice} {twice}"
+            row_faults["repeated words"] = f"{twice} {twice}"
         if loop := repetition(caption):
-            of_one["loop"] = loop
+            row_faults["loop"] = loop
         if characters := illegal_characters(caption):
-            of_one["illegal characters"] = " ".join(f"U+{ord(character):04X}" for character in characters)
+            row_faults["illegal characters"] = " ".join(f"U+{ord(character):04X}" for character in characters)
         for name in ("hallucinated", "missed"):
             if objects := row.get("objects", {}).get(name):
-                of_one[f"object {name}"] = ", ".join(objects)
-        for kind, (wrong, instead) in contradictions(caption, row["references"]).items():
+                row_faults[f"object {name}"] = ", ".join(objects)
+        for fact, (wrong, instead) in contradictions(caption, row["references"]).items():
             if wrong:
-                of_one[f"{kind} contradicted"] = f"{', '.join(wrong)}; references: {', '.join(instead)}"
-        found.append(of_one)
-    return found
+                row_faults[f"{fact} contradicted"] = f"{', '.join(wrong)}; references: {', '.join(instead)}"
+        faults_of_rows.append(row_faults)
+    return faults_of_rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,8 +254,8 @@ def _tuples(row: dict) -> dict[str, list[str]] | None:
     if "spice_tuples" not in row:
         return None
     return {
-        kind: [": ".join(words) if len(words) == 2 else " ".join(words) for words in tuples]
-        for kind, tuples in row["spice_tuples"].items()
+        group: [": ".join(words) if len(words) == 2 else " ".join(words) for words in tuples]
+        for group, tuples in row["spice_tuples"].items()
     }
 
 

@@ -15,10 +15,10 @@ from reports.score_split import score_split
 
 def score_predictions(folder, data_args, generation_args, metric_args, args, judges=()):
     """ScoredSplit of existing captions, from any system."""
-    found = read_references(args.references, args.split)
+    read = read_references(args.references, args.split)
     columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
-    predictions = load_predictions(args.predictions, found, args.common, **columns)
-    references = found.captions
+    predictions = load_predictions(args.predictions, read, args.common, **columns)
+    references = read.captions
     numbered = [(image, re.sub(r"#\d+$", "", image)) for image in predictions if image not in references]
     if other := next((image for image, its in numbered if its != image and its in references), None):
         raise DataError(
@@ -32,10 +32,12 @@ def score_predictions(folder, data_args, generation_args, metric_args, args, jud
         predictions = {image: remove_illegal_characters(caption) for image, caption in predictions.items()}
     scorers = load_scorers(metric_args, processes().device)
     columns = {"image_id": list(references), "captions": list(references.values())}
-    for name in outputs.subset_columns({name for of_one in found.columns.values() for name in of_one}, metric_args):
-        columns[name] = [found.columns[image].get(name) for image in references]
+    for name in outputs.subset_columns(
+        {name for image_columns in read.columns.values() for name in image_columns}, metric_args
+    ):
+        columns[name] = [read.columns[image].get(name) for image in references]
     if scorers or data_args.image_dir:
-        images = find_images(data_args.image_dir, references, found.names)
+        images = find_images(data_args.image_dir, references, read.names)
         columns["image"] = [str(path) for path in images]
     source = {"predictions": args.predictions, "references": args.references}
     looking = {"scorers": scorers, "num_workers": args.dataloader_num_workers, "judges": judges}

@@ -66,6 +66,6 @@ def score_split(
     logger.info("scores of %s, in %s:\n%s", counted(len(predictions), of), folder, outputs.summary(scores))
     if metric_args.report:
         images = records["image"] if "image" in records.column_names else None
-        looks = captioner and functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)
-        write_report(folder, scores, rows, images, curves=curves, sweep=sweep, looks=looks)
+        maps = captioner and functools.partial(maps_of_worst, captioner, rows, images, metric_args.report_maps)
+        write_report(folder, scores, rows, images, curves=curves, sweep=sweep, looks=maps)
     return ScoredSplit(folder, predictions, records, scores, rows)

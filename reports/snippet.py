@@ -26,13 +26,13 @@ def snippet(name: str, captioner, precision: str) -> str:
     if collator.pixels.decoded_size:
         height, width = collator.pixels.decoded_size
         image = [f"image.draft(None, ({width}, {height}))", *image]
-    shown = (
+    printed = (
         f"({_literal(collator.words + ' ')} + caption).strip()"
         if captioner.keep_prompt and collator.words
         else "caption"
     )
     if captioner.filtered:
-        shown += "  # without the characters that metrics/coco_caption/text_checks.py removes"
+        printed += "  # without the characters that metrics/coco_caption/text_checks.py removes"
     return "\n".join(
         [
             "import torch",
@@ -50,7 +50,7 @@ def snippet(name: str, captioner, precision: str) -> str:
             f"settings = dict({settings})",
             f"tokens = model.generate(**inputs.to(model.dtype), **settings)[0, {before}:]",
             'caption = " ".join(processor.decode(tokens, skip_special_tokens=True).split())',
-            f"print({shown})",
+            f"print({printed})",
         ]
     )
 
@@ -96,7 +96,7 @@ def _model(name: str, captioner, precision: str) -> tuple[list[str], list[str]]:
 
 def _inputs(captioner) -> tuple[list[str], str]:
     """(lines that make `inputs` of `image`, how many of the generated tokens are not the caption's)."""
-    collator, kind = captioner.collator, captioner.model.config.model_type
+    collator, model_type = captioner.collator, captioner.model.config.model_type
     if collator.joint:
         text = f"text=[{_literal(collator.text)}], add_special_tokens={collator.adds_special_tokens}"
         lines = [f'inputs = processor(images=[[image]], {text}, return_tensors="pt")']
@@ -104,15 +104,15 @@ def _inputs(captioner) -> tuple[list[str], str]:
     else:
         before = str(len(collator.before["input_ids"]))
         if (
-            kind == "blip"
+            model_type == "blip"
         ):  # whose generate() puts the start token in place of the processor's first, and drops its last
             text = f", text={_literal(collator.words)}" if collator.words else ""
             lines = [f'inputs = processor(images=image{text}, return_tensors="pt")']
         else:
             named = model_inputs(captioner.model.config, collator.before)
             lines = ['inputs = processor.image_processor(image, return_tensors="pt")']
-            lines += [f'inputs["{own}"] = torch.tensor([{_ids(ids)}])' for own, ids in named.items()]
-    if kind == "paligemma":
+            lines += [f'inputs["{input_name}"] = torch.tensor([{_ids(ids)}])' for input_name, ids in named.items()]
+    if model_type == "paligemma":
         lines.append('inputs.pop("labels", None)')
     if collator.decoder_prompt is not None:
         before = str(len(collator.decoder_prompt))

@@ -38,7 +38,7 @@ def sweep_settings(sweep: str) -> list[dict]:
     ValueError for a key that is not a generation setting, and for a value of another type than its flag's.
     """
     parser = HfArgumentParser((GenerationArguments,), allow_abbrev=False)
-    known = flags_of(parser)
+    flags = flags_of(parser)
     for name in (
         "help",
         "prompt",
@@ -47,18 +47,18 @@ def sweep_settings(sweep: str) -> list[dict]:
         "keep_prompt",
         "remove_illegal_characters",
     ):  # not settings of a search
-        del known[name]
+        del flags[name]
     values = {}
     for part in sweep.split():
         name, equals, listed = part.partition("=")
         if not equals or not listed:
             raise UserError(f"sweep: '{part}' is not of the form key=value,value. Example: num_beams=1,3,5")
-        if name not in known:
-            raise UserError(f"sweep: '{name}' cannot be swept.{nearest(name, known)} Known: {', '.join(known)}.")
+        if name not in flags:
+            raise UserError(f"sweep: '{name}' cannot be swept.{nearest(name, flags)} Known: {', '.join(flags)}.")
         if name in values:
             raise UserError(f"sweep: '{name}' is given twice: list all its values after one '='.")
         try:
-            converted = [convert(yaml.safe_load(value), known[name]) for value in listed.split(",")]
+            converted = [convert(yaml.safe_load(value), flags[name]) for value in listed.split(",")]
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"sweep: {name}: {error}") from None
         if None in converted:
@@ -104,23 +104,25 @@ def score_sweep(
         how: for reports.outputs.score_records.
     """
     asked = dataclasses.replace(metric_args, **_java_scores(metric, metric_args))
-    scored, found = {}, []
-    for of_one in captions:
-        texts = tuple(of_one.values())
+    scored, results = {}, []
+    for predictions in captions:
+        texts = tuple(predictions.values())
         if texts not in scored:
-            scored[texts] = score_records(of_one, records, asked, seed, **how)
-        found.append(scored[texts])
-    if found[0][0][metric] is None:
-        raise UserError(f"sweep_metric: {metric} failed, {found[0][0]['unavailable'][metric]}. The captions are kept.")
+            scored[texts] = score_records(predictions, records, asked, seed, **how)
+        results.append(scored[texts])
+    if results[0][0][metric] is None:
+        raise UserError(
+            f"sweep_metric: {metric} failed, {results[0][0]['unavailable'][metric]}. The captions are kept."
+        )
     sign = 1 if is_better_low(metric) else -1
     order = sorted(
-        range(len(found)), key=lambda place: sign * found[place][0][metric]
+        range(len(results)), key=lambda place: sign * results[place][0][metric]
     )  # stable: the first of equal ones
     best = order[0]
     p = {}
     if asked.bootstrap_samples >= 100:
         for texts, (_, rows) in scored.items():
-            p[texts] = paired_bootstrap(found[best][1], rows, asked.bootstrap_samples, seed, metric)[metric]["p"]
+            p[texts] = paired_bootstrap(results[best][1], rows, asked.bootstrap_samples, seed, metric)[metric]["p"]
     table = [
         {
             "settings": setting,
@@ -130,7 +132,7 @@ def score_sweep(
             "mean_length": scores["corpus"]["mean_length"],
             "p": None if place == best else p.get(tuple(captions[place].values())),
         }
-        for place, (setting, (scores, _)) in enumerate(zip(settings, found, strict=True))
+        for place, (setting, (scores, _)) in enumerate(zip(settings, results, strict=True))
     ]
     return {"metric": metric, "best": best, "settings": table, "note": NOTE}
 
@@ -151,8 +153,8 @@ def summary(sweep: dict) -> str:
 def choose_settings(folder, captions: list[dict], records, metric_args, args, looking: dict) -> dict:
     """Score the captions of every setting of the sweep. Returns the content of sweep.json, with the best's index."""
     settings = sweep_settings(args.sweep)
-    found = [{"settings": s, "captions": c} for s, c in zip(settings, captions, strict=True)]
-    write_json(folder / "sweep_captions.json", found)
+    kept = [{"settings": s, "captions": c} for s, c in zip(settings, captions, strict=True)]
+    write_json(folder / "sweep_captions.json", kept)
     sweep = score_sweep(settings, captions, records, args.sweep_metric, metric_args, args.seed, **looking)
     write_json(folder / "sweep.json", {**sweep, "split": args.split, **environment()})
     plot_sweep(sweep, folder)

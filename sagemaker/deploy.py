@@ -104,11 +104,11 @@ def upload(session, args) -> str:
 
 
 def image_uri(region: str, instance_type: str) -> str:
-    known = image_uris.retrieve(
+    uri = image_uris.retrieve(
         "huggingface", region, version=KNOWN_IMAGE, base_framework_version="pytorch2.6.0", py_version="py312",
         instance_type=instance_type, image_scope="inference",
     )  # fmt: skip
-    return known.replace(f"transformers{KNOWN_IMAGE}", IMAGE)
+    return uri.replace(f"transformers{KNOWN_IMAGE}", IMAGE)
 
 
 def model_request(args, image: str) -> dict:
@@ -235,7 +235,7 @@ def scale(aws_session, args) -> None:
 def delete(aws_session, name: str) -> None:
     """The endpoint first: it is what costs money. What does not exist, or not any more, is skipped."""
     client = aws_session.client("sagemaker")
-    for kind, remove in (
+    for resource, remove in (
         ("endpoint", lambda: client.delete_endpoint(EndpointName=name)),
         ("endpoint configuration", lambda: client.delete_endpoint_config(EndpointConfigName=name)),
         ("model", lambda: client.delete_model(ModelName=name)),
@@ -246,9 +246,9 @@ def delete(aws_session, name: str) -> None:
     ):
         try:
             remove()
-            print(f"deleted {kind} {name}")
+            print(f"deleted {resource} {name}")
         except client.exceptions.ClientError as error:
-            print(f"{kind} {name}: {error.response['Error']['Message']}")
+            print(f"{resource} {name}: {error.response['Error']['Message']}")
 
 
 def how_to_call(args, region: str) -> str:

@@ -100,18 +100,18 @@ def lengthen_answers(service) -> None:
 def input_fn(body, content_type: str | None) -> list[dict]:
     """The jobs of a request: [{"images": [PIL], "settings": {...}, "return_scores": bool, "line": bool}, ...]. An
     invalid line of JSON lines is {"error": ..., "line": True}."""
-    kind = (content_type or "").split(";")[0].strip().lower()
+    media_type = (content_type or "").split(";")[0].strip().lower()
     if not body:
         raise BadRequest("The request has no body.")
-    if kind.startswith("image/") or kind in IMAGES:
+    if media_type.startswith("image/") or media_type in IMAGES:
         image = picture(bytes(body), 0, LIMITS["CAPTION_MAX_PIXELS"])
         return [{"images": [image], "settings": {}, "return_scores": False, "line": False}]
-    if kind not in JSON + LINES:
+    if media_type not in JSON + LINES:
         raise BadRequest(
-            f"The content type '{kind[:60]}' is not one of image/*, {', '.join((*IMAGES, JSON[0], LINES[0]))}."
+            f"The content type '{media_type[:60]}' is not one of image/*, {', '.join((*IMAGES, JSON[0], LINES[0]))}."
         )
     text = as_text(body)
-    if kind in JSON:
+    if media_type in JSON:
         return [{**parse_job(text, LIMITS["CAPTION_MAX_PIXELS"]), "line": False}]
     lines = [line for line in text.split("\n") if line.strip()]
     if len(lines) > LIMITS["CAPTION_MAX_IMAGES"]:
@@ -168,7 +168,7 @@ def predict_fn(jobs: list[dict], captioner: Captioner, context=None) -> list[dic
 
 def output_fn(answer, accept: str | None) -> str:
     accept = accept or "*/*"
-    kinds = [kind.split(";")[0].strip().lower() for kind in accept.split(",")]
+    kinds = [media_type.split(";")[0].strip().lower() for media_type in accept.split(",")]
     # The toolkit uses it as the answer's content type, whatever else it says.
     if not set(kinds) & {*JSON, *LINES, "*/*", "application/*"} or not accept.isascii() or len(accept) > 200:
         raise BadRequest(f"'{accept[:60]}' cannot be answered with: accept {JSON[0]} or {LINES[0]}.")
@@ -259,13 +259,15 @@ def check_parameters(parameters) -> dict:
             if not isinstance(value, bool):
                 raise BadRequest("return_scores must be true or false.")
         elif name in PARAMETERS:
-            kind, low, high = PARAMETERS[name]
-            numbers = (int,) if kind is int else (int, float)
+            number_type, low, high = PARAMETERS[name]
+            numbers = (int,) if number_type is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value <= high:
-                raise BadRequest(f"{name} must be {'a whole' if kind is int else 'a'} number from {low} to {high}.")
+                raise BadRequest(
+                    f"{name} must be {'a whole' if number_type is int else 'a'} number from {low} to {high}."
+                )
         else:
-            known = ", ".join((*PARAMETERS, "prompt", "return_scores"))
-            raise BadRequest(f"'{name[:60]}' is not a parameter; known are {known}.")
+            names = ", ".join((*PARAMETERS, "prompt", "return_scores"))
+            raise BadRequest(f"'{name[:60]}' is not a parameter; known are {names}.")
         checked[name] = value
     return checked
 

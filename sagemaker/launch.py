@@ -134,12 +134,12 @@ def check_train_flags(args, words: list[str], flags: dict) -> None:
     from common import cli
 
     replaced = cli.replaced_flags(TRAIN_GROUPS)
-    known = {field.name for group in TRAIN_GROUPS for field in dataclasses.fields(group) if field.init}
+    fields = {field.name for group in TRAIN_GROUPS for field in dataclasses.fields(group) if field.init}
     for name in flags:
         if name in replaced:
             raise ValueError(f"--{name} is not used here: {replaced[name]}.")
-        if name.removeprefix("no_") not in known and name not in known:
-            raise ValueError(cli.unrecognized(f"--{name}", known.union(args.names)))
+        if name.removeprefix("no_") not in fields and name not in fields:
+            raise ValueError(cli.unrecognized(f"--{name}", fields.union(args.names)))
     of_files = {name for group in TRAIN_GROUPS for name in getattr(group, "FILES", ())} - set(CHANNELS)
     for name in of_files.intersection(flags):
         path = "".join(flags[name])

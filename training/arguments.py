@@ -20,6 +20,36 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         TrainFlags.__post_init__(self)
+        self._choose_device()
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = BEST[self.objective]
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end, self.metric_for_best_model = False, None
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a log file gets lines, not a bar
+        # The collator reads columns that no model's forward has.
+        self.remove_unused_columns = False
+        self.label_names = ["labels"]
+        if self.accelerator_config is None:
+            self.accelerator_config = {"dispatch_batches": False}  # each process reads its own batches
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # all are constants; autograd takes a broadcast for a change
+        if self.ddp_find_unused_parameters is None:
+            # With the library's default with checkpointing, False, DDP fails at the second step of families that never
+            # read some weights, such as the last norm of LLaVA's encoder.
+            self.ddp_find_unused_parameters = True
+        self._choose_checkpointing()
+        self._choose_trackers()
+        if self.torch_compile and torch.__version__ < "2.7":
+            raise UserError(f"torch_compile needs torch 2.7 or later, and this is {torch.__version__}. Leave it out.")
+        Seq2SeqTrainingArguments.__post_init__(self)
+        # One process drives one device. Several devices are driven by torchrun or accelerate launch.
+        self._n_gpu = min(self.n_gpu, 1)
+
+    def _choose_device(self) -> None:
+        """And what is best on it: the precision, the workers."""
         if self.use_cpu:
             use_device("cpu")
         check_gpus()
@@ -29,8 +59,6 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
                 f"srun started {tasks} tasks, and each would train all of it in the same folder. Start one per machine, "
                 "and torchrun in it: srun --ntasks-per-node 1 torchrun ... train.py ..."
             )
-        if self.metric_for_best_model is None:
-            self.metric_for_best_model = BEST[self.objective]
         self.use_cpu = self.use_cpu or not on_accelerator()  # else torchrun on CPUs runs unconnected processes
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and self.fp16 is None:
@@ -40,13 +68,8 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_workers() if cuda else 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()  # a log file gets lines, not a bar
-        # The collator reads columns that no model's forward has.
-        self.remove_unused_columns = False
-        self.label_names = ["labels"]
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end, self.metric_for_best_model = False, None
+
+    def _choose_checkpointing(self) -> None:
         if self.gradient_checkpointing:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
         if hasattr(self, "activation_checkpointing"):  # its name from transformers 5.20 on
@@ -54,8 +77,8 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
                 self.activation_checkpointing = bool(self.gradient_checkpointing)
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
             self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
-        if self.torch_compile and torch.__version__ < "2.7":
-            raise UserError(f"torch_compile needs torch 2.7 or later, and this is {torch.__version__}. Leave it out.")
+
+    def _choose_trackers(self) -> None:
         trackers = get_available_reporting_integrations()
         if not self.report_to:
             self.report_to = ["tensorboard"] if "tensorboard" in trackers else ["none"]
@@ -64,19 +87,6 @@ class TrainArguments(TrainFlags, Seq2SeqTrainingArguments):
                 raise UserError(
                     f"report_to: {name} is not installed, or not a tracker. Here: {', '.join(trackers) or 'none'}."
                 )
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}  # each process reads its own batches
-        if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False  # all are constants; autograd takes a broadcast for a change
-        if self.ddp_find_unused_parameters is None:
-            # With the library's default with checkpointing, False, DDP fails at the second step of families that never
-            # read some weights, such as the last norm of LLaVA's encoder.
-            self.ddp_find_unused_parameters = True
-        if self.metric_for_best_model and self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        Seq2SeqTrainingArguments.__post_init__(self)
-        # One process drives one device. Several devices are driven by torchrun or accelerate launch.
-        self._n_gpu = min(self.n_gpu, 1)
 
     def samples_drawn(self, epoch_length: int) -> float:
         """Samples that training sees in all, from a dataset of `epoch_length`."""

@@ -71,8 +71,12 @@ def load_captioner(
     captions = (text for row in train_records for text in row["captions"])
     model, processor = open_model(model_args, scratch_args, adapter_args, captions)
     model = shard(make_trainable(model, adapter_args, scratch_args.freeze_vision), args)
-    how = {"autocast": args.autocast_dtype, "fast_jpeg": model_args.fast_jpeg, "own_questions": asked["own_questions"]}
-    return Captioner(model, processor, **how, **generation_args.settings())
+    reading = {
+        "autocast": args.autocast_dtype,
+        "fast_jpeg": model_args.fast_jpeg,
+        "own_questions": asked["own_questions"],
+    }
+    return Captioner(model, processor, **reading, **generation_args.settings())
 
 
 def as_loaded(captioner: Captioner, model_args, args) -> Captioner:
@@ -144,6 +148,6 @@ def plan_memory(model_args, scratch_args, adapter_args, data_args, objective_arg
         "grpo": objective_args.num_generations,
     }
     rows = drawn.get(args.objective, data_args.captions_per_image)
-    found = plan(model, collator, args, rows, data_args.max_txt_len, model_args.quantization)
+    memory_plan = plan(model, collator, args, rows, data_args.max_txt_len, model_args.quantization)
     if args.process_index == 0:
-        print("\n".join(found.lines(device_memory(args.device), args.world_size)))
+        print("\n".join(memory_plan.lines(device_memory(args.device), args.world_size)))

@@ -125,10 +125,10 @@ def _check_flags(folder: Path, flags: dict) -> None:
     before, now = (_without_free(one, flags) for one in (_read(folder / "run.json")["flags"], _binding(flags)))
     differ = _differences(before, now)
     if differ:
-        what = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:5])
+        changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:5])
         more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise UserError(
-            f"output_dir {folder} holds another run: {what}{more}. To continue from its model (more epochs, other settings), pass "
+            f"output_dir {folder} holds another run: {changes}{more}. To continue from its model (more epochs, other settings), pass "
             f"--model_name_or_path {folder} and another --output_dir; to start anew, another --output_dir, or delete that one."
         )
 

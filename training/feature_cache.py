@@ -65,19 +65,19 @@ def keep_features(
         encoder = Encoder(
             vision.to(args.device), captioner, args.per_device_eval_batch_size, args.dataloader_num_workers
         )
-        what = f"{sum(map(len, splits.values())):,} images x {' x '.join(map(str, encoder.shape))} {encoder.dtype}"
+        size_text = f"{sum(map(len, splits.values())):,} images x {' x '.join(map(str, encoder.shape))} {encoder.dtype}"
         size = sum(map(len, splits.values())) * encoder.bytes_an_image
         free = free_memory()
         if place == "memory" or (place == "auto" and args.world_size == 1 and size <= SHARE_OF_MEMORY * free):
-            logger.info("image features: %s, %s of the %s free memory", what, gib(size), gib(free))
+            logger.info("image features: %s, %s of the %s free memory", size_text, gib(size), gib(free))
             return {name: EncodedRecords(records, in_memory(encoder, records)) for name, records in splits.items()}
 
         folder = Path(cache_folder() / "features" if place == "auto" else place) / encoder.fingerprint()
         folder.mkdir(parents=True, exist_ok=True)
         files = {name: FeatureFiles(folder, image_keys(records), encoder) for name, records in splits.items()}
-        to_write = encoder.bytes_an_image * sum(len(found.missing()) for found in files.values())
+        to_write = encoder.bytes_an_image * sum(len(file.missing()) for file in files.values())
         free = shutil.disk_usage(folder).free
-        logger.info("image features: %s, %s in %s, %s of it to write now", what, gib(size), folder, gib(to_write))
+        logger.info("image features: %s, %s in %s, %s of it to write now", size_text, gib(size), folder, gib(to_write))
         # All processes have checked before one of them writes, and all come to the same decision.
         if all(gather_object([to_write <= (0.5 if place == "auto" else 1.0) * free])):
             for name, records in splits.items():

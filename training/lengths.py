@@ -38,9 +38,9 @@ def fit_lengths(captioner, records, data_args, generation_args, checkpoint: str 
     counts = sorted(map(len, images.target_ids(captions)))
     needed, prompt = counts[math.ceil((1 - CUT) * len(counts)) - 1], _longest_prompt(records, images)
     before = images.words_in(prompt)
-    own = captioner.settings["max_new_tokens"]
+    generated = captioner.settings["max_new_tokens"]
     positions = limit = None
-    if needed > min(PUBLISHED - before, own):
+    if needed > min(PUBLISHED - before, generated):
         positions = getattr(captioner.model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
         limit = positions - images.inputs([Image.new("RGB", PICTURE)], [prompt])["input_ids"].shape[1]
@@ -48,9 +48,9 @@ def fit_lengths(captioner, records, data_args, generation_args, checkpoint: str 
     begun = _flags(checkpoint)
     asked = data_args.max_txt_len or begun.get("max_txt_len")
     data_args.max_txt_len = asked or max(PUBLISHED, before + learnt)
-    written = max(own, min(learnt, data_args.max_txt_len - before))
+    written = max(generated, min(learnt, data_args.max_txt_len - before))
     if begun:  # earlier versions recorded None for the captioner's own
-        written = begun.get("max_new_tokens") or own
+        written = begun.get("max_new_tokens") or generated
     generation_args.max_new_tokens = generation_args.max_new_tokens or written
     captioner.asked["max_new_tokens"] = captioner.settings["max_new_tokens"] = generation_args.max_new_tokens
     captioner.save_settings()

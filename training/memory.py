@@ -50,7 +50,9 @@ class Plan:
 
     def lines(self, card: float | None, processes: int) -> list[str]:
         """The plan in words. `card`: bytes of the device's memory."""
-        how = f"{processes} processes, {strategy() or 'each with the whole model'}" if processes > 1 else "1 process"
+        processes_text = (
+            f"{processes} processes, {strategy() or 'each with the whole model'}" if processes > 1 else "1 process"
+        )
         rows = {
             "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
             "activations": self.activations, "gathered": self.gathered, "training, in all": self.training,
@@ -58,12 +60,12 @@ class Plan:
         }  # fmt: skip
         lines = [
             f"parameters {self.parameters:,}, trained {self.trained:,} ({self.trained / self.parameters:.2%})",
-            f"GiB per process ({how}):",
+            f"GiB per process ({processes_text}):",
             *(f"  {name:20}{size / 2**30:8.2f}" for name, size in rows.items()),
         ]
         if card:
-            most = max(self.training, self.evaluation)
-            fits = "fits" if most < 0.9 * card else "does not fit"
+            needed = max(self.training, self.evaluation)
+            fits = "fits" if needed < 0.9 * card else "does not fit"
             lines.append(f"  {'this device has':20}{card / 2**30:8.2f}: it {fits}, with a tenth left for the libraries")
         return lines
 
@@ -105,16 +107,16 @@ def plan(model, collator, args, rows_per_image: int, max_txt_len: int, quantizat
     """The plan of a run of `model`, which has no weights (models.loading.load_model) but marks those to train.
 
     rows_per_image: captions that share the encoding of an image in a step. max_txt_len: their length in tokens."""
-    how, processes = strategy(), args.world_size
-    shares = {"FSDP": 3, "ZeRO-3": 3, "ZeRO-2": 2, "ZeRO-1": 1}.get(how, 0)
-    share = [1 / processes if shares > kind else 1 for kind in (2, 1, 0)]  # of weights, gradients, optimizer
+    sharded, processes = strategy(), args.world_size
+    shares = {"FSDP": 3, "ZeRO-3": 3, "ZeRO-2": 2, "ZeRO-1": 1}.get(sharded, 0)
+    share = [1 / processes if shares > part else 1 for part in (2, 1, 0)]  # of weights, gradients, optimizer
     parameters = list(model.parameters())
     trained = [one for one in parameters if one.requires_grad]
     compute = args.autocast_dtype
     weights = weight_bytes(model, quantization)
     of_gradients = sum(4 * one.numel() for one in trained)
     gathered = evaluation = 0.0
-    if how == "FSDP":
+    if sharded == "FSDP":
         size = compute.itemsize if compute else 4
         groups, inner = [], set()
         for unit in units(model):  # those inside others first
@@ -123,11 +125,11 @@ def plan(model, collator, args, rows_per_image: int, max_txt_len: int, quantizat
         root = sum(one.numel() for one in parameters if one not in inner)
         gathered = size * (2 * max(groups) + root) + 4 * max(groups)
         evaluation = size * sum(one.numel() for one in parameters)
-    elif processes > 1 and not how:
+    elif processes > 1 and not sharded:
         gathered = of_gradients  # DDP's buckets
     counts = {"parameters": sum(map(torch.numel, parameters)), "trained": sum(map(torch.numel, trained))}
     caption = {"captions": ["a photo " * max_txt_len] * rows_per_image}
-    activations = activation_bytes(model, collator, caption, args, share[1], how == "FSDP")
+    activations = activation_bytes(model, collator, caption, args, share[1], sharded == "FSDP")
     return Plan(
         **counts,
         weights=weights * share[0],

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 def check_sharding(args, model_args, scratch_args) -> None:
     """UserError, before anything is loaded, if the run's flags do not fit what accelerate launch was asked for."""
-    how = strategy()
-    if not how:
+    sharded = strategy()
+    if not sharded:
         return
     version, kept = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     inside = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
@@ -39,22 +39,22 @@ def check_sharding(args, model_args, scratch_args) -> None:
         "save_only_model keeps nothing to resume from, and sharded checkpoints are only for that. Leave it "
         "out": args.save_only_model,
         f"objective {args.objective}: it draws captions in training, which was not tested with ZeRO. Use "
-        "recipes/accelerate/fsdp2.yaml": how.startswith("ZeRO") and args.objective != "cross_entropy",
-        f"torch_compile was not tested with {how}. Leave it out": args.torch_compile,
-        f"torch {torch.__version__}: torch 2.8 or later is needed. Upgrade torch": how == "FSDP"
+        "recipes/accelerate/fsdp2.yaml": sharded.startswith("ZeRO") and args.objective != "cross_entropy",
+        f"torch_compile was not tested with {sharded}. Leave it out": args.torch_compile,
+        f"torch {torch.__version__}: torch 2.8 or later is needed. Upgrade torch": sharded == "FSDP"
         and not hasattr(FSDPModule, "set_reshard_after_forward"),
-        f"fsdp_version {version}: only FSDP2 is supported. Set fsdp_version: 2": how == "FSDP" and version != "2",
-        f"fsdp_state_dict_type {kept}: checkpoints are sharded. Set SHARDED_STATE_DICT": how == "FSDP"
+        f"fsdp_version {version}: only FSDP2 is supported. Set fsdp_version: 2": sharded == "FSDP" and version != "2",
+        f"fsdp_state_dict_type {kept}: checkpoints are sharded. Set SHARDED_STATE_DICT": sharded == "FSDP"
         and kept != "SHARDED_STATE_DICT",
         "fsdp_activation_checkpointing: in train.py it is --gradient_checkpointing. Leave it out of the "
-        "config file": how == "FSDP" and inside,
-        f"{how} shards a model across processes, and there is only one. Pass --num_processes 2 or more": args.world_size
+        "config file": sharded == "FSDP" and inside,
+        f"{sharded} shards a model across processes, and there is only one. Pass --num_processes 2 or more": args.world_size
         == 1,
     }
     for why, applies in refused.items():
         if applies:
             processes().wait_for_everyone()  # if one leaves while another still joins, that one ends in a traceback
-            raise UserError(f"With {how}, {why}.")
+            raise UserError(f"With {sharded}, {why}.")
 
 
 def shard(model, args):
@@ -87,14 +87,14 @@ def shard(model, args):
     model.to_empty(device="cpu" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else device)
     main, shares = processes().is_main_process, list(model.parameters())  # DTensors
     with torch.no_grad():
-        for name, own in model.named_parameters():
+        for name, part in model.named_parameters():
             first = whole.pop(name)
             first = first.to(device) if main else torch.empty(first.shape, dtype=first.dtype, device=device)
-            own.copy_(distribute_tensor(first, own.device_mesh, own.placements))
-        for name, own in model.named_buffers():
+            part.copy_(distribute_tensor(first, part.device_mesh, part.placements))
+        for name, part in model.named_buffers():
             if not (first := whole.pop(name)).is_meta:
-                own.copy_(first)
-            torch.distributed.broadcast(own, src=0)
+                part.copy_(first)
+            torch.distributed.broadcast(part, src=0)
     here, of = (sum(map(torch.numel, tensors)) for tensors in ([one.to_local() for one in shares], shares))
     logger.info(
         "FSDP: %d processes share the model; this one holds %s of %s weights", args.world_size, f"{here:,}", f"{of:,}"
@@ -139,9 +139,9 @@ def adopt(accelerator) -> bool:
 def fill_in_states(optimizer) -> None:
     """Gives zero states to weights that never had a gradient, such as an encoder's last norm that a family skips: torch
     writes no state for them, but expects one in a checkpoint."""
-    own = [one for group in optimizer.param_groups for one in group["params"]]
-    example, state = next(((one, optimizer.state[one]) for one in own if optimizer.state.get(one)), (None, {}))
-    for parameter in own:
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    example, state = next(((one, optimizer.state[one]) for one in parameters if optimizer.state.get(one)), (None, {}))
+    for parameter in parameters:
         if not optimizer.state.get(parameter):
             optimizer.state[parameter] = {
                 name: torch.zeros_like(parameter if value.shape == example.shape else value)
@@ -168,14 +168,14 @@ def units(model) -> list[torch.nn.Module]:
     All other weights are gathered once per step: those that modules share, such as word embeddings."""
     base = base_model(model)
     words = base.get_input_embeddings()
-    found = [vision_encoder(base)]
-    found += [module for module in base.base_model.children() if words not in module.modules()]
+    modules = [vision_encoder(base)]
+    modules += [module for module in base.base_model.children() if words not in module.modules()]
     layers = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
-    found += [layer for layer_list in layers for layer in layer_list]
+    modules += [layer for layer_list in layers for layer in layer_list]
     seen = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         seen.setdefault(parameter, []).append(name)
     shared = {parameter for parameter, names in seen.items() if len(names) > 1}
-    found = [module for module in found if (own := set(module.parameters())) and not own & shared]
+    modules = [module for module in modules if (parameters := set(module.parameters())) and not parameters & shared]
     order = {module: number for number, module in enumerate(base.modules())}
-    return sorted(dict.fromkeys(found), key=order.get, reverse=True)  # the inner ones first
+    return sorted(dict.fromkeys(modules), key=order.get, reverse=True)  # the inner ones first

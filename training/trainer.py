@@ -260,8 +260,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             for image_id, caption in list(predictions.items())[:3]:
                 logger.info("validation %s: %s", image_id, caption)
-            shown = self.validation_records.select(range(min(8, len(self.validation_records))))
-            log_samples(self.callback_handler.callbacks, shown, predictions, self.state.global_step)
+            shown_records = self.validation_records.select(range(min(8, len(self.validation_records))))
+            log_samples(self.callback_handler.callbacks, shown_records, predictions, self.state.global_step)
         metrics["runtime"] = round(time.perf_counter() - start, 3)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -289,7 +289,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         scores, _ = self.score(predictions, references, language=self.caption_language)
         metrics = {"loss": loss} | {name: scores[name] for name, of in SCORES.items() if of.in_training}
         if self.scorers:
-            found, _ = clip_scores(
+            more_scores, _ = clip_scores(
                 self.scorers,
                 predictions,
                 references,
@@ -299,7 +299,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 split="validation",
                 num_workers=self.args.dataloader_num_workers,
             )
-            metrics |= {name: value for name, value in found.items() if isinstance(value, float)}
+            metrics |= {name: value for name, value in more_scores.items() if isinstance(value, float)}
         return metrics, predictions
 
     def _save_optimizer_and_scheduler(self, output_dir):

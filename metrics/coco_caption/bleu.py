@@ -39,9 +39,9 @@ def bleu_statistics(hypotheses: list[list[str]], references: list[list[list[str]
         allowed_key, first = np.unique(key[order], return_index=True)
         allowed = np.maximum.reduceat(count[~hypothesis][order], first) if len(first) else np.zeros(0)
         at = find(allowed_key, owner[hypothesis] * grams + gram[hypothesis])
-        found = at >= 0
-        matches = np.minimum(count[hypothesis][found], allowed[at[found]])
-        statistics[:, 2 + n] = np.bincount(owner[hypothesis][found], matches, minlength=images)
+        matched = at >= 0
+        matches = np.minimum(count[hypothesis][matched], allowed[at[matched]])
+        statistics[:, 2 + n] = np.bincount(owner[hypothesis][matched], matches, minlength=images)
     return statistics
 
 

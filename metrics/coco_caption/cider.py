@@ -162,9 +162,9 @@ class CiderD:
 
         log_images = np.log(float(self.images))
         similarity = np.zeros(len(hypothesis_of_pair))
-        known = self._numbers(ids, lengths)
+        numbers = self._numbers(ids, lengths)
         for order, (owner, gram, count, start) in enumerate(ngram_counts(ids, lengths, len(vocabulary), _ORDERS)):
-            number = known[order][start]
+            number = numbers[order][start]
             frequency = np.where(number >= 0, np.append(self.frequencies[order], 0)[number], 0)
             weight = count * (log_images - np.log(np.maximum(frequency, 1.0)))
             norm = np.sqrt(np.bincount(owner, weight**2, minlength=len(captions)))

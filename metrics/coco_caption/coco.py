@@ -167,25 +167,24 @@ def score(
     metrics["ROUGE_L"] = float(per_metric["ROUGE_L"].mean())
     metrics["CIDEr"] = float(per_metric["CIDEr"].mean())
     metrics |= {"SPICE": None, "SPIDEr": None}
+    counts = {"images": len(images), "references": sum(map(len, reference_tokens))}
+    statistics = {"Bleu": bleu_counts, "sacrebleu": sacrebleu_counts, **per_metric}
+    if meteor_counts is not None:
+        statistics["METEOR"] = meteor_counts
     if spice_found is None:
         unavailable["SPIDEr"] = f"it needs SPICE: {unavailable['SPICE']}"
     else:
-        of_spice = _spice_values(spice_found, per_metric["CIDEr"][sample])
-        metrics |= {name: float(values.mean()) for name, values in of_spice.items()}
+        counts["spice_images"] = len(sample)
+        for name, values in _spice_values(spice_found, per_metric["CIDEr"][sample]).items():
+            metrics[name] = float(values.mean())
+            statistics[name] = np.full(len(images), np.nan)
+            statistics[name][sample] = values
         metrics["SPICE_categories"] = _category_scores(spice_found)
     metrics["sacrebleu"] = _sacrebleu_score(sacrebleu_counts.sum(axis=0))
     metrics["sacrebleu_signature"] = _sacrebleu_signature(sacrebleu, references)
     metrics["caption_language"] = language
     metrics |= {"unavailable": unavailable, "not_asked_for": [name for name in asked if not asked[name]]}
-    metrics["counts"] = {"images": len(images), "references": sum(map(len, reference_tokens))}
-    statistics = {"Bleu": bleu_counts, "sacrebleu": sacrebleu_counts, **per_metric}
-    if meteor_counts is not None:
-        statistics["METEOR"] = meteor_counts
-    if spice_found is not None:
-        metrics["counts"]["spice_images"] = len(sample)
-        for name, values in of_spice.items():
-            statistics[name] = np.full(len(images), np.nan)
-            statistics[name][sample] = values
+    metrics["counts"] = counts
     metrics["intervals"] = {}
     if bootstrap_samples:
         resampled = resampled_scores(statistics, bootstrap_samples, seed)
@@ -218,12 +217,12 @@ def _tokenized(predictions, references, language: str) -> tuple[list[list[str]],
             "nearly 0 here by its length penalty alone. SPICE's recall and CLIP-based scores say more of long captions.",
             *means,
         )
-    if language == "en" and (found := unsegmented([*itertools.chain(*reference_tokens)])):
+    if language == "en" and (script_and_text := unsegmented([*itertools.chain(*reference_tokens)])):
         logger.warning(
             "Whole captions are treated as one word (%s): the scores mean nothing. Name their language: "
             "--caption_language %s.",
-            found[1],
-            found[0],
+            script_and_text[1],
+            script_and_text[0],
         )
     return tokens, reference_tokens
 
@@ -244,11 +243,11 @@ def _rows(
     rows: dict[str, dict] = {
         image: {name: float(values[index]) for name, values in per_metric.items()} for index, image in enumerate(images)
     }
-    for index, found in of_spice.items():
+    for index, tuples in of_spice.items():
         row = rows[images[index]]
-        row["SPICE"], row["SPIDEr"] = found["f"], float(statistics["SPIDEr"][index])
-        row |= {name: found[name] for name in TUPLES if name in found}
-        row["spice_tuples"] = {name: found[name] for name in ("matched", "wrong", "missed")}
+        row["SPICE"], row["SPIDEr"] = tuples["f"], float(statistics["SPIDEr"][index])
+        row |= {name: tuples[name] for name in TUPLES if name in tuples}
+        row["spice_tuples"] = {name: tuples[name] for name in ("matched", "wrong", "missed")}
     for name in [name for name in SUMMED if name in statistics]:
         for image, row in zip(images, statistics[name].tolist(), strict=True):
             rows[image].setdefault("statistics", {})[name] = row
@@ -282,7 +281,7 @@ def _paragraphs(predictions, references, images: list[str]) -> tuple[list, list]
 
 def _spice_values(spice_found: list[dict], cider: np.ndarray) -> dict[str, np.ndarray]:
     """{metric: (images,)} of SPICE's rows and the same images' CIDEr."""
-    spice_f = np.array([of_one["f"] for of_one in spice_found])
+    spice_f = np.array([row["f"] for row in spice_found])
     by_sentence = {name: np.array([one[name] for one in spice_found]) for name in TUPLES if name in spice_found[0]}
     return {"SPICE": spice_f, "SPIDEr": (spice_f + cider) / 2, **by_sentence}
 
@@ -291,7 +290,7 @@ def _category_scores(found: list[dict]) -> dict[str, float | None]:
     """SPICE of each category: the mean over the images whose references have such tuples, as the program prints it."""
     scores = {}
     for name in CATEGORIES:
-        values = [of_one["categories"][name] for of_one in found if of_one["categories"][name] is not None]
+        values = [row["categories"][name] for row in found if row["categories"][name] is not None]
         scores[name] = sum(values) / len(values) if values else None
     return scores
 
@@ -316,13 +315,13 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
     extra = [image for image in predictions if image not in references]
     if missing or extra:
         parts = []
-        for images, what in (
+        for images, problem in (
             (missing, "with references but no prediction"),
             (extra, "predicted without references"),
         ):
             if images:
-                shown = ", ".join(map(repr, images[:5])) + (" and more" if len(images) > 5 else "")
-                parts.append(f"{_images(len(images))} {what}: {shown}")
+                listed = ", ".join(map(repr, images[:5])) + (" and more" if len(images) > 5 else "")
+                parts.append(f"{_images(len(images))} {problem}: {listed}")
         raise MismatchedImages(
             f"Predictions ({_images(len(predictions))}) and references ({_images(len(references))}) do not match. "
             + "; ".join(parts)
@@ -382,8 +381,8 @@ def _sacrebleu_statistics(
 
 def _sacrebleu_signature(sacrebleu: "BLEU", references: Mapping[str, Sequence[str]]) -> str:
     """sacreBLEU's own description of the settings. It needs one scoring first, to see how many references there are."""
-    fewest, most = min(references.values(), key=len), max(references.values(), key=len)
-    streams = [[fewest[n] if n < len(fewest) else None, most[n]] for n in range(len(most))]
+    fewest, largest = min(references.values(), key=len), max(references.values(), key=len)
+    streams = [[fewest[n] if n < len(fewest) else None, largest[n]] for n in range(len(largest))]
     sacrebleu.corpus_score(["", ""], streams)
     return str(sacrebleu.get_signature())
 
@@ -414,17 +413,17 @@ def resampled_scores(statistics: dict[str, np.ndarray], samples: int, seed: int)
     resampled = {}
     for name, values in statistics.items():
         values = values.reshape(len(values), -1)
-        known = ~np.isnan(values[:, 0])
-        if known.all():
+        scored = ~np.isnan(values[:, 0])
+        if scored.all():
             columns[name] = values.shape[1]
             table.append(values)
         else:
-            resampled[name] = resampled_sums(values[known], samples, seed)[:, 0] / known.sum()
+            resampled[name] = resampled_sums(values[scored], samples, seed)[:, 0] / scored.sum()
     if not table:
         return resampled
     sums = resampled_sums(np.concatenate(table, axis=1), samples, seed)
-    for name, of_one in zip(columns, np.split(sums, np.cumsum(list(columns.values())), axis=1), strict=False):
-        resampled |= scores_of_sums(name, of_one, images)
+    for name, sums_of_name in zip(columns, np.split(sums, np.cumsum(list(columns.values())), axis=1), strict=False):
+        resampled |= scores_of_sums(name, sums_of_name, images)
     return resampled
 
 
@@ -433,8 +432,8 @@ def corpus_scores(statistics: dict[str, np.ndarray]) -> dict[str, float]:
     scores = {}
     for name, values in statistics.items():
         values = values.reshape(len(values), -1)
-        known = values[~np.isnan(values[:, 0])]
-        scores |= scores_of_sums(name, known.sum(axis=0, keepdims=True), len(known))
+        scored = values[~np.isnan(values[:, 0])]
+        scores |= scores_of_sums(name, scored.sum(axis=0, keepdims=True), len(scored))
     return {metric: float(value[0]) for metric, value in scores.items()}
 
 

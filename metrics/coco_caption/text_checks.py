@@ -54,12 +54,12 @@ def contradictions(text: str, references: Iterable[str]) -> dict[str, tuple[list
     contradict "red ball".
     """
     captions = [words(caption) for caption in (text, *references)]
-    found = {}
-    for kind, known in (("colour", COLOURS), ("count", COUNTS)):
-        said, *others = ({known[word] for word in caption if word in known} for caption in captions)
-        wrong = said.difference(*others) if others and all(others) else set()
-        found[kind] = sorted(wrong), sorted(set().union(*others)) if wrong else []
-    return found
+    result = {}
+    for fact, vocabulary in (("colour", COLOURS), ("count", COUNTS)):
+        claimed, *others = ({vocabulary[word] for word in caption if word in vocabulary} for caption in captions)
+        wrong = claimed.difference(*others) if others and all(others) else set()
+        result[fact] = sorted(wrong), sorted(set().union(*others)) if wrong else []
+    return result
 
 
 def illegal_characters(text: str) -> list[str]:
@@ -70,14 +70,14 @@ def illegal_characters(text: str) -> list[str]:
     """
     if text.isascii() and text.isprintable():
         return []
-    found = []
+    illegal = []
     for character in text:
-        kind = unicodedata.category(character)
-        if (kind in ("Cc", "Cf", "Cn", "Co", "Cs") and character not in JOINERS and character not in "\n\r\t") or (
+        category = unicodedata.category(character)
+        if (category in ("Cc", "Cf", "Cn", "Co", "Cs") and character not in JOINERS and character not in "\n\r\t") or (
             character == "\ufffd"
         ):
-            found.append(character)
-    return found
+            illegal.append(character)
+    return illegal
 
 
 def remove_illegal_characters(text: str) -> str:
@@ -120,11 +120,11 @@ def unsupported_facts(text: str, sources: Iterable[str]) -> list[str]:
     A hint, not a proof: a name in other words ("NYC", "New York City") is listed too. "two" and "2" are the same.
     """
     joined = " ".join(sources).lower()
-    known = set(words(joined))
-    known |= {NUMBERS[word] for word in known if word in NUMBERS}
-    known |= set(re.findall(r"\d+", joined.replace(",", "")))  # 1,200 is 1200, iPhone6 is iPhone 6
+    supported = set(words(joined))
+    supported |= {NUMBERS[word] for word in supported if word in NUMBERS}
+    supported |= set(re.findall(r"\d+", joined.replace(",", "")))  # 1,200 is 1200, iPhone6 is iPhone 6
     compact = re.sub(r"[\W_]+", "", joined)
-    found = []
+    unsupported = []
     for sentence in SENTENCE_END.split(text):
         for place, match in enumerate(WORD.finditer(sentence)):
             word = match.group()
@@ -136,9 +136,9 @@ def unsupported_facts(text: str, sources: Iterable[str]) -> list[str]:
                 continue
             plain = word.lower()
             if (
-                plain not in known
+                plain not in supported
                 and (plain.isdigit() or plain not in compact)
-                and plain.removesuffix("s") not in known
+                and plain.removesuffix("s") not in supported
             ):
-                found.append(word)
-    return list(dict.fromkeys(found))
+                unsupported.append(word)
+    return list(dict.fromkeys(unsupported))

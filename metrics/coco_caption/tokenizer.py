@@ -336,11 +336,11 @@ def tokenize(captions: Iterable[str]) -> list[list[str]]:
             continue
         tokens: list[str] = []
         for chunk in line.split(" "):
-            known = _chunks.get(chunk)
-            if known is None:
+            kept = _chunks.get(chunk)
+            if kept is None:
                 if len(_chunks) >= _MOST_CHUNKS:
                     _chunks.clear()
-                known = _chunks[chunk] = _kept(_scan(chunk))
-            tokens += known
+                kept = _chunks[chunk] = _kept(_scan(chunk))
+            tokens += kept
         tokenized.append(tokens)
     return tokenized
