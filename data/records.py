@@ -1,7 +1,7 @@
 """Rows of a source -> records, one per image, and the checks that make a split honest.
 
 A source gives rows: an image, one or more captions, maybe a split and an id. Here rows of the same image become one
-record, captions are cleaned, files of equal content are found, and splits are drawn over images.
+record, captions are cleaned, and files of equal content are found. Splits are drawn by data.splits; data.sources.load does one after the other.
 """
 
 import functools

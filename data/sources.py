@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 NOT_CHECKED = (
     "%s (%s, streaming): splits %s; not checked in a stream: rows of one image that are not adjacent, equal images in "
-    "two official splits, duplicate ids"
+    "two official splits, copies saved anew, duplicate ids"
 )
 
 

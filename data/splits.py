@@ -1,4 +1,5 @@
-"""Splits over images: the source's own, or drawn by a hash of each image's key, so that no row moves another image."""
+"""Splits over images: the source's own, or drawn by a hash of each image's key (its name as the source writes it, or its bytes where
+they are inside), so that no row moves another image, but for copies and `--group_column`, which stay together. data.load is the caller."""
 
 import itertools
 import logging

@@ -145,7 +145,7 @@ class Pool:
         logger.warning("a worker has died, another takes its place: %s", str(error).strip().splitlines()[0])
         self.add()
         self.deaths += shard is None
-        if self.deaths == DEATHS and not self.busy and not self.idle:
+        if self.deaths >= DEATHS and not self.busy and not self.idle:
             raise UserError(f"--engine ray: workers die while they load the model. {error}") from None
 
     def started(self, outcome: Outcome) -> None:
