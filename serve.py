@@ -64,6 +64,7 @@ def main():
     server = Server(captioner, Path(name).resolve().name if Path(name).exists() else name, args)
     logger.info("http://%s:%d/v1 answers for %s; Control-C stops it", args.host, args.port, server.name)
     uvicorn.Server(uvicorn.Config(server.app(), args.host, args.port, log_level="warning", log_config=None)).run()
+    raise KeyboardInterrupt  # only a signal ends it, and asyncio does not always hand on Control-C
 
 
 class Server:

@@ -311,6 +311,7 @@ def test_trackers_are_chosen_by_name(tmp_path):
     from arguments import TrainArguments
 
     assert TrainArguments(output_dir=str(tmp_path), report_to=["none"]).report_to == []
+    assert TrainArguments(output_dir=str(tmp_path)).report_to == ["tensorboard"]
     with pytest.raises(ValueError, match="report_to: carrier_pigeon is not installed, or not a tracker"):
         TrainArguments(output_dir=str(tmp_path), report_to=["carrier_pigeon"])
 

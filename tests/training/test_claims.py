@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import time
 
@@ -99,6 +100,8 @@ def test_a_second_run_is_refused_while_the_first_one_runs(dataset, tmp_path):
     first.wait()
     done = tiny.run("train.py", *words)
     assert "resuming from" in done.stderr
+    assert "has no locks" not in done.stderr
+    assert not re.search(r"trainer: step \d", done.stderr), "those lines are for --log_format json"
     assert len(checkpoints(out)) == 2
 
 

@@ -271,6 +271,27 @@ def test_features_are_kept_only_of_encoders_that_give_the_same_in_training(name,
     assert (refusal is None) == one.equal(other), refusal
 
 
+def test_a_place_that_is_named_is_the_place_even_for_one_use(dataset, tmp_path, caplog, monkeypatch):
+    captioner, splits = frozen(tmp_path), data.load(dataset)
+    monkeypatch.setattr("training.feature_cache.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("training.feature_cache.free_memory", lambda: 1000)  # "auto" would take files
+    caplog.set_level("INFO")
+    kept = keep_features("memory", captioner, splits, arguments(tmp_path, num_train_epochs=1), captions_per_image=2)
+    assert kept["train"].features[0].shape == (17, 32)
+    assert "free memory" in caplog.text
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("training.feature_cache.free_memory", lambda: 2**40)
+    assert keep_features("auto", captioner, splits, arguments(tmp_path))
+    assert not (tmp_path / "cache").exists(), "they fit in memory"
+
+
+def test_samples_that_training_draws(tmp_path):
+    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 5}
+    assert arguments(tmp_path, **flags).samples_drawn(10) == 50
+    assert arguments(tmp_path, **flags, max_steps=7).samples_drawn(10) == 7 * 12
+    assert arguments(tmp_path, **flags, max_steps=0).samples_drawn(10) == 50  # the Trainer's own rule
+
+
 def test_auto_keeps_nothing_that_is_used_once_or_does_not_fit(dataset, tmp_path, caplog, monkeypatch):
     captioner, splits = frozen(tmp_path), data.load(dataset)
     caplog.set_level("INFO")

@@ -17,7 +17,7 @@ from common.processes import M_MMAP_THRESHOLD
 from models.families import family_of
 from models.loading import ready, without_weights
 from objectives import caption_loss
-from training.memory import plan
+from training.memory import Plan, plan
 
 WIDE = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 3, "num_attention_heads": 5}
 BATCH, LENGTH = 64, 16
@@ -81,3 +81,12 @@ def test_the_estimate_is_within_a_quarter_of_what_a_step_takes(name, checkpointi
     assert planned.training == pytest.approx(found, rel=0.25)
     if not checkpointing:
         assert planned.activations > 0.1 * found  # the test is of activations too
+
+
+def test_a_plan_says_what_the_device_has_and_whether_it_fits():
+    gib = 2**30
+    planned = Plan(1000, 10, 2 * gib, gib, gib, gib, 0, 0)
+    fits, too_small = planned.lines(6 * gib, 1)[-1], planned.lines(5.4 * gib, 1)[-1]
+    assert fits.split() == "this device has 6.00: it fits, with a tenth left for the libraries".split()
+    assert too_small.split() == "this device has 5.40: it does not fit, with a tenth left for the libraries".split()
+    assert planned.lines(None, 1)[-1].split() == ["evaluation,", "in", "all", "3.00"]

@@ -76,6 +76,21 @@ def test_evaluation_and_checkpoint_of_an_epoch_are_those_of_a_pass(runs, unbroke
     assert other.weights() == whole.weights()
 
 
+def test_checkpoints_that_are_not_of_passes_come_when_they_are_due(runs):
+    flags = FLAGS | {
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "eval_strategy": "no",
+        "load_best_model_at_end": "false",
+    }
+    whole, _ = runs.run("every 5 steps", **flags, save_total_limit=10)
+    assert {path.name for path in whole.output.glob("checkpoint-*")} == {
+        "checkpoint-5",
+        "checkpoint-10",
+        "checkpoint-12",
+    }
+
+
 def test_a_pass_may_end_with_a_step(runs):
     """13 images with up to 3 captions, all of an image in one sample."""
     flags = FLAGS | {"captions_per_image": 3, "per_device_train_batch_size": 13, "gradient_accumulation_steps": 1}
