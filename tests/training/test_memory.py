@@ -87,6 +87,6 @@ def test_a_plan_says_what_the_device_has_and_whether_it_fits():
     gib = 2**30
     planned = Plan(1000, 10, 2 * gib, gib, gib, gib, 0, 0)
     fits, too_small = planned.lines(6 * gib, 1)[-1], planned.lines(5.4 * gib, 1)[-1]
-    assert fits.split() == "this device has 6.00: it fits, with a tenth left for the libraries".split()
-    assert too_small.split() == "this device has 5.40: it does not fit, with a tenth left for the libraries".split()
+    assert " ".join(fits.split()) == "this device has 6.00: it fits, with a tenth left for the libraries"
+    assert " ".join(too_small.split()) == "this device has 5.40: it does not fit, with a tenth left for the libraries"
     assert planned.lines(None, 1)[-1].split() == ["evaluation,", "in", "all", "3.00"]
