@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.files import output_folder, share_weights
 from common.publish import copy_to_upload, upload
 from data import seen
-from models.loading import load_model
+from models.loading import keep_published_names, load_model
 from models.onnx_export import write_graphs
 from models.onnx_model import OnnxModel
 from reports.model_card import read_run, write_card
@@ -83,6 +83,7 @@ def target(source: Path, args):
 
 def save(model, processor, source: Path, folder: Path, merge: bool) -> None:
     """Write model and processor to `folder`, with what is recorded about them, and compare the weights with those in memory."""
+    keep_published_names(model)
     model.save_pretrained(folder)
     share_weights(folder)
     save_beside(model, processor, source, folder)

@@ -22,6 +22,8 @@ from transformers import (
     BlipProcessor,
     TrOCRProcessor,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.utils import is_bitsandbytes_available
 
 from common.errors import UserError
@@ -210,6 +212,21 @@ def load_weights(model, checkpoint: str) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(saved[name])
+
+
+def keep_published_names(model) -> None:
+    """Let `save_pretrained` write an encoder's weights under the names that published checkpoints have, and servers look for.
+
+    transformers takes "vision_model." out of the names of CLIP's and SigLIP's weights, and puts it back only if the checkpoint
+    that it loaded had it, which one that it has made itself has not.
+    """
+    conversions = list(getattr(model, "_weight_conversions", None) or ())
+    scopes = {change.scope_prefix for change in conversions if isinstance(change, PrefixChange)}
+    published = get_model_conversion_mapping(model, add_legacy=False)
+    if not conversions:  # made from its config
+        conversions = [change for change in published if not isinstance(change, PrefixChange)]
+    encoders = [change for change in published if isinstance(change, PrefixChange) and change.scope_prefix]
+    model._weight_conversions = conversions + [change for change in encoders if change.scope_prefix not in scopes]
 
 
 def quantization_config(quantization: str) -> BitsAndBytesConfig:

@@ -2,12 +2,12 @@
 
     python -m benchmarks.quality.servers --photos FOLDER --vllm ENV --llama ENV --llama_source FOLDER
 
-A tiny Qwen2-VL with random weights captions 20 photographs by infer.py, here and behind each server: `transformers serve` of this
-environment, which needs torchvision, vLLM (an environment with it) and llama-cpp-python with its `server` extra (another one, and
-its unpacked source, which has the converter to GGUF). Each photograph is captioned twice: cut to 112 x 84 pixels, which no server
-has to resize, as its sides are multiples of two patches; and as it is, at most 240 pixels long, which each resizes in its own way. Here
-the pictures are captioned that were sent: those after the JPEG. Captions are texts of whole printable tokens, so that equal texts are
-equal tokens.
+A tiny Qwen2-VL and a tiny LLaVA with random weights, as export.py writes them, caption 20 photographs by infer.py, here and behind
+each server: `transformers serve` of this environment, which needs torchvision, vLLM (an environment with it) and llama-cpp-python
+with its `server` extra (another one, and its unpacked source, which has the converter to GGUF). Each photograph is captioned twice:
+cut to 112 x 84 pixels (LLaVA: 112 x 112), which no server has to resize, as its sides are multiples of two patches; and as it is, at
+most 240 pixels long, which each resizes in its own way. Here the pictures are captioned that were sent: those after the JPEG.
+Captions are texts of whole printable tokens, so that equal texts are equal tokens.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from captioner import Captioner  # noqa: E402
 from captioning.server import ServerCaptioner  # noqa: E402
 from data.images import open_image  # noqa: E402
 
-PHOTOS, NEW_TOKENS, PATCH, WHOLE, LONGEST = 20, 16, 14, (112, 84), 240
+PHOTOS, NEW_TOKENS, PATCH, SIDE, LONGEST = 20, 16, 14, 112, 240
 PROMPT = "Describe the image in one sentence."
 VARIABLES = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 # Pillow decodes where torchvision's own decoder does not load: its build for CUDA, beside a torch for the CPU.
@@ -58,7 +58,42 @@ CONVERTER = (
 )
 
 
-def save_model(folder: Path) -> None:
+def write_plainly(model, words) -> None:
+    """Let the model write whole printable tokens only, as a trained one does, and end some captions by itself."""
+    with torch.no_grad():
+        spoken = [i for i in range(len(words)) if (word := words.decode([i])).isascii() and word.isprintable()]
+        spoken = [i for i in spoken if i not in words.all_special_ids] + [words.eos_token_id]
+        silent = torch.ones(len(words), dtype=torch.bool)
+        silent[spoken] = False
+        model.lm_head.weight[silent] = model.lm_head.weight[spoken].mean(dim=0)  # never the highest logit
+        model.lm_head.weight[words.eos_token_id] *= 2
+
+
+def save_llava(folder: Path) -> None:
+    """A LLaVA as wide as the Qwen2-VL below."""
+    torch.manual_seed(0)
+    words = families.llama_tokenizer("<image>", extra_special_tokens=families.IMAGE)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "initializer_range": 0.1}
+    text = transformers.LlamaConfig(
+        vocab_size=len(words),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **families.LLAMA | sizes | {"head_dim": 64},
+    )
+    vision = transformers.CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=words.image_token_id)
+    model = transformers.LlavaForConditionalGeneration(config)
+    write_plainly(model, words)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    model.save_pretrained(folder)
+    transformers.LlavaProcessor(
+        images, words, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=families.LLAVA,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def save_qwen2_vl(folder: Path) -> None:
     """A Qwen2-VL whose random weights are wide enough for captions that differ with the picture."""
     torch.manual_seed(0)
     words = families.qwen_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -73,13 +108,7 @@ def save_model(folder: Path) -> None:
     model = transformers.Qwen2VLForConditionalGeneration(
         transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
     )
-    with torch.no_grad():  # a trained model writes no placeholders either, nor parts of letters
-        spoken = [i for i in range(len(words)) if (word := words.decode([i])).isascii() and word.isprintable()]
-        spoken = [i for i in spoken if i not in words.all_special_ids] + [words.eos_token_id]
-        silent = torch.ones(len(words), dtype=torch.bool)
-        silent[spoken] = False
-        model.lm_head.weight[silent] = model.lm_head.weight[spoken].mean(dim=0)  # never the highest logit
-        model.lm_head.weight[words.eos_token_id] *= 2  # some captions end by themselves
+    write_plainly(model, words)
     limits = {"shortest_edge": 8 * (2 * PATCH) ** 2, "longest_edge": 4096 * (2 * PATCH) ** 2}  # as llama.cpp's
     images = transformers.Qwen2VLImageProcessor(size=limits, patch_size=PATCH)
     video = transformers.Qwen2VLVideoProcessor(size=limits, patch_size=PATCH)
@@ -87,15 +116,15 @@ def save_model(folder: Path) -> None:
     transformers.Qwen2VLProcessor(images, words, video, chat_template=families.QWEN).save_pretrained(folder)
 
 
-def save_photos(photos: list[Path], folder: Path) -> None:
-    """The pictures of both conditions, and in sent-* what infer.py sends of them."""
+def save_photos(photos: list[Path], size: tuple[int, int], folder: Path) -> None:
+    """The pictures of both conditions, cut to `size` and as they are, and in sent-* what infer.py sends of them."""
     sends = ServerCaptioner("m", ImageServerArguments(base_url="http://127.0.0.1:9/v1", max_side=LONGEST))
     for condition in ("whole", "as_they_are"):
         for name in (condition, f"sent-{condition}"):
             (folder / name).mkdir()
         for number, photo in enumerate(photos):
             image = open_image(str(photo))
-            image = ImageOps.fit(image, WHOLE) if condition == "whole" else image
+            image = ImageOps.fit(image, size) if condition == "whole" else image
             image.save(folder / condition / f"{number:02}.png")
             content = sends.picture({"image": image, "image_id": number}).messages[0]["content"]
             picture_in(content[0]["image_url"]["url"]).save(folder / f"sent-{condition}" / f"{number:02}.png")
@@ -137,7 +166,7 @@ def serving(command: list, port: int, log: Path):
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(list(map(str, command)), env=VARIABLES, stdout=file, stderr=file, cwd=log.parent)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while True:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
@@ -181,76 +210,83 @@ def version(python: Path, package: str) -> str:
     return subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
+# Each with the size of the pictures that it does not resize.
+MODELS = {"LLaVA": (save_llava, (SIDE, SIDE)), "Qwen2-VL": (save_qwen2_vl, (SIDE, SIDE * 3 // 4))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="a folder of photographs; the first 20 by name")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="those to compare")
     parser.add_argument("--vllm", type=Path, help="an environment with vLLM")
     parser.add_argument("--llama", type=Path, help="an environment with llama-cpp-python[server]")
     parser.add_argument("--llama_source", type=Path, help="its unpacked source, of the same version")
     parser.add_argument("--output", type=Path, default=RESULTS / "servers.json")
     arguments = parser.parse_args()
-    photos = sorted(arguments.photos.rglob("*.jpg"))[:PHOTOS]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model = folder / "m"
-        save_model(model)
-        save_photos(photos, folder)
-        conditions = {"whole patches": folder / "whole", "as they are": folder / "as_they_are"}
-        here = ["--model_name_or_path", model, "--num_beams", 1, "--bf16", "false"]
-        sent = {name: place.parent / f"sent-{place.name}" for name, place in conditions.items()}
-        ours = {name: captions(place, folder / f"{place.name}.jsonl", *here)[0] for name, place in sent.items()}
-        captioner = Captioner.from_pretrained(str(model), prompt=PROMPT, num_beams=1, max_new_tokens=NEW_TOKENS)
-        prompt_tokens = {
-            name: sum(
-                len(captioner.collator([{"image": str(file), "image_id": ""}])["input_ids"][0])
-                for file in sorted(place.iterdir())
-            )
-            for name, place in sent.items()
-        }
+    photos, models = sorted(arguments.photos.rglob("*.jpg"))[:PHOTOS], {}
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            models[name] = compare(name, photos, Path(folder), arguments)
+    write_result(arguments.output, {"photographs": len(photos), "models": models})
 
-        port, plain = free_port(), {"": []}
-        servers = {"transformers serve": (sys.executable, "transformers", str(model), plain, [
-            sys.executable, "-c", TRANSFORMERS, "serve", model, "--port", port, "--device", "cpu", "--dtype", "float32",
-        ])}  # fmt: skip
-        if arguments.vllm:
-            servers["vLLM"] = (arguments.vllm / "bin/python", "vllm", "m", plain, [
-                arguments.vllm / "bin/vllm", "serve", model, "--host", "127.0.0.1", "--port", port, "--dtype", "float32",
-                "--max-model-len", 256, "--enforce-eager", "--served-model-name", "m", "--max-num-seqs", 8,
-            ])  # fmt: skip
-        if arguments.llama:
-            python = arguments.llama / "bin/python"
-            text, vision = to_gguf(arguments.llama_source, model, folder)
-            # Its server penalises repetition unless it is told otherwise.
-            asked = {", its own repeat_penalty": [], ", repeat_penalty 1": ["--extra_body", '{"repeat_penalty": 1}']}
-            servers["llama.cpp"] = (python, "llama-cpp-python", "m", asked, [
-                python, "-m", "llama_cpp.server", "--model", text, "--clip_model_path", vision, "--chat_format", "mtmd",
-                "--n_ctx", 512, "--type_k", 0, "--type_v", 0, "--model_alias", "m", "--host", "127.0.0.1", "--port", port,
-            ])  # fmt: skip
-        rows = {}
-        for name, (python, package, served, asked, command) in servers.items():
-            with serving(command, port, folder / "server.log"):
-                for (how, more), (condition, place) in itertools.product(asked.items(), conditions.items()):
-                    flags = ["--model_name_or_path", f"openai:{served}", "--base_url", f"http://127.0.0.1:{port}/v1"]
-                    flags += ["--max_side", LONGEST, "--concurrency", 4, "--max_retries", 1, *more]
-                    output = folder / f"{package}-{place.name}{how}.jsonl"
-                    theirs, report = captions(place, output, *flags)
-                    row = rows.setdefault(name + how, {"version": version(python, package)})
-                    row[condition] = {
-                        "equal": sum(one == other for one, other in zip(ours[condition], theirs, strict=True)),
-                        "prompt_tokens": report["tokens_in"],
-                        "margins": margins(captioner, sorted(sent[condition].iterdir()), theirs),
-                    }
-                    print(name + how, condition, row[condition], flush=True)
-        same = {name: len(set(texts)) for name, texts in ours.items()}
-        write_result(
-            arguments.output,
-            {
-                "photographs": len(photos),
-                "different_captions": same,
-                "prompt_tokens_here": prompt_tokens,
-                "servers": rows,
-            },
+
+def compare(name: str, photos: list[Path], folder: Path, arguments) -> dict:
+    """The model's captions of both conditions here and behind each server."""
+    save, size = MODELS[name]
+    model = folder / "m"
+    save(folder / "trained")
+    subprocess.run(
+        [sys.executable, "export.py", folder / "trained", "--output_dir", model], cwd=ROOT, env=VARIABLES, check=True
+    )
+    save_photos(photos, size, folder)
+    conditions = {"whole patches": folder / "whole", "as they are": folder / "as_they_are"}
+    here = ["--model_name_or_path", model, "--num_beams", 1, "--bf16", "false"]
+    sent = {name: place.parent / f"sent-{place.name}" for name, place in conditions.items()}
+    ours = {name: captions(place, folder / f"{place.name}.jsonl", *here)[0] for name, place in sent.items()}
+    captioner = Captioner.from_pretrained(str(model), prompt=PROMPT, num_beams=1, max_new_tokens=NEW_TOKENS)
+    prompt_tokens = {
+        name: sum(
+            len(captioner.collator([{"image": str(file), "image_id": ""}])["input_ids"][0])
+            for file in sorted(place.iterdir())
         )
+        for name, place in sent.items()
+    }
+
+    port, plain = free_port(), {"": []}
+    servers = {"transformers serve": (sys.executable, "transformers", str(model), plain, [
+        sys.executable, "-c", TRANSFORMERS, "serve", model, "--port", port, "--device", "cpu", "--dtype", "float32",
+    ])}  # fmt: skip
+    if arguments.vllm:
+        servers["vLLM"] = (arguments.vllm / "bin/python", "vllm", "m", plain, [
+            arguments.vllm / "bin/vllm", "serve", model, "--host", "127.0.0.1", "--port", port, "--dtype", "float32",
+            "--max-model-len", 256, "--enforce-eager", "--served-model-name", "m", "--max-num-seqs", 8,
+        ])  # fmt: skip
+    if arguments.llama:
+        python = arguments.llama / "bin/python"
+        text, vision = to_gguf(arguments.llama_source, model, folder)
+        # Its server penalises repetition unless it is told otherwise.
+        asked = {", its own repeat_penalty": [], ", repeat_penalty 1": ["--extra_body", '{"repeat_penalty": 1}']}
+        servers["llama.cpp"] = (python, "llama-cpp-python", "m", asked, [
+            python, "-m", "llama_cpp.server", "--model", text, "--clip_model_path", vision, "--chat_format", "mtmd",
+            "--n_ctx", 512, "--type_k", 0, "--type_v", 0, "--model_alias", "m", "--host", "127.0.0.1", "--port", port,
+        ])  # fmt: skip
+    rows = {}
+    for name, (python, package, served, asked, command) in servers.items():
+        with serving(command, port, folder / "server.log"):
+            for (how, more), (condition, place) in itertools.product(asked.items(), conditions.items()):
+                flags = ["--model_name_or_path", f"openai:{served}", "--base_url", f"http://127.0.0.1:{port}/v1"]
+                flags += ["--max_side", LONGEST, "--concurrency", 4, "--max_retries", 1, *more]
+                output = folder / f"{package}-{place.name}{how}.jsonl"
+                theirs, report = captions(place, output, *flags)
+                row = rows.setdefault(name + how, {"version": version(python, package)})
+                row[condition] = {
+                    "equal": sum(one == other for one, other in zip(ours[condition], theirs, strict=True)),
+                    "prompt_tokens": report["tokens_in"],
+                    "margins": margins(captioner, sorted(sent[condition].iterdir()), theirs),
+                }
+                print(name + how, condition, row[condition], flush=True)
+    different = {name: len(set(texts)) for name, texts in ours.items()}
+    return {"different_captions": different, "prompt_tokens_here": prompt_tokens, "servers": rows}
 
 
 if __name__ == "__main__":

@@ -226,3 +226,25 @@ def test_export_and_sagemaker_make_safetensors_of_bin_weights(git, tmp_path, mon
         assert ours.keys() == theirs.keys()
         assert all(ours[name].equal(theirs[name]) for name in ours)
     assert captions(tmp_path / "deployed") == captions(git)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llava", pytest.param("paligemma", marks=pytest.mark.slow), pytest.param("gemma3", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(
+    "made", ["from its config", pytest.param("from a published checkpoint", marks=pytest.mark.slow)]
+)
+def test_an_export_has_the_names_of_published_checkpoints(family, made, tmp_path):
+    """Those of llava-hf, google/paligemma and google/gemma-3, which vLLM and llama.cpp's converter look for."""
+    source = published(tmp_path / "made", family)
+    named = lambda name: name.replace("vision_tower.", "vision_tower.vision_model.", 1)  # noqa: E731
+    if made == "from a published checkpoint":
+        source = rewritten(
+            source, tmp_path / "hub", "safetensors", lambda state: {named(n): t for n, t in state.items()}
+        )
+    tiny.run("export.py", source, "--output_dir", tmp_path / "out")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert weights.keys() == {named(name) for name in load_file(tmp_path / "made/model.safetensors")}
+    assert any(name.startswith("vision_tower.vision_model.encoder.layers.0.") for name in weights)
+    assert any(name.startswith("language_model.model.layers.0.") for name in weights)
