@@ -2,6 +2,7 @@
 
 python export.py DIR [--output_dir OUT] [--push_to_hub user/name [--dry_run]]
 python export.py DIR --output_dir OUT --format onnx [--int8]      graphs for ONNX Runtime
+python export.py captions.jsonl --push_to_hub user/name [--dry_run]     what infer.py wrote, as a data set with a card
 python export.py DIR --space OUT        a Space of the Hub with the demo and the model, to look at and to upload
 """
 
@@ -20,9 +21,10 @@ from pathlib import Path
 import torch
 
 from captioner import Captioner
+from captioning.dataset import is_output, write_dataset
 from common.errors import UserError
 from common.files import output_folder, share_weights
-from common.publish import copy_to_upload, upload
+from common.publish import copy_to_upload, files_to_upload, upload
 from data import seen
 from models.loading import keep_published_names, load_model
 from models.onnx_export import write_graphs
@@ -39,6 +41,9 @@ RECORDS = (
 def main():
     args, paths = parse(EXPORT_GROUPS, positional="folder")
     source, in_place = Path(paths[0]), not (args.output_dir or args.space)
+    if is_output(paths[0]):
+        upload_captions(paths[0], args)
+        return
     with target(source, args) as folder:
         merge = args.merge and not in_place  # an adapter that stays where it is stays one
         model, processor = load_model(str(source), merge=merge)
@@ -66,7 +71,16 @@ def main():
         elif not args.dry_run:
             logger.info("%s is self-contained, with its card in README.md", folder)
         if args.push_to_hub:
-            upload(folder, args.push_to_hub, dry_run=args.dry_run)
+            upload(files_to_upload(folder), args.push_to_hub, dry_run=args.dry_run)
+
+
+def upload_captions(output: str, args) -> None:
+    if not args.push_to_hub or args.output_dir or args.space or args.format != "safetensors":
+        raise UserError(f"{output} holds captions: they are only uploaded, with --push_to_hub user/name [--dry_run].")
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(output, args.push_to_hub, Path(folder))
+        files = {path.name: path for path in sorted(Path(folder).iterdir())}
+        upload(files, args.push_to_hub, dry_run=args.dry_run, repo_type="dataset")
 
 
 @contextlib.contextmanager

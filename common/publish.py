@@ -55,10 +55,11 @@ def files_to_upload(folder: Path) -> dict[str, Path | bytes]:
     return {path.relative_to(folder).as_posix(): _content(path) for path in files}
 
 
-def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> None:
-    """Upload `files_to_upload` to a Hub repository, which is created if needed; with `dry_run` only list them.
-    `options` (token, revision, private) are huggingface_hub's."""
-    files = files_to_upload(folder)
+def upload(
+    files: dict[str, Path | bytes], repo_id: str, *, dry_run: bool = False, repo_type: str = "model", **options
+) -> None:
+    """Upload `files`, as `files_to_upload` gives them, to a Hub repository, which is created if needed; with `dry_run` only
+    list them. `options` (token, revision, private) are huggingface_hub's."""
     if dry_run:
         total = 0
         for name, content in files.items():
@@ -70,14 +71,16 @@ def upload(folder: Path, repo_id: str, *, dry_run: bool = False, **options) -> N
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api, private = HfApi(token=options.get("token")), options.get("private")
-    repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+    repo_id = api.create_repo(repo_id, exist_ok=True, private=private, repo_type=repo_type).repo_id
     api.create_commit(
         repo_id,
         [CommitOperationAdd(name, content) for name, content in files.items()],
-        commit_message="Upload the model, its card and its scores",
+        commit_message=f"Upload the {repo_type} and its card",
         revision=options.get("revision"),
+        repo_type=repo_type,
     )
-    logger.info("uploaded %d files to https://huggingface.co/%s", len(files), repo_id)
+    folder = "datasets/" if repo_type == "dataset" else ""
+    logger.info("uploaded %d files to https://huggingface.co/%s%s", len(files), folder, repo_id)
 
 
 def without_local_paths(value):

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import share_weights
 from common.loaders import TIMEOUT, data_loader, fit_workers
 from common.processes import fork_rng, peak_memory
-from common.publish import upload
+from common.publish import files_to_upload, upload
 from common.sharding import gathered, strategy
 from data import CaptionPairs, CaptionStream
 from metrics import score
@@ -358,7 +358,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _upload(self, folder: Path) -> None:
         args = self.args
         options = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
-        upload(folder, args.hub_model_id or Path(args.output_dir).resolve().name, **options)
+        upload(files_to_upload(folder), args.hub_model_id or Path(args.output_dir).resolve().name, **options)
 
     def create_model_card(self, *args, **kwargs):
         """Does nothing: train.py writes the card (reports/model_card.py), which the Trainer's must not overwrite."""
