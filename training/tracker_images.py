@@ -1,25 +1,29 @@
 """Validation images with the model's captions, for the trackers that show images."""
 
+import io
 import textwrap
 
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from PIL import Image
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from data import open_image
 
 
 def log_samples(callbacks: list, records, predictions: dict[str, str], step: int) -> None:
-    """One sheet of `records`, each image with its caption from `predictions` {image_id: caption}, to TensorBoard and
-    Weights & Biases, if they are among the trainer's `callbacks`: there a slider moves through the steps."""
+    """One sheet of `records`, each image with its caption from `predictions` {image_id: caption}, to TensorBoard, Weights &
+    Biases and Trackio, if they are among the trainer's `callbacks`: there a slider moves through the steps."""
     boards = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
-    wandbs = [callback._wandb for callback in callbacks if isinstance(callback, WandbCallback)]
-    boards, wandbs = list(filter(None, boards)), list(filter(None, wandbs))
-    if not boards and not wandbs:
+    trackers = [callback._wandb for callback in callbacks if isinstance(callback, WandbCallback)]
+    trackers += [callback._trackio for callback in callbacks if isinstance(callback, TrackioCallback)]
+    boards, trackers = list(filter(None, boards)), list(filter(None, trackers))
+    if not boards and not trackers:
         return
-    sheet = draw_sheet(records, predictions)
+    sheet, file = draw_sheet(records, predictions), io.BytesIO()
     for writer in boards:
         writer.add_figure("captions", sheet, step, close=False)
-    for wandb in wandbs:
-        wandb.log({"captions": wandb.Image(sheet), "train/global_step": step})
+    sheet.savefig(file, dpi=100)
+    for tracker in trackers:
+        tracker.log({"captions": tracker.Image(Image.open(file)), "train/global_step": step})
 
 
 def draw_sheet(records, predictions: dict[str, str]):
