@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate==1.15.0",
+#     "datasets==5.2.0",
+#     "openai==3.52.0",
+#     "peft==0.21.2",
+#     "pillow==12.3.0",
+#     "psutil==7.2.2",
+#     "requests==2.34.2",
+#     "torch==2.13.0",
+#     "transformers==5.24.0",
+# ]
+# ///
 """Caption images: files, folders, globs, lists, and every dataset that train.py reads.
 
     python infer.py photo.jpg                           prints path<TAB>caption
