@@ -22,7 +22,7 @@ from models.loading import load_model
 from models.onnx_model import DECODER
 from models.prefix import read_prompts
 from models.sampling import seeded
-from models.vision import check_repeatable, encode_once, encodes_once
+from models.vision import check_repeatable, encode_once, encodes_once, with_image_features
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +316,8 @@ class Captioner:
             for name, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
-        return inputs | {name: batch[name] for name in (ENCODED, CACHE) if name in batch}
+        inputs |= {name: batch[name] for name in (ENCODED, CACHE) if name in batch}
+        return with_image_features(self.model, inputs)
 
     def _precision(self):
         if self.autocast is None:

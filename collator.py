@@ -13,6 +13,7 @@ from common.prompts import columns_in, plain
 from data import ImageError, open_image
 from data.prompts import PROMPTS
 from models.families import decoder_prompt, family_of, is_encoder_decoder, placeholders, special_tokens
+from models.vision import FEATURES, LAYERS
 
 IGNORE = -100  # torch's cross-entropy ignores targets of this value
 
@@ -25,7 +26,7 @@ class CaptionCollator:
     sample's own. With I images and at most K captions per image the batch
     holds `pixel_values` (I, 3, H, W) and `input_ids`, `attention_mask`, `labels` (I * K, L), the captions of an image in
     neighbouring rows. An image with fewer than K captions is padded with rows that have no labels. Samples with
-    "features" (training/feature_cache.py) instead of "image" have these as `pixel_values`.
+    "features" (training/feature_cache.py) instead of "image" have these as `pixel_values`, or as a chat model's inputs.
 
     With BLIP, the prompt "a picture of " and the caption "a dog runs" the row is
 
@@ -72,8 +73,7 @@ class CaptionCollator:
         per_image = max(map(len, captions))
         prompts = list(map(self.images.prompt_of, samples))
         if "features" in samples[0]:
-            inputs = self.images.prompts(prompts)
-            inputs["pixel_values"] = torch.stack([sample["features"] for sample in samples])
+            inputs = self.images.of_features([sample["features"] for sample in samples], prompts)
         else:
             images = in_threads(self._image, samples)
             inputs = self.images.inputs(images, prompts)
@@ -230,10 +230,8 @@ class ImageCollator:
         ids, prompts = [sample["image_id"] for sample in samples], list(map(self.prompt_of, samples))
         has_prompts = any(PROMPTS in sample for sample in samples)
         if "features" in samples[0]:
-            pixel_values = torch.stack([sample["features"] for sample in samples])
-            inputs = {"pixel_values": pixel_values, **self.prompts(prompts)} | (
-                {"prompts": prompts} if has_prompts else {}
-            )
+            inputs = self.of_features([sample["features"] for sample in samples], prompts)
+            inputs |= {"prompts": prompts} if has_prompts else {}
             return {**inputs, "image_ids": ids, "errors": {}}
         opened = in_threads(self._image, samples)
         errors = {i: image for i, image in enumerate(opened) if isinstance(image, ImageError)}
@@ -278,6 +276,20 @@ class ImageCollator:
             )
         return inputs
 
+    def of_features(self, features: list, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """The model inputs for kept features of images (training/feature_cache.py). Those of a chat model hold its prompt, and
+        are joined: rows of text are padded on the left, and all else follows one another."""
+        if not self.joint:
+            return {"pixel_values": torch.stack(features), **self.prompts(prompts)}
+        longest, inputs = max(one["input_ids"].shape[1] for one in features), {}
+        for name in features[0]:
+            values = [one[name] for one in features]
+            if name in self.family.text_inputs:
+                fill = self.pad if name == "input_ids" else 0
+                values = [torch.nn.functional.pad(v, (longest - v.shape[1], 0), value=fill) for v in values]
+            inputs[name] = torch.cat(values, dim=int(name == LAYERS))
+        return inputs
+
     def prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` (images, P) of these prompts."""
         of_prompt, inputs = {prompt: self._before(prompt) for prompt in dict.fromkeys(prompts)}, {}
@@ -302,7 +314,7 @@ class ImageCollator:
         counted = torch.arange(targets.shape[1], device=targets.device) < lengths[:, None]
         labels = targets.masked_fill(~counted, IGNORE)
         along = {"input_ids": targets, "attention_mask": counted, **self.family.caption_tokens}
-        image_inputs = {"pixel_values", *self.family.image_inputs.values()}
+        image_inputs = {"pixel_values", FEATURES, LAYERS, *self.family.image_inputs.values()}
         # BLIP itself handles fewer images than rows.
         batch = {"rows_per_image": times} if times > 1 and self.kind != "blip" else {}
         for name, value in inputs.items():

@@ -5,6 +5,7 @@ class (Family.vision_takes_encoded). Chat families have it in the library: `get_
 model takes the result as `mm_encoder_outputs` (transformers >= 5.23). That it gives the same is checked once per model.
 """
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -13,6 +14,7 @@ import weakref
 import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from common.errors import UserError
 from common.sharding import gathered
@@ -27,6 +29,17 @@ KNOWN = {
     "interpolate_pos_encoding", "bool_masked_pos", "attention_mask", "output_attentions", "output_hidden_states",
     "return_dict", "kwargs",
 }  # fmt: skip
+
+
+FEATURES, LAYERS = "image_features", "deepstack_features"  # in a batch: of its images, one after the other
+
+
+@dataclasses.dataclass
+class Features(ModelOutput):
+    """What chat models read of the result of `get_image_features`, for features that were kept."""
+
+    pooler_output: torch.Tensor | tuple | None = None
+    deepstack_features: list | None = None
 
 
 class TakesEncoded:
@@ -135,15 +148,47 @@ def encode_once(model, inputs: dict, times: int = 1) -> dict:
         return inputs | {pixels: encode_images(base, inputs[pixels])}
     rows = family_of(base.config).text_inputs
     first = {name: value[::times] if name in rows else value for name, value in inputs.items()}
+    return _encode_for_chat(base, inputs) if takes_library_features(model, first) else inputs
+
+
+def takes_library_features(model, inputs: dict) -> bool:
+    """Whether a chat model gives the same logits for what `get_image_features` makes of these images. Looked at once."""
     otherwise = (
         " gives other logits for encoded images than for pixels with this release of transformers: images are encoded again "
         "for every caption, which costs time."
     )
-    return (
-        _encode_for_chat(base, inputs)
-        if equal_once(model, "images", lambda base: _agrees(base, first), otherwise)
-        else inputs
-    )
+    return equal_once(model, "images", lambda base: _agrees(base, inputs), otherwise)
+
+
+def image_features(model, inputs: dict) -> dict[str, torch.Tensor]:
+    """The inputs of a chat model for one image and its prompt, without pixels, as tensors that can be kept.
+
+    FEATURES are (tokens, hidden), or (tiles, tokens, hidden) if the model takes them so; LAYERS are those that Qwen3-VL adds
+    behind its first layers, (layers, tokens, hidden)."""
+    encoded = _encode_for_chat(model, inputs)
+    found = encoded.pop(ENCODED)["image"]
+    encoded[FEATURES] = _joined(found.pooler_output)
+    if found.get("deepstack_features") is not None:
+        encoded[LAYERS] = torch.stack([_joined(layer) for layer in found.deepstack_features])
+    return encoded
+
+
+def _joined(features) -> torch.Tensor:
+    return features if isinstance(features, torch.Tensor) else torch.cat(tuple(features))
+
+
+def with_image_features(model, inputs: dict, times: int = 1) -> dict:
+    """`inputs` that hold image_features of I images, joined, as the model takes them; others unchanged. Their text has I *
+    `times` rows."""
+    if FEATURES not in inputs:
+        return inputs
+    inputs = dict(inputs)
+    features, layers = inputs.pop(FEATURES), inputs.pop(LAYERS, ())
+    counts = (inputs["input_ids"][::times] == base_model(model).config.image_token_id).sum(dim=1).tolist()
+    kept = Features(features if features.dim() == 3 else features.split(counts))
+    if len(layers):
+        kept["deepstack_features"] = [layer.split(counts) for layer in layers]
+    return inputs | {ENCODED: {"image": kept}}
 
 
 def _encode_for_chat(model, inputs: dict) -> dict:

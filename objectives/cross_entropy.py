@@ -8,7 +8,7 @@ from common.sharding import strategy
 from models.blip_attention import target_positions
 from models.families import ENCODED, base_model, model_inputs, takes
 from models.prefix import shared_logits, shares_prompt
-from models.vision import encode_once, repeat_images
+from models.vision import encode_once, repeat_images, with_image_features
 
 
 def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +26,7 @@ def target_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     if ENCODED in batch:
         inputs[ENCODED] = batch[ENCODED]
     times, prompt = batch.get("rows_per_image", 1), batch.get("prompt_length")
+    inputs = with_image_features(captioner, inputs, times)
     if times > 1 or strategy():  # processes with a sharded model compare together, whatever their own captions are
         inputs = encode_once(model, inputs, times)
         if prompt and shares_prompt(model, inputs, times, prompt):

@@ -13,7 +13,7 @@ from common.sharding import strategy
 from data.prompts import PROMPTS
 from metrics.clip_scores import NAMES
 from metrics.names import SCORES
-from models.families import base_model, family_of, vision_encoder
+from models.families import base_model, family_of
 from models.loading import asks, build_model, load_model, make_trainable, without_weights
 from training.feature_cache import keep_features
 from training.lengths import PUBLISHED
@@ -124,8 +124,7 @@ def build_datasets(splits, captioner, collator, scratch_args, data_args, args) -
     used = {"train": splits["train"], "validation": splits.get("validation") if args.eval_strategy != "no" else None}
     # Rewards look at all references of an image at once.
     per_image = None if collator.prompts_only else data_args.captions_per_image
-    frozen = not any(parameter.requires_grad for parameter in vision_encoder(captioner.model).parameters())
-    if frozen and not strategy():
+    if not strategy():
         used |= keep_features(scratch_args.feature_cache, captioner, used, args, per_image, collator.augmentation)
     if data_args.streaming:
         seed = args.seed if args.data_seed is None else args.data_seed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import tiny
 import torch
 import transformers
+from PIL import Image
+from safetensors.torch import load_file
 from small_run import SPLITS, flags, weights
 
 import data
@@ -78,6 +81,132 @@ def test_so_they_are_in_every_family_that_takes_encoded_images(name, dataset, tm
     vision_encoder(model).requires_grad_(False)
     batch = compare_with_pixels(Captioner(model.eval(), processor), dataset, tmp_path)
     assert batch["pixel_values"].shape[:2] == (4, 1)
+
+
+CHATS = ("paligemma", "idefics2", "idefics3-llama3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava",
+         "llava_onevision", "internvl", "janus")  # fmt: skip
+
+
+def chat_captioner(name, **settings):
+    """Only the text decoder is trained, as with LoRA."""
+    torch.manual_seed(0)
+    model, processor = families.build(name)
+    model.requires_grad_(False).get_decoder().requires_grad_(True)
+    return Captioner(model.eval(), processor, **settings)
+
+
+@pytest.mark.parametrize("name", of(*CHATS))
+def test_chat_models_give_the_same_for_kept_features_as_for_pixels(name, tmp_path):
+    """Batches, losses and gradients of pictures of several sizes, one and several captions each, from memory and files; and
+    captions."""
+    photos = {f"photo{i}": ["a dog runs", "two men in the water", "a woman"][: 1 + i % 3] for i in range(4)}
+    records = data.load(tiny.write_photos(tmp_path / "photos", photos, dict.fromkeys(photos, "train")))["train"]
+    sizes = ((40, 40), (64, 30), (30, 90), (20, 20))
+    for record, size in zip(records, sizes, strict=True):
+        Image.open(record["image"]["path"]).resize(size).save(record["image"]["path"])
+    captioner = chat_captioner(name, num_beams=2, max_new_tokens=2)
+    model, args = captioner.model, arguments(tmp_path)
+    places = [keep_features(str(place), captioner, {"train": records}, args) for place in ("memory", tmp_path / "kept")]
+    for number in (1, 3):
+        results = []
+        for source in (records, *(place["train"] for place in places)):
+            pairs = data.CaptionPairs(source, number)
+            batch = CaptionCollator(captioner.processor, model.config, prompt=captioner.prompt)(
+                [pairs[i] for i in range(4)]
+            )
+            model.zero_grad()
+            loss = CrossEntropy(0.1)(model, batch)["loss"]
+            loss.backward()
+            gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            results.append((batch, loss.item(), gradients))
+        (pixels, loss, gradients), *kept = results
+        for batch, kept_loss, kept_gradients in kept:
+            assert not [name for name in batch if name.startswith("pixel")]
+            for key in [key for key in batch if not key.endswith("_features")]:
+                alike = batch[key] == pixels[key]
+                assert alike.all() if isinstance(alike, torch.Tensor) else alike, key
+            assert kept_loss == pytest.approx(loss, rel=1e-6)
+            assert kept_gradients.allclose(gradients, atol=1e-6)
+    expected = captioner.caption_split(records)
+    assert all(captioner.caption_split(place["train"]) == expected for place in places)
+
+
+def test_a_chat_models_features_are_its_own_and_a_cut_file_is_made_anew(dataset, tmp_path):
+    """Other weights of the projector, prompt or precision: other files. Other weights of the text decoder: the same."""
+    records, folder, args = {"train": data.load(dataset)["train"]}, tmp_path / "kept", arguments(tmp_path)
+
+    def kept(captioner):
+        keep_features(str(folder), captioner, records, args)
+        return {path for path in folder.rglob("*") if path.is_file()}
+
+    captioner = chat_captioner("llava")
+    first = kept(captioner)
+    with torch.no_grad():
+        captioner.model.lm_head.weight[0, 0] += 1
+        captioner.model.get_decoder().norm.weight[0] += 1
+    assert len(first) == len(records["train"])
+    cut, content = min(first), min(first).read_bytes()
+    cut.write_bytes(content[:-10])
+    assert kept(captioner) == first
+    assert cut.read_bytes() == content
+    captioner.autocast = torch.bfloat16
+    rounded = kept(captioner)
+    assert max(path.stat().st_size for path in rounded - first) < len(content)
+    asked = kept(chat_captioner("llava", prompt="two men"))
+    with torch.no_grad():
+        captioner = chat_captioner("llava")
+        captioner.model.model.multi_modal_projector.linear_2.bias[0] += 1e-3
+    projected = kept(captioner)
+    assert [len(found) / len(first) for found in (first, rounded, asked, projected)] == [1, 2, 3, 4]
+
+
+def test_what_forbids_a_chat_models_features_is_named(dataset, tmp_path):
+    captioner, records = chat_captioner("llava"), {"train": data.load(dataset)["train"]}
+    captioner.model.model.multi_modal_projector.requires_grad_(True)
+    with pytest.raises(ValueError, match="through a projector that is trained"):
+        keep_features("memory", captioner, records, arguments(tmp_path))
+    assert keep_features("auto", captioner, records, arguments(tmp_path)) == {}
+    captioner.model.requires_grad_(True)
+    with pytest.raises(ValueError, match="its vision encoder is trained"):
+        keep_features("memory", captioner, records, arguments(tmp_path))
+    captioner.model.requires_grad_(False)
+    asked = records["train"].add_column("prompts", [["a"] * len(texts) for texts in records["train"]["captions"][:]])
+    with pytest.raises(ValueError, match="prompts of their own"):
+        keep_features("memory", captioner, {"train": asked}, arguments(tmp_path))
+    with pytest.raises(ValueError, match="augmentation changes an image"):
+        keep_features("memory", captioner, records, arguments(tmp_path), 1, data.Augmentation(["flip"]))
+
+
+def test_an_adapter_of_a_chat_model_is_the_same_with_kept_features_and_after_a_resume(dataset, tmp_path):
+    """Two epochs, three captions per image behind one prompt; the resumed run's cache was deleted."""
+    model, processor = families.build("llava")
+    model.save_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "llava")
+    chosen = {
+        "dataset_name": dataset, "model_name_or_path": tmp_path / "llava", "use_peft": "true", "num_train_epochs": 2,
+        "learning_rate": 1e-2, "captions_per_image": 2, "per_device_train_batch_size": 2, "logging_steps": 1,
+        "num_beams": 1, "max_new_tokens": 4, "meteor": "false", "spice": "false", "bootstrap_samples": 50,
+        "gradient_checkpointing": "false",
+    }  # fmt: skip
+
+    def train(name, place):
+        flags = chosen | {"output_dir": tmp_path / name, "feature_cache": place}
+        said = tiny.run("train.py", *[word for key, value in flags.items() for word in (f"--{key}", value)]).stderr
+        return said, load_file(tmp_path / name / "adapter_model.safetensors"), log(tmp_path / name)
+
+    _, pixels, expected = train("pixels", "off")
+    said, kept, found = train("kept", tmp_path / "cache")
+    assert "image features: 14 images x about" in said
+    assert max((pixels[key] - kept[key]).abs().max().item() for key in pixels) <= 1e-5
+    for row, values in found.items():
+        assert values == pytest.approx(expected[row], rel=1e-4), row
+    shutil.rmtree(tmp_path / "cache")
+    for path in (tmp_path / "kept").iterdir():  # as after a kill behind the first epoch
+        if path.name not in ("checkpoint-3", "run.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    said, resumed, _ = train("kept", tmp_path / "cache")
+    assert "resuming from" in said
+    assert all(kept[key].equal(resumed[key]) for key in kept)
 
 
 def compare_with_pixels(captioner, dataset, tmp_path) -> dict:
