@@ -133,7 +133,7 @@ class ScratchArguments(Flags):
     freeze_vision: bool = flag(False, "Train the text decoder only; the vision encoder stays as it is.")
     feature_cache: str = flag(
         "auto",
-        "With freeze_vision: where encoded images are kept, so that each is encoded once: memory; a folder, which runs "
+        "With freeze_vision or use_peft: where encoded images are kept, so that each is encoded once: memory; a folder, which runs "
         "can share; off; or auto: memory if half of the free memory is enough, else a folder of the datasets cache.",
     )
 

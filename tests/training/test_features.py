@@ -20,6 +20,7 @@ import data
 from arguments import TrainArguments
 from captioner import Captioner
 from collator import CaptionCollator
+from data.prompts import PROMPTS
 from models.families import vision_encoder
 from models.vision import take_encoded_images
 from objectives import CrossEntropy
@@ -99,8 +100,9 @@ def chat_captioner(name, **settings):
 def test_chat_models_give_the_same_for_kept_features_as_for_pixels(name, tmp_path):
     """Batches, losses and gradients of pictures of several sizes, one and several captions each, from memory and files; and
     captions."""
-    photos = {f"photo{i}": ["a dog runs", "two men in the water", "a woman"][: 1 + i % 3] for i in range(4)}
-    records = data.load(tiny.write_photos(tmp_path / "photos", photos, dict.fromkeys(photos, "train")))["train"]
+    photos = {f"photo{i}": ["a dog runs", "two men in the water", "a woman"][: 1 + i % 3] for i in range(5)}
+    splits = dict.fromkeys(photos, "train") | {"photo4": "validation"}
+    records = data.load(tiny.write_photos(tmp_path / "photos", photos, splits))["train"]
     sizes = ((40, 40), (64, 30), (30, 90), (20, 20))
     for record, size in zip(records, sizes, strict=True):
         Image.open(record["image"]["path"]).resize(size).save(record["image"]["path"])
@@ -170,7 +172,7 @@ def test_what_forbids_a_chat_models_features_is_named(dataset, tmp_path):
     with pytest.raises(ValueError, match="its vision encoder is trained"):
         keep_features("memory", captioner, records, arguments(tmp_path))
     captioner.model.requires_grad_(False)
-    asked = records["train"].add_column("prompts", [["a"] * len(texts) for texts in records["train"]["captions"][:]])
+    asked = records["train"].add_column(PROMPTS, [["a"] * len(texts) for texts in records["train"]["captions"][:]])
     with pytest.raises(ValueError, match="prompts of their own"):
         keep_features("memory", captioner, {"train": asked}, arguments(tmp_path))
     with pytest.raises(ValueError, match="augmentation changes an image"):
