@@ -166,10 +166,10 @@ def image_features(model, inputs: dict) -> dict[str, torch.Tensor]:
     FEATURES are (tokens, hidden), or (tiles, tokens, hidden) if the model takes them so; LAYERS are those that Qwen3-VL adds
     behind its first layers, (layers, tokens, hidden)."""
     encoded = _encode_for_chat(model, inputs)
-    found = encoded.pop(ENCODED)["image"]
-    encoded[FEATURES] = _joined(found.pooler_output)
-    if found.get("deepstack_features") is not None:
-        encoded[LAYERS] = torch.stack([_joined(layer) for layer in found.deepstack_features])
+    features = encoded.pop(ENCODED)["image"]
+    encoded[FEATURES] = _joined(features.pooler_output)
+    if features.get("deepstack_features") is not None:
+        encoded[LAYERS] = torch.stack([_joined(layer) for layer in features.deepstack_features])
     return encoded
 
 
