@@ -79,13 +79,8 @@ def test_own_pictures_are_trained_on_and_new_ones_captioned(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_pictures_scenes_are_drawn_and_a_mistake_stops_the_notebook(tmp_path):
+def test_a_mistake_stops_the_notebook_at_its_cell(tmp_path):
     from nbclient.exceptions import CellExecutionError
 
-    quick = "--max_steps 2 --eval_steps 2 --save_steps 2 --num_beams 1 --report_to none --meteor false"
-    quick += " --max_train_samples 96 --max_eval_samples 4 --max_test_samples 4"
     with pytest.raises(CellExecutionError, match=r"train\.py stopped"):
         execute(ROOT / "notebooks", RUN=str(tmp_path / "run"), FLAGS="--max_stepz 4")
-    outputs, _ = execute(ROOT / "notebooks", RUN=str(tmp_path / "run"), FLAGS=quick)
-    assert sum("image/png" in output.get("data", ()) for output in outputs) == 4
-    assert len((tmp_path / "run/captions.csv").read_text().splitlines()) == 4
