@@ -46,6 +46,8 @@ TEMPLATE = (
 )
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": SIDE, "patch_size": 8}
+SIGHT = {"initializer_range": 0.02}  # the default of BLIP's kind and of Pix2Struct is 1e-10, with which they see nothing
+SEEING = VISION | SIGHT
 DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = DECODER | {"num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 16}
 
@@ -128,7 +130,7 @@ def with_queries(kind: str, words, text_config):
     qformer = {**DECODER, "encoder_hidden_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if kind == "blip-2":
         config = t.Blip2Config(
-            vision_config=VISION, qformer_config=qformer, text_config=text_config.to_dict(), num_query_tokens=4,
+            vision_config=SEEING, qformer_config=qformer, text_config=text_config.to_dict(), num_query_tokens=4,
             image_token_index=image_token,
         )  # fmt: skip
         model, processor = (
@@ -139,7 +141,7 @@ def with_queries(kind: str, words, text_config):
         return model, processor
     seen = bert()
     config = t.InstructBlipConfig(
-        vision_config=VISION, qformer_config={**qformer, "vocab_size": len(seen)}, text_config=text_config.to_dict(),
+        vision_config=SEEING, qformer_config={**qformer, "vocab_size": len(seen)}, text_config=text_config.to_dict(),
         num_query_tokens=4, image_token_index=image_token,
     )  # fmt: skip
     processor = t.InstructBlipProcessor(blip_images(), words, qformer_tokenizer=seen, num_query_tokens=4)
@@ -483,7 +485,7 @@ def pix2struct():
     words = t5_tokenizer()
     sizes = {"hidden_size": 32, "d_ff": 64, "d_kv": 16, "dropout_rate": 0.0}
     text = {"vocab_size": len(words), "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0, "eos_token_id": 1}
-    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "patch_embed_hidden_size": 192, "seq_len": 16}
+    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "patch_embed_hidden_size": 192, "seq_len": 16, **SIGHT}
     config = t.Pix2StructConfig(text_config=sizes | text, vision_config=sizes | vision)
     images = t.Pix2StructImageProcessor(patch_size={"height": 8, "width": 8}, max_patches=16)
     return t.Pix2StructForConditionalGeneration(config), t.Pix2StructProcessor(images, words)

@@ -65,6 +65,16 @@ def one_by_one(captioner, rows, times) -> list[torch.Tensor]:
     return found
 
 
+def test_the_tiny_model_sees_its_picture(model_and_processor):
+    """Else no test with it could tell one picture from another."""
+    model, processor = model_and_processor
+    collator = CaptionCollator(processor, model.config)
+    batch = collator([sample | {"captions": ["a dog runs"]} for sample in samples(WORDS[:2])])
+    with torch.no_grad():
+        one, other = token_log_probs(ready(model.eval(), processor), batch)
+    assert (one - other).abs().max() > 1e-5
+
+
 # Families whose library class takes no encoded images, or takes them in a way of its own.
 ENCODED_AGAIN = {"mllama"}
 
