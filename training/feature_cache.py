@@ -71,11 +71,7 @@ def keep_features(
         if drawn <= len(splits["train"]):
             why = f"as training encodes {drawn:.0f} of {len(splits['train'])} images, and none of them twice"
     if why is None:
-        workers = args.dataloader_num_workers
-        if takes_encoded(vision := vision_encoder(captioner.model)):
-            encoder = Encoder(vision.to(args.device), captioner, args.per_device_eval_batch_size, workers)
-        else:
-            encoder = ChatEncoder(captioner, splits["train"], args.device, workers)
+        encoder = _encoder_of(captioner, splits["train"], args)
         if not encoder.agrees:
             why = "as this model gives other logits for features than for pixels"
     if why is None:
@@ -103,6 +99,13 @@ def keep_features(
         raise UserError(f"feature_cache {place}: image features cannot be kept, {why}. Pass --feature_cache off.")
     logger.info("image features are not kept, %s", why)
     return {}
+
+
+def _encoder_of(captioner, records, args) -> "Encoder":
+    vision = vision_encoder(captioner.model)
+    if takes_encoded(vision):
+        return Encoder(vision.to(args.device), captioner, args.per_device_eval_batch_size, args.dataloader_num_workers)
+    return ChatEncoder(captioner, records, args.device, args.dataloader_num_workers)
 
 
 def _why_not(model, splits: dict, augmentation) -> str | None:
