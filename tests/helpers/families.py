@@ -46,9 +46,8 @@ TEMPLATE = (
 )
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": SIDE, "patch_size": 8}
-SIGHT = {
-    "initializer_range": 0.02
-}  # the default of BLIP's kind and of Pix2Struct is 1e-10, with which they see nothing
+# The default of BLIP's kind and of Pix2Struct is 1e-10, with which they see nothing.
+SIGHT = {"initializer_range": 0.02}
 SEEING = VISION | SIGHT
 DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = DECODER | {"num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 16}
