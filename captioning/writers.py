@@ -175,9 +175,9 @@ def write_tars(captions: Captions, target: Path) -> None:
 
 def check_tars(tars: list[str]) -> None:
     """DataError if two tars have one name."""
-    name, number = Counter(map(os.path.basename, tars)).most_common(1)[0]
-    if number > 1:
-        raise DataError(f"{name} is the name of more than one tar of the source: caption each folder separately")
+    for name, number in Counter(map(os.path.basename, tars)).items():
+        if number > 1:
+            raise DataError(f"{name} is the name of more than one tar of the source: caption each folder separately")
 
 
 # ---------------------------------------------------------------- a text beside each image
