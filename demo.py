@@ -86,11 +86,16 @@ def main():
             )
         except OSError as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error}") from None
-        try:
-            while True:  # Gradio's own waiting ends with 0 at Ctrl-C
-                time.sleep(1)
-        finally:
-            app.close(verbose=False)  # else threads that wait for a visitor may keep the process
+        wait(app)
+
+
+def wait(app) -> None:
+    """Until Ctrl-C, at which Gradio's own waiting ends with 0."""
+    try:
+        while True:
+            time.sleep(1)
+    finally:
+        app.close(verbose=False)  # else threads that wait for a visitor may keep the process
 
 
 def load_captioner(name: str, model_args, generation_args, args, server_args) -> Captioner | server.ServerCaptioner:
