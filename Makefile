@@ -38,7 +38,7 @@ quickstart: .venv/installed
 	@echo "The model, its card (README.md), training curves and scores are in $(OUT),"
 	@echo "what evaluate.py scored again in $(OUT)/evaluation, the three captioned pictures in $(OUT)/photos."
 
-# The families that differ most; make test-torchvision runs the others.
+# The families that differ most; make test-torchvision runs all others, and those whose images torchvision prepares otherwise.
 FAMILIES ?= blip git blip2-opt blip2-t5 llava vit-gpt2
 test: .venv/installed
 	$(QUIET) CAPTION_TEST_FAMILIES="$(FAMILIES)" $(BIN)/python $(PYTEST) -m "not slow"
@@ -69,8 +69,9 @@ $(TORCHVISION)/installed: requirements.txt requirements-dev.txt constraints.txt
 # The tests of models and processors, by the start of their names.
 LIBRARY_TESTS = $(foreach name,adapters attention_maps blip_attention clip_scores collator decoding famil features pixels, \
   $(wildcard tests/*/test_$(name)*.py))
-# Without those that make test has and torchvision changes nothing of, and second language models of one family.
-OTHER_FAMILIES = blip llava instructblip-t5 paligemma idefics2 idefics3 smolvlm qwen2_vl qwen2_5_vl qwen3_vl gemma3 \
+# Left out are families whose image processor is that of another one here: those of make test with BLIP's or CLIP's, and second
+# language models of one family.
+OTHER_FAMILIES = blip llava vit-gpt2 instructblip-t5 paligemma idefics2 idefics3 smolvlm qwen2_vl qwen2_5_vl qwen3_vl gemma3 \
   llava_onevision internvl mllama janus pix2struct florence2 kosmos-2
 test-torchvision: $(TORCHVISION)/installed
 	$(QUIET) CAPTION_TEST_FAMILIES="$(OTHER_FAMILIES)" $(TORCHVISION)/bin/python $(PYTEST) -m "not slow" $(LIBRARY_TESTS)

@@ -173,6 +173,11 @@ def image_features(model, inputs: dict) -> dict[str, torch.Tensor]:
     return encoded
 
 
+def _image_tokens(model, inputs: dict, times: int) -> list[int]:
+    """How many of the tokens of each image's text, one of `times` rows, stand for the image."""
+    return (inputs["input_ids"][::times] == model.config.image_token_id).sum(dim=1).tolist()
+
+
 def _joined(features) -> torch.Tensor:
     return features if isinstance(features, torch.Tensor) else torch.cat(tuple(features))
 
@@ -184,7 +189,7 @@ def with_image_features(model, inputs: dict, times: int = 1) -> dict:
         return inputs
     inputs = dict(inputs)
     features, layers = inputs.pop(FEATURES), inputs.pop(LAYERS, ())
-    counts = (inputs["input_ids"][::times] == base_model(model).config.image_token_id).sum(dim=1).tolist()
+    counts = _image_tokens(base_model(model), inputs, times)
     kept = Features(features if features.dim() == 3 else features.split(counts))
     if len(layers):
         kept["deepstack_features"] = [layer.split(counts) for layer in layers]
@@ -230,7 +235,7 @@ def repeat_images(model, inputs: dict, times: int) -> dict:
         for name, value in inputs.items()
     }
     if ENCODED in inputs:
-        counts = (inputs["input_ids"][::times] == model.config.image_token_id).sum(dim=1).tolist()
+        counts = _image_tokens(model, inputs, times)
         encoded = inputs[ENCODED]["image"]
         features = {"pooler_output": _repeat(encoded.pooler_output, counts, times)}
         if encoded.get("deepstack_features") is not None:

@@ -68,7 +68,7 @@ def test_scripts(tmp_path):
     """export.py writes graphs, in float32 and in 8 bits; every script captions with them as with the model, with its own settings;
     what cannot be is one line."""
     model = tiny.build_folder(tmp_path, seed=1)
-    own = {"num_beams": 3, "max_new_tokens": 7, "repetition_penalty": 1.3}  # none is a default
+    own = {"num_beams": 3, "max_new_tokens": 7, "repetition_penalty": 1.3}  # unlike the defaults
     settings = GenerationConfig.from_pretrained(model)
     settings.update(**own)
     settings.save_pretrained(model)
