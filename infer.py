@@ -38,7 +38,6 @@ import itertools
 import logging
 import os
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -47,15 +46,14 @@ from captioning import output as caption_output
 from captioning import server, writers
 from captioning.again import Again
 from captioning.rows import ImageRows, caption, in_order
-from captioning.shards import ImageSource, identity
+from captioning.shards import ImageSource
 from captioning.sources import image_rows, left_out
+from captioning.work import CaptionShards
 from common.errors import UserError
 from common.processes import own_share, show_progress
 from common.remote import is_remote
-from common.weights import fingerprint
 from data.rows import Options
 from jobs import queue
-from jobs.journal import answers_of
 from jobs.run import Run
 from models.loading import asks
 
@@ -204,65 +202,6 @@ def write_output(
         lambda: caption_output.finish(folder, shards, form, source, paths, prices),
         args,
     )
-
-
-class CaptionShards:
-    """Captions a shard and writes its file. Each worker has one of these."""
-
-    def __init__(self, load, args, source: ImageSource, folder, earlier: caption_output.Earlier, again: Again | None):
-        self.load, self.args, self.source, self.folder, self.earlier = load, args, source, folder, earlier
-        self.again = again
-
-    def start(self) -> dict:
-        """Load the model; returns the settings that must stay the same during a run."""
-        self.captioner, self.settings = self.load()
-        self.served = server.is_served(self.settings["model"])
-        if not self.served:
-            self.settings["weights"] = fingerprint(self.settings["model"], self.settings["revision"] or "main")
-        return self.settings
-
-    def __call__(self, shard, tick) -> dict:
-        write = self.write_again if self.again else self.write
-        if not self.served:
-            return write(shard, tick)
-        file = answers_of(self.folder, shard)
-        with self.captioner.journal(file, file.parent.glob("*.jsonl")):
-            counts = write(shard, tick)
-        file.unlink()  # its answers are in the shard's file now
-        return counts
-
-    def write(self, shard, tick) -> dict:
-        started, captioned = time.time(), {}
-        self.captioner.count_anew()
-        rows = functools.partial(self.source.rows, shard)
-        if shard.storage == "rows":  # else each DataLoader worker would read the source up to here
-            listed = rows()
-            captioned = {row["key"]: (row, self.earlier.of(row)) for row in listed}
-            rows = functools.partial(iter, [row for row in listed if captioned[row["key"]][1] is None])
-        captions = caption(self.captioner, ImageRows(rows, self.args.per_device_eval_batch_size), self.args)
-        if shard.storage != "rows":
-            captions = in_order(captions)
-        for number, (row, outcome) in enumerate(captions, 1):
-            captioned[row["key"]] = row, outcome
-            tick(number)
-        several = caption_output.several_in(self.settings)
-        output = [caption_output.row_of(self.folder, row, outcome, several) for row, outcome in captioned.values()]
-        sources = {row["source"] for row, _ in captioned.values()}
-        seconds = time.time() - started
-        cut = [number for number, (_, outcome) in enumerate(captioned.values()) if "cut" in outcome]
-        counted = self.captioner.counts() | {"cut_rows": cut}
-        return caption_output.write_shard(self.folder, shard, output, seconds, self.settings, sources, counted)
-
-    def write_again(self, shard, tick) -> dict:
-        started, outcomes, listed = time.time(), {}, self.again.rows[shard]
-        self.captioner.count_anew()
-        rows = functools.partial(self.source.rows, shard)
-        left = ImageRows(rows, self.args.per_device_eval_batch_size, lambda row: identity(row) in listed)
-        for number, (row, outcome) in enumerate(caption(self.captioner, left, self.args), 1):
-            outcomes[identity(row)] = outcome
-            tick(number)
-        seconds = time.time() - started
-        return self.again.write(shard, outcomes, seconds, self.settings, self.captioner.counts())
 
 
 if __name__ == "__main__":
