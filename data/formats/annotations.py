@@ -128,9 +128,10 @@ def coco_rows(content: dict, file: Path, split: str | None, options: Options) ->
     place and as text in another. An image without a file name is found by its id."""
     captions = coco_captions(content["annotations"], file, options)
     names: dict = {}
-    by_id = [{"id": image_id} for image_id in captions]
-    images = content.get("images", by_id)
-    for image in images if options.images else images or by_id:
+    images = content.get("images")
+    if images is None or not (images or options.images):
+        images = [{"id": image_id} for image_id in captions]
+    for image in images:
         image_id = as_id(image.get("id", image.get("image_id")))
         name = first_of(("file_name", "filename", "image"), image)
         if names.setdefault(image_id, name) != name:

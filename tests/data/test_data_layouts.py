@@ -118,6 +118,9 @@ def test_blips_gt_files_have_no_file_names(tmp_path):
     assert found(tmp_path / "coco_karpathy_val_gt.json") == EXPECTED
     loaded = data.load(str(tmp_path / "coco_karpathy_val_gt.json"))
     assert sorted(loaded["validation"]["image_id"]) == [str(i) for i in range(NUMBER)]
+    for without in ({"annotations": annotations}, {"annotations": annotations, "images": None}):
+        (tmp_path / "coco_karpathy_val_gt.json").write_text(json.dumps(without))
+        assert found(tmp_path / "coco_karpathy_val_gt.json") == EXPECTED
 
 
 @pytest.mark.parametrize(("ids", "names"), [(str, int), (int, str), (float, int)])
