@@ -1,5 +1,8 @@
-"""Splits over images: the source's own, or drawn by a hash of each image's key (its name as the source writes it, or its bytes where
-they are inside), so that no row moves another image, but for copies and `--group_column`, which stay together. data.load is the caller."""
+"""Splits over images: the source's own, or drawn by a hash of each image's key, so that no row moves another image.
+
+An image's key is its name as the source writes it, or a hash of its bytes where the source holds them. Copies of an image, and
+images of one group (`--group_column`), stay together, in the split of the least of their keys. data.load calls this.
+"""
 
 import itertools
 import logging

@@ -1,7 +1,7 @@
-"""The shards that this process has left, or a Ray cluster: what is next, what is tried again, what ends the run.
+"""The shards that are left to this process, or to a Ray cluster: which is next, which is tried again, what ends the run.
 
-Processes that torchrun or a job array started take every n-th shard each (jobs.run), so that a dead one's are left to the same
-command; Ray replaces a dead worker (jobs.ray_engine), and a dead worker of the DataLoader is an error of its shard.
+Each process of torchrun or of a job array takes every n-th shard (jobs.run): those of a process that died are left until the same
+command is started again. Ray replaces a dead worker (jobs.ray_engine), and a dead worker of the DataLoader is an error of its shard.
 
 `work(shard, tick)` makes the output of a shard, calls `tick(n)` when n of its rows are done, and returns its counts.
 A shard that fails is retried once after all others are done, and then given up; an error that would affect every shard
